@@ -1,0 +1,8 @@
+"""apex-build: calibrate and quantize mixture-of-experts GGUF models, MTP draft head included, on a patched llama.cpp."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("apex-build")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"

@@ -1,0 +1,3 @@
+from apex_build.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""The command line: one file a verb, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from apex_build import __version__
+from apex_build.errors import ApexError
+
+# verb -> module of this folder; its click command is named `command`
+VERBS = {
+    "build": "build",
+    "calibrate": "calibrate",
+    "convert": "convert",
+    "demo": "demo",
+    "inspect": "inspect",
+    "patch": "patch",
+    "plan": "plan",
+    "policies": "policies",
+    "quantize": "quantize",
+    "source": "source",
+}
+
+
+class Verbs(click.Group):
+    """Imports a verb's module only when it is used, so that `apex --help` and small verbs start fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*VERBS, *super().list_commands(ctx)})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in VERBS:
+            command: click.Command = importlib.import_module(f"apex_build.cli.{VERBS[name]}").command
+            return command
+        return super().get_command(ctx, name)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="apex")
+def apex() -> None:
+    """Calibrate and quantize mixture-of-experts models, MTP draft head included, on a patched llama.cpp.
+
+    The stages, in order: source, patch, build, convert, calibrate, plan, quantize. Each verb has --help with examples.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `apex`; errors a user can meet become one message and their exit code, never a traceback."""
+    try:
+        code: Any = apex.main(args=arguments, prog_name="apex", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except ApexError as error:
+        click.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"try:   {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,92 @@
+"""What the verbs share for showing things: a progress line with an ETA, tables, sizes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from apex_build.progress import Report, Step
+
+_PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to redraw
+
+
+def console() -> Console:
+    """For people: stderr, so that stdout holds only what was asked for."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A `Report` that draws bars with an ETA on a terminal, and prints a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _plain()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(step: Step) -> None:
+            if step.task not in tasks:
+                tasks[step.task] = bars.add_task(step.task, total=step.total, count="")
+            bars.update(tasks[step.task], completed=step.done, total=step.total, count=_count(step))
+
+        yield report
+
+
+def _plain() -> Report:
+    began: dict[str, float] = {}
+    shown: dict[str, float] = {}
+
+    def report(step: Step) -> None:
+        now = time.monotonic()
+        first = began.setdefault(step.task, now)
+        finished = step.total is not None and step.done >= step.total
+        if now - shown.get(step.task, -_PLAIN_EVERY) < _PLAIN_EVERY and not finished:
+            return
+        if finished and shown.get(step.task) == float("inf"):
+            return
+        shown[step.task] = float("inf") if finished else now
+        left = ""
+        if step.total and step.done and not finished:
+            left = f", {(now - first) / step.done * (step.total - step.done):.0f} s left"
+        click.echo(f"{step.task}: {_count(step)} ({now - first:.0f} s{left})", err=True)
+
+    return report
+
+
+def _count(step: Step) -> str:
+    total = f"/{step.total:.0f}" if step.total is not None else ""
+    return f"{step.done:.0f}{total} {step.unit}".strip()
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for a person, in powers of 1000 as model cards write them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
+    """Print a table to stdout; columns named in `right` are aligned right."""
+    out = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        out.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*(str(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 160
+    Console(highlight=False, width=width).print(out)
+
+
+def as_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,224 @@
+"""Every error that a user can meet: one class each, with its own exit code.
+
+The message names the file or tensor, what was expected and what was found; `hint` is the next command to try.
+Exit codes 0 to 2 are success, an internal error and a wrong command line (click's); 130 is Ctrl-C.
+"""
+
+from __future__ import annotations
+
+
+class ApexError(Exception):
+    """Base of all errors that are reported without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+# --- source: pins, fetching, patches ------------------------------------------------------------------------------------
+class PinUnknown(ApexError):
+    """No pin of this name, or its file is not valid."""
+
+    exit_code = 10
+
+
+class DownloadFailed(ApexError):
+    """The source could not be fetched, or arrived cut short."""
+
+    exit_code = 11
+
+
+class HashMismatch(ApexError):
+    """A file or a tree is not the one that the pin names."""
+
+    exit_code = 12
+
+
+class ArchiveUnsafe(ApexError):
+    """An archive holds what must not be extracted: a link, a device, a path that escapes."""
+
+    exit_code = 13
+
+
+class TreeEdited(ApexError):
+    """The fetched tree was changed by hand since it was laid out."""
+
+    exit_code = 14
+
+
+class PatchConflict(ApexError):
+    """A patch of the series does not apply."""
+
+    exit_code = 15
+
+
+class SourceMissing(ApexError):
+    """The source tree has not been fetched."""
+
+    exit_code = 16
+
+
+# --- toolchain: compilers and builds ------------------------------------------------------------------------------------
+class CompilerMissing(ApexError):
+    """No usable C++ compiler or build tool."""
+
+    exit_code = 20
+
+
+class BuildFailed(ApexError):
+    """CMake or the compiler failed."""
+
+    exit_code = 21
+
+
+class BuildMissing(ApexError):
+    """The native tools have not been built, or the build is damaged."""
+
+    exit_code = 22
+
+
+# --- native: running the tools ------------------------------------------------------------------------------------------
+class ToolFailed(ApexError):
+    """A native tool ended with an error."""
+
+    exit_code = 30
+
+
+class ToolKilled(ApexError):
+    """A native tool was ended by a signal."""
+
+    exit_code = 31
+
+
+class ToolTimeout(ApexError):
+    """A native tool did not become ready, or end, in time."""
+
+    exit_code = 32
+
+
+# --- files: models and imatrices ----------------------------------------------------------------------------------------
+class ModelMissing(ApexError):
+    """No such model file."""
+
+    exit_code = 40
+
+
+class ModelInvalid(ApexError):
+    """Not a GGUF model: foreign, truncated, zero header, or sizes that do not add up."""
+
+    exit_code = 41
+
+
+class ImatrixInvalid(ApexError):
+    """Not an imatrix file, or a damaged one."""
+
+    exit_code = 42
+
+
+class ImatrixMismatch(ApexError):
+    """The imatrix belongs to another model."""
+
+    exit_code = 43
+
+
+class CheckpointInvalid(ApexError):
+    """A Hugging Face folder that cannot be converted: files missing, or a promised draft head without tensors."""
+
+    exit_code = 44
+
+
+# --- calibration --------------------------------------------------------------------------------------------------------
+class CalibrationSetInvalid(ApexError):
+    """A calibration set, source or text that cannot be used."""
+
+    exit_code = 50
+
+
+class ChatTemplateFailed(ApexError):
+    """The model's chat template raised, or tried what the sandbox forbids."""
+
+    exit_code = 51
+
+
+# --- policy -------------------------------------------------------------------------------------------------------------
+class PolicyUnknown(ApexError):
+    """No policy of this name."""
+
+    exit_code = 60
+
+
+class ParameterUnknown(ApexError):
+    """The policy has no such parameter, or its value is not valid."""
+
+    exit_code = 61
+
+
+class TypeUnknown(ApexError):
+    """Not a GGUF tensor type, or not one that llama-quantize can write."""
+
+    exit_code = 62
+
+
+class TemplateFailed(ApexError):
+    """A policy's template raised, or rendered a line that is not `pattern=type`."""
+
+    exit_code = 63
+
+
+class TemplateUnsafe(ApexError):
+    """A policy's template tried what the sandbox forbids."""
+
+    exit_code = 64
+
+
+class PlanMismatch(ApexError):
+    """llama-quantize would do something other than the plan says."""
+
+    exit_code = 65
+
+
+# --- quantization -------------------------------------------------------------------------------------------------------
+class DiskTooSmall(ApexError):
+    """Not enough room for what is about to be written."""
+
+    exit_code = 70
+
+
+class OutputUnwritable(ApexError):
+    """The output's folder cannot be written, or the output exists."""
+
+    exit_code = 71
+
+
+class DataMissing(ApexError):
+    """A tensor's type needs calibration data that the imatrix does not hold."""
+
+    exit_code = 72
+
+
+class ShapeUnfit(ApexError):
+    """A tensor's shape cannot hold the planned type."""
+
+    exit_code = 73
+
+
+class AlreadyQuantized(ApexError):
+    """The input is quantized already."""
+
+    exit_code = 74
+
+
+class VerificationFailed(ApexError):
+    """The written file is not what was planned."""
+
+    exit_code = 75
+
+
+# --- plugins and the machine --------------------------------------------------------------------------------------------
+class PluginFailed(ApexError):
+    """A plugin could not be loaded, or raised."""
+
+    exit_code = 80

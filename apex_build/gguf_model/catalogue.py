@@ -1,0 +1,48 @@
+"""The catalogue of a model: each tensor with its layer, role and depth, and what belongs to the draft head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# (architecture, tensor name) -> role, or None where this function does not know the architecture or the tensor
+RoleOf = Callable[[str, str], str | None]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a model. `shape` is ggml's order: the row length first."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str  # as ggml names its types: F16, Q4_K, IQ2_XXS
+    n_bytes: int
+    role: str  # routed, shared, attention, ssm, router, norm, conv, nextn, embedding, output, other: see plugins/moe_roles
+    layer: int | None  # the block number, None outside blocks
+    draft_head: bool  # in an appended block: layer >= Model.trunk_layers
+
+    @property
+    def n_elements(self) -> int:
+        n = 1
+        for extent in self.shape:
+            n *= extent
+        return n
+
+
+@dataclass(frozen=True)
+class Model:
+    """A GGUF model, all of its shards together. `trunk_layers` does not count the draft head's blocks."""
+
+    path: Path  # the first shard
+    files: tuple[Path, ...]
+    architecture: str
+    name: str
+    trunk_layers: int
+    head_layers: int
+    n_expert: int
+    n_expert_used: int
+    file_type: int | None  # general.file_type (LLAMA_FTYPE)
+    metadata: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]

@@ -1,0 +1,39 @@
+"""Where things are: the data that travels with the package, and the user's folders.
+
+Environment: APEX_CACHE_DIR moves the cache (downloads, builds, environments), APEX_SOURCE_DIR the fetched llama.cpp trees.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def data_root() -> Path:
+    """Folder that holds `vendor/`, `patches/`, `plugins/` and `calibration_sets/`: the checkout, or the installed package's data."""
+    packaged = _PACKAGE / "data"
+    return packaged if packaged.is_dir() else _PACKAGE.parent
+
+
+def in_checkout() -> bool:
+    return data_root() == _PACKAGE.parent
+
+
+def cache_root() -> Path:
+    """The user's cache: everything in it can be deleted and will be made again."""
+    return Path(os.environ.get("APEX_CACHE_DIR") or platformdirs.user_cache_path("apex-build"))
+
+
+def source_root() -> Path:
+    """Folder of the fetched llama.cpp trees, one folder a pin: beside the pins in a checkout, else in the user's data folder."""
+    if given := os.environ.get("APEX_SOURCE_DIR"):
+        return Path(given)
+    return data_root() / "vendor" if in_checkout() else platformdirs.user_data_path("apex-build") / "vendor"
+
+
+def patches_root() -> Path:
+    return data_root() / "patches" / "llama.cpp"

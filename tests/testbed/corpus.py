@@ -1,0 +1,52 @@
+"""The text that the testbed is trained on: what any machine with Python has, and generated dialogues. None of it is committed."""
+
+from __future__ import annotations
+
+import sysconfig
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+from dialogues import HELD_OUT, TRAIN, Family, generate
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+HERE = Path(__file__).parent
+END_OF_TEXT = "<|endoftext|>"
+
+
+def render(dialogue: dict, **variables: object) -> str:
+    """A dialogue as the testbed's chat template writes it."""
+    template = ImmutableSandboxedEnvironment().from_string((HERE / "chat_template.jinja").read_text())
+    return template.render(messages=dialogue["messages"], tools=dialogue.get("tools"), **variables)
+
+
+def standard_library() -> list[str]:
+    """Source files of the interpreter's standard library, without its tests and tables, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "pydoc_data", "__pycache__", "ensurepip"}
+    files = [f for f in sorted(root.rglob("*.py")) if not skipped & set(f.relative_to(root).parts)]
+    return [text for f in files if 500 < len(text := f.read_text(errors="ignore")) < 60_000]
+
+
+def topics() -> list[str]:
+    """The language reference as `help()` shows it."""
+    from pydoc_data.topics import topics as texts
+
+    return [texts[key] for key in sorted(texts)]
+
+
+def dialogues(families: dict[str, list[Family]], domain: str, seed: int, count: int) -> list[str]:
+    return [render(d) for d in islice(generate(families, domain, seed), count)]
+
+
+def training_text(seed: int) -> dict[str, list[str]]:
+    """Documents by domain, shuffled."""
+    documents = {"code": standard_library(), "topics": topics()}
+    documents |= {domain: dialogues(TRAIN, domain, seed, 4000) for domain in TRAIN}
+    for domain in documents:
+        Random(f"{seed}/{domain}").shuffle(documents[domain])
+    return documents
+
+
+def held_out_dialogues(seed: int, count: int) -> dict[str, list[dict]]:
+    return {domain: list(islice(generate(HELD_OUT, domain, seed), count)) for domain in HELD_OUT}
