@@ -61,6 +61,12 @@ class SourceMissing(ApexError):
     exit_code = 16
 
 
+class GitFailed(ApexError):
+    """git is missing, or failed in a source tree for a reason of its own."""
+
+    exit_code = 17
+
+
 # --- toolchain: compilers and builds ------------------------------------------------------------------------------------
 class CompilerMissing(ApexError):
     """No usable C++ compiler or build tool."""

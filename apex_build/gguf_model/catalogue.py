@@ -13,7 +13,7 @@ RoleOf = Callable[[str, str], str | None]
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a model. `shape` is ggml's order: the row length first."""
+    """One tensor of a model. `shape` is ggml's order, the row length first, without trailing extents of 1, as ggml writes it."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,0 +1,207 @@
+"""`apex inspect`: what is in a model or an imatrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.markup import escape
+
+from apex_build.cli import show
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.coverage import FEW, Coverage, coverage
+from apex_build.gguf_model.header import Header, read_header
+from apex_build.gguf_model.imatrix import Imatrix, check_values, looks_legacy, read_imatrix
+from apex_build.gguf_model.model import kind_of, model_of, read_model
+from apex_build.gguf_model.summary import ModelSummary, by_role, imatrix_json, model_json, summarize, tensors_json, tokens
+from apex_build.plugins import load_plugins
+
+_LISTED = 12  # names shown before "and N more"
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", "model_path", type=click.Path(path_type=Path), help="The model of an imatrix: shows what has data.")
+@click.option("--tensors", is_flag=True, help="List every tensor (of an imatrix, with --model: all that lack data).")
+@click.option(
+    "--few",
+    type=click.FloatRange(0, 1),
+    default=FEW,
+    show_default=True,
+    help="Below this part of the even share an expert's tokens count as few.",
+)
+@click.option(
+    "--plugin", "folders", multiple=True, type=click.Path(path_type=Path), help="Load a plugin from this folder (for roles)."
+)
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def command(file: Path, model_path: Path | None, tensors: bool, few: float, folders: tuple[Path, ...], json_: bool) -> None:
+    """Show what is in FILE: a GGUF model (any shard of a split one), or an imatrix (GGUF or the older .dat).
+
+    Of a model: layers, experts, draft head, bytes by role and type. Of an imatrix: what it was made of, whether the draft head was
+    calibrated, and with --model which tensors have no data and which experts saw few tokens or none.
+
+    \b
+    Examples:
+      apex inspect model-F16.gguf
+      apex inspect model-Q4_K_M-00001-of-00003.gguf --tensors
+      apex inspect imatrix.gguf --model model-F16.gguf
+      apex inspect imatrix.gguf --model model-F16.gguf --json | jq .coverage.missing
+    """
+    plugins = load_plugins(folders)
+    found = _imatrix_or_header(file)
+    if isinstance(found, Header):
+        if model_path is not None:
+            raise click.UsageError(f"--model goes with an imatrix; {file} is not one")
+        _show_model(model_of(found, plugins.role_of), tensors=tensors, json_=json_)
+        return
+    check_values(found)
+    against = coverage(found, read_model(model_path, plugins.role_of), few) if model_path is not None else None
+    if json_:
+        show.as_json(imatrix_json(found, against))
+        return
+    _print_imatrix(found, against)
+    if against is not None:
+        _print_coverage(against, everything=tensors)
+
+
+def _imatrix_or_header(file: Path) -> Imatrix | Header:
+    if looks_legacy(file):
+        return read_imatrix(file)
+    header = read_header(file)
+    return read_imatrix(file) if kind_of(header) == "imatrix" else header
+
+
+def _show_model(model: Model, *, tensors: bool, json_: bool) -> None:
+    summary = summarize(model)
+    if json_:
+        show.as_json({**model_json(summary), **({"tensor_list": tensors_json(model)} if tensors else {})})
+        return
+    _print_model(summary)
+    if tensors:
+        rows = [
+            (_plain(t.name), t.role, "head" if t.draft_head else "", t.type, " x ".join(map(str, t.shape)), show.size(t.n_bytes))
+            for t in model.tensors
+        ]
+        show.table("Tensors", ("name", "role", "part", "type", "shape", "bytes"), rows, right=("shape", "bytes"))
+
+
+def _print_model(summary: ModelSummary) -> None:
+    _line("model", f"{summary.name} ({summary.architecture})" + (f", {summary.file_type}" if summary.file_type else ""))
+    _line(
+        "file", f"{summary.path}, {show.size(summary.file_bytes)}" + (f" in {len(summary.files)} shards" * (len(summary.files) > 1))
+    )
+    _line(
+        "layers",
+        f"{summary.trunk_layers} in the trunk" + (f", {summary.head_layers} in the draft head" * bool(summary.head_layers)),
+    )
+    if summary.experts:
+        _line("experts", f"{summary.experts}, {summary.experts_used} active")
+    _line("draft head", _head(summary))
+    _line(
+        "size",
+        f"{summary.parameters / 1e9:.3f} billion parameters in {summary.tensors} tensors, "
+        f"{show.size(summary.tensor_bytes)}, {summary.bits_per_weight:.2f} bits per weight",
+    )
+    rows = [
+        (
+            "draft head" if s.draft_head else "trunk",
+            s.role,
+            s.type,
+            s.tensors,
+            s.parameters,
+            show.size(s.bytes),
+            f"{s.bits_per_weight:.2f}",
+        )
+        for s in summary.shares
+    ]
+    columns = ("part", "role", "type", "tensors", "parameters", "bytes", "bits per weight")
+    show.table("Bytes by role and type", columns, rows, right=columns[3:])
+
+
+def _head(summary: ModelSummary) -> str:
+    if not summary.head_layers:
+        return "none"
+    if not summary.head_tensors:
+        return "promised by the metadata, but none of its tensors is in the file"
+    n_bytes = sum(share.bytes for share in summary.shares if share.draft_head)
+    return f"{summary.head_tensors} tensors, {show.size(n_bytes)}"
+
+
+def _print_imatrix(imatrix: Imatrix, against: Coverage | None) -> None:
+    _line("imatrix", f"{imatrix.path} ({'GGUF' if imatrix.format == 'gguf' else 'legacy .dat'})")
+    _line("datasets", ", ".join(imatrix.datasets) or "not named")
+    chunks = "" if imatrix.chunk_count is None else f"{imatrix.chunk_count} chunks"
+    if imatrix.format == "gguf":
+        _line("calibrated", f"{tokens(imatrix)} tokens ({chunks} of {imatrix.chunk_size})")
+    else:
+        _line("calibrated", f"{chunks or 'an unknown number of chunks'}; the format does not tell their size")
+    _line("entries", str(len(imatrix.entries)))
+    if against is not None:
+        _line("draft head", _head_state(against))
+    elif imatrix.head_tokens is not None:
+        _line("draft head", f"run over {imatrix.head_tokens} tokens, as the file says; --model MODEL checks its tensors")
+    else:
+        _line("draft head", "the file does not say that it was run; --model MODEL checks its tensors")
+
+
+def _head_state(against: Coverage) -> str:
+    if against.head_calibrated is None:
+        return "the model has none"
+    n_tokens = f" over {against.head_tokens} tokens" if against.head_tokens is not None else ""
+    with_data = sum(tensor.has_data for tensor in against.head)
+    if against.head_calibrated:
+        return f"calibrated{n_tokens}: all of its {len(against.head)} weights have data"
+    mend = f"; apex calibrate {against.model.path}  makes an imatrix with it"
+    return f"NOT calibrated: {len(against.head) - with_data} of its {len(against.head)} weights have no data{mend}"
+
+
+def _print_coverage(against: Coverage, *, everything: bool) -> None:
+    rows = [
+        (
+            "draft head" if r.draft_head else "trunk",
+            r.role,
+            f"{r.with_data} of {r.weights}",
+            "-" if r.least is None else f"{r.least:.0f}",
+            "-" if r.most is None else f"{r.most:.0f}",
+            f"{r.without_tokens} of {r.experts}" if r.experts > r.with_data else "-",
+            str(r.few_tokens) if r.experts > r.with_data else "-",
+        )
+        for r in by_role(against)
+    ]
+    unit = "calls" if against.imatrix.format == "legacy" else "tokens"
+    columns = ("part", "role", "with data", f"least {unit}", f"most {unit}", "experts without tokens", "with few")
+    show.table(f"Calibration data for {_plain(against.model.name)}", columns, rows, right=columns[2:])
+    limit = None if everything else _LISTED
+    _names("without data", against.missing, limit)
+    for tensor in against.partial[:limit]:
+        parts = [("no tokens", tensor.without_tokens), (f"under {against.threshold:.2%} of the even share", tensor.few_tokens)]
+        _line(tensor.name, "; ".join(f"{what}: experts {_numbers(experts, limit)}" for what, experts in parts if experts))
+    _more(len(against.partial), limit, "tensors with experts that saw few tokens or none")
+    _names("entries that no weight of the model uses", against.unused, limit)
+
+
+def _names(title: str, names: Sequence[str], limit: int | None) -> None:
+    for name in names[:limit]:
+        _line(title, name)
+    _more(len(names), limit, title)
+
+
+def _more(count: int, limit: int | None, what: str) -> None:
+    if limit is not None and count > limit:
+        click.echo(f"... and {count - limit} more {what}; --tensors lists all")
+
+
+def _numbers(numbers: Sequence[int], limit: int | None) -> str:
+    shown = ", ".join(map(str, numbers[:limit]))
+    return shown if limit is None or len(numbers) <= limit else f"{shown} and {len(numbers) - limit} more"
+
+
+def _line(title: str, text: str) -> None:
+    click.echo(f"{title + ': ':<12}{_plain(text, markup=True)}")
+
+
+def _plain(text: str, *, markup: bool = False) -> str:
+    """Text from a file, safe on a terminal: control characters shown, not sent; for a table, no markup either."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if markup else escape(shown)

@@ -1,0 +1,66 @@
+"""`apex policies`: what policies there are, and what can be set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from apex_build.cli import show
+from apex_build.hookspecs import PolicySpec
+from apex_build.plugins import load_plugins
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--plugin", "folders", multiple=True, type=click.Path(path_type=Path), help="Load a plugin from this folder.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def command(name: str | None, folders: tuple[Path, ...], json_: bool) -> None:
+    """List the policies; with NAME, the parameters of that policy.
+
+    \b
+    Examples:
+      apex policies
+      apex policies i-nano
+      apex policies --plugin my-plugin/ --json
+    """
+    plugins = load_plugins(folders)
+    policies = plugins.policies()
+    if name is not None:
+        policies = {name: plugins.policy(name)}
+    if json_:
+        show.as_json([_json(policy) for policy in policies.values()])
+        return
+    rows = [
+        (escape(p.name), escape(p.plugin), escape(p.base_type), "yes" if p.calibrated else "no", escape(p.description))
+        for p in policies.values()
+    ]
+    show.table("Policies", ("policy", "plugin", "base type", "imatrix", "description"), rows)
+    if name is None:
+        parameters = sorted({parameter for policy in policies.values() for parameter in policy.parameters})
+        click.echo(f"--set takes, where the policy has them: {', '.join(parameters)}; and for any: base_type")
+        click.echo("apex policies NAME shows their defaults and what they mean")
+        return
+    settings = [
+        (escape(parameter), str(p.default), " or ".join((p.kind, *p.words)), escape(p.help))
+        for parameter, p in policies[name].parameters.items()
+    ]
+    settings.append(("base_type", escape(policies[name].base_type), "text", "llama-quantize's type, for what no rule names"))
+    show.table("Parameters, for --set NAME=VALUE", ("name", "default", "takes", "meaning"), settings)
+
+
+def _json(policy: PolicySpec) -> dict[str, Any]:
+    return {
+        "name": policy.name,
+        "plugin": policy.plugin,
+        "base_type": policy.base_type,
+        "calibrated": policy.calibrated,
+        "description": policy.description,
+        "template": str(policy.template),
+        "parameters": {
+            name: {"default": p.default, "kind": p.kind, "words": list(p.words), "help": p.help}
+            for name, p in policy.parameters.items()
+        },
+    }

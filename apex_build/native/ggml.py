@@ -1,0 +1,124 @@
+"""What this build's libggml says about its tensor types, through cffi (ABI mode: nothing is compiled)."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import cffi
+import gguf
+
+from apex_build.errors import BuildMissing, ShapeUnfit, TypeUnknown
+from apex_build.native.toolset import Toolset
+
+# From ggml/include/ggml.h
+_DECLARATIONS = """
+const char * ggml_version(void);
+int64_t      ggml_blck_size(int type);
+size_t       ggml_type_size(int type);
+size_t       ggml_row_size(int type, int64_t ne);
+const char * ggml_type_name(int type);
+bool         ggml_is_quantized(int type);
+bool         ggml_quantize_requires_imatrix(int type);
+bool         ggml_validate_row_data(int type, const void * data, size_t nbytes);
+"""
+
+# Types that llama-quantize refuses for a tensor without calibration data: tensor_requires_imatrix() in src/llama-quant.cpp.
+# It is a static function of the tool, so a build cannot be asked; tests/native/test_ggml.py compares this with what the tool does.
+_REFUSED_WITHOUT_IMATRIX = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"})
+
+
+@dataclass(frozen=True)
+class TypeTraits:
+    """One tensor type. `type_size` is the bytes of one block of `block_size` values.
+
+    `requires_imatrix`: llama-quantize refuses to write it without data for the tensor (exceptions: see `needs_imatrix`).
+    `library_requires_imatrix`: what ggml_quantize_requires_imatrix answers, a smaller set: the quantizers that would abort.
+    """
+
+    name: str
+    block_size: int
+    type_size: int
+    quantized: bool
+    requires_imatrix: bool
+    library_requires_imatrix: bool
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.type_size * 8 / self.block_size
+
+
+class Ggml:
+    """The types of one build. Names are upper case as in ggml's enum (`Q4_K`); look-ups ignore case."""
+
+    def __init__(self, toolset: Toolset) -> None:
+        self._types = _load(toolset.library("ggml-base"), toolset.manifest.get("ggml_type_count"))
+
+    def type_names(self) -> tuple[str, ...]:
+        """All types in the order of ggml's enum."""
+        return tuple(self._types)
+
+    def type_traits(self, name: str) -> TypeTraits:
+        """Raises TypeUnknown, which lists names that are near."""
+        traits = self._types.get(name.upper())
+        if traits is None:
+            near = difflib.get_close_matches(name.upper(), self._types, n=4, cutoff=0.5)
+            hint = f"near it: {', '.join(near)}" if near else f"known: {', '.join(self._types)}"
+            raise TypeUnknown(f"{name!r} is not a tensor type of this build's ggml", hint=hint)
+        return traits
+
+    def row_bytes(self, name: str, ne0: int) -> int:
+        """Bytes of a row of `ne0` values. Raises ShapeUnfit where a row is not whole blocks."""
+        traits = self.type_traits(name)
+        if ne0 < 0 or ne0 % traits.block_size:
+            raise ShapeUnfit(f"a row of {ne0} values cannot be {traits.name}: its blocks hold {traits.block_size}")
+        return ne0 // traits.block_size * traits.type_size
+
+    def needs_imatrix(self, name: str, tensor: str, file_type: str = "") -> bool:
+        """Whether llama-quantize refuses type `name` for `tensor` without calibration data, in a file of base type `file_type`.
+
+        Follows tensor_requires_imatrix() in src/llama-quant.cpp: never for token_embd and output; for Q2_K only in a Q2_K_S file.
+        """
+        traits = self.type_traits(name)
+        if tensor in ("token_embd.weight", "per_layer_token_embd.weight", "output.weight"):
+            return False
+        return traits.requires_imatrix or (traits.name == "Q2_K" and file_type.upper() == "Q2_K_S")
+
+
+@functools.lru_cache(maxsize=8)
+def _load(library: Path, type_count: int | None) -> Mapping[str, TypeTraits]:
+    ffi = cffi.FFI()
+    ffi.cdef(_DECLARATIONS)
+    try:
+        lib: Any = ffi.dlopen(str(library))
+        types = {}
+        for number in _type_numbers(ffi, lib, type_count):
+            block_size, type_size = int(lib.ggml_blck_size(number)), int(lib.ggml_type_size(number))
+            if not block_size or not type_size:
+                continue  # a number that once was a type
+            name = ffi.string(lib.ggml_type_name(number)).decode().upper()
+            needed = bool(lib.ggml_quantize_requires_imatrix(number))
+            quantized = bool(lib.ggml_is_quantized(number))
+            types[name] = TypeTraits(name, block_size, type_size, quantized, needed or name in _REFUSED_WITHOUT_IMATRIX, needed)
+    except (OSError, AttributeError) as error:
+        raise BuildMissing(f"{library} cannot be used: {error}", hint="make build") from None
+    return MappingProxyType(types)
+
+
+def _type_numbers(ffi: cffi.FFI, lib: Any, type_count: int | None) -> range:
+    """The enum's numbers. ggml does not export GGML_TYPE_COUNT and reads past its table when asked for more.
+
+    So it is the count that `apex build` took from the header; for a build that is not ours, up to the newest type of
+    gguf-py that the library calls valid.
+    """
+    if type_count is not None:
+        return range(type_count)
+    for known in sorted((int(number) for number in gguf.GGMLQuantizationType), reverse=True):
+        if lib.ggml_validate_row_data(known, ffi.NULL, 0):
+            return range(known + 1)
+    return range(0)

@@ -1,0 +1,193 @@
+"""What llama-imatrix, llama-perplexity and llama-quantize print, as data.
+
+Pure functions of lines; None where a line says nothing of the kind.
+The formats are those of tools/imatrix/imatrix.cpp, tools/perplexity/perplexity.cpp and src/llama-quant.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+_PLANNED = re.compile(r"(?:computing|calculating perplexity) over (\d+) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)")
+_MARK = re.compile(r"\[(\d+)\]-?(?:\d+\.\d+|nan|inf),")
+_KLD_ROW = re.compile(r"\s*(\d+)\s+\d+\.\d+ ±\s+\S+\s+-?\d+\.\d+ ±")
+_PASS = re.compile(r"(\d+\.\d+) seconds per pass - ETA")
+_PERPLEXITY = re.compile(r"Final estimate: PPL = (\d+\.\d+) \+/- (\d+\.\d+)")
+
+_TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\] (\S+)\s+- \[([\d, ]+)\], type =\s+(\w+), (.*)")
+_SIZES = re.compile(r"size =\s+(\d+\.\d+) MiB(?: ->\s+(\d+\.\d+) MiB)?(?: \((\w+)\))?$")
+_CONVERTING = re.compile(r"converting to (\w+) \.\. ")
+_FALLBACK = re.compile(
+    r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*-> falling back to\s+(\w+)"
+)
+_TOTAL = re.compile(r"quant size\s+=\s+(\d+\.\d+) MiB \((\d+\.\d+) BPW\)")
+_MISSING_DATA = re.compile(r"Missing importance matrix for tensor (\S+) in|- offending tensor: (\S+)")
+
+# What a tool's failure means, first match wins: pattern, diagnosis (its groups filled in), hint.
+_DIAGNOSES = tuple(
+    (re.compile(pattern), diagnosis, hint)
+    for pattern, diagnosis, hint in (
+        (
+            r"error: invalid argument: (\S+)",
+            "this build of the tool does not know {0}",
+            "apex build, for tools with this project's patches",
+        ),
+        (r"No space left on device", "the disk is full", "free some space, or write to another disk"),
+        (r"(?:failed|unable) to allocate|bad_alloc|Cannot allocate memory", "memory ran out", "use a smaller context or batch"),
+        (
+            r"unknown model architecture: '([^']*)'",
+            "the pinned llama.cpp does not know the architecture {0!r}",
+            "apex build --pin latest",
+        ),
+        (
+            r"model is corrupted or incomplete",
+            "the model file is cut short or damaged",
+            "download or convert it again, then: apex inspect FILE",
+        ),
+        (r"you need at least (\d+) tokens", "the text is too short: {0} tokens are needed", "give more text, or a smaller context"),
+        (r"couldn't bind HTTP server socket", "the server's port is taken", None),
+        (r"error loading model: (.*)", "the model could not be loaded: {0}", None),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run over a text is about to do: chunks of `context` tokens, `sequences` of them a pass, `batch` tokens a batch."""
+
+    chunks: int
+    context: int
+    batch: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    value: float
+    error: float  # standard error
+
+
+@dataclass(frozen=True)
+class TensorLine:
+    """A tensor as llama-quantize lists it. `target` is `source` where it is copied. MiB as printed, so rounded: not for sums."""
+
+    number: int
+    total: int
+    name: str
+    shape: tuple[int, ...]  # ggml's order, four extents
+    source: str  # types in upper case
+    target: str
+    mib_before: float
+    mib_after: float
+    without_data: bool = False  # an imatrix was given and has nothing for this tensor
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor whose rows cannot hold the type that was asked for; llama-quantize took another without an error."""
+
+    name: str
+    columns: int
+    block: int
+    wanted: str
+    taken: str
+
+
+def planned(line: str) -> Planned | None:
+    """llama-imatrix and llama-perplexity, before they start."""
+    found = _PLANNED.search(line)
+    return Planned(*(int(group) for group in found.groups())) if found else None
+
+
+def chunks_done(line: str) -> int | None:
+    """The last chunk that a (perhaps unfinished) line counts: `[11]5.3,[12]5.3412,` or a row of the KL divergence table.
+
+    llama-imatrix --no-ppl prints no such marks: only `seconds_per_pass`, once.
+    """
+    if row := _KLD_ROW.match(line):
+        return int(row[1])
+    last = line.rfind("[")
+    while last >= 0:
+        if mark := _MARK.match(line, last):
+            return int(mark[1])
+        last = line.rfind("[", 0, last)
+    return None
+
+
+def seconds_per_pass(line: str) -> float | None:
+    """Measured by the tool on its first pass. The whole takes about this times chunks / sequences."""
+    found = _PASS.search(line)
+    return float(found[1]) if found else None
+
+
+def perplexity(line: str) -> Perplexity | None:
+    found = _PERPLEXITY.search(line)
+    return Perplexity(float(found[1]), float(found[2])) if found else None
+
+
+def tensors_done(line: str) -> tuple[int, int, str] | None:
+    """llama-quantize's progress: number, total, name of the tensor it has come to."""
+    found = _TENSOR.match(line)
+    return (int(found[1]), int(found[2]), found[3]) if found else None
+
+
+def tensor_lines(lines: Sequence[str]) -> tuple[TensorLine, ...]:
+    """All tensors that llama-quantize listed, in a real run or with --dry-run.
+
+    A remark about missing calibration data comes between the two halves of a tensor's line.
+    Where the second half never came the tensor is left out.
+    """
+    result: list[TensorLine] = []
+    waiting: TensorLine | None = None
+    for line in lines:
+        rest = line
+        if found := _TENSOR.match(line):
+            shape = tuple(int(extent) for extent in found[4].split(","))
+            source = found[5].upper()
+            waiting = TensorLine(int(found[1]), int(found[2]), found[3], shape, source, source, 0.0, 0.0)
+            rest = found[6]
+        elif waiting and "did not find weights for" in line:
+            waiting = replace(waiting, without_data=True)
+        sizes = _SIZES.search(rest)
+        if waiting and sizes:
+            converting = _CONVERTING.search(rest)
+            target = converting[1] if converting else sizes[3]
+            before = float(sizes[1])
+            after = float(sizes[2]) if sizes[2] else before
+            result.append(replace(waiting, target=(target or waiting.source).upper(), mib_before=before, mib_after=after))
+            waiting = None
+    return tuple(result)
+
+
+def fallbacks(lines: Sequence[str]) -> tuple[Fallback, ...]:
+    found = (_FALLBACK.search(line) for line in lines)
+    return tuple(Fallback(f[1], int(f[2]), int(f[3]), f[4].upper(), f[5].upper()) for f in found if f)
+
+
+def quantized_size(lines: Sequence[str]) -> tuple[float, float] | None:
+    """(MiB, bits per weight) of all tensors together, as llama-quantize prints them at its end."""
+    for line in reversed(lines):
+        if found := _TOTAL.search(line):
+            return float(found[1]), float(found[2])
+    return None
+
+
+def tensor_without_data(lines: Sequence[str]) -> str | None:
+    """The tensor for which llama-quantize refused a low-bit type, for want of calibration data."""
+    for line in lines:
+        if found := _MISSING_DATA.search(line):
+            return found[1] or found[2]
+    return None
+
+
+def explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
+    """What a failed run of any of the tools means, for `run_tool(explain=...)`: diagnosis and hint."""
+    if tensor := tensor_without_data(lines):
+        return f"{tensor} has no calibration data, and its type needs it", "apex calibrate MODEL, which runs the draft head too"
+    for pattern, diagnosis, hint in _DIAGNOSES:
+        for line in lines:
+            if found := pattern.search(line):
+                return diagnosis.format(*found.groups()), hint
+    return None

@@ -1,0 +1,255 @@
+"""Running a native tool: its output as it comes, a log of all of it, and no child left behind whatever happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from apex_build.errors import OutputUnwritable, ToolFailed, ToolKilled, ToolTimeout
+from apex_build.native.lines import Lines, printable
+
+Explain = Callable[[Sequence[str]], "tuple[str, str | None] | None"]
+
+_KEPT_LINES = 50_000  # enough for any real run; a tool gone mad must not fill our memory
+_SHOWN_LINES = 15
+_GRACE = 5.0  # seconds between SIGINT, SIGTERM and SIGKILL
+_DRAIN = 0.5  # seconds that a daemon which kept the pipe open may hold us up after the tool itself has ended
+_UNSAID = re.compile(r"[\s=\-#*.]*")
+
+
+@dataclass(frozen=True)
+class ToolRun:
+    """A finished run. `lines`: the last 50,000 of stdout and stderr merged, without progress that `\\r` rewrote."""
+
+    returncode: int
+    lines: tuple[str, ...]
+    seconds: float
+
+
+def run_tool(
+    arguments: Sequence[str | Path],
+    *,
+    log: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    explain: Explain | None = None,
+    timeout: float | None = None,
+) -> ToolRun:
+    """Run a program to its end.
+
+    `on_line` gets each line as soon as it is complete, and before that the unfinished line so far each time it has grown
+    (progress such as `[12]5.3412,`). `env` is added to our own environment. All output goes to `log` unchanged, under a line
+    with the command. `explain` is given the lines of a failed run and may return (diagnosis, hint).
+
+    Whatever ends this function early (Ctrl-C, SIGTERM, an error in `on_line`) also ends the tool and every process it started:
+    SIGINT, then SIGTERM, then SIGKILL. The tool runs in a session of its own, so the terminal's Ctrl-C reaches only us.
+
+    Raises ToolFailed (not startable, or a code other than 0), ToolKilled (ended by a signal), ToolTimeout (`timeout` seconds
+    are over), OutputUnwritable (the log).
+    """
+    command = [str(argument) for argument in arguments]
+    name = Path(command[0]).name
+    lines: deque[str] = deque(maxlen=_KEPT_LINES)
+    began = time.monotonic()
+    with _log_file(log) as write, unwinding_signals():
+        write(f"$ {shlex.join(command)}\n".encode())
+        child = start(command, cwd=cwd, env=env)
+        reader = Lines(lines.append, on_line)
+        try:
+            for block in _output_of(child, None if timeout is None else began + timeout):
+                write(block)
+                reader.feed(block)
+            reader.close()
+            code = child.wait()
+        except _OutOfTime:
+            raise ToolTimeout(
+                f"{name} did not end within {timeout:.0f} s and was stopped{tail(lines)}{where(log)}",
+                hint="try again on a machine with less load",
+            ) from None
+        finally:
+            stop(child)
+    if code:
+        raise failure(name, code, lines, log, explain)
+    return ToolRun(code, tuple(lines), time.monotonic() - began)
+
+
+def start(
+    command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, output: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, stdout and stderr in one pipe or the file `output`. End it with `stop`."""
+    # Arguments come from us alone: the tools would take others from variables of the user's shell, unseen by any manifest.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_ARG_", "LLAMA_LOG_", "AIP_"))}
+    inherited.setdefault("GGML_NO_BACKTRACE", "1")  # a debugger's backtrace would push the error itself out of sight
+    try:
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output or subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env={**inherited, **(env or {})},
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ToolFailed(
+            f"cannot start {command[0]}: {error.strerror or error}", hint="make build, if it is one of the native tools"
+        ) from None
+
+
+def stop(child: subprocess.Popen[bytes]) -> None:
+    """End a child started by `start`, its whole process group, and close its pipe. Does nothing to a child that has ended."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if child.poll() is not None:
+                return
+            _signal_group(child, number)
+            _wait_draining(child, _GRACE)
+    finally:  # also when a second Ctrl-C comes while we wait
+        if child.poll() is None:
+            for process in _session_members(child.pid):
+                _kill(process)
+            _signal_group(child, signal.SIGKILL)
+            child.wait()
+        if child.stdout:
+            child.stdout.close()
+
+
+class _OutOfTime(Exception):
+    """The deadline of a run passed."""
+
+
+def _output_of(child: subprocess.Popen[bytes], deadline: float | None) -> Iterator[bytes]:
+    """Blocks of output as they come. Ends with the pipe, or soon after the child when a daemon it left keeps the pipe open."""
+    assert child.stdout is not None
+    pipe = child.stdout.fileno()
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN | select.POLLHUP)
+    ended: float | None = None
+    while True:
+        now = time.monotonic()
+        if ended is None and child.poll() is not None:
+            ended = now
+        if poll.poll(100):
+            block = os.read(pipe, 1 << 16)
+            if not block:
+                return
+            yield block
+        elif ended is not None and now - ended > _DRAIN:
+            return
+        if deadline is not None and now > deadline and ended is None:
+            raise _OutOfTime
+
+
+def _wait_draining(child: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait for the end of a child that was told to end, reading on: one that blocks on a full pipe cannot end."""
+    deadline = time.monotonic() + seconds
+    poll = select.poll()
+    if child.stdout:
+        poll.register(child.stdout.fileno(), select.POLLIN)
+    while child.poll() is None and time.monotonic() < deadline:
+        if poll.poll(50) and child.stdout and not os.read(child.stdout.fileno(), 1 << 16):
+            poll.unregister(child.stdout.fileno())
+            break
+    while child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
+    try:
+        os.killpg(child.pid, number)
+    except (ProcessLookupError, PermissionError):  # ended in this moment
+        return
+
+
+def _session_members(session: int) -> list[int]:
+    """Processes of a session that we started (ninja gives each compiler a process group of its own, so the group is not enough)."""
+    members = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session:  # state, ppid, pgrp, session: proc(5)
+            members.append(int(entry.parent.name))
+    return members
+
+
+def _kill(process: int) -> None:
+    try:
+        os.kill(process, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+@contextmanager
+def unwinding_signals() -> Iterator[None]:
+    """While a child runs, SIGTERM and SIGHUP unwind us as Ctrl-C does, so that the child ends before we do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def unwind(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _log_file(path: Path | None) -> Iterator[Callable[[bytes], object]]:
+    if path is None:
+        yield lambda _block: None
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("wb", buffering=0)
+    except OSError as error:
+        raise OutputUnwritable(f"cannot write the log {path}: {error.strerror or error}") from None
+    with file:
+        yield file.write
+
+
+def failure(name: str, code: int, lines: Sequence[str], log: Path | None, explain: Explain | None) -> ToolFailed | ToolKilled:
+    """The error for a run that ended with `code` (negative: by that signal)."""
+    diagnosis, hint = (explain(lines) if explain else None) or (None, None)
+    said = f": {diagnosis}" if diagnosis else ""
+    if code < 0:
+        try:
+            number = signal.Signals(-code).name
+        except ValueError:
+            number = f"signal {-code}"
+        if number == "SIGKILL" and not diagnosis:
+            said = ": nothing in it does this by itself; the system does, when memory runs out"
+            hint = "look for 'Out of memory' in dmesg; use a smaller context or batch, or more swap"
+        return ToolKilled(f"{name} was ended by {number}{said}{tail(lines)}{where(log)}", hint=hint)
+    return ToolFailed(f"{name} ended with code {code}{said}{tail(lines)}{where(log)}", hint=hint)
+
+
+def tail(lines: Sequence[str]) -> str:
+    """The last lines that say something, for the end of a message."""
+    shown = [line for line in lines if not _UNSAID.fullmatch(line)][-_SHOWN_LINES:]
+    return "".join(f"\n  | {printable(line)}" for line in shown)
+
+
+def where(log: Path | None) -> str:
+    return f"\n  all of its output: {log}" if log else ""

@@ -1,0 +1,101 @@
+"""Where the built tools are: a folder with `bin/` and `manifest.json`, found in the cache or named by the user."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apex_build import places
+from apex_build.errors import BuildMissing
+
+_HINT = "make build, or: apex build"
+_BACKENDS = ("cpu",)  # in the order of preference
+
+
+@dataclass(frozen=True)
+class Toolset:
+    """One build of the tools: `root/bin/llama-*`, `root/bin/lib*.so`.
+
+    `manifest` says what went into it; it is empty for a build that is not ours.
+    """
+
+    root: Path
+    manifest: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def bin(self) -> Path:
+        return self.root / "bin"
+
+    def tool(self, name: str) -> Path:
+        """Path of a tool such as `llama-imatrix`. Raises BuildMissing."""
+        path = self.bin / name
+        if not os.access(path, os.X_OK) or not path.is_file():
+            raise BuildMissing(f"the tools in {self.root} have no {name}", hint=_HINT)
+        return path
+
+    def library(self, name: str) -> Path:
+        """Path of a shared library by its bare name, such as `ggml-base` or `llama`. Raises BuildMissing."""
+        path = self.bin / f"lib{name}.so"
+        if not path.is_file():
+            raise BuildMissing(f"the tools in {self.root} have no library lib{name}.so", hint=_HINT)
+        return path
+
+
+def find_toolset(path: Path | None = None) -> Toolset:
+    """The tools to use: `path`, or the folder that APEX_TOOLS names, or the newest build of the default pin in the cache.
+
+    A given folder is one that `apex build` made, or the CMake build folder or `bin` folder of any llama.cpp build.
+    Raises BuildMissing where there is none, or where files of it are gone or cut short.
+    """
+    if path is None and (given := os.environ.get("APEX_TOOLS")):
+        path = Path(given)
+    if path is not None:
+        return _given(path)
+    builds = places.cache_root() / "builds"
+    for backend in _BACKENDS:
+        pointer = builds / f"current-{backend}.json"
+        if pointer.is_file():
+            return open_build(builds / str(_json(pointer).get("key", "")))
+    raise BuildMissing("the native tools have not been built", hint=_HINT)
+
+
+def open_build(root: Path) -> Toolset:
+    """A build that `apex build` made, checked cheaply: every file of its manifest is there with its size."""
+    manifest = _json(root / "manifest.json")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise BuildMissing(f"{root / 'manifest.json'} lists no files", hint=_HINT)
+    for name, about in files.items():
+        try:
+            size = (root / name).stat().st_size
+        except OSError:
+            raise BuildMissing(f"the build in {root} is damaged: {name} is gone", hint=_HINT) from None
+        if size != about["size"]:
+            raise BuildMissing(f"the build in {root} is damaged: {name} has {size} bytes, expected {about['size']}", hint=_HINT)
+    return Toolset(root, manifest)
+
+
+def _given(path: Path) -> Toolset:
+    path = path.expanduser().absolute()
+    if (path / "manifest.json").is_file():
+        return open_build(path)
+    for root in (path, path.parent):
+        if (root / "bin" / "llama-quantize").is_file() and path in (root, root / "bin"):
+            return Toolset(root, {})
+    raise BuildMissing(f"{path} holds no built tools: expected bin/llama-quantize in it", hint=_HINT)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise BuildMissing(f"the build in {path.parent} is not complete: no {path.name}", hint=_HINT) from None
+    except ValueError:
+        raise BuildMissing(f"{path} is damaged: not JSON", hint=_HINT) from None
+    if not isinstance(value, dict):
+        raise BuildMissing(f"{path} is damaged: not a JSON object", hint=_HINT)
+    return value

@@ -1,0 +1,191 @@
+"""Finding and loading plugins: built-in folders, folders the user names, and installed packages, all by the same road."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pluggy
+
+from apex_build import hookspecs
+from apex_build.errors import ApexError, PluginFailed, PolicyUnknown
+from apex_build.hookspecs import Document, PolicySpec, Source
+from apex_build.places import data_root
+
+if TYPE_CHECKING:
+    import click
+
+GROUP = "apex_build"
+T = TypeVar("T")
+Read = Callable[[Mapping[str, Any], Path], Iterator[Document]]
+
+
+@dataclass(frozen=True, eq=False)
+class Plugins:
+    """Loaded plugins. What they give is asked for when it is used; an error inside one raises PluginFailed naming it."""
+
+    manager: pluggy.PluginManager
+    origins: Mapping[str, str]  # plugin name -> folder or distribution it came from
+
+    def policies(self) -> dict[str, PolicySpec]:
+        """Policies by name, sorted; two plugins with a policy of the same name are refused."""
+        found = self._named("apex_policies", PolicySpec)
+        library: dict[str, tuple[Path, ...]] = {}
+        for plugin, policy in found.values():
+            if not policy.template.is_file():
+                raise PluginFailed(
+                    f"plugin '{plugin}': the template of its policy '{policy.name}' does not exist: {policy.template}"
+                )
+            folder = policy.template.resolve().parent
+            library[plugin] = (*(f for f in library.get(plugin, ()) if f != folder), folder)
+        return {name: replace(policy, plugin=plugin, library=library) for name, (plugin, policy) in sorted(found.items())}
+
+    def policy(self, name: str) -> PolicySpec:
+        """The policy of this name. Raises PolicyUnknown with names that are near."""
+        known = self.policies()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            nearby = f"; near it: {', '.join(near)}" if near else ""
+            raise PolicyUnknown(f"there is no policy '{name}'{nearby}. There are: {', '.join(known)}", hint="apex policies")
+        return known[name]
+
+    def calibration_sources(self) -> dict[str, Source]:
+        """Sources by name; reading from one blames its plugin for what it raises."""
+        found = self._named("apex_calibration_sources", Source)
+        return {name: replace(source, read=_blaming(plugin, source.read)) for name, (plugin, source) in sorted(found.items())}
+
+    def commands(self) -> dict[str, click.Command]:
+        """Further verbs of the command line, by name."""
+        import click
+
+        return {name: command for name, (_, command) in sorted(self._named("apex_commands", click.Command).items())}
+
+    def role_of(self, architecture: str, tensor: str) -> str | None:
+        """Role of a tensor, from the plugin loaded last that knows it (`gguf_model.catalogue.RoleOf`)."""
+        for plugin, role in _role_functions(self, architecture):
+            with _blame(plugin):
+                found = role(tensor)
+            if found is not None:
+                return found
+        return None
+
+    def _call(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """(plugin, result) of each plugin that has the hook, the last loaded first."""
+        for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
+            with _blame(implementation.plugin_name):
+                result = implementation.function(**{name: arguments[name] for name in implementation.argnames})
+            yield implementation.plugin_name, result
+
+    def _named(self, hook: str, kind: type[T]) -> dict[str, tuple[str, T]]:
+        found: dict[str, tuple[str, T]] = {}
+        for plugin, results in self._call(hook):
+            if not isinstance(results, Sequence) or not all(isinstance(item, kind) for item in results):
+                raise PluginFailed(f"plugin '{plugin}': {hook}() must give a list of {kind.__name__}, not {results!r:.200}")
+            for item in results:
+                name: str = item.name
+                if name in found:
+                    raise PluginFailed(
+                        f"{hook}(): '{name}' comes from two plugins, '{plugin}' ({self.origins[plugin]}) "
+                        f"and '{found[name][0]}' ({self.origins[found[name][0]]})",
+                        hint="rename one of the two, or leave its plugin out",
+                    )
+                found[name] = (plugin, item)
+        return found
+
+
+def load_plugins(folders: Sequence[Path] = ()) -> Plugins:
+    """Built-in plugins, installed ones (entry points), then the folders given; each folder holds a `plugin.py`.
+
+    The same folders give the same object. Raises PluginFailed, naming the plugin and the line of its code.
+    """
+    return _load(tuple(dict.fromkeys(Path(folder).resolve() for folder in folders)), data_root())
+
+
+@functools.lru_cache(maxsize=16)
+def _load(folders: tuple[Path, ...], data: Path) -> Plugins:
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    origins: dict[str, str] = {}
+    for path in sorted((data / "plugins").glob("*/plugin.py")):
+        _register(manager, origins, path.parent.name, str(path.parent), functools.partial(_module_of, path.parent))
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        package = entry.dist.name if entry.dist else entry.value
+        _register(manager, origins, entry.name, f"package {package}", entry.load)
+    for folder in folders:
+        if not (folder / "plugin.py").is_file():
+            raise PluginFailed(f"no plugin in {folder}: a plugin folder holds a file plugin.py")
+        if str(folder) not in origins.values():  # a built-in one, named once more
+            _register(manager, origins, folder.name, str(folder), functools.partial(_module_of, folder))
+    return Plugins(manager, origins)
+
+
+def _register(manager: pluggy.PluginManager, origins: dict[str, str], name: str, origin: str, load: Callable[[], Any]) -> None:
+    if name in origins:
+        raise PluginFailed(f"two plugins are named '{name}': {origins[name]} and {origin}", hint="rename one of them")
+    with _blame(name, origin):
+        manager.register(load(), name=name)
+        manager.check_pending()  # a hook function of a name that is no hook: misspelt, or made for another version
+    origins[name] = origin
+
+
+def _module_of(folder: Path) -> ModuleType:
+    """Import `folder/plugin.py` as a package of a name of its own, so that its relative imports find the files beside it."""
+    name = f"_apex_plugin_{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, folder / "plugin.py", submodule_search_locations=[str(folder)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot import {folder / 'plugin.py'}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@functools.lru_cache(maxsize=64)
+def _role_functions(plugins: Plugins, architecture: str) -> tuple[tuple[str, Callable[[str], str | None]], ...]:
+    answers = plugins._call("apex_tensor_roles", architecture=architecture)
+    return tuple((plugin, role) for plugin, role in answers if role is not None)
+
+
+def _blaming(plugin: str, read: Read) -> Read:
+    def blamed(options: Mapping[str, Any], folder: Path) -> Iterator[Document]:
+        with _blame(plugin):
+            yield from read(options, folder)
+
+    return blamed
+
+
+@contextmanager
+def _blame(plugin: str, origin: str = "") -> Iterator[None]:
+    """Turn whatever a plugin raises into PluginFailed. Its own ApexErrors pass: they are meant for the user."""
+    try:
+        yield
+    except ApexError:
+        raise
+    except (Exception, SystemExit) as error:
+        source = f" ({origin})" if origin else ""
+        raise PluginFailed(f"plugin '{plugin}'{source}: {type(error).__name__}: {error}{_where(error)}") from error
+
+
+def _where(error: BaseException) -> str:
+    """', at FILE:LINE' of the innermost frame that is neither ours nor a library's."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f", at {error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = (str(Path(__file__).parent), str(Path(traceback.__file__).parent), "<frozen")
+    theirs = [frame for frame in frames if not frame.filename.startswith(own)] or frames
+    return f", at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""

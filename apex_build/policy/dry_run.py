@@ -1,0 +1,142 @@
+"""Asking llama-quantize itself, without writing anything: its base types, what it quantizes, what type each tensor would get."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+
+from apex_build.errors import PlanMismatch, ShapeUnfit, TemplateFailed, ToolFailed, TypeUnknown
+from apex_build.gguf_model.catalogue import Model
+from apex_build.native.output import Fallback, TensorLine, explain, fallbacks, quantized_size, tensor_lines
+from apex_build.native.run import run_tool
+from apex_build.native.toolset import Toolset
+
+_SECONDS = 600.0
+_LISTED_TYPE = re.compile(r"\s*(\d+)\s+or\s+(\w+)\s*:")
+_UNFIT = re.compile(r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\)")
+_REGEX = re.compile(r"failed to quantize: (.*regular expression.*|.*regex.*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What llama-quantize says it would write."""
+
+    tensors: Mapping[str, TensorLine]
+    fallbacks: Mapping[str, Fallback]
+    mib: float  # of all tensors, to the two decimals that it prints
+
+
+def dry_run(
+    model: Model, base_type: str, rules: str, tools: Toolset, *, imatrix: Path | None = None, as_if_calibrated: bool = False
+) -> DryRun:
+    """`llama-quantize --dry-run` with these rules. The mixtures of some base types depend on whether an imatrix is given, not on
+    what is in it: `as_if_calibrated` gives one that is empty but for a name.
+
+    Raises TypeUnknown for a base type it does not know, ShapeUnfit, and ToolFailed.
+    """
+    check_base_type(base_type, tools)
+    with tempfile.TemporaryDirectory(prefix="apex-plan-") as folder:
+        arguments: list[str | Path] = [tools.tool("llama-quantize"), "--dry-run"]
+        if rules:
+            arguments += ["--tensor-type-file", _written(Path(folder) / "rules.txt", rules)]
+        if imatrix is None and as_if_calibrated:
+            imatrix = _empty_imatrix(Path(folder) / "imatrix.gguf")
+        if imatrix is not None:
+            arguments += ["--imatrix", imatrix.absolute()]
+        lines = _run([*arguments, model.path.absolute(), base_type])
+    size = quantized_size(lines)
+    tensors = {line.name: line for line in tensor_lines(lines)}
+    if size is None or tensors.keys() != {tensor.name for tensor in model.tensors}:
+        raise PlanMismatch(f"llama-quantize --dry-run listed {len(tensors)} tensors of {model.path}, expected {len(model.tensors)}")
+    return DryRun(tensors, {fallback.name: fallback for fallback in fallbacks(lines)}, size[0])
+
+
+def quantizable_tensors(model: Model, tools: Toolset) -> frozenset[str]:
+    """Names of the tensors whose type llama-quantize changes when it is asked to; all others it copies, whatever the rules say.
+
+    Asked of the tool: to a type that is not quantized it converts exactly those, and a tensor that has that type already shows in
+    the run to the other.
+    """
+    found: set[str] = set()
+    for target in ("BF16", "F16"):
+        run = dry_run(model, target, "", tools)
+        found |= {name for name, line in run.tensors.items() if line.target != line.source}
+        if all(line.source != target for line in run.tensors.values()):
+            break
+    return frozenset(found)
+
+
+def check_base_type(name: str, tools: Toolset) -> int:
+    """The number (LLAMA_FTYPE, `general.file_type`) of a base type. Raises TypeUnknown with names that are near."""
+    known = base_types(tools)
+    if name.upper() not in known:
+        near = difflib.get_close_matches(name.upper(), known, n=4, cutoff=0.5) or sorted(known)
+        raise TypeUnknown(
+            f"'{name}' is not a base type of llama-quantize; it knows: {', '.join(near)}",
+            hint="for example: --set base_type=Q4_K_M",
+        )
+    return known[name.upper()]
+
+
+@functools.lru_cache(maxsize=8)
+def base_types(tools: Toolset) -> Mapping[str, int]:
+    """llama-quantize's types for a whole file, from its own help: name -> LLAMA_FTYPE."""
+    lines: list[str] = []
+    with contextlib.suppress(ToolFailed):  # it ends with code 1 after its help
+        run_tool([tools.tool("llama-quantize"), "--help"], on_line=lines.append, timeout=_SECONDS)
+    listed = (_LISTED_TYPE.match(line) for line in lines)
+    types = {found[2].upper(): int(found[1]) for found in listed if found}
+    if not types:
+        raise ToolFailed(f"{tools.tool('llama-quantize')} --help lists no types", hint="make build")
+    return types
+
+
+def _run(arguments: Sequence[str | Path]) -> Sequence[str]:
+    lines: list[str] = []
+    try:
+        return run_tool(arguments, on_line=lines.append, explain=explain, timeout=_SECONDS).lines
+    except ToolFailed:
+        unfit = [found for line in lines if (found := _UNFIT.search(line))]
+        if unfit and any("no tensor type fallback is defined" in line for line in lines):
+            name, columns, block, type_name = unfit[-1].groups()
+            raise ShapeUnfit(
+                f"{name} has rows of {columns} values, and type {type_name.upper()} needs a multiple of {block}",
+                hint="give it another type",
+            ) from None
+        if regex := next((found for line in lines if (found := _REGEX.search(line))), None):
+            raise TemplateFailed(
+                f"llama-quantize does not understand a pattern of the rules: {regex[1]}",
+                hint="it reads ECMAScript's regular expressions",
+            ) from None
+        raise
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _empty_imatrix(path: Path) -> Path:
+    """An imatrix that llama-quantize loads, with one entry of no model: a dry run looks at no more than that there is one."""
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["none"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 1)
+    writer.add_tensor("none.in_sum2", np.ones((1, 32), dtype=np.float32))
+    writer.add_tensor("none.counts", np.ones((1, 1), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,81 @@
+"""The parameters of a policy: what `--set name=value` may say, checked."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from apex_build.errors import ParameterUnknown, TypeUnknown
+from apex_build.hookspecs import Parameter, PolicySpec
+from apex_build.native.ggml import Ggml
+
+Value = str | int | bool
+
+# Every policy has it: `--set base_type=Q3_K_M`
+BASE_TYPE = "base_type"
+
+_YES = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
+
+
+def resolve(policy: PolicySpec, given: Mapping[str, str | int | bool], ggml: Ggml) -> dict[str, Value]:
+    """All parameters of the policy with their values, `base_type` among them.
+
+    Raises ParameterUnknown, listing what there is, and TypeUnknown.
+    """
+    known = {**policy.parameters, BASE_TYPE: Parameter(policy.base_type, "text", "llama-quantize's type for what no rule names")}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            nearby = f"; near it: {', '.join(near)}" if near else ""
+            raise ParameterUnknown(
+                f"policy '{policy.name}' has no parameter '{name}'{nearby}. It has: {', '.join(sorted(known))}",
+                hint=f"apex policies {policy.name}",
+            )
+    values = {name: _value(policy, name, parameter, given.get(name, parameter.default), ggml) for name, parameter in known.items()}
+    values[BASE_TYPE] = re.sub(r"\{([\w.]+)\}", lambda found: str(values.get(found[1], found[0])), str(values[BASE_TYPE])).upper()
+    return values
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, str]:
+    """`name=value` texts of the command line. A name given twice takes its last value."""
+    values = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise ParameterUnknown(f"'{setting}' is not of the form name=value", hint="for example: --set draft_head=Q4_K")
+        values[name.strip()] = value.strip()
+    return values
+
+
+def _value(policy: PolicySpec, name: str, parameter: Parameter, value: Value, ggml: Ggml) -> Value:
+    about = f"parameter '{name}' of policy '{policy.name}'"
+    text = str(value).strip()
+    if parameter.kind == "int":
+        if not re.fullmatch(r"[0-9]{1,6}", text):
+            raise ParameterUnknown(f"{about} takes a whole number from 0, not '{value}'")
+        return int(text)
+    if parameter.kind == "flag":
+        if text.lower() not in _YES:
+            raise ParameterUnknown(f"{about} takes yes or no, not '{value}'")
+        return _YES[text.lower()]
+    if parameter.kind == "type":
+        if text.lower() in parameter.words:
+            return text.lower()
+        try:
+            return writable_type(text, ggml)
+        except TypeUnknown as error:
+            also = f" (or: {', '.join(parameter.words)})" if parameter.words else ""
+            raise TypeUnknown(f"{about}: {error.message}{also}", hint=error.hint) from None
+    return text
+
+
+def writable_type(name: str, ggml: Ggml) -> str:
+    """The name in upper case of a tensor type that llama-quantize can write. Raises TypeUnknown with names that are near."""
+    traits = ggml.type_traits(name)
+    # Q8_1 and Q8_K hold intermediate results of matrix products: ggml_quantize_chunk has no case for them, nor for integers and F64
+    if traits.name in ("Q8_1", "Q8_K") or (not traits.quantized and traits.name not in ("F32", "F16", "BF16")):
+        raise TypeUnknown(
+            f"llama-quantize cannot write tensors of type {traits.name}", hint="types it can: Q8_0, Q6_K, Q4_K, IQ2_XXS, F16, ..."
+        )
+    return traits.name

@@ -1,0 +1,165 @@
+"""The plan of a quantization: each tensor's type and bytes, as the policy asks and as llama-quantize will do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apex_build.errors import PlanMismatch
+from apex_build.gguf_model.catalogue import Model, Tensor
+from apex_build.hookspecs import PolicySpec
+from apex_build.identity import sha256_json
+from apex_build.native.ggml import Ggml
+from apex_build.native.toolset import Toolset
+from apex_build.policy.dry_run import DryRun, dry_run, quantizable_tensors
+from apex_build.policy.parameters import BASE_TYPE, Value, resolve
+from apex_build.policy.render import render
+from apex_build.policy.rules import Rule, apply_rules, parse_rules, rules_text
+
+MIXTURE = "mixture"
+KEPT = "kept"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a plan, in the model's order.
+
+    `source` says who decided: the rule's line, 'mixture' (llama-quantize's own choice for the base type), or 'kept' (a tensor that
+    it never quantizes). `fallback` is the type that was asked for, where the shape cannot hold it and llama-quantize takes `type`.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    draft_head: bool
+    shape: tuple[int, ...]
+    from_type: str
+    type: str
+    n_bytes: int
+    source: str
+    fallback: str | None
+    needs_data: bool  # llama-quantize refuses the type without calibration data for the tensor
+
+    @property
+    def n_elements(self) -> int:
+        n = 1
+        for extent in self.shape:
+            n *= extent
+        return n
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `llama-quantize --tensor-type-file RULES [--imatrix F] MODEL OUT BASE_TYPE` will write.
+
+    `identity` is a sha256 over what decides about the output: base type, rules, whether there is an imatrix, and all entries.
+    """
+
+    policy: str
+    parameters: Mapping[str, Value]
+    base_type: str
+    calibrated: bool  # made for a run with an imatrix
+    rules: str  # the text for --tensor-type-file, exactly as llama-quantize reads it
+    entries: tuple[Entry, ...]
+    identity: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors; the file adds its header and padding (`policy.size`)."""
+        return sum(entry.n_bytes for entry in self.entries)
+
+    @property
+    def n_elements(self) -> int:
+        return sum(entry.n_elements for entry in self.entries)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.n_bytes * 8 / self.n_elements
+
+    @property
+    def bytes_by_role(self) -> Mapping[str, int]:
+        """Role -> bytes; the draft head's tensors, whatever their role, under 'draft head'."""
+        totals: dict[str, int] = {}
+        for entry in self.entries:
+            role = "draft head" if entry.draft_head else entry.role
+            totals[role] = totals.get(role, 0) + entry.n_bytes
+        return totals
+
+    @property
+    def fallbacks(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.fallback)
+
+    @property
+    def needing_data(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.needs_data)
+
+
+def make_plan(
+    model: Model, policy: PolicySpec, parameters: Mapping[str, str | int | bool], tools: Toolset, imatrix: Path | None = None
+) -> Plan:
+    """Render the policy for the model and have llama-quantize say what it would do with it.
+
+    `parameters`: values given by the user, as text or typed; the others take their defaults. For a calibrated policy the plan holds
+    for a run with an imatrix, also while there is none yet.
+
+    Raises ParameterUnknown, TypeUnknown, TemplateFailed, TemplateUnsafe, ShapeUnfit, ToolFailed; PlanMismatch where llama-quantize
+    would not do what the rules say.
+    """
+    ggml = Ggml(tools)
+    values = resolve(policy, parameters, ggml)
+    base_type = str(values[BASE_TYPE])
+    quantizable = quantizable_tensors(model, tools)
+    rules = parse_rules(render(policy, values, model, quantizable), ggml)
+    deciding = apply_rules(rules, model.tensors)
+    calibrated = imatrix is not None or policy.calibrated
+    run = dry_run(model, base_type, rules_text(rules), tools, imatrix=imatrix, as_if_calibrated=calibrated)
+    entries = tuple(
+        _entry(tensor, run, deciding.get(tensor.name), tensor.name in quantizable, base_type, ggml) for tensor in model.tensors
+    )
+    plan = Plan(
+        policy.name, values, base_type, calibrated, rules_text(rules), entries, _identity(base_type, rules, calibrated, entries)
+    )
+    if f"{plan.n_bytes / (1 << 20):.2f}" != f"{run.mib:.2f}":
+        raise PlanMismatch(f"the plan for {model.path} adds up to {plan.n_bytes} bytes, but llama-quantize says {run.mib:.2f} MiB")
+    return plan
+
+
+def _entry(tensor: Tensor, run: DryRun, rule: Rule | None, quantizable: bool, base_type: str, ggml: Ggml) -> Entry:
+    line = run.tensors[tensor.name]
+    fallen = run.fallbacks.get(tensor.name)
+    if not quantizable:
+        expected, source = tensor.type, KEPT
+    elif rule:
+        expected, source = rule.type, rule.line
+    else:
+        expected, source = fallen.wanted if fallen else line.target, MIXTURE
+    if line.target != (fallen.taken if fallen else expected) or (fallen and fallen.wanted != expected):
+        raise PlanMismatch(
+            f"{tensor.name}: {rule.where if rule else 'no rule'} says {expected}, but llama-quantize would write {line.target}",
+            hint=f"rules need a quantized base type, and it is {base_type}: --set base_type=Q8_0"
+            if line.target == base_type
+            else None,
+        )
+    kept = line.target == tensor.type
+    rows = 1
+    for extent in tensor.shape[1:]:
+        rows *= extent
+    return Entry(
+        name=tensor.name,
+        role=tensor.role,
+        layer=tensor.layer,
+        draft_head=tensor.draft_head,
+        shape=tensor.shape,
+        from_type=tensor.type,
+        type=line.target,
+        n_bytes=tensor.n_bytes if kept else rows * ggml.row_bytes(line.target, tensor.shape[0]),
+        source=source,
+        fallback=fallen.wanted if fallen else None,
+        needs_data=not kept and ggml.needs_imatrix(line.target, tensor.name, base_type),
+    )
+
+
+def _identity(base_type: str, rules: Sequence[Rule], calibrated: bool, entries: Sequence[Entry]) -> str:
+    tensors = [[entry.name, entry.shape, entry.from_type, entry.type] for entry in entries]
+    return sha256_json({"base_type": base_type, "calibrated": calibrated, "rules": rules_text(rules), "tensors": tensors})

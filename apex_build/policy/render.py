@@ -1,0 +1,92 @@
+"""A policy and a model give the lines of the rules; the rules find tensors. Both in a child process with limits (sandbox.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apex_build import confined
+from apex_build.errors import TemplateFailed, TemplateUnsafe
+from apex_build.gguf_model.catalogue import Model, Tensor
+from apex_build.hookspecs import PolicySpec
+from apex_build.native.lines import printable
+from apex_build.policy import sandbox
+
+_WALL_SECONDS = 60.0
+
+
+def render(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]) -> list[tuple[str, str]]:
+    """Lines of the rendered template, each with where it was rendered: `FILE:LINE`.
+
+    `values`: the parameters (`parameters.resolve`). Raises TemplateFailed and TemplateUnsafe, naming the template's file and line.
+    """
+    folder = policy.template.resolve().parent
+    library = {plugin: [str(path) for path in paths] for plugin, paths in policy.library.items()}
+    own = policy.plugin or "policy"
+    library[own] = [str(folder), *(path for path in library.get(own, ()) if path != str(folder))]
+    request = {
+        "library": library,
+        "template": f"{own}/{policy.template.name}",
+        "catalogue": catalogue(model, quantizable),
+        "parameters": {name.replace(".", "_"): value for name, value in values.items()},
+    }
+    answer = _run(request, about=f"template of policy '{policy.name}', {policy.template}")
+    if "error" in answer:
+        error = TemplateUnsafe if answer["error"] == "unsafe" else TemplateFailed
+        where = f"{answer['file']}:{answer['line']}" if answer["file"] else str(policy.template)
+        raise error(f"template of policy '{policy.name}', {where}: {printable(answer['message'])}")
+    lines = answer["text"].split("\n")
+    return [(line, _where(line, file, number)) for line, (file, number) in zip(lines, answer["places"], strict=False)]
+
+
+def catalogue(model: Model, quantizable: Collection[str]) -> dict[str, Any]:
+    """What a template is given of a model, as JSON: plain values only."""
+    return {
+        "model": {name: getattr(model, name) for name in sandbox.ModelView.__dataclass_fields__},
+        "tensors": [
+            {
+                "name": tensor.name,
+                "layer": tensor.layer,
+                "role": tensor.role,
+                "shape": tensor.shape,
+                "type": tensor.type,
+                "depth": depth(model, tensor),
+                "draft_head": tensor.draft_head,
+                "quantizable": tensor.name in quantizable,
+            }
+            for tensor in model.tensors
+        ],
+    }
+
+
+def depth(model: Model, tensor: Tensor) -> int | None:
+    """Layers between a tensor and the nearest end of the trunk, 0 in the first and the last layer. None outside its blocks."""
+    if tensor.layer is None or tensor.draft_head:
+        return None
+    return min(tensor.layer, model.trunk_layers - 1 - tensor.layer)
+
+
+def find(patterns: Sequence[str], names: Sequence[str]) -> list[list[tuple[int, int, int]]]:
+    """For each pattern, (index of the name, start, end) in each name that it is found in. The patterns must compile."""
+    answer = _run({"patterns": patterns, "names": names}, about="the patterns of the rules")
+    if "error" in answer:
+        raise TemplateFailed(f"the patterns of the rules: {answer['message']}")
+    return [[(index, start, end) for index, start, end in places] for places in answer["found"]]
+
+
+def _run(request: Mapping[str, Any], about: str) -> dict[str, Any]:
+    try:
+        return confined.ask("apex_build.policy.sandbox", request, wall_seconds=_WALL_SECONDS)
+    except confined.OutOfBounds as error:
+        raise TemplateFailed(f"{about}: {printable(str(error))}") from None
+
+
+def _where(line: str, file: str, number: int) -> str:
+    """Jinja knows the statement a line came from; for a line that stands in the template as it is, its own number is better."""
+    if line.strip() and file:
+        literal = [
+            index for index, given in enumerate(Path(file).read_text("utf-8").split("\n"), 1) if given.strip() == line.strip()
+        ]
+        number = next((index for index in literal if index >= number), number)
+    return f"{file}:{number}"

@@ -1,0 +1,109 @@
+"""The rules of llama-quantize's --tensor-type-file: parsing what a template rendered, and refusing what would not do what it says.
+
+llama-quantize reads `pattern=type` words, lower-cases the pattern, and searches (not matches) it in each tensor's name; the first
+rule that is found wins. It knows no comments, and ignores a rule that finds nothing (tools/quantize/quantize.cpp,
+src/llama-quant.cpp).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from apex_build.errors import TemplateFailed, TypeUnknown
+from apex_build.gguf_model.catalogue import Tensor
+from apex_build.native.ggml import Ggml
+from apex_build.policy.parameters import writable_type
+from apex_build.policy.render import find
+
+_OPTIONAL = "optional"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line. `where`: the template's file and line, or another name of its place, for messages."""
+
+    pattern: str
+    type: str
+    where: str
+    optional: bool = False
+
+    @property
+    def line(self) -> str:
+        return f"{self.pattern}={self.type}"
+
+
+def parse_rules(lines: Iterable[tuple[str, str]], ggml: Ggml) -> tuple[Rule, ...]:
+    """Rules from (text, place) lines. Blank lines and `# comments` are left out; `# optional` allows a rule to find no tensor.
+
+    Raises TemplateFailed for a line that is no rule, TypeUnknown for its type; both name the place.
+    """
+    rules = []
+    for line, where in lines:
+        text, _, comment = line.partition("#")
+        text = text.strip()
+        if not text:
+            continue
+        pattern, equals, type_name = text.partition("=")
+        if not equals or not pattern or not type_name or re.search(r"\s", text):
+            raise TemplateFailed(f"{where}: {text!r:.200} is not of the form pattern=type, without spaces")
+        if pattern != pattern.lower():
+            raise TemplateFailed(
+                f"{where}: '{pattern}': llama-quantize lower-cases patterns, so this one would not mean what it says"
+            )
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise TemplateFailed(f"{where}: '{pattern}' is not a regular expression: {error}") from None
+        try:
+            rules.append(Rule(pattern, writable_type(type_name, ggml), where, comment.strip() == _OPTIONAL))
+        except TypeUnknown as error:
+            raise TypeUnknown(f"{where}: {error.message} (in the rule '{text}')", hint=error.hint) from None
+    return tuple(rules)
+
+
+def apply_rules(rules: Sequence[Rule], tensors: Sequence[Tensor]) -> dict[str, Rule]:
+    """Tensor name -> the rule that decides for it.
+
+    Raises TemplateFailed for a rule that finds no tensor, or finds by accident: one that cuts a word of a name (`attn_q` in
+    `attn_qkv`, `blk.1` in `blk.12`), or is not anchored and finds tensors of several roles.
+    """
+    deciding: dict[str, Rule] = {}
+    for rule, places in zip(rules, find([rule.pattern for rule in rules], [tensor.name for tensor in tensors]), strict=True):
+        if not places and not rule.optional:
+            hint = "end the line with '# optional' if that is right"
+            raise TemplateFailed(f"{rule.where}: the pattern '{rule.pattern}' is found in no tensor of the model", hint=hint)
+        found = [(tensors[index], start, end) for index, start, end in places]
+        _refuse_accidents(rule, found)
+        for tensor, _, _ in found:
+            deciding.setdefault(tensor.name, rule)
+    return deciding
+
+
+def rules_text(rules: Sequence[Rule]) -> str:
+    """The file for llama-quantize: rules only, one a line."""
+    return "".join(f"{rule.line}\n" for rule in rules)
+
+
+def _refuse_accidents(rule: Rule, found: Sequence[tuple[Tensor, int, int]]) -> None:
+    roles: dict[str, str] = {}
+    for tensor, start, end in found:
+        if (start, end) == (0, len(tensor.name)):
+            continue
+        roles.setdefault(tensor.role, tensor.name)
+        if _inside_word(tensor.name, start) or _inside_word(tensor.name, end):
+            raise TemplateFailed(
+                f"{rule.where}: the pattern '{rule.pattern}' also finds '{tensor.name}', in the middle of a word",
+                hint="anchor it and escape its dots: ^blk\\.3\\.attn_q\\.weight$ ; in a template, {{ tensor.name | exactly }}",
+            )
+    if len(roles) > 1:
+        names = ", ".join(f"{name} ({role})" for role, name in sorted(roles.items()))
+        raise TemplateFailed(
+            f"{rule.where}: the pattern '{rule.pattern}' is not anchored and finds tensors of several roles: {names}",
+            hint="anchor it with ^ and $, or write a line for each role",
+        )
+
+
+def _inside_word(name: str, at: int) -> bool:
+    return 0 < at < len(name) and name[at - 1].isalnum() and name[at].isalnum()

@@ -1,0 +1,87 @@
+"""The size in bytes of the file that llama-quantize will write: a header built from the input's, and the padded tensors.
+
+Follows gguf_get_meta_size (ggml/src/gguf.cpp) and the writing loop of llama_model_quantize_impl (src/llama-quant.cpp).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
+
+from apex_build.errors import ModelInvalid
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.cursor import SCALARS, U32, U64, Cursor
+from apex_build.gguf_model.foreign import open_file
+from apex_build.gguf_model.header import Header, read_header
+from apex_build.gguf_model.imatrix import Imatrix
+from apex_build.gguf_model.quantizable import n_dims
+from apex_build.policy.plan import Plan
+
+_COUNTS_END = 4 + 4 + 8 + 8  # magic, version, number of tensors, number of keys
+_REMOVED = ("split.no", "split.count", "split.tensors.count")
+_SET = ("general.quantization_version", "general.file_type")  # set in every output, as UINT32
+_LONGEST_TEXT = 127  # of a --override-kv value: llama_model_kv_override.val_str
+
+
+def file_size(plan: Plan, model: Model, added: Mapping[str, str | int | float | bool]) -> int:
+    """Bytes of the output file, exactly.
+
+    `added`: metadata that the run sets, by --override-kv or, for its imatrix, by itself (`imatrix_keys`).
+    Raises ModelInvalid for a model that llama-quantize would make an unreadable file of.
+    """
+    header = read_header(model.path)
+    if header.alignment != GGUF_DEFAULT_ALIGNMENT:
+        raise ModelInvalid(
+            f"{header.path}: general.alignment is {header.alignment}; llama-quantize copies that key but writes the tensors "
+            f"at multiples of {GGUF_DEFAULT_ALIGNMENT}, a file that nothing can read"
+        )
+    keys = _key_bytes(header)
+    for key in _REMOVED:
+        keys.pop(key, None)
+    for key, value in {**dict.fromkeys(_SET, 0), **added}.items():
+        keys[key] = 8 + len(key.encode()) + 4 + _value_bytes(value)
+    tensors = sum(8 + len(entry.name.encode()) + 4 + 8 * n_dims(entry.shape) + 4 + 8 for entry in plan.entries)
+    return _padded(_COUNTS_END + sum(keys.values()) + tensors) + sum(_padded(entry.n_bytes) for entry in plan.entries)
+
+
+def imatrix_keys(path: Path, imatrix: Imatrix) -> dict[str, str | int]:
+    """The metadata that llama-quantize sets for `--imatrix path` (the path as it is given)."""
+    keys: dict[str, str | int] = {"quantize.imatrix.file": str(path), "quantize.imatrix.entries_count": len(imatrix.entries)}
+    if imatrix.datasets:
+        keys["quantize.imatrix.dataset"] = imatrix.datasets[0]
+    if imatrix.chunk_count:
+        keys["quantize.imatrix.chunks_count"] = imatrix.chunk_count
+    return keys
+
+
+def _key_bytes(header: Header) -> dict[str, int]:
+    """Bytes of each key with its value, as the file has them; the header has been checked by `read_header`."""
+    sizes: dict[str, int] = {}
+    with open_file(header.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = Cursor(header.path, data, _COUNTS_END, len(data), len(data))
+        for _ in header.metadata:
+            start = cursor.at
+            key = cursor.string("a key")
+            kind = GGUFValueType(cursor.scalar(U32, key))
+            if kind == GGUFValueType.STRING:
+                cursor.skip(kind, 1, key)
+            elif kind == GGUFValueType.ARRAY:
+                element = GGUFValueType(cursor.scalar(U32, key))
+                cursor.skip(element, cursor.scalar(U64, key), key)
+            else:
+                cursor.at += SCALARS[kind].size
+            sizes[key] = cursor.at - start
+    return sizes
+
+
+def _value_bytes(value: str | int | float | bool) -> int:
+    if isinstance(value, str):
+        return 8 + len(value.encode()[:_LONGEST_TEXT])
+    return 1 if isinstance(value, bool) else 4
+
+
+def _padded(n_bytes: int) -> int:
+    return n_bytes + -n_bytes % GGUF_DEFAULT_ALIGNMENT

@@ -1,0 +1,45 @@
+"""The APEX tiers: a type for each tensor by its role and its depth (Adaptive Precision for EXpert models)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apex_build.hookspecs import Parameter, PolicySpec, hookimpl
+
+_HERE = Path(__file__).parent
+
+_INHERIT = ("inherit",)
+PARAMETERS = {
+    "edge": Parameter(5, "int", "routed and shared experts: this many layers at either end of the trunk are 'edge'"),
+    "near": Parameter(5, "int", "routed experts: this many layers next to the edges are 'near', the rest is 'middle'"),
+    "attention_edge": Parameter(3, "int", "attention and SSM: this many layers at either end of the trunk are 'edge'"),
+    "draft_head": Parameter("tier", "type", "the whole draft head; 'tier' is what APEX gives it", ("tier",)),
+    "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
+    "draft_head.shared": Parameter("inherit", "type", "the head's shared expert", _INHERIT),
+    "draft_head.attention": Parameter("inherit", "type", "the head's attention", _INHERIT),
+    "draft_head.eh_proj": Parameter("inherit", "type", "nextn.eh_proj, which joins token and hidden state", _INHERIT),
+    "draft_head.other": Parameter("inherit", "type", "all of the head that has no setting of its own", _INHERIT),
+}
+
+# template -> base type, description. The types of each tier stand in its template.
+_TIERS = {
+    "quality": ("Q6_K", "routed experts at 6 bits, 4 in the middle of the trunk"),
+    "balanced": ("Q5_K_M", "routed experts at 6 bits, 5 in the middle"),
+    "compact": ("Q4_K_M", "routed experts at 4 bits, 3 in the middle"),
+    "mini": ("Q3_K_M", "i-mini for models without calibration data, Q2_K for IQ2_S (this project's, not APEX's)"),
+    "i-mini": ("Q3_K_M", "routed experts at 3 bits, 2.5 in the middle"),
+    "i-nano": ("IQ2_XXS", "routed experts at 3 bits, 2 in the middle"),
+    "i-micro": ("IQ1_M", "routed experts at 3 bits, 1.75 in the middle"),
+}
+
+
+@hookimpl
+def apex_policies() -> list[PolicySpec]:
+    policies = [_policy(tier, tier, calibrated=tier.startswith("i-")) for tier in _TIERS]
+    # the same types, with an importance matrix
+    return policies + [_policy(f"i-{tier}", tier, calibrated=True) for tier in ("quality", "balanced", "compact")]
+
+
+def _policy(name: str, tier: str, *, calibrated: bool) -> PolicySpec:
+    base_type, description = _TIERS[tier]
+    return PolicySpec(name, _HERE / f"{tier}.jinja", base_type, calibrated, PARAMETERS, description)
