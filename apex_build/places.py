@@ -5,6 +5,7 @@ Environment: APEX_CACHE_DIR moves the cache (downloads, builds, environments), A
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -37,3 +38,10 @@ def source_root() -> Path:
 
 def patches_root() -> Path:
     return data_root() / "patches" / "llama.cpp"
+
+
+def lock_path(path: Path) -> Path:
+    """The lock file for something that is written at `path`: in the cache, so that nothing lies about beside it."""
+    locks = cache_root() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return locks / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.lock"

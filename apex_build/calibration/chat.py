@@ -1,0 +1,82 @@
+"""Conversations as the model's own chat template writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apex_build.calibration import chat_sandbox
+from apex_build.confined import OutOfBounds, ask
+from apex_build.errors import ChatTemplateFailed
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.header import ArrayValue
+from apex_build.hookspecs import Document
+
+_WALL_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template's text, where it came from, and the variables that it may use besides the conversation."""
+
+    text: str
+    origin: str
+    variables: dict[str, str]
+
+
+def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
+    """The template of the model's metadata, or of a file the user gives. Raises ChatTemplateFailed where there is none."""
+    variables = {f"{name}_token": _token(model, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    if file is not None:
+        try:
+            return ChatTemplate(file.read_text(encoding="utf-8"), str(file), variables)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ChatTemplateFailed(f"{file}: cannot be read: {error}") from None
+    text = model.metadata.get("tokenizer.chat_template")
+    if not isinstance(text, str):
+        raise ChatTemplateFailed(
+            f"{model.path}: the model has no chat template (tokenizer.chat_template), and the calibration set has conversations",
+            hint=f"apex calibrate {model.path} --chat-template FILE, or with a plain text: --text FILE",
+        )
+    return ChatTemplate(text, f"{model.path}: tokenizer.chat_template", variables)
+
+
+def render(template: ChatTemplate, documents: Sequence[Document]) -> list[str | None]:
+    """The text of each conversation, None for one that the template refuses (a role or tools it does not know).
+
+    Raises ChatTemplateFailed for a template that fails, leaves the sandbox, or does not come to an end.
+    """
+    conversations = [_conversation(document) for document in documents]
+    request = {"template": template.text, "variables": template.variables, "conversations": conversations}
+    try:
+        answer = ask("apex_build.calibration.chat_sandbox", request, wall_seconds=_WALL_SECONDS)
+    except OutOfBounds as error:
+        raise ChatTemplateFailed(f"chat template of {template.origin}: {error}") from None
+    if "error" in answer:
+        at = f", in {documents[answer['at']].origin}" if answer["at"] < len(documents) else ""
+        raise ChatTemplateFailed(
+            f"chat template of {template.origin}: {answer['error']}{at}", hint="apex calibrate --chat-template FILE with a mended one"
+        )
+    return [result.get("text") for result in answer["results"]]
+
+
+def _conversation(document: Document) -> dict[str, Any]:
+    # As transformers calls a template: `tools` and `documents` are there, as none.
+    tools = list(document.tools) or None
+    return {"messages": list(document.messages), "tools": tools, "documents": None, "add_generation_prompt": False}
+
+
+def _token(model: Model, key: str) -> str:
+    """The text of a special token, '' where the model has none."""
+    number, tokens = model.metadata.get(key), model.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, ArrayValue):
+        tokens = tokens.read()
+    if not isinstance(number, int) or not isinstance(tokens, tuple) or not 0 <= number < len(tokens):
+        return ""
+    return str(tokens[number])
+
+
+# the sandbox's module is named by a string above; this import makes a wrong name fail at once
+assert chat_sandbox.__name__ == "apex_build.calibration.chat_sandbox"

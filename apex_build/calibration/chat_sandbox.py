@@ -1,0 +1,59 @@
+"""Renders conversations with a model's chat template: `python -m apex_build.calibration.chat_sandbox`, see confined.py.
+
+The environment is the one that transformers gives chat templates (utils/chat_template_utils.py), but for the current date: a
+calibration text must come out the same tomorrow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from apex_build import confined
+
+CPU_SECONDS = 120
+DATE = "2026-01-01"
+
+
+class _Refused(Exception):
+    """The template itself said no to a conversation (`raise_exception`)."""
+
+
+def _refuse(message: str) -> None:
+    raise _Refused(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_others: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """One answer for each conversation: `text`, or `refused` with the template's own words; or an error for all of them."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda _format: DATE}
+    results: list[dict[str, str]] = []
+    try:
+        template = environment.from_string(request["template"])
+        for conversation in request["conversations"]:
+            try:
+                results.append({"text": template.render(**request["variables"], **conversation)})
+            except _Refused as error:
+                results.append({"refused": str(error)})
+    except SecurityError as error:
+        return {"error": f"it tried what the sandbox forbids: {error}", "at": len(results)}
+    except MemoryError:
+        return {"error": f"it needs more than {confined.MEMORY_BYTES >> 30} GiB of memory", "at": len(results)}
+    except jinja2.TemplateSyntaxError as error:
+        return {"error": f"line {error.lineno}: {error.message}", "at": len(results)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "at": len(results)}
+    return {"results": results}
+
+
+if __name__ == "__main__":
+    confined.serve(_answer, cpu_seconds=CPU_SECONDS)

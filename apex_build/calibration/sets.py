@@ -1,0 +1,190 @@
+"""Calibration sets: a TOML file that names parts, each from a source, and the text they make together."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apex_build.calibration.chat import ChatTemplate, chat_template, render
+from apex_build.errors import CalibrationSetInvalid
+from apex_build.gguf_model.catalogue import Model
+from apex_build.hookspecs import Document, Source
+from apex_build.places import data_root
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_PART_KEYS = {"domain", "source", "bytes", "origin", "licence"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a set. `max_bytes`: of its rendered text, None for all there is. `options` go to the source as they are."""
+
+    domain: str
+    source: str
+    max_bytes: int | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    name: str
+    path: Path
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class PartText:
+    """What a part gave: its documents, the bytes of text they make, and how many conversations the chat template refused."""
+
+    domain: str
+    source: str
+    documents: int
+    n_bytes: int
+    refused: int
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that llama-imatrix is run over, UTF-8, and what it is made of."""
+
+    name: str
+    data: bytes
+    parts: tuple[PartText, ...]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def known_sets() -> list[str]:
+    return sorted(path.stem for path in (data_root() / "calibration_sets").glob("*.toml"))
+
+
+def load_set(name: str) -> CalibrationSet:
+    """A built-in set by name, or the set of a TOML file. Raises CalibrationSetInvalid."""
+    path = Path(name) if name.endswith(".toml") else data_root() / "calibration_sets" / f"{name}.toml"
+    if not path.is_file():
+        raise CalibrationSetInvalid(
+            f"no calibration set '{name}'; there are: {', '.join(known_sets())}", hint="apex calibrate --set FILE.toml, or --text FILE"
+        )
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CalibrationSetInvalid(f"{path}: not TOML: {error}") from None
+    parts = given.get("part")
+    if not isinstance(parts, list) or not parts:
+        raise CalibrationSetInvalid(f"{path}: expected at least one [[part]]")
+    return CalibrationSet(path.stem, path, tuple(_part(path, number, part) for number, part in enumerate(parts, 1)))
+
+
+def _part(path: Path, number: int, given: Mapping[str, Any]) -> Part:
+    for key in ("domain", "source"):
+        if not isinstance(given.get(key), str):
+            raise CalibrationSetInvalid(f"{path}: part {number}: '{key}' is {given.get(key)!r}, expected a text")
+    limit = given.get("bytes")
+    if limit is not None and (not isinstance(limit, int) or limit <= 0):
+        raise CalibrationSetInvalid(f"{path}: part {number}: 'bytes' is {limit!r}, expected a whole number above 0")
+    options = {key: value for key, value in given.items() if key not in _PART_KEYS}
+    return Part(given["domain"], given["source"], limit, options)
+
+
+def text_of_file(path: Path) -> CalibrationText:
+    """A text of the user's own, as it is."""
+    try:
+        data = path.read_bytes()
+        data.decode("utf-8")
+    except OSError as error:
+        raise CalibrationSetInvalid(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationSetInvalid(f"{path}: not UTF-8: byte {error.start} is {data[error.start]:#04x}") from None
+    if not data.strip():
+        raise CalibrationSetInvalid(f"{path}: the text is empty")
+    return CalibrationText(path.name, data, (PartText("text", path.name, 1, len(data), 0),))
+
+
+def compose(
+    chosen: CalibrationSet,
+    sources: Mapping[str, Source],
+    model: Model,
+    *,
+    domains: Collection[str] = (),
+    template_file: Path | None = None,
+) -> CalibrationText:
+    """The text of a set for a model: documents of all parts, in turn, so that every stretch of it holds every domain.
+
+    Conversations are rendered with the model's chat template (or `template_file`). Raises CalibrationSetInvalid,
+    ChatTemplateFailed, and PluginFailed for a source that raises.
+    """
+    parts = [part for part in chosen.parts if not domains or part.domain in domains]
+    if not parts:
+        known = ", ".join(sorted({part.domain for part in chosen.parts}))
+        raise CalibrationSetInvalid(f"{chosen.path}: no part of the domains {', '.join(sorted(domains))}; it has: {known}")
+    texts: list[list[bytes]] = []
+    summaries: list[PartText] = []
+    template: ChatTemplate | None = None
+    for part in parts:
+        if part.source not in sources:
+            raise CalibrationSetInvalid(
+                f"{chosen.path}: no source '{part.source}' (domain {part.domain}); there are: {', '.join(sources)}"
+            )
+        documents = list(_limited(sources[part.source].read(part.options, chosen.path.parent), part.max_bytes))
+        if template is None and any(document.messages for document in documents):
+            template = chat_template(model, template_file)
+        rendered = _rendered(documents, template)
+        kept = [text.encode() for text in rendered if text]
+        if not kept:
+            raise CalibrationSetInvalid(f"{chosen.path}: the part {part.domain} ({part.source}) gave no text")
+        if part.max_bytes is not None:
+            kept = _cut(kept, part.max_bytes)
+        texts.append(kept)
+        summaries.append(PartText(part.domain, part.source, len(kept), sum(map(len, kept)), sum(text is None for text in rendered)))
+    name = chosen.name + "".join(f"-{domain}" for domain in sorted(domains))
+    return CalibrationText(f"{name}.txt", b"".join(_in_turn(texts)), tuple(summaries))
+
+
+def _limited(documents: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
+    """No more documents than can be needed: a template never writes less than the content of the messages."""
+    total = 0
+    for document in documents:
+        yield document
+        total += len(document.text or "") + sum(len(str(message.get("content") or "")) for message in document.messages)
+        if max_bytes is not None and total >= max_bytes:
+            return
+
+
+def _rendered(documents: Sequence[Document], template: ChatTemplate | None) -> list[str | None]:
+    conversations = [document for document in documents if document.messages]
+    texts = iter(render(template, conversations) if template else ())
+    return [next(texts) if document.messages else f"{(document.text or '').strip()}\n\n" for document in documents]
+
+
+def _cut(texts: Sequence[bytes], max_bytes: int) -> list[bytes]:
+    """Whole documents while they fit; the first one is always kept."""
+    kept: list[bytes] = []
+    total = 0
+    for text in texts:
+        if kept and total + len(text) > max_bytes:
+            continue
+        kept.append(text)
+        total += len(text)
+    return kept
+
+
+def _in_turn(texts: Sequence[Sequence[bytes]]) -> Iterator[bytes]:
+    """Documents of all parts, always of the part of which the smallest share is out: they come to their ends together."""
+    totals = [sum(map(len, part)) for part in texts]
+    out, given = [0] * len(texts), [0] * len(texts)
+    for _ in range(sum(map(len, texts))):
+        part = min((p for p in range(len(texts)) if given[p] < len(texts[p])), key=lambda p: out[p] / totals[p])
+        text = texts[part][given[part]]
+        yield text
+        out[part] += len(text)
+        given[part] += 1

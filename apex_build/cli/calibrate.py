@@ -1,0 +1,125 @@
+"""`apex calibrate`: an imatrix of the whole model, draft head included."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from apex_build.calibration.run import Calibration, Settings, arguments, calibrate
+from apex_build.calibration.sets import CalibrationText, compose, known_sets, load_set, text_of_file
+from apex_build.cli import show
+from apex_build.cli.inspect import _print_coverage as print_coverage
+from apex_build.gguf_model.model import read_model
+from apex_build.gguf_model.summary import imatrix_json
+from apex_build.native.toolset import find_toolset
+from apex_build.plugins import load_plugins
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.argument("model_path", metavar="MODEL", type=_PATH)
+@click.option("-o", "--output", type=_PATH, help="The imatrix to write.  [default: MODEL's name + .imatrix.gguf, beside it]")
+@click.option("--set", "set_name", default="default", show_default=True, help=f"A calibration set ({', '.join(known_sets())}) or TOML file.")
+@click.option("--domain", "domains", multiple=True, help="Only this domain of the set (may be given several times).")
+@click.option("--text", "text_path", type=_PATH, help="A text file of your own instead of a set.")
+@click.option("--chat-template", "template", type=_PATH, help="A Jinja chat template instead of the model's own.")
+@click.option("--chunks", type=click.IntRange(min=2), help="At the most so many chunks.  [default: the whole text]")
+@click.option("--context", type=click.IntRange(min=32), default=512, show_default=True, help="Tokens of a chunk.")
+@click.option("--mtp/--no-mtp", "head", default=True, show_default=True, help="Run the draft head too, if the model has one.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama-imatrix's own]")
+@click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: llama-imatrix's own]")
+@click.option("--tool-argument", "extra", multiple=True, help="A further argument for llama-imatrix (may be given several times).")
+@click.option("--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the newest build]")
+@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
+@click.option("--force", is_flag=True, help="Start anew, and replace an existing file.")
+@click.option("--write-text", type=_PATH, help="Write the text to this file and stop.")
+@click.option("--dry-run", is_flag=True, help="Show the text's parts and the command; run nothing.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def command(
+    model_path: Path,
+    output: Path | None,
+    set_name: str,
+    domains: tuple[str, ...],
+    text_path: Path | None,
+    template: Path | None,
+    chunks: int | None,
+    context: int,
+    head: bool,
+    threads: int | None,
+    gpu_layers: int | None,
+    extra: tuple[str, ...],
+    tools_path: Path | None,
+    folders: tuple[Path, ...],
+    force: bool,
+    write_text: Path | None,
+    dry_run: bool,
+    json_: bool,
+) -> None:
+    """Calibrate MODEL: run it, and its draft head, over a diverse text and write the imatrix.
+
+    The text is made of a calibration set with the model's own chat template. An interrupted run goes on where it was when the same
+    command is given again.
+
+    \b
+    Examples:
+      apex calibrate model-F16.gguf
+      apex calibrate model-F16.gguf -o imatrix.gguf --gpu-layers 99
+      apex calibrate model-F16.gguf --text my-text.txt --chunks 200
+      apex calibrate model-F16.gguf --domain code --domain chat --dry-run
+    """
+    plugins = load_plugins(folders)
+    model = read_model(model_path, plugins.role_of)
+    if text_path is not None:
+        text = text_of_file(text_path)
+    else:
+        text = compose(load_set(set_name), plugins.calibration_sources(), model, domains=domains, template_file=template)
+    out = output or model.path.with_name(f"{model.path.stem}.imatrix.gguf")
+    settings = Settings(context, chunks, head, threads, gpu_layers, extra=extra)
+    if write_text is not None:
+        write_text.write_bytes(text.data)
+        return
+    tools = find_toolset(tools_path)
+    if dry_run:
+        _show_plan(text, arguments(model, settings, tools), out, json_)
+        return
+    if head and not model.head_layers and not json_:
+        click.echo("the model has no draft head: calibrating its trunk", err=True)
+    with show.progress() as report:
+        done = calibrate(model, text, tools, out, settings, force=force, report=report)
+    if json_:
+        show.as_json(_json(done))
+        return
+    _print(done)
+
+
+def _show_plan(text: CalibrationText, wanted: list[str], out: Path, json_: bool) -> None:
+    if json_:
+        parts = [asdict(part) for part in text.parts]
+        show.as_json({"text": {"sha256": text.sha256, "bytes": len(text.data), "parts": parts}, "command": wanted, "output": str(out)})
+        return
+    rows = [(part.domain, part.source, part.documents, show.size(part.n_bytes), part.refused or "-") for part in text.parts]
+    show.table(f"Calibration text, {show.size(len(text.data))}", ("domain", "source", "documents", "bytes", "refused"), rows, right=("documents", "bytes", "refused"))
+    click.echo(f"command: {shlex.join(wanted)}")
+    click.echo(f"output:  {out}")
+
+
+def _json(done: Calibration) -> dict[str, Any]:
+    return {
+        "path": str(done.path), "identity": done.identity, "reused": done.reused, "resumed_at": done.resumed_at,
+        "seconds": round(done.seconds, 3), "perplexity": done.perplexity,
+        "imatrix": imatrix_json(done.coverage.imatrix, done.coverage),
+    }  # fmt: skip
+
+
+def _print(done: Calibration) -> None:
+    print_coverage(done.coverage, everything=False)
+    if done.perplexity is not None:
+        click.echo(f"perplexity of the trunk on the text: {done.perplexity:.3f}")
+    how = "was made before from the same parts" if done.reused else f"written in {done.seconds:.0f} s"
+    resumed = f", going on after chunk {done.resumed_at}" if done.resumed_at else ""
+    click.echo(f"{done.path}: {how}{resumed}")

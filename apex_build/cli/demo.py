@@ -1,0 +1,112 @@
+"""`apex demo`: the whole road once, on a small model: build, calibrate, quantize, verify, and count accepted drafts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from apex_build import places
+from apex_build.calibration.run import calibrate
+from apex_build.calibration.sets import compose, load_set
+from apex_build.cli import show
+from apex_build.errors import ModelMissing
+from apex_build.evaluation.acceptance import Acceptance, draft_acceptance, overall, read_prompts
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.coverage import Coverage
+from apex_build.gguf_model.model import read_model
+from apex_build.identity import read_json, sha256_file, sha256_json, write_json
+from apex_build.native.toolset import Toolset
+from apex_build.plugins import load_plugins
+from apex_build.quantization.run import prepare, run
+from apex_build.source.pins import load_pin
+from apex_build.source.series import ensure_source
+from apex_build.toolchain.build import build_cpu
+
+# A model of ten layers or fewer would be all edge with the defaults.
+_SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
+_FILES = (("i-nano", {}), ("i-nano, head IQ2_XXS", {"draft_head": "IQ2_XXS"}))
+_COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "head calibrated", "drafts accepted")
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder for what is made.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def command(output: Path, json_: bool) -> None:
+    """Build the tools, calibrate the shipped test model with its draft head, quantize it twice, and compare.
+
+    The second file has its draft head at IQ2_XXS, which llama-quantize refuses without calibration data of the head. What is there
+    already is used again.
+
+    \b
+    Examples:
+      apex demo
+      apex demo -o somewhere/else --json
+    """
+    testbed = places.data_root() / "tests" / "testbed"
+    source_model = testbed / "testbed-f16.gguf"
+    if not source_model.is_file():
+        raise ModelMissing(f"{source_model}: the demo's model comes with a checkout of the project, not with the installed package")
+    output.mkdir(parents=True, exist_ok=True)
+    plugins = load_plugins()
+    with show.progress() as report:
+        pin = load_pin()
+        tools = build_cpu(ensure_source(pin, report), pin, report=report)
+        model = read_model(source_model, plugins.role_of)
+        text = compose(load_set("default"), plugins.calibration_sources(), model)
+        calibrated = calibrate(model, text, tools, output / "testbed.imatrix.gguf", report=report)
+        rows = [_row("F16", model, None)]
+        for name, settings in _FILES:
+            out = output / f"testbed-{name.replace(', head ', '-head-')}.gguf"
+            job = prepare(model, plugins.policy("i-nano"), {**_SMALL, **settings}, tools, out, imatrix=calibrated.path)
+            run(job, report=report)
+            rows.append(_row(name, read_model(out, plugins.role_of), calibrated.coverage))
+        prompts = read_prompts(testbed / "heldout" / "prompts.jsonl")
+        for row in rows:
+            row["acceptance"] = _acceptance(tools, Path(row["path"]), prompts, output, report)
+    if json_:
+        show.as_json(rows)
+        return
+    show.table("The test model, its draft head calibrated", _COLUMNS, [_cells(row) for row in rows], right=("bytes", "bits per weight"))
+
+
+def _row(name: str, model: Model, covered: Coverage | None) -> dict[str, Any]:
+    n_bytes = sum(tensor.n_bytes for tensor in model.tensors)
+    return {
+        "file": name, "path": str(model.path), "bytes": model.path.stat().st_size,
+        "bits_per_weight": n_bytes * 8 / sum(tensor.n_elements for tensor in model.tensors),
+        "trunk_types": _types(model, head=False), "head_types": _types(model, head=True),
+        "head_with_data": sum(tensor.has_data for tensor in covered.head) if covered else None,
+        "head_weights": len(covered.head) if covered else None,
+    }  # fmt: skip
+
+
+def _types(model: Model, *, head: bool) -> list[str]:
+    """Types of the matrices, those with the most bytes first."""
+    totals: dict[str, int] = {}
+    for tensor in model.tensors:
+        if tensor.draft_head == head and tensor.type != "F32":
+            totals[tensor.type] = totals.get(tensor.type, 0) + tensor.n_bytes
+    return sorted(totals, key=lambda name: -totals[name])
+
+
+def _acceptance(tools: Toolset, path: Path, prompts: list[Any], output: Path, report: Any) -> dict[str, Any]:
+    """Counted once for a file, these prompts and these tools; kept in the demo's folder."""
+    key = sha256_json([sha256_file(path), [asdict(prompt) for prompt in prompts], tools.manifest.get("key")])
+    kept = output / "acceptance.json"
+    known: dict[str, Any] = read_json(kept) if kept.is_file() else {}
+    if key not in known:
+        by_domain = draft_acceptance(tools, path, prompts, report=report)
+        known[key] = {domain: asdict(value) for domain, value in {**by_domain, "all": overall(by_domain)}.items()}
+        write_json(kept, known)
+    return dict(known[key])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    accepted = Acceptance(**row["acceptance"]["all"])
+    head = "-" if row["head_with_data"] is None else f"{row['head_with_data']} of {row['head_weights']} weights"
+    rate = f"{accepted.rate:.1%} ({accepted.accepted} of {accepted.drafted})"
+    bits = f"{row['bits_per_weight']:.3f}"
+    return [row["file"], str(row["bytes"]), bits, ", ".join(row["trunk_types"]), ", ".join(row["head_types"]), head, rate]

@@ -1,0 +1,126 @@
+"""`apex quantize`: files with the types of one or several policies, checked before they are put in place."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from apex_build.cli import show
+from apex_build.errors import OutputUnwritable
+from apex_build.gguf_model.model import read_model
+from apex_build.native.toolset import find_toolset
+from apex_build.plugins import load_plugins
+from apex_build.policy.parameters import parse_settings
+from apex_build.quantization.preflight import Allowed
+from apex_build.quantization.run import Job, Quantized, arguments, prepare, run
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model_path", metavar="MODEL", type=_PATH)
+@click.option("--policy", "names", metavar="NAME", multiple=True, required=True, help="A policy (may be given several times).")
+@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policies (may be given several times).")
+@click.option("--imatrix", type=_PATH, help="Calibration data: apex calibrate makes it.")
+@click.option(
+    "-o", "--output", type=_PATH, help="The file to write; with several policies a folder.  [default: MODEL's name + policy, beside it]"
+)
+@click.option("--allow-uncalibrated", is_flag=True, help="Quantize tensors that the imatrix has no data for, where the type allows.")
+@click.option("--allow-fallback", is_flag=True, help="Let llama-quantize take another type where a shape cannot hold the planned one.")
+@click.option("--allow-requantize", is_flag=True, help="Start from a file that is quantized already.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the newest build]")
+@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--dry-run", is_flag=True, help="Check everything, show sizes and commands, write nothing.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def command(
+    model_path: Path,
+    names: tuple[str, ...],
+    settings: tuple[str, ...],
+    imatrix: Path | None,
+    output: Path | None,
+    allow_uncalibrated: bool,
+    allow_fallback: bool,
+    allow_requantize: bool,
+    threads: int | None,
+    tools_path: Path | None,
+    folders: tuple[Path, ...],
+    force: bool,
+    dry_run: bool,
+    json_: bool,
+) -> None:
+    """Quantize MODEL by a policy with llama-quantize, verify the file, and put it in place.
+
+    Everything that can be refused is refused before anything is written: missing calibration data, shapes, disk. The file says in its
+    metadata (apex.*) how it was made; OUTPUT.json says it in full, OUTPUT.log is what llama-quantize printed.
+
+    \b
+    Examples:
+      apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf -o model-i-nano.gguf
+      apex quantize model-F16.gguf --policy i-nano --set draft_head=IQ2_XXS --imatrix model-F16.imatrix.gguf -o small.gguf
+      apex quantize model-F16.gguf --policy quality --policy balanced --policy compact -o models/
+      apex quantize model-F16.gguf --policy compact --dry-run
+    """
+    plugins = load_plugins(folders)
+    policies = [plugins.policy(name) for name in dict.fromkeys(names)]
+    model = read_model(model_path, plugins.role_of)
+    tools = find_toolset(tools_path)
+    allowed = Allowed(allow_uncalibrated, allow_fallback, allow_requantize)
+    stem = model.path.stem
+    if len(policies) > 1 and output is not None and not output.is_dir():
+        raise OutputUnwritable(f"{output}: with several policies the output is a folder", hint=f"mkdir -p {shlex.quote(str(output))}")
+    jobs = []
+    for policy in policies:
+        out = output or model.path.parent
+        if output is None or output.is_dir():
+            out = out / f"{stem}-{policy.name}.gguf"
+        jobs.append(prepare(model, policy, dict(parse_settings(settings)), tools, out, imatrix=imatrix, allowed=allowed))
+    if dry_run:
+        if json_:
+            show.as_json([_job_json(job) for job in jobs])
+        else:
+            for job in jobs:
+                _show(job)
+        return
+    done = []
+    for job in jobs:
+        for warning in job.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        with show.progress() as report:
+            done.append(run(job, force=force, threads=threads, report=report))
+        if not json_:
+            _print(done[-1])
+    if json_:
+        show.as_json([_json(one) for one in done])
+
+
+def _show(job: Job) -> None:
+    for warning in job.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"{job.out}: {job.n_bytes} bytes ({show.size(job.n_bytes)}), {job.plan.bits_per_weight:.3f} bits per weight")
+    click.echo(f"command: {shlex.join(arguments(job, Path('RULES'), job.out))}")
+
+
+def _job_json(job: Job) -> dict[str, Any]:
+    return {
+        "path": str(job.out), "policy": job.plan.policy, "bytes": job.n_bytes, "tensor_bytes": job.plan.n_bytes,
+        "bits_per_weight": job.plan.bits_per_weight, "warnings": list(job.warnings),
+    }  # fmt: skip
+
+
+def _json(done: Quantized) -> dict[str, Any]:
+    return {
+        "path": str(done.path), "policy": done.plan.policy, "bytes": done.n_bytes, "tensor_bytes": done.plan.n_bytes,
+        "bits_per_weight": done.plan.bits_per_weight, "seconds": round(done.seconds, 3), "reused": done.reused,
+        "warnings": list(done.warnings),
+    }  # fmt: skip
+
+
+def _print(done: Quantized) -> None:
+    how = "was made before from the same parts" if done.reused else f"written and verified in {done.seconds:.1f} s"
+    size = f"{done.n_bytes} bytes, {done.plan.bits_per_weight:.3f} bits per weight"
+    click.echo(f"{done.path}: {size}; {how}")

@@ -1,0 +1,52 @@
+"""Work on untrusted templates in a process of its own, whose time and memory the kernel bounds: JSON in, JSON out.
+
+Jinja's sandbox keeps a template from Python's internals and from files. It bounds neither time nor memory (`{{ 'x' * 10**12 }}`).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+MEMORY_BYTES = 1 << 30
+
+
+class OutOfBounds(Exception):
+    """The child needed more time or memory than it may have, or ended in some other way of its own."""
+
+
+def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict[str, Any]:
+    """Run `python -m module`, which calls `serve`, and give its answer. Raises OutOfBounds."""
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", module],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=wall_seconds,
+            check=False,
+            cwd=Path(__file__).parent.parent,  # '-m' looks there first, and not where the user happens to stand
+        )
+    except subprocess.TimeoutExpired:
+        raise OutOfBounds(f"not done within {wall_seconds:.0f} s") from None
+    if child.returncode < 0:
+        raise OutOfBounds(f"more computing than is allowed, or more than {MEMORY_BYTES >> 30} GiB of memory")
+    if child.returncode:
+        raise OutOfBounds(f"stopped: {child.stderr.strip()[-2000:]}")
+    answer: dict[str, Any] = json.loads(child.stdout)
+    return answer
+
+
+def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]], *, cpu_seconds: int) -> None:
+    """The child's side: one request from stdin, one answer to stdout, under limits."""
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes to pipes only
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    json.dump(answer(json.load(sys.stdin)), sys.stdout)

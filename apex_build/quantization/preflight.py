@@ -1,0 +1,114 @@
+"""What is checked in seconds before hours of work: calibration data, shapes, the input's types, the output's folder, the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from apex_build.errors import AlreadyQuantized, DataMissing, DiskTooSmall, OutputUnwritable, ShapeUnfit
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.coverage import Coverage
+from apex_build.hookspecs import PolicySpec
+from apex_build.native.ggml import Ggml
+from apex_build.policy.plan import Entry, Plan
+
+_ROOM = 64 << 20  # bytes beyond the file itself
+# llama-quantize makes no use of calibration data for these (src/llama-quant.cpp: ggml_quantize_chunk passes it on, they ignore it)
+_DATA_UNUSED = frozenset({"F32", "F16", "BF16", "Q8_0"})
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What the user takes upon himself."""
+
+    uncalibrated: bool = False
+    fallback: bool = False
+    requantize: bool = False
+
+
+def check_policy(policy: PolicySpec, model: Model, imatrix: Path | None) -> None:
+    """A calibrated policy without an imatrix is refused before anything is planned."""
+    if policy.calibrated and imatrix is None:
+        raise DataMissing(
+            f"policy '{policy.name}' is made for calibrated models, and no imatrix was given",
+            hint=f"apex calibrate {model.path}, then --imatrix {model.path.stem}.imatrix.gguf",
+        )
+
+
+def check_plan(plan: Plan, model: Model, covered: Coverage | None, ggml: Ggml, allowed: Allowed) -> list[str]:
+    """Raises AlreadyQuantized, ShapeUnfit, DataMissing; returns warnings for what is allowed but deserves a word."""
+    warnings: list[str] = []
+    changed = [entry for entry in plan.entries if entry.type != entry.from_type]
+    for entry in changed:
+        if ggml.type_traits(entry.from_type).quantized and not allowed.requantize:
+            raise AlreadyQuantized(
+                f"{model.path} is quantized already: {entry.name} is {entry.from_type}, and the plan wants {entry.type}",
+                hint="start from the F16 or BF16 file, or accept the loss with --allow-requantize",
+            )
+    for entry in plan.fallbacks:
+        said = f"{entry.name}: rows of {entry.shape[0]} cannot be {entry.fallback}; llama-quantize would write {entry.type}"
+        if not allowed.fallback:
+            raise ShapeUnfit(said, hint="give the tensor a type that fits, or accept it with --allow-fallback")
+        warnings.append(said)
+    return warnings + list(_data(plan, changed, model, covered, allowed))
+
+
+def _data(plan: Plan, changed: list[Entry], model: Model, covered: Coverage | None, allowed: Allowed) -> Iterator[str]:
+    missing = set(covered.missing) if covered else {entry.name for entry in changed}
+    for entry in changed:
+        if entry.needs_data and entry.name in missing:
+            raise _refusal(entry, model, covered, f"its type {entry.type} cannot be written without")
+    if covered is None:
+        return
+    blind = [entry for entry in changed if entry.name in missing and entry.type not in _DATA_UNUSED]
+    if blind and not allowed.uncalibrated:
+        raise _refusal(blind[0], model, covered, f"{entry_type(blind)} would be quantized blindly, without a word from llama-quantize")
+    if blind:
+        yield f"{len(blind)} tensors are quantized without calibration data, {blind[0].name} ({blind[0].type}) among them"
+    for tensor in covered.partial:
+        if tensor.without_tokens:
+            yield f"{tensor.name}: {len(tensor.without_tokens)} of {tensor.experts} experts saw no calibration token"
+
+
+def entry_type(entries: list[Entry]) -> str:
+    return entries[0].type if len(entries) == 1 else f"{entries[0].type} (and {len(entries) - 1} tensors more)"
+
+
+def _refusal(entry: Entry, model: Model, covered: Coverage | None, why: str) -> DataMissing:
+    where = f"{covered.imatrix.path} holds no calibration data for it" if covered else "no imatrix was given"
+    head = " of the draft head" if entry.draft_head else ""
+    mend = f"apex calibrate {model.path}" + (", which runs the draft head too" if entry.draft_head else "")
+    if entry.draft_head:
+        mend += "; or a type that needs none: --set draft_head=Q8_0"
+    elif not entry.needs_data:
+        mend += "; or --allow-uncalibrated"
+    return DataMissing(f"{entry.name}{head} -> {entry.type}: {where}; {why}", hint=mend)
+
+
+def check_output(out: Path, model: Model, n_bytes: int, *, force: bool) -> None:
+    """Raises OutputUnwritable and DiskTooSmall."""
+    folder = out.parent
+    if not folder.is_dir():
+        raise OutputUnwritable(f"{folder}: no such folder", hint=f"mkdir -p '{folder}'")
+    if not os.access(folder, os.W_OK | os.X_OK) or _read_only(folder):
+        raise OutputUnwritable(f"{folder}: the folder cannot be written", hint="give another place with -o")
+    if out.is_dir():
+        raise OutputUnwritable(f"{out} is a folder", hint="give a file name with -o")
+    if out.exists() and any(out.samefile(file) for file in model.files):
+        raise OutputUnwritable(f"{out} is the input itself", hint="give another name with -o")
+    if out.exists() and not force:
+        raise OutputUnwritable(f"{out} exists and was made from something else", hint="give another name with -o, or --force to replace it")
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes + _ROOM:
+        raise DiskTooSmall(
+            f"{folder}: {free / 1e9:.2f} GB free, and {out.name} takes {n_bytes / 1e9:.2f} GB",
+            hint="free some space, or write to another disk with -o",
+        )
+
+
+def _read_only(folder: Path) -> bool:
+    """Root may write anywhere as far as the mode tells, but not on a file system mounted read-only."""
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)

@@ -1,0 +1,174 @@
+"""Drives llama-quantize from a plan to a checked file in its place."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from apex_build.errors import OutputUnwritable
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.coverage import Coverage, coverage
+from apex_build.gguf_model.header import read_header
+from apex_build.gguf_model.imatrix import check_values, read_imatrix
+from apex_build.hookspecs import PolicySpec
+from apex_build.identity import read_json, sha256_file, write_json
+from apex_build.native import output
+from apex_build.native.ggml import Ggml
+from apex_build.native.run import run_tool
+from apex_build.native.toolset import Toolset
+from apex_build.places import lock_path
+from apex_build.policy.parameters import Value
+from apex_build.policy.plan import Plan, make_plan
+from apex_build.policy.size import file_size, imatrix_keys
+from apex_build.progress import Report, Step, silent
+from apex_build.quantization.preflight import Allowed, check_output, check_plan, check_policy
+from apex_build.quantization.provenance import identity, provenance
+from apex_build.quantization.verify import verify
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to be written: everything is known, nothing is done. `n_bytes`: the size that the file will have."""
+
+    model: Model
+    plan: Plan
+    covered: Coverage | None
+    imatrix: Path | None
+    out: Path
+    keys: dict[str, str]
+    n_bytes: int
+    warnings: tuple[str, ...]
+    tools: Toolset
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A finished file. `reused`: it was there, made from the same parts."""
+
+    path: Path
+    plan: Plan
+    n_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+    reused: bool
+
+
+def prepare(
+    model: Model,
+    policy: PolicySpec,
+    parameters: dict[str, Value],
+    tools: Toolset,
+    out: Path,
+    *,
+    imatrix: Path | None = None,
+    allowed: Allowed = Allowed(),  # noqa: B008  frozen
+) -> Job:
+    """Plan a file and refuse what can be refused: see preflight. The output's place is checked when the job is run."""
+    check_policy(policy, model, imatrix)
+    covered = None
+    if imatrix is not None:
+        found = read_imatrix(imatrix)
+        check_values(found)
+        covered = coverage(found, model)
+    plan = make_plan(model, policy, parameters, tools, imatrix)
+    warnings = check_plan(plan, model, covered, Ggml(tools), allowed)
+    keys = provenance(plan, policy, model, imatrix, tools)
+    added: dict[str, str | int | float | bool] = {**keys}
+    if covered is not None and imatrix is not None:
+        added |= imatrix_keys(Path(imatrix.name), covered.imatrix)
+    return Job(model, plan, covered, imatrix, out, keys, file_size(plan, model, added), tuple(warnings), tools)
+
+
+def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -> list[str]:
+    """llama-quantize's command; to be run in the imatrix's folder, so that the file records its name and not where it lay."""
+    wanted = [str(job.tools.tool("llama-quantize")), "--tensor-type-file", str(rules)]
+    if job.imatrix is not None:
+        wanted += ["--imatrix", job.imatrix.name]
+    if any(Ggml(job.tools).type_traits(entry.from_type).quantized for entry in job.plan.entries):
+        wanted.append("--allow-requantize")
+    for key, value in job.keys.items():
+        wanted += ["--override-kv", f"{key}=str:{value}"]
+    wanted += [str(job.model.path.absolute()), str(out.absolute()), job.plan.base_type]
+    return wanted if threads is None else [*wanted, str(threads)]
+
+
+def run(job: Job, *, force: bool = False, threads: int | None = None, report: Report = silent) -> Quantized:
+    """Write, verify, put in place, with a manifest (`out` + .json) and a log (`out` + .log) beside it.
+
+    A run that fails or is interrupted leaves what was there before. Raises OutputUnwritable, DiskTooSmall, ToolFailed, ToolKilled,
+    VerificationFailed.
+    """
+    out = job.out
+    if _made_before(job) and not force:
+        return Quantized(out, job.plan, job.n_bytes, 0.0, job.warnings, True)
+    check_output(out, job.model, job.n_bytes, force=force)
+    part = out.with_name(f".{out.name}.part")
+    sizes = {tensor.name: tensor.n_bytes for tensor in job.model.tensors}
+    progress = _Progress(sizes, report, f"quantizing {out.name}")
+    try:
+        with FileLock(lock_path(out), timeout=0), tempfile.TemporaryDirectory(prefix="apex-quantize-") as scratch:
+            rules = Path(scratch) / "rules.txt"
+            rules.write_text(job.plan.rules, encoding="utf-8")
+            try:
+                ran = run_tool(
+                    arguments(job, rules, part, threads=threads),
+                    cwd=job.imatrix.absolute().parent if job.imatrix else None,
+                    log=_beside(out, ".log"),
+                    on_line=progress.line,
+                    explain=output.explain,
+                )
+                verify(part, job.plan, job.keys, job.n_bytes, job.tools, report)
+                os.replace(part, out)
+            finally:
+                part.unlink(missing_ok=True)
+            write_json(_beside(out, ".json"), _manifest(job))
+    except Timeout:
+        raise OutputUnwritable(f"{out} is being written by another run of apex quantize") from None
+    return Quantized(out, job.plan, job.n_bytes, ran.seconds, job.warnings, False)
+
+
+@dataclass
+class _Progress:
+    """Bytes of the tensors that llama-quantize has come past."""
+
+    sizes: dict[str, int]
+    report: Report
+    task: str
+    done: int = 0
+    current: str = ""
+
+    def line(self, line: str) -> None:
+        if (found := output.tensors_done(line)) and found[2] != self.current:
+            self.done += self.sizes.get(self.current, 0)
+            self.current = found[2]
+            self.report(Step(self.task, self.done / 1e6, sum(self.sizes.values()) / 1e6, "MB"))
+
+
+def _made_before(job: Job) -> bool:
+    """Whether the output is there, was made from the same parts, and was not changed since."""
+    try:
+        manifest = read_json(_beside(job.out, ".json"))
+        if manifest["identity"] != identity(job.keys) or read_header(job.out).file_size != job.n_bytes:
+            return False
+        return bool(manifest["sha256"] == sha256_file(job.out))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _manifest(job: Job) -> dict[str, Any]:
+    plan = job.plan
+    return {
+        "identity": identity(job.keys), "sha256": sha256_file(job.out), "bytes": job.n_bytes, "provenance": job.keys,
+        "policy": plan.policy, "parameters": dict(plan.parameters), "base_type": plan.base_type, "rules": plan.rules.splitlines(),
+        "tensors": [asdict(entry) for entry in plan.entries], "warnings": list(job.warnings),
+        "input": job.model.path.name, "imatrix": job.imatrix.name if job.imatrix else None,
+    }  # fmt: skip
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    return out.with_name(out.name + suffix)
