@@ -12,7 +12,7 @@ import click
 from apex_build.calibration.run import Calibration, Settings, arguments, calibrate
 from apex_build.calibration.sets import CalibrationText, compose, known_sets, load_set, text_of_file
 from apex_build.cli import show
-from apex_build.cli.inspect import _print_coverage as print_coverage
+from apex_build.cli.inspect import print_coverage
 from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.summary import imatrix_json
 from apex_build.native.toolset import find_toolset
@@ -117,7 +117,7 @@ def _json(done: Calibration) -> dict[str, Any]:
 
 
 def _print(done: Calibration) -> None:
-    print_coverage(done.coverage, everything=False)
+    print_coverage(done.coverage)
     if done.perplexity is not None:
         click.echo(f"perplexity of the trunk on the text: {done.perplexity:.3f}")
     how = "was made before from the same parts" if done.reused else f"written in {done.seconds:.0f} s"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.markup import escape
 
 from apex_build.cli import show
 from apex_build.gguf_model.catalogue import Model
@@ -62,7 +61,7 @@ def command(file: Path, model_path: Path | None, tensors: bool, few: float, fold
         return
     _print_imatrix(found, against)
     if against is not None:
-        _print_coverage(against, everything=tensors)
+        print_coverage(against, everything=tensors)
 
 
 def _imatrix_or_header(file: Path) -> Imatrix | Header:
@@ -156,7 +155,8 @@ def _head_state(against: Coverage) -> str:
     return f"NOT calibrated: {len(against.head) - with_data} of its {len(against.head)} weights have no data{mend}"
 
 
-def _print_coverage(against: Coverage, *, everything: bool) -> None:
+def print_coverage(against: Coverage, *, everything: bool = False) -> None:
+    """The coverage table, and the tensors that deserve a word."""
     rows = [
         (
             "draft head" if r.draft_head else "trunk",
@@ -198,10 +198,9 @@ def _numbers(numbers: Sequence[int], limit: int | None) -> str:
 
 
 def _line(title: str, text: str) -> None:
-    click.echo(f"{title + ': ':<12}{_plain(text, markup=True)}")
+    click.echo(f"{title + ': ':<12}{_plain(text)}")
 
 
-def _plain(text: str, *, markup: bool = False) -> str:
-    """Text from a file, safe on a terminal: control characters shown, not sent; for a table, no markup either."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown if markup else escape(shown)
+def _plain(text: str) -> str:
+    """Text from a file, safe on a terminal: control characters shown, not sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -141,7 +141,7 @@ def _row(pin: Pin) -> dict[str, Any]:
             ]
             row["state"] = ", ".join(f"{n} {what}" for n, what in notes if n) or "as laid out"
             if found.outdated:
-                row["state"] = f"of another pin's digest ({row['state']}): fetch again"
+                row["state"] = f"laid out for another digest ({row['state']}): fetch again"
     except ApexError as error:
         row |= {"path": row.get("path", ""), "state": error.message, "problem": error.message}
     return row

@@ -82,9 +82,9 @@ class Cursor:
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise self.invalid(f"the name of {what} is not UTF-8: {raw!r}") from None
+            raise self.invalid(f"the name of {what} is not UTF-8: {shown(raw)}") from None
         if not text or not text.isprintable() or (" " in text and not blanks):
-            raise self.invalid(f"the name of {what} is empty, or holds blanks or control characters: {text!r}")
+            raise self.invalid(f"the name of {what} is empty, or holds blanks or control characters: {shown(text)}")
         return text
 
     def elements(self, type_: GGUFValueType, count: int, what: str) -> tuple[Any, ...]:
@@ -112,3 +112,9 @@ class Cursor:
         self.at = min(at, self.limit)
         self.need(at - self.at, f"{what}, its last string")
         self.at = at
+
+
+def shown(value: Any) -> str:
+    """A value from a file for a message: control characters escaped, and no longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

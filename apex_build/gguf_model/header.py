@@ -14,7 +14,7 @@ from typing import Any
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
 
 from apex_build.errors import ModelInvalid, ModelMissing
-from apex_build.gguf_model.cursor import SCALARS, U32, U64, Cursor
+from apex_build.gguf_model.cursor import SCALARS, U32, U64, Cursor, shown
 from apex_build.gguf_model.foreign import MAGIC, open_file, refuse_foreign
 
 # Bounds far above any real file, so that a hostile one costs little time and memory before it is refused.
@@ -22,6 +22,7 @@ MAX_HEADER = 256 << 20  # bytes before the tensor data; a vocabulary of 248,320 
 MAX_TENSORS = 1 << 17
 MAX_KEYS = 1 << 16
 MAX_NAME = 63  # bytes of a tensor name: GGML_MAX_NAME less its terminator
+MAX_KEY = 255  # bytes
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 SMALL_ARRAY = 1024  # elements; longer arrays are left in the file as an ArrayValue
 INT64_MAX = (1 << 63) - 1
@@ -110,7 +111,7 @@ def _parse(cursor: Cursor) -> Header:
     metadata: dict[str, Any] = {}
     alignment = GGUF_DEFAULT_ALIGNMENT
     for index in range(n_keys):
-        key = cursor.word(f"key {index + 1} of {n_keys}", longest=65535, blanks=True)
+        key = cursor.word(f"key {index + 1} of {n_keys}", longest=MAX_KEY, blanks=True)
         if key in metadata:
             raise cursor.invalid(f"the key {key} is there twice")
         type_ = _value_type(cursor, f"the key {key}")
@@ -151,7 +152,7 @@ def _value(cursor: Cursor, type_: GGUFValueType, what: str) -> Any:
 
 def _alignment(cursor: Cursor, type_: GGUFValueType, value: Any) -> int:
     if type_ != GGUFValueType.UINT32 or value == 0 or value & (value - 1):
-        raise cursor.invalid(f"general.alignment is {value!r} ({type_.name}): it must be a power of two (UINT32)")
+        raise cursor.invalid(f"general.alignment is {shown(value)} ({type_.name}): it must be a power of two (UINT32)")
     alignment: int = value
     return alignment
 

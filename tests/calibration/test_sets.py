@@ -1,0 +1,131 @@
+"""Calibration sets: the embedded data, and the text that a set makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from apex_build.calibration.sets import compose, load_set, text_of_file
+from apex_build.errors import CalibrationSetInvalid
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.model import read_model
+from apex_build.places import data_root
+from apex_build.plugins import load_plugins
+
+DATA = data_root() / "calibration_sets" / "data"
+
+
+@pytest.fixture(scope="module")
+def model(testbed: Path) -> Model:
+    return read_model(testbed, load_plugins().role_of)
+
+
+def make(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["chat", "reasoning", "tool_calling"])
+def test_embedded_dialogues_are_large_and_well_formed(name: str) -> None:
+    path = DATA / f"{name}.jsonl"
+    assert path.stat().st_size >= 40_000
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        roles = [message["role"] for message in row["messages"]]
+        assert roles[-1] == "assistant" and set(roles) <= {"system", "user", "assistant", "tool"}
+        known = {tool["function"]["name"]: tool["function"]["parameters"] for tool in row.get("tools", [])}
+        for message in row["messages"]:
+            for call in message.get("tool_calls", []):
+                parameters = known[call["function"]["name"]]
+                assert set(parameters.get("required", [])) <= set(call["function"]["arguments"])
+    assert len({json.dumps(row) for row in rows}) == len(rows)
+
+
+def test_the_default_set_holds_every_domain_from_the_start(model: Model) -> None:
+    text = compose(load_set("default"), load_plugins().calibration_sources(), model)
+    assert {part.domain for part in text.parts} == {"chat", "reasoning", "tool-calling", "code"}
+    assert sum(part.n_bytes for part in text.parts) == len(text.data)
+    for start in range(0, len(text.data) - 60_000, 60_000):
+        piece = text.data[start : start + 60_000].decode(errors="ignore")
+        assert "<think>" in piece and "<tool_call>" in piece and "<|im_start|>user" in piece and "def " in piece
+
+
+def test_the_text_is_the_same_each_time(model: Model) -> None:
+    texts = [compose(load_set("default"), load_plugins().calibration_sources(), model).sha256 for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_one_domain_alone(model: Model) -> None:
+    text = compose(load_set("default"), load_plugins().calibration_sources(), model, domains=("code",))
+    assert [part.domain for part in text.parts] == ["code"] and b"<|im_start|>" not in text.data
+    with pytest.raises(CalibrationSetInvalid, match="no part of the domains poetry; it has: chat, code"):
+        compose(load_set("default"), load_plugins().calibration_sources(), model, domains=("poetry",))
+
+
+def test_sources_of_a_set_of_ones_own(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("# Notes\n" + "a line of notes\n" * 1000)
+    (tmp_path / "talk.jsonl").write_text('{"text": "plain words"}\n\n{"messages": [{"role": "user", "content": "Grüße"}]}\n')
+    chosen = load_set(make(tmp_path, """
+[[part]]
+domain = "notes"
+source = "files"
+folder = "notes"
+pattern = "*.md"
+bytes = 9000
+[[part]]
+domain = "talk"
+source = "jsonl"
+file = "talk.jsonl"
+"""))  # fmt: skip
+    text = compose(chosen, load_plugins().calibration_sources(), model)
+    notes, talk = text.parts
+    assert notes.n_bytes <= 9000 and talk.documents == 2
+    assert "plain words" in text.data.decode() and "<|im_start|>user\nGrüße<|im_end|>" in text.data.decode()
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ("part = [", "not TOML"),
+        ("", "expected at least one"),
+        ('[[part]]\ndomain = "x"', "'source' is None"),
+        ('[[part]]\ndomain = "x"\nsource = "jsonl"\nbytes = -3', "'bytes' is -3"),
+        ('[[part]]\ndomain = "x"\nsource = "nothing"', "no source 'nothing' .* there are: datasets, files, jsonl"),
+        ('[[part]]\ndomain = "x"\nsource = "jsonl"', "needs 'file'"),
+        ('[[part]]\ndomain = "x"\nsource = "jsonl"\nfile = "gone.jsonl"', "gone.jsonl: cannot be read"),
+        ('[[part]]\ndomain = "x"\nsource = "files"\nfolder = "."\npattern = "*.none"', "no file matches"),
+    ],
+)
+def test_a_wrong_set_is_refused(toml: str, said: str, model: Model, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationSetInvalid, match=said):
+        compose(load_set(make(tmp_path, toml)), load_plugins().calibration_sources(), model)
+
+
+def test_a_damaged_line_is_named(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"messages": 3}\n')
+    chosen = load_set(make(tmp_path, '[[part]]\ndomain = "x"\nsource = "jsonl"\nfile = "bad.jsonl"'))
+    with pytest.raises(CalibrationSetInvalid, match="bad.jsonl:2: expected an object with 'messages' or 'text'"):
+        compose(chosen, load_plugins().calibration_sources(), model)
+
+
+def test_an_unknown_set_lists_the_known_ones() -> None:
+    with pytest.raises(CalibrationSetInvalid, match="no calibration set 'defualt'; there are: default"):
+        load_set("defualt")
+
+
+def test_a_text_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "größe.txt"
+    path.write_text("Wörter")
+    assert text_of_file(path).data == "Wörter".encode()
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(CalibrationSetInvalid, match="not UTF-8: byte 0 is 0xff"):
+        text_of_file(path)
+    path.write_text(" \n")
+    with pytest.raises(CalibrationSetInvalid, match="empty"):
+        text_of_file(path)
+    with pytest.raises(CalibrationSetInvalid, match="cannot be read"):
+        text_of_file(tmp_path / "gone")

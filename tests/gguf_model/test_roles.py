@@ -1,0 +1,58 @@
+"""The built-in role table, on names of several families (LLM_TENSOR_NAMES of src/llama-arch.cpp)."""
+
+from __future__ import annotations
+
+import pytest
+
+from apex_build.plugins import load_plugins
+
+ROLES = {
+    "routed": "ffn_gate_exps ffn_up_exps ffn_down_exps ffn_gate_up_exps ffn_down_chexps ffn_gate.7 ffn_down.15 ffn_up.0",
+    "shared": "ffn_gate_shexp ffn_up_shexp ffn_down_shexp",
+    "attention": "attn_q attn_k attn_v attn_qkv attn_output attn_gate attn_q_a attn_q_b attn_kv_a_mqa attn_kv_b attn_k_b attn_v_b",
+    "ssm": "ssm_alpha ssm_beta ssm_ba ssm_out ssm_in ssm_x ssm_dt ssm_f_a ssm_g_b shortconv.in_proj",
+    "router": "ffn_gate_inp ffn_gate_inp_shexp",
+    "norm": "attn_norm attn_norm_2 post_attention_norm attn_q_norm attn_kv_a_norm ffn_norm ffn_norm_exps post_ffw_norm_1 ssm_norm "
+    "ssm_dt_norm nextn.enorm nextn.hnorm nextn.shared_head_norm layer_output_norm indexer.k_norm",
+    "conv": "ssm_conv1d ssm_conv1d_k shortconv.conv",
+    "nextn": "nextn.eh_proj nextn.embed_tokens nextn.shared_head_head",
+}
+
+
+def role(name: str, architecture: str = "qwen35moe") -> str | None:
+    return load_plugins().role_of(architecture, name)
+
+
+@pytest.mark.parametrize(("expected", "names"), ROLES.items())
+def test_weights_of_a_block(expected: str, names: str) -> None:
+    assert {name: role(f"blk.12.{name}.weight") for name in names.split()} == dict.fromkeys(names.split(), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("token_embd.weight", "embedding"),
+        ("output.weight", "output"),
+        ("output_norm.weight", "norm"),
+        ("blk.3.attn_norm.bias", "norm"),
+        ("blk.3.exp_probs_b.bias", "router"),
+        ("blk.3.ssm_dt.bias", None),
+        ("blk.3.ssm_a", None),
+        ("blk.3.ffn_gate_exps.bias", None),
+        ("blk.3.ffn_down.weight", None),
+        ("blk.3.attn_sinks.weight", None),
+        ("rope_freqs.weight", None),
+        ("dec.blk.3.attn_q.weight", None),
+        ("weight", None),
+        ("", None),
+    ],
+)
+def test_the_rest(name: str, expected: str | None) -> None:
+    assert role(name) == expected
+
+
+@pytest.mark.parametrize(
+    "architecture", ["qwen2moe", "qwen3next", "deepseek2", "glm4moe", "llama", "gpt-oss", "ernie4_5-moe", "dots1"]
+)
+def test_one_table_serves_every_family(architecture: str) -> None:
+    assert role("blk.0.ffn_down_exps.weight", architecture) == "routed"

@@ -1,0 +1,13 @@
+"""Names that the tests of the policy room share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from apex_build.hookspecs import PolicySpec
+
+# depth bounds with which a model of six layers has all zones
+SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
+TIERS = ("quality", "i-quality", "balanced", "i-balanced", "compact", "i-compact", "mini", "i-mini", "i-nano", "i-micro")
+
+MakePolicy = Callable[..., PolicySpec]
