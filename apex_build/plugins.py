@@ -43,10 +43,10 @@ class Plugins:
         found = self._named("apex_policies", PolicySpec)
         library: dict[str, tuple[Path, ...]] = {}
         for plugin, policy in found.values():
-            if not policy.template.is_file():
-                raise PluginFailed(
-                    f"plugin '{plugin}': the template of its policy '{policy.name}' does not exist: {policy.template}"
-                )
+            _refuse_ambiguous(plugin, policy)
+            if policy.template.suffix != ".jinja" or not policy.template.is_file():
+                wrong = "does not exist" if policy.template.suffix == ".jinja" else "is not named *.jinja"
+                raise PluginFailed(f"plugin '{plugin}': the template of its policy '{policy.name}' {wrong}: {policy.template}")
             folder = policy.template.resolve().parent
             library[plugin] = (*(f for f in library.get(plugin, ()) if f != folder), folder)
         return {name: replace(policy, plugin=plugin, library=library) for name, (plugin, policy) in sorted(found.items())}
@@ -159,6 +159,19 @@ def _module_of(folder: Path) -> ModuleType:
 def _role_functions(plugins: Plugins, architecture: str) -> tuple[tuple[str, Callable[[str], str | None]], ...]:
     answers = plugins._call("apex_tensor_roles", architecture=architecture)
     return tuple((plugin, role) for plugin, role in answers if role is not None)
+
+
+def _refuse_ambiguous(plugin: str, policy: PolicySpec) -> None:
+    """A parameter is a variable of the template: no two may be the same one, nor hide what every template is given."""
+    taken = {"model", "layers", "tensors", "base_type"}
+    for name in policy.parameters:
+        variable = name.replace(".", "_")
+        if variable in taken or not variable.isidentifier():
+            what = "is taken" if variable in taken else "is no name"
+            raise PluginFailed(
+                f"plugin '{plugin}': policy '{policy.name}' has a parameter '{name}', but the variable '{variable}' {what}"
+            )
+        taken.add(variable)
 
 
 def _blaming(plugin: str, read: Read) -> Read:

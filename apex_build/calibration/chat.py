@@ -57,7 +57,8 @@ def render(template: ChatTemplate, documents: Sequence[Document]) -> list[str | 
     if "error" in answer:
         at = f", in {documents[answer['at']].origin}" if answer["at"] < len(documents) else ""
         raise ChatTemplateFailed(
-            f"chat template of {template.origin}: {answer['error']}{at}", hint="apex calibrate --chat-template FILE with a mended one"
+            f"chat template of {template.origin}: {answer['error']}{at}",
+            hint="apex calibrate --chat-template FILE with a mended one",
         )
     return [result.get("text") for result in answer["results"]]
 

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from apex_build.calibration.sets import CalibrationText
-from apex_build.errors import CalibrationSetInvalid, ImatrixInvalid, OutputUnwritable, VerificationFailed
+from apex_build.errors import ImatrixInvalid, OutputUnwritable, VerificationFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.fingerprint import fingerprint
@@ -88,7 +88,7 @@ def calibrate(
     text: CalibrationText,
     tools: Toolset,
     out: Path,
-    settings: Settings = Settings(),  # noqa: B008  frozen
+    settings: Settings = Settings(),
     *,
     force: bool = False,
     report: Report = silent,
@@ -112,7 +112,9 @@ def calibrate(
                 )
             _prepare(work, key, text, fresh=force)
             done = _run(model, text, tools, out, settings, work, key, report)
-            write_json(_beside(out, ".json"), {"identity": key, "from": parts, "text": _text_json(text), "sha256": sha256_file(out)})
+            write_json(
+                _beside(out, ".json"), {"identity": key, "from": parts, "text": _text_json(text), "sha256": sha256_file(out)}
+            )
             shutil.rmtree(work)
             return done
     except Timeout:

@@ -73,7 +73,8 @@ def load_set(name: str) -> CalibrationSet:
     path = Path(name) if name.endswith(".toml") else data_root() / "calibration_sets" / f"{name}.toml"
     if not path.is_file():
         raise CalibrationSetInvalid(
-            f"no calibration set '{name}'; there are: {', '.join(known_sets())}", hint="apex calibrate --set FILE.toml, or --text FILE"
+            f"no calibration set '{name}'; there are: {', '.join(known_sets())}",
+            hint="apex calibrate --set FILE.toml, or --text FILE",
         )
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -31,13 +31,17 @@ class Verbs(click.Group):
     """Imports a verb's module only when it is used, so that `apex --help` and small verbs start fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*VERBS, *super().list_commands(ctx)})
+        from apex_build.plugins import load_plugins
+
+        return sorted({*VERBS, *load_plugins().commands()})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in VERBS:
             command: click.Command = importlib.import_module(f"apex_build.cli.{VERBS[name]}").command
             return command
-        return super().get_command(ctx, name)
+        from apex_build.plugins import load_plugins
+
+        return load_plugins().commands().get(name)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

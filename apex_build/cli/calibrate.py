@@ -24,7 +24,9 @@ _PATH = click.Path(path_type=Path)
 @click.command(context_settings={"ignore_unknown_options": False})
 @click.argument("model_path", metavar="MODEL", type=_PATH)
 @click.option("-o", "--output", type=_PATH, help="The imatrix to write.  [default: MODEL's name + .imatrix.gguf, beside it]")
-@click.option("--set", "set_name", default="default", show_default=True, help=f"A calibration set ({', '.join(known_sets())}) or TOML file.")
+@click.option(
+    "--set", "set_name", default="default", show_default=True, help=f"A calibration set ({', '.join(known_sets())}) or TOML file."
+)
 @click.option("--domain", "domains", multiple=True, help="Only this domain of the set (may be given several times).")
 @click.option("--text", "text_path", type=_PATH, help="A text file of your own instead of a set.")
 @click.option("--chat-template", "template", type=_PATH, help="A Jinja chat template instead of the model's own.")
@@ -100,10 +102,17 @@ def command(
 def _show_plan(text: CalibrationText, wanted: list[str], out: Path, json_: bool) -> None:
     if json_:
         parts = [asdict(part) for part in text.parts]
-        show.as_json({"text": {"sha256": text.sha256, "bytes": len(text.data), "parts": parts}, "command": wanted, "output": str(out)})
+        show.as_json(
+            {"text": {"sha256": text.sha256, "bytes": len(text.data), "parts": parts}, "command": wanted, "output": str(out)}
+        )
         return
     rows = [(part.domain, part.source, part.documents, show.size(part.n_bytes), part.refused or "-") for part in text.parts]
-    show.table(f"Calibration text, {show.size(len(text.data))}", ("domain", "source", "documents", "bytes", "refused"), rows, right=("documents", "bytes", "refused"))
+    show.table(
+        f"Calibration text, {show.size(len(text.data))}",
+        ("domain", "source", "documents", "bytes", "refused"),
+        rows,
+        right=("documents", "bytes", "refused"),
+    )
     click.echo(f"command: {shlex.join(wanted)}")
     click.echo(f"output:  {out}")
 

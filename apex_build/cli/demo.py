@@ -69,7 +69,9 @@ def command(output: Path, json_: bool) -> None:
     if json_:
         show.as_json(rows)
         return
-    show.table("The test model, its draft head calibrated", _COLUMNS, [_cells(row) for row in rows], right=("bytes", "bits per weight"))
+    show.table(
+        "The test model, its draft head calibrated", _COLUMNS, [_cells(row) for row in rows], right=("bytes", "bits per weight")
+    )
 
 
 def _row(name: str, model: Model, covered: Coverage | None) -> dict[str, Any]:

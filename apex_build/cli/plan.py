@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from apex_build.cli import show
 from apex_build.errors import OutputUnwritable
@@ -100,7 +99,7 @@ def _json(plan: Plan, covered: Coverage | None) -> dict[str, Any]:
 def _print(plan: Plan, covered: Coverage | None, *, tensors: bool) -> None:
     if tensors:
         rows = [
-            (escape(e.name), e.role, "head" if e.draft_head else "", e.from_type, _type(e), show.size(e.n_bytes), _source(e))
+            (e.name, e.role, "head" if e.draft_head else "", e.from_type, _type(e), show.size(e.n_bytes), _source(e))
             for e in plan.entries
         ]
         show.table("Tensors", ("name", "role", "part", "from", "to", "bytes", "decided by"), rows, right=("bytes",))
@@ -113,7 +112,7 @@ def _print(plan: Plan, covered: Coverage | None, *, tensors: bool) -> None:
         layers = _ranges({e.layer for e in own if e.layer is not None})
         groups.append(("draft head" if head else "trunk", role, type_name, layers, len(own), show.size(n_bytes), f"{bits:.2f}"))
     columns = ("part", "role", "type", "layers", "tensors", "bytes", "bits per weight")
-    show.table(f"Plan: {escape(plan.policy)}, base type {plan.base_type}", columns, groups, right=columns[4:])
+    show.table(f"Plan: {plan.policy}, base type {plan.base_type}", columns, groups, right=columns[4:])
     head = plan.bytes_by_role.get("draft head", 0)
     of_head = f", {show.size(head)} of them the draft head's" if head else ""
     click.echo(f"tensors: {plan.n_bytes} bytes ({show.size(plan.n_bytes)}), {plan.bits_per_weight:.3f} bits per weight{of_head}")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from apex_build.cli import show
 from apex_build.hookspecs import PolicySpec
@@ -33,10 +32,7 @@ def command(name: str | None, folders: tuple[Path, ...], json_: bool) -> None:
     if json_:
         show.as_json([_json(policy) for policy in policies.values()])
         return
-    rows = [
-        (escape(p.name), escape(p.plugin), escape(p.base_type), "yes" if p.calibrated else "no", escape(p.description))
-        for p in policies.values()
-    ]
+    rows = [(p.name, p.plugin, p.base_type, "yes" if p.calibrated else "no", p.description) for p in policies.values()]
     show.table("Policies", ("policy", "plugin", "base type", "imatrix", "description"), rows)
     if name is None:
         parameters = sorted({parameter for policy in policies.values() for parameter in policy.parameters})
@@ -44,10 +40,9 @@ def command(name: str | None, folders: tuple[Path, ...], json_: bool) -> None:
         click.echo("apex policies NAME shows their defaults and what they mean")
         return
     settings = [
-        (escape(parameter), str(p.default), " or ".join((p.kind, *p.words)), escape(p.help))
-        for parameter, p in policies[name].parameters.items()
+        (parameter, str(p.default), " or ".join((p.kind, *p.words)), p.help) for parameter, p in policies[name].parameters.items()
     ]
-    settings.append(("base_type", escape(policies[name].base_type), "text", "llama-quantize's type, for what no rule names"))
+    settings.append(("base_type", policies[name].base_type, "text", "llama-quantize's type, for what no rule names"))
     show.table("Parameters, for --set NAME=VALUE", ("name", "default", "takes", "meaning"), settings)
 
 

@@ -23,13 +23,22 @@ _PATH = click.Path(path_type=Path)
 @click.command()
 @click.argument("model_path", metavar="MODEL", type=_PATH)
 @click.option("--policy", "names", metavar="NAME", multiple=True, required=True, help="A policy (may be given several times).")
-@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policies (may be given several times).")
+@click.option(
+    "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policies (may be given several times)."
+)
 @click.option("--imatrix", type=_PATH, help="Calibration data: apex calibrate makes it.")
 @click.option(
-    "-o", "--output", type=_PATH, help="The file to write; with several policies a folder.  [default: MODEL's name + policy, beside it]"
+    "-o",
+    "--output",
+    type=_PATH,
+    help="The file to write; with several policies a folder.  [default: MODEL's name + policy, beside it]",
 )
-@click.option("--allow-uncalibrated", is_flag=True, help="Quantize tensors that the imatrix has no data for, where the type allows.")
-@click.option("--allow-fallback", is_flag=True, help="Let llama-quantize take another type where a shape cannot hold the planned one.")
+@click.option(
+    "--allow-uncalibrated", is_flag=True, help="Quantize tensors that the imatrix has no data for, where the type allows."
+)
+@click.option(
+    "--allow-fallback", is_flag=True, help="Let llama-quantize take another type where a shape cannot hold the planned one."
+)
 @click.option("--allow-requantize", is_flag=True, help="Start from a file that is quantized already.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the newest build]")
@@ -72,7 +81,9 @@ def command(
     allowed = Allowed(allow_uncalibrated, allow_fallback, allow_requantize)
     stem = model.path.stem
     if len(policies) > 1 and output is not None and not output.is_dir():
-        raise OutputUnwritable(f"{output}: with several policies the output is a folder", hint=f"mkdir -p {shlex.quote(str(output))}")
+        raise OutputUnwritable(
+            f"{output}: with several policies the output is a folder", hint=f"mkdir -p {shlex.quote(str(output))}"
+        )
     jobs = []
     for policy in policies:
         out = output or model.path.parent

@@ -31,7 +31,13 @@ def progress() -> Iterator[Report]:
     if not sys.stderr.isatty():
         yield _plain()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console(), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -80,7 +86,7 @@ def size(n_bytes: float) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
     """Print a table to stdout; columns named in `right` are aligned right."""
-    out = Table(title=title, title_justify="left", header_style="bold")
+    out = Table(title=Text(title, style="italic"), title_justify="left", header_style="bold")
     for column in columns:
         out.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:

@@ -45,21 +45,22 @@ def run_tool(
     log: Path | None = None,
     on_line: Callable[[str], None] | None = None,
     cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     explain: Explain | None = None,
     timeout: float | None = None,
+    check: bool = True,
 ) -> ToolRun:
     """Run a program to its end.
 
     `on_line` gets each line as soon as it is complete, and before that the unfinished line so far each time it has grown
-    (progress such as `[12]5.3412,`). `env` is added to our own environment. All output goes to `log` unchanged, under a line
-    with the command. `explain` is given the lines of a failed run and may return (diagnosis, hint).
+    (progress such as `[12]5.3412,`). `env` is added to our own environment, None takes a name out. All output goes to `log`
+    unchanged, under a line with the command. `explain` is given the lines of a failed run and may return (diagnosis, hint).
 
     Whatever ends this function early (Ctrl-C, SIGTERM, an error in `on_line`) also ends the tool and every process it started:
     SIGINT, then SIGTERM, then SIGKILL. The tool runs in a session of its own, so the terminal's Ctrl-C reaches only us.
 
-    Raises ToolFailed (not startable, or a code other than 0), ToolKilled (ended by a signal), ToolTimeout (`timeout` seconds
-    are over), OutputUnwritable (the log).
+    Raises ToolFailed (not startable; with `check` also a code other than 0), ToolKilled (with `check`: ended by a signal),
+    ToolTimeout (`timeout` seconds are over); OutputUnwritable (the log).
     """
     command = [str(argument) for argument in arguments]
     name = Path(command[0]).name
@@ -82,13 +83,13 @@ def run_tool(
             ) from None
         finally:
             stop(child)
-    if code:
+    if code and check:
         raise failure(name, code, lines, log, explain)
     return ToolRun(code, tuple(lines), time.monotonic() - began)
 
 
 def start(
-    command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, output: IO[bytes] | None = None
+    command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str | None] | None = None, output: IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
     """Start a program in a session of its own, stdout and stderr in one pipe or the file `output`. End it with `stop`."""
     # Arguments come from us alone: the tools would take others from variables of the user's shell, unseen by any manifest.
@@ -101,7 +102,7 @@ def start(
             stdout=output or subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=cwd,
-            env={**inherited, **(env or {})},
+            env={key: value for key, value in {**inherited, **(env or {})}.items() if value is not None},
             start_new_session=True,
         )
     except OSError as error:
@@ -111,18 +112,20 @@ def start(
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """End a child started by `start`, its whole process group, and close its pipe. Does nothing to a child that has ended."""
+    """End a child started by `start` with every process of its session, unless it has ended itself, and close its pipe."""
+    running = child.poll() is None
+    # a shell's background job has SIGINT ignored, and so has its child
+    polite = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if child.poll() is not None:
-                return
-            _signal_group(child, number)
-            _wait_draining(child, _GRACE)
+        for number in polite:
+            if child.poll() is None:
+                _signal_group(child, number)
+                _wait_draining(child, _GRACE)
     finally:  # also when a second Ctrl-C comes while we wait
-        if child.poll() is None:
-            for process in _session_members(child.pid):
-                _kill(process)
-            _signal_group(child, signal.SIGKILL)
+        if running:
+            for process in (*_session_members(child.pid), child.pid):
+                if child.returncode is None or process != child.pid:
+                    _kill(process)
             child.wait()
         if child.stdout:
             child.stdout.close()

@@ -45,7 +45,7 @@ class Server:
     def completion(
         self, prompt: str, *, n_predict: int, temperature: float = 0.0, timeout: float = 600.0, **options: Any
     ) -> dict[str, Any]:
-        """POST /completion. The answer has `content` and `timings`; in those `draft_n` and `draft_n_accepted`, unless nothing was drafted.
+        """POST /completion. The answer has `content` and `timings`, with `draft_n` and `draft_n_accepted` where drafts were made.
 
         `options` are further fields of the request (seed, cache_prompt, stop, ...). Raises ToolFailed, ToolKilled, ToolTimeout.
         """

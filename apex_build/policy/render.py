@@ -36,8 +36,9 @@ def render(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantiza
         error = TemplateUnsafe if answer["error"] == "unsafe" else TemplateFailed
         where = f"{answer['file']}:{answer['line']}" if answer["file"] else str(policy.template)
         raise error(f"template of policy '{policy.name}', {where}: {printable(answer['message'])}")
+    sources = {file: Path(file).read_text("utf-8").split("\n") for file, _ in answer["places"] if file}
     lines = answer["text"].split("\n")
-    return [(line, _where(line, file, number)) for line, (file, number) in zip(lines, answer["places"], strict=False)]
+    return [(line, _where(line, file, number, sources)) for line, (file, number) in zip(lines, answer["places"], strict=False)]
 
 
 def catalogue(model: Model, quantizable: Collection[str]) -> dict[str, Any]:
@@ -82,11 +83,9 @@ def _run(request: Mapping[str, Any], about: str) -> dict[str, Any]:
         raise TemplateFailed(f"{about}: {printable(str(error))}") from None
 
 
-def _where(line: str, file: str, number: int) -> str:
+def _where(line: str, file: str, number: int, sources: Mapping[str, Sequence[str]]) -> str:
     """Jinja knows the statement a line came from; for a line that stands in the template as it is, its own number is better."""
     if line.strip() and file:
-        literal = [
-            index for index, given in enumerate(Path(file).read_text("utf-8").split("\n"), 1) if given.strip() == line.strip()
-        ]
-        number = next((index for index in literal if index >= number), number)
+        literal = (index for index, given in enumerate(sources[file], 1) if index >= number and given.strip() == line.strip())
+        number = next(literal, number)
     return f"{file}:{number}"

@@ -46,7 +46,7 @@ def parse_rules(lines: Iterable[tuple[str, str]], ggml: Ggml) -> tuple[Rule, ...
         if not text:
             continue
         pattern, equals, type_name = text.partition("=")
-        if not equals or not pattern or not type_name or re.search(r"\s", text):
+        if not equals or not pattern or not type_name or " " in text or not text.isprintable():
             raise TemplateFailed(f"{where}: {text!r:.200} is not of the form pattern=type, without spaces")
         if pattern != pattern.lower():
             raise TemplateFailed(

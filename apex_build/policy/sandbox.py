@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from apex_build import confined
 
-CPU_SECONDS = 10
+CPU_SECONDS = 5
 OUTPUT_CHARACTERS = 1 << 22
 
 

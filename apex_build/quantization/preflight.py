@@ -65,7 +65,9 @@ def _data(plan: Plan, changed: list[Entry], model: Model, covered: Coverage | No
         return
     blind = [entry for entry in changed if entry.name in missing and entry.type not in _DATA_UNUSED]
     if blind and not allowed.uncalibrated:
-        raise _refusal(blind[0], model, covered, f"{entry_type(blind)} would be quantized blindly, without a word from llama-quantize")
+        raise _refusal(
+            blind[0], model, covered, f"{entry_type(blind)} would be quantized blindly, without a word from llama-quantize"
+        )
     if blind:
         yield f"{len(blind)} tensors are quantized without calibration data, {blind[0].name} ({blind[0].type}) among them"
     for tensor in covered.partial:
@@ -100,7 +102,9 @@ def check_output(out: Path, model: Model, n_bytes: int, *, force: bool) -> None:
     if out.exists() and any(out.samefile(file) for file in model.files):
         raise OutputUnwritable(f"{out} is the input itself", hint="give another name with -o")
     if out.exists() and not force:
-        raise OutputUnwritable(f"{out} exists and was made from something else", hint="give another name with -o, or --force to replace it")
+        raise OutputUnwritable(
+            f"{out} exists and was made from something else", hint="give another name with -o, or --force to replace it"
+        )
     free = shutil.disk_usage(folder).free
     if free < n_bytes + _ROOM:
         raise DiskTooSmall(

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_edit import with_own_head_output, without_head
+from reference import Reference
 
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
 from apex_build.native.server import serve
 from apex_build.native.toolset import Toolset
-
-from reference import Reference
 
 HEAD = "blk.6."
 Run = Callable[..., Imatrix]
@@ -46,7 +45,11 @@ def patched(tools: Toolset, testbed: Path, text: Path, tmp_path: Path) -> Run:
 
 def same(a: Imatrix, b: Imatrix, names: set[str]) -> list[str]:
     """Names of entries that are not bit-identical."""
-    return [n for n in sorted(names) if a.entries[n].counts != b.entries[n].counts or not np.array_equal(a.entries[n].values(), b.entries[n].values())]
+    return [
+        n
+        for n in sorted(names)
+        if a.entries[n].counts != b.entries[n].counts or not np.array_equal(a.entries[n].values(), b.entries[n].values())
+    ]
 
 
 def head_of(found: Imatrix) -> set[str]:

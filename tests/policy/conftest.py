@@ -18,6 +18,7 @@ from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
 
+
 @pytest.fixture(scope="session")
 def ggml(tools: Toolset) -> Ggml:
     return Ggml(tools)

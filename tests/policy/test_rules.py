@@ -37,6 +37,8 @@ def test_lines_comments_and_the_file_for_llama_quantize(ggml: Ggml) -> None:
         ("=Q4_K", TemplateFailed, "is not of the form pattern=type"),
         ("x=", TemplateFailed, "is not of the form pattern=type"),
         ("x = Q4_K", TemplateFailed, "without spaces"),
+        ("x\ud800=Q4_K # optional", TemplateFailed, "without spaces"),
+        ("x\x00=Q4_K # optional", TemplateFailed, "without spaces"),
         ("x=Q4_K y=Q4_K", TemplateFailed, "without spaces"),
         ("a=b=Q4_K", TypeUnknown, "is not a tensor type"),
         ("x=Q4_KM", TypeUnknown, "'Q4_KM' is not a tensor type"),

@@ -97,9 +97,12 @@ def test_types_and_total_on_the_35b_a3b(big: Model, tools: Toolset, tier: str, t
 
 def ours(type_name: str, n_elements: int) -> int:
     """Bytes from the block sizes as ggml-common.h defines them, written out here."""
-    block, n_bytes = {
-        "F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34), "Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144), "Q3_K": (256, 110), "Q2_K": (256, 84), "IQ4_XS": (256, 136), "IQ2_S": (256, 82), "IQ2_XS": (256, 74), "IQ2_XXS": (256, 66), "IQ1_M": (256, 56),
-    }[type_name]  # fmt: skip
+    blocks = {
+        **{"F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34), "Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144)},
+        **{"Q3_K": (256, 110), "Q2_K": (256, 84), "IQ4_XS": (256, 136), "IQ2_S": (256, 82), "IQ2_XS": (256, 74)},
+        **{"IQ2_XXS": (256, 66), "IQ1_M": (256, 56)},
+    }
+    block, n_bytes = blocks[type_name]
     assert n_elements % block == 0
     return n_elements // block * n_bytes
 

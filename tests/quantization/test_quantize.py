@@ -39,10 +39,14 @@ def nano(testbed: Path, calibrated: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_the_file_is_what_was_planned(nano: Path, testbed: Path, calibrated: Path) -> None:
     planned = json.loads(
-        run_apex("plan", testbed, "--policy", "i-nano", *SMALL, "--set", "draft_head=IQ2_XXS", "--imatrix", calibrated, "--json").stdout
+        run_apex(
+            "plan", testbed, "--policy", "i-nano", *SMALL, "--set", "draft_head=IQ2_XXS", "--imatrix", calibrated, "--json"
+        ).stdout
     )
     header = read_header(nano)
-    assert {t.name: (t.type, t.n_bytes) for t in header.tensors} == {t["name"]: (t["type"], t["n_bytes"]) for t in planned["tensors"]}
+    assert {t.name: (t.type, t.n_bytes) for t in header.tensors} == {
+        t["name"]: (t["type"], t["n_bytes"]) for t in planned["tensors"]
+    }
     assert sum(tensor.n_bytes for tensor in header.tensors) == planned["bytes"]
     assert {t.type for t in header.tensors if t.name.startswith("blk.6.") and t.type != "F32"} == {"IQ2_XXS"}
 
@@ -60,7 +64,9 @@ def test_the_file_tells_how_it_was_made(nano: Path, calibrated: Path) -> None:
     assert "draft_head=IQ2_XXS" in metadata["apex.parameters"] and "edge=1" in metadata["apex.parameters"]
     assert metadata["quantize.imatrix.file"] == calibrated.name, "a name, not where it lay"
     manifest = json.loads(nano.with_name(nano.name + ".json").read_text())
-    assert manifest["provenance"]["apex.plan"] == metadata["apex.plan"] and len(manifest["tensors"]) == len(read_header(nano).tensors)
+    assert manifest["provenance"]["apex.plan"] == metadata["apex.plan"] and len(manifest["tensors"]) == len(
+        read_header(nano).tensors
+    )
 
 
 def test_the_same_file_is_not_made_twice_and_another_is_not_replaced(nano: Path, testbed: Path, calibrated: Path) -> None:
@@ -208,7 +214,20 @@ def test_a_read_only_folder(testbed: Path, tmp_path: Path, tools: Toolset) -> No
 def test_a_run_that_is_ended_leaves_what_was_there(how: str, testbed: Path, tmp_path: Path, tools: Toolset) -> None:
     out = tmp_path / "x.gguf"
     out.write_bytes(b"the good old file")
-    command = [sys.executable, "-m", "apex_build", "quantize", testbed, "--policy", "quality", "-o", out, "--force", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "apex_build",
+        "quantize",
+        testbed,
+        "--policy",
+        "quality",
+        "-o",
+        out,
+        "--force",
+        "--threads",
+        "1",
+    ]
     child = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     tool = None
     deadline = time.monotonic() + 120

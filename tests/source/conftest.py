@@ -61,9 +61,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 def apex(world: World, capsys: pytest.CaptureFixture[str]) -> Apex:
     """Run the command line in this process: `apex("source", "fetch")`; the test pin is added."""
 
-    def run(*arguments: str) -> Said:
+    def run(*arguments: str, pin: str | None = None) -> Said:
         with pytest.raises(SystemExit) as ended:
-            main([*arguments, "--pin", str(world.toml)])
+            main([*arguments, "--pin", pin or str(world.toml)])
         said = capsys.readouterr()
         return Said(int(ended.value.code or 0), said.out, said.err)
 

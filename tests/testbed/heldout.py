@@ -7,7 +7,6 @@ was when this was last run. Neither is in the training text, which is the interp
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from corpus import HERE, held_out_dialogues, render
 
@@ -45,7 +44,9 @@ def main() -> None:
     prompts: list[dict[str, str]] = []
     for domain, dialogues in held_out_dialogues(SEED, 600).items():
         (folder / f"{domain}.txt").write_text(cut([render(dialogue) for dialogue in dialogues]), encoding="utf-8")
-        prompts += [{"domain": domain, "prompt": until_answer(dialogue)} for dialogue in held_out_dialogues(SEED + 1, PROMPTS)[domain]]
+        prompts += [
+            {"domain": domain, "prompt": until_answer(dialogue)} for dialogue in held_out_dialogues(SEED + 1, PROMPTS)[domain]
+        ]
     sources = code()
     (folder / "code.txt").write_text(cut([f"{source}\n\n" for source in sources]), encoding="utf-8")
     for source in sources[:PROMPTS]:

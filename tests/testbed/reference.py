@@ -69,7 +69,9 @@ class Reference:
     def logits(self, hidden: Array, norm: str = "output_norm") -> Array:
         return self.norm(hidden, norm) @ self.weights["output.weight"].T
 
-    def block(self, x: Array, layer: int, mix: Callable[[Array, str, npt.NDArray[np.int64]], Array], positions: npt.NDArray[np.int64]) -> Array:
+    def block(
+        self, x: Array, layer: int, mix: Callable[[Array, str, npt.NDArray[np.int64]], Array], positions: npt.NDArray[np.int64]
+    ) -> Array:
         name = f"blk.{layer}"
         x = x + mix(self.norm(x, f"{name}.attn_norm"), name, positions)
         return x + self.experts(self.norm(x, f"{name}.post_attention_norm"), name)

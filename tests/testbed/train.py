@@ -128,7 +128,9 @@ def main() -> None:
 
     say(f"seed {SEED}, python {platform.python_version()}, torch {torch.__version__}, training text sha256 {digest}")
     say("tokens by domain: " + ", ".join(f"{d} {len(s)}" for d, s in text.items()))
-    say(f"parameters: trunk {sum(p.numel() for p in model.trunk.parameters())}, head {sum(p.numel() for p in model.mtp.parameters())}")
+    say(
+        f"parameters: trunk {sum(p.numel() for p in model.trunk.parameters())}, head {sum(p.numel() for p in model.mtp.parameters())}"
+    )
     began = time.monotonic()
     for step in range(options.steps):
         rows, length = (2, 640) if step >= LONG_FROM * options.steps else (5, 256)

@@ -1,0 +1,32 @@
+# The front door. Every target is one call of apex or of tox, in a virtual environment of the project's own.
+PYTHON ?= python3
+VENV   := .venv
+STAMP  := $(VENV)/.installed
+
+.PHONY: help build demo test lint clean
+
+help:
+	@echo "make build   fetch, verify, patch and compile llama.cpp's tools"
+	@echo "make demo    the whole road on a small model: build, calibrate, quantize, compare"
+	@echo "make test    the tests, on the real tools"
+	@echo "make lint    ruff and mypy"
+
+build: $(STAMP)
+	$(VENV)/bin/apex build --backend cpu
+
+demo: $(STAMP)
+	$(VENV)/bin/apex demo
+
+test: $(STAMP)
+	$(VENV)/bin/tox run
+
+lint: $(STAMP)
+	$(VENV)/bin/tox run -e lint,types
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .tox demo dist

@@ -1,0 +1,153 @@
+"""Reading a source archive that nobody vouches for: everything is judged from the headers before one byte of it is written."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from apex_build.errors import ApexError, ArchiveUnsafe, DownloadFailed, HashMismatch
+from apex_build.source.contents import MAX_FILE, check_path, wanted
+
+MAX_MEMBERS = 100_000
+MAX_TOTAL = 4 << 30  # bytes, all members together; the pinned sdists have 0.2 GB
+_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
+
+
+class _Bounded:
+    """A decompressed stream that hands out no huge block: tarfile reads extension headers whole, whatever size they claim."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek = file.seek
+        self.tell = file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > MAX_FILE:
+            raise tarfile.TarError(f"a header that claims {size} bytes")
+        return self._file.read(size)
+
+
+def read_archive(archive: Path, folder: str, commit: str) -> Iterator[tuple[str, bytes]]:
+    """The wanted files of llama.cpp in a tar archive: (path, content).
+
+    The tree may lie in `<top>/<folder>/` (an sdist), in `<top>/` (git archive, or a hosting site's tarball) or at the top. Raises
+    ArchiveUnsafe for a path that escapes or a device anywhere, and for a link, a duplicate or an absurd size where it would count;
+    DownloadFailed for an archive that is cut short; HashMismatch for one that holds something else.
+    """
+    with _open(archive) as tar:
+        members: list[tuple[str, tarfile.TarInfo]] = []
+        total = 0
+        for member in tar:
+            total += max(member.size, 0)
+            if len(members) >= MAX_MEMBERS or total > MAX_TOTAL or member.size < 0:
+                limits = f"more than {MAX_MEMBERS} members or {MAX_TOTAL} bytes, or a negative size"
+                raise ArchiveUnsafe(f"{archive.name}: refused at {member.name!r}: {limits}")
+            members.append((_judge(archive, member), member))
+        _check_commit(archive, tar.pax_headers.get("comment", ""), commit)
+        top = _top(archive, [path for path, member in members if member.isfile()], folder)
+        chosen = _choose(archive, members, top)
+        for path, member in chosen.items():
+            file = tar.extractfile(member)
+            content = b"" if file is None else file.read()
+            if len(content) != member.size:
+                raise DownloadFailed(f"{archive} is cut short: {path} ends after {len(content)} of {member.size} bytes")
+            yield path, content
+
+
+@contextmanager
+def _open(archive: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with archive.open("rb") as raw:
+            magic = raw.read(6)
+            raw.seek(0)
+            opener = next((opener for start, opener in _OPENERS.items() if magic.startswith(start)), None)
+            file: IO[bytes] = raw if opener is None else opener(raw)
+            bounded: Any = _Bounded(file)
+            with tarfile.open(fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+                yield tar
+    except ApexError:
+        raise
+    except FileNotFoundError:
+        raise DownloadFailed(f"there is no archive {archive}") from None
+    except tarfile.TarError as error:
+        if any(words in str(error) for words in ("unexpected end of data", "truncated", "empty file")):
+            raise DownloadFailed(f"{archive} is cut short: {error}", hint="copy or download it again") from None
+        raise HashMismatch(f"{archive} is not a tar archive that can be read: {error}") from None
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DownloadFailed(f"{archive} cannot be read: {error.strerror}") from None
+        raise DownloadFailed(f"{archive} is cut short or damaged: {error}", hint="copy or download it again") from None
+
+
+def _judge(archive: Path, member: tarfile.TarInfo) -> str:
+    """The member's path inside the archive, normalized. Refuses what would be dangerous wherever it stands."""
+    name = member.name
+    parts = re.split(r"[/\\]", name)
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
+        raise ArchiveUnsafe(f"{archive.name}: the member {name!r} has an absolute path")
+    if ".." in parts:
+        raise ArchiveUnsafe(f"{archive.name}: the member {name!r} leaves the folder it is extracted to")
+    if not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
+        raise ArchiveUnsafe(f"{archive.name}: the member {name!r} is a device, a pipe or of an unknown kind")
+    path = "/".join(part for part in name.split("/") if part not in ("", "."))
+    if member.issym() or member.islnk():
+        # the target of a symbolic link counts from its own folder, that of a hard link from the archive's top
+        target = re.split(r"[/\\]", member.linkname)
+        depth = path.count("/") if member.issym() else 0
+        for part in target:
+            depth += -1 if part == ".." else part not in ("", ".")
+            if depth < 0 or member.linkname.startswith(("/", "\\")):
+                raise ArchiveUnsafe(f"{archive.name}: the link {name!r} points outside the archive, to {member.linkname!r}")
+    return path
+
+
+def _top(archive: Path, paths: list[str], folder: str) -> str:
+    """The folder of the archive that llama.cpp's own CMakeLists.txt lies in, with its slash."""
+    roots = {path[: -len("CMakeLists.txt")] for path in paths if path.rpartition("/")[2] == "CMakeLists.txt"}
+    trees = sorted(root for root in roots if f"{root}ggml/" in roots)
+    for form in (rf"[^/]+/{re.escape(folder)}/", r"[^/]+/", r""):
+        found = [root for root in trees if re.fullmatch(form, root)]
+        if len(found) > 1:
+            raise ArchiveUnsafe(f"{archive.name}: more than one source tree in the archive: {', '.join(found[:4])}")
+        if found:
+            return found[0]
+    raise HashMismatch(f"{archive} holds no llama.cpp: no CMakeLists.txt with a ggml/ beside it was found")
+
+
+def _choose(archive: Path, members: list[tuple[str, tarfile.TarInfo]], top: str) -> dict[str, tarfile.TarInfo]:
+    chosen: dict[str, tarfile.TarInfo] = {}
+    for path, member in members:
+        path = path[len(top) :] if path.startswith(top) else ""
+        link = member.issym() or member.islnk()
+        if member.isdir() or not (wanted(path) or (link and wanted(f"{path}/file"))):
+            continue
+        check_path(path, archive.name)
+        if link:
+            kind = "symbolic" if member.issym() else "hard"
+            raise ArchiveUnsafe(f"{archive.name}: {member.name!r} is a {kind} link to {member.linkname!r}, where a file should be")
+        if path in chosen:
+            raise ArchiveUnsafe(f"{archive.name}: the member {member.name!r} occurs twice")
+        if member.size > MAX_FILE:
+            raise ArchiveUnsafe(f"{archive.name}: the member {member.name!r} claims {member.size} bytes, more than {MAX_FILE}")
+        if hasattr(tarfile, "data_filter"):  # Python 3.10.12, 3.11.4 and later: the library's own judgement as well
+            try:
+                tarfile.data_filter(member, str(archive.parent / "nowhere"))
+            except tarfile.FilterError as error:
+                raise ArchiveUnsafe(f"{archive.name}: {error}") from None
+        chosen[path] = member
+    return chosen
+
+
+def _check_commit(archive: Path, comment: str, commit: str) -> None:
+    """git archive writes the commit's name into the archive; if it is there, it must be the pinned one."""
+    if re.fullmatch(r"[0-9a-f]{40}", comment) and comment != commit:
+        raise HashMismatch(f"{archive.name} is of upstream commit {comment}, the pin is {commit}")

@@ -1,0 +1,188 @@
+"""The sdist from the index that pip is configured with: found and fetched without running a line of it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import unquote
+
+import httpx2
+from unearth import Link, PackageFinder
+from unearth.fetchers.sync import PyPIClient
+
+from apex_build.errors import ApexError, DownloadFailed, HashMismatch
+from apex_build.identity import sha256_file, whole_file
+from apex_build.places import cache_root
+from apex_build.progress import Report, Step, silent
+from apex_build.source.folders import writing
+from apex_build.source.pins import Pin
+from apex_build.source.pip_config import PipConfig, open_session, read_pip_config
+
+_NETWORK = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
+# As pip does: a server that would compress the file once more on the way must not, what is hashed is the file itself.
+_AS_IT_IS = {"Accept-Encoding": "identity"}
+_ELSEWHERE = "apex source fetch --from git, or --archive FILE with a copy of the sdist or of the tree"
+_LIMIT = 1 << 30  # bytes of a download whose pin names no size
+
+
+def cached_sdist(pin: Pin) -> Path:
+    return cache_root() / "downloads" / pin.sha256 / pin.file
+
+
+def check_sdist(path: Path, pin: Pin) -> None:
+    """Raise DownloadFailed when the file is shorter than the pinned one, HashMismatch when it is another."""
+    try:
+        size, found = path.stat().st_size, sha256_file(path)
+    except OSError as error:
+        raise DownloadFailed(f"{path} cannot be read: {error.strerror}") from None
+    if found == pin.sha256:
+        return
+    if pin.size is not None and size < pin.size:
+        raise DownloadFailed(f"{path} is cut short: it has {size} bytes of {pin.size}", hint="copy or download it again")
+    raise HashMismatch(f"{path} is not the file that pin {pin.name} names: its sha256 is {found}, expected {pin.sha256}")
+
+
+def download_sdist(pin: Pin, report: Report = silent) -> Path:
+    """The pinned sdist in the cache, verified; fetched if it is not there.
+
+    Raises DownloadFailed (not found, no network, cut short), HashMismatch (whatever offers the file offers another one).
+    """
+    target = cached_sdist(pin)
+    if target.is_file():
+        try:
+            check_sdist(target, pin)
+            return target
+        except ApexError:
+            target.unlink()
+    config = read_pip_config()
+    problems: list[ApexError] = []
+    with writing(target.parent), _warnings() as warnings, open_session(config) as session:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for link in _candidates(pin, config, session, warnings):
+            try:
+                _fetch(link, pin, session, config.retries, target, report)
+                return target
+            except ApexError as error:
+                problems.append(error)
+    if problems:
+        raise problems[0]
+    said = "".join(f"; {line}" for line in dict.fromkeys(warnings))
+    raise DownloadFailed(f"no package index that pip is configured with offers {pin.file}{said}", hint=_ELSEWHERE)
+
+
+def _candidates(pin: Pin, config: PipConfig, session: PyPIClient, warnings: list[str]) -> Iterator[Link]:
+    """Links to the pinned file, from the nearest place to the farthest. One source out of order does not spoil the others."""
+    for finder in _finders(config, session, warnings):
+        for attempt in range(config.retries + 1):
+            try:
+                matches = list(finder.find_matches(pin.requirement, allow_yanked=True, allow_prereleases=True))
+            except _NETWORK as error:
+                if attempt == config.retries:
+                    warnings.append(_say(error))
+                _pause(attempt, config.retries)
+            except (OSError, ValueError) as error:
+                warnings.append(_say(error))
+                break
+            else:
+                yield from (match.link for match in matches if unquote(match.link.filename) == pin.file)
+                break
+
+
+def _finders(config: PipConfig, session: PyPIClient, warnings: list[str]) -> Iterator[PackageFinder]:
+    def finder(index_urls: tuple[str, ...] = (), find_links: tuple[str, ...] = ()) -> PackageFinder:
+        # no source at all means the default index, here as in pip: no host is named in this project
+        return PackageFinder(
+            cast(Any, session), index_urls=index_urls, find_links=find_links, no_binary=[":all:"], ignore_compatibility=True
+        )
+
+    for place in config.find_links:
+        local = Path(place).expanduser()
+        if "://" not in place and not local.exists():
+            warnings.append(f"find-links names {place}, which does not exist")
+            continue
+        yield finder(find_links=(place if "://" in place else str(local),))
+    if not config.no_index:
+        yield finder(index_urls=(config.index_url,) if config.index_url else ())
+        for url in config.extra_index_urls:
+            yield finder(index_urls=(url,))
+
+
+def _fetch(link: Link, pin: Pin, session: PyPIClient, retries: int, target: Path, report: Report) -> None:
+    offered = (link.hash_option or {}).get("sha256", [])
+    if offered and pin.sha256 not in offered:
+        raise HashMismatch(
+            f"{link.redacted} is offered with sha256 {offered[0]}, but pin {pin.name} expects {pin.sha256}", hint=_ELSEWHERE
+        )
+    for attempt in range(retries + 1):
+        try:
+            with whole_file(target) as part:
+                _receive(link, pin, session, part, report)
+            return
+        except DownloadFailed:
+            if attempt == retries or link.is_file:
+                raise
+            _pause(attempt, retries)
+
+
+def _receive(link: Link, pin: Pin, session: PyPIClient, part: Path, report: Report) -> None:
+    """Download to `part` and verify it. DownloadFailed is worth another try, HashMismatch is not."""
+    digest, done = hashlib.sha256(), 0
+    limit = pin.size or _LIMIT
+    task = f"downloading {pin.file}"
+    try:
+        with session.get_stream(link.normalized, headers=_AS_IT_IS) as response, part.open("wb") as file:
+            if response.status_code >= 400:
+                raise DownloadFailed(
+                    f"{link.redacted}: the server answers {response.status_code} {response.reason_phrase}", hint=_ELSEWHERE
+                )
+            length = response.headers.get("Content-Length", "")
+            total = pin.size or (int(length) if length.isdecimal() else None)
+            for block in response.iter_raw(1 << 18):
+                done += len(block)
+                if done > limit:
+                    raise HashMismatch(
+                        f"{link.redacted} is larger than the {limit} bytes that pin {pin.name} names", hint=_ELSEWHERE
+                    )
+                digest.update(block)
+                file.write(block)
+                report(Step(task, done / 1e6, None if total is None else total / 1e6, "MB"))
+    except _NETWORK as error:
+        raise DownloadFailed(f"{link.redacted}: cut short after {done} bytes: {_say(error)}", hint=_ELSEWHERE) from None
+    if digest.hexdigest() != pin.sha256:
+        if pin.size is not None and done < pin.size:
+            raise DownloadFailed(f"{link.redacted} is cut short: {done} bytes came of {pin.size}", hint=_ELSEWHERE)
+        raise HashMismatch(
+            f"{link.redacted} is not the file that pin {pin.name} names: its sha256 is {digest.hexdigest()}, expected {pin.sha256}",
+            hint=_ELSEWHERE,
+        )
+
+
+def _pause(attempt: int, retries: int) -> None:
+    if attempt < retries:
+        time.sleep(0.25 * 2**attempt)
+
+
+def _say(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What unearth warns of while it looks (an index that does not answer, one that is not trusted) belongs into our message."""
+    lines: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("unearth"), Collect(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,127 @@
+"""Fetching a pinned tree from any of its three origins, and having it ready for a build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from apex_build.errors import TreeEdited
+from apex_build.progress import Report, silent
+from apex_build.source.archive import read_archive
+from apex_build.source.download import check_sdist, download_sdist
+from apex_build.source.folders import locked, mend, new_folder, put_in_place, writing
+from apex_build.source.match import unsaved_work
+from apex_build.source.pins import Pin
+from apex_build.source.series import apply_to, read_series, series_status, verb
+from apex_build.source.tree import fetch_command, lay_out, require_tree, some, status, tree_path, verify_base, verify_clean
+from apex_build.source.upstream import upstream_files
+
+Origin = Literal["pypi", "git", "archive"]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """`laid_out` is False when the tree was there already; `applied` names the patches that were applied now."""
+
+    path: Path
+    laid_out: bool
+    applied: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verified:
+    path: Path
+    tree_digest: str
+    files_clean: bool
+    patches: tuple[str, ...]
+
+
+def fetch(
+    pin: Pin,
+    *,
+    origin: Origin = "pypi",
+    archive: Path | None = None,
+    repository: str | None = None,
+    force: bool = False,
+    patches: bool = True,
+    report: Report = silent,
+) -> Fetched:
+    """Lay the pin's tree out at `tree_path(pin)`, verified, with its series applied unless `patches` is False.
+
+    A tree that is there is kept, unless `force` is given or it was laid out for another digest. It is replaced only when nothing in
+    it would be lost (TreeEdited names what would). Raises also DownloadFailed, HashMismatch, ArchiveUnsafe, PatchConflict.
+    """
+    path = tree_path(pin)
+    with locked(path, report):
+        mend(path)
+        found = status(pin)
+        if found.present and not force and not found.outdated:
+            return Fetched(path, False, apply_to(pin, path) if patches else ())
+        _refuse_loss(pin, path)
+        with new_folder(path) as part:
+            lay_out(pin, _files(pin, origin, archive, repository, report), part, report)
+            applied = apply_to(pin, part) if patches else ()
+            _refuse_loss(pin, path)  # fetching takes a while: look again
+            put_in_place(part, path)
+        return Fetched(path, True, applied)
+
+
+def ensure_source(pin: Pin, report: Report = silent) -> Path:
+    """The tree, ready for a build: fetched if it is missing, its series applied if that takes nothing away.
+
+    A tree that somebody works in (edits, commits not in the series) is returned as it is: `tree_identity` tells builds apart.
+    """
+    path = tree_path(pin)
+    with locked(path, report):
+        mend(path)
+    found = status(pin)
+    if not found.present:
+        return fetch(pin, report=report).path
+    if found.outdated:
+        return path if unsaved_work(path, read_series(pin)) else fetch(pin, report=report).path
+    series = series_status(pin)
+    if series.complete or series.unsaved or series.edited:
+        return path
+    return fetch(pin, report=report).path
+
+
+def verify(pin: Pin) -> Verified:
+    """Strict: the base commit's content has the pin's digest, no file differs from HEAD, and the commits are the whole series.
+
+    Raises SourceMissing, HashMismatch, TreeEdited, PatchConflict.
+    """
+    path = require_tree(pin)
+    digest = verify_base(pin, path)
+    verify_clean(path)
+    found = series_status(pin)
+    if found.unsaved:
+        names = ", ".join(f"{commit[:9]} {subject!r}" for commit, subject in found.unsaved)
+        raise TreeEdited(f"{path} has commits that the series does not hold: {names}", hint=verb(pin, "save"))
+    if not found.complete:
+        lacking = ", ".join(patch.name for patch in found.patches if patch.state != "applied") or "the order of the series"
+        raise TreeEdited(f"{path} does not have its series applied in full: {lacking}", hint=fetch_command(pin))
+    return Verified(path, digest, True, tuple(patch.name for patch in found.patches))
+
+
+def _files(pin: Pin, origin: Origin, archive: Path | None, repository: str | None, report: Report) -> Iterator[tuple[str, bytes]]:
+    if origin == "git":
+        return upstream_files(pin, repository, report)
+    if origin == "pypi" or archive is None:
+        archive = download_sdist(pin, report)
+    elif archive.name == pin.file:
+        check_sdist(archive, pin)  # a known file is checked before it is opened, any other by what it holds
+    return read_archive(archive, pin.folder, pin.commit)
+
+
+def _refuse_loss(pin: Pin, path: Path) -> None:
+    if not path.exists():
+        return
+    with writing(path):
+        work = unsaved_work(path, read_series(pin))
+    if work:
+        raise TreeEdited(
+            f"{path} holds work that fetching again would lose: {some(work, '; ')}",
+            hint=f"git -C {path} commit -a, then {verb(pin, 'save')}; or move the folder away",
+        )

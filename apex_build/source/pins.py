@@ -1,0 +1,109 @@
+"""Pins: which upstream commit a tree is, and what its content must be, whatever way it came."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apex_build import places
+from apex_build.errors import PinUnknown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_PIN = "pr-22673"
+
+_HEX40, _HEX64 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FOLDER = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One upstream commit.
+
+    `requirement`, `file`, `size` and `sha256` name the sdist that carries it, `folder` the tree inside that sdist; `tree_digest` is
+    the digest of the files a build uses (see source/contents.py), the same from every origin; `patches` is its series' folder.
+    """
+
+    name: str
+    commit: str
+    repository: str
+    requirement: str
+    file: str
+    sha256: str
+    folder: str
+    tree_digest: str
+    size: int | None = None
+    patches: Path | None = None
+
+    @property
+    def patches_folder(self) -> Path:
+        return self.patches or places.patches_root() / self.name
+
+
+def load_pin(name: str | None = None) -> Pin:
+    """The pin of this name, or the one in this TOML file when `name` is a path that ends in `.toml`.
+
+    Raises PinUnknown, also for a file that lacks a key or holds a value of the wrong form.
+    """
+    name = name or DEFAULT_PIN
+    if name.endswith(".toml"):
+        return _read(Path(name))
+    path = _folder() / f"{name}.toml"
+    if not _NAME.fullmatch(name) or not path.is_file():
+        known = ", ".join(pin.name for pin in all_pins())
+        raise PinUnknown(f"no pin is named {name!r}; there are: {known}", hint="apex source status")
+    return _read(path)
+
+
+def all_pins() -> list[Pin]:
+    """The pins that come with apex-build, the default one first."""
+    pins = [_read(path) for path in sorted(_folder().glob("*.toml"))]
+    return sorted(pins, key=lambda pin: pin.name != DEFAULT_PIN)
+
+
+def _folder() -> Path:
+    return places.data_root() / "vendor"
+
+
+def _read(path: Path) -> Pin:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PinUnknown(f"there is no pin file {path}", hint="apex source status") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PinUnknown(f"the pin file {path} cannot be read: {error}") from None
+    sdist = data.get("sdist")
+    sdist = sdist if isinstance(sdist, dict) else {}
+    size = sdist.get("size")
+    if size is not None and not (isinstance(size, int) and size > 0):
+        raise PinUnknown(f"{path}: `sdist.size` must be a number of bytes, not {size!r}")
+    patches = data.get("patches")
+    if patches is not None and not isinstance(patches, str):
+        raise PinUnknown(f"{path}: `patches` must be a folder, not {patches!r}")
+    return Pin(
+        name=_text(path, data, "name", _NAME),
+        commit=_text(path, data, "commit", _HEX40),
+        repository=_text(path, data, "repository", re.compile(r"[^-\s]\S*")),
+        requirement=_text(path, sdist, "requirement", re.compile(r"\S.*"), "sdist."),
+        file=_text(path, sdist, "file", re.compile(r"[A-Za-z0-9][^/\\\s]*"), "sdist."),
+        sha256=_text(path, sdist, "sha256", _HEX64, "sdist."),
+        folder=_text(path, sdist, "folder", _FOLDER, "sdist."),
+        tree_digest=_text(path, data, "tree_digest", _HEX64),
+        size=size,
+        patches=None if patches is None else (path.parent / patches).resolve(),
+    )
+
+
+def _text(path: Path, table: dict[str, Any], key: str, form: re.Pattern[str], prefix: str = "") -> str:
+    value = table.get(key)
+    if not isinstance(value, str) or not form.fullmatch(value):
+        found = "nothing" if value is None else repr(value)
+        raise PinUnknown(f"{path}: `{prefix}{key}` must match {form.pattern}, found {found}")
+    return value

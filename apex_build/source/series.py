@@ -1,0 +1,258 @@
+"""The patch series: patches/llama.cpp/<pin>/series and its letters, applied to the tree as commits and written back from them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from apex_build.errors import PatchConflict, TreeEdited
+from apex_build.progress import Report, silent
+from apex_build.source.folders import locked, new_folder, put_in_place
+from apex_build.source.git import git
+from apex_build.source.letters import ApplyFailed, Letter, commit_letters, merges_between, read_letter, write_letters
+from apex_build.source.match import match, record, remember
+from apex_build.source.pins import DEFAULT_PIN, Pin
+from apex_build.source.tree import edits, fetch_command, require_tree, some
+
+State = Literal["applied", "changed", "missing", "conflict"]
+_LETTER_NAME = re.compile(r"[0-9]{4}-[^/\\\s]+\.patch")
+
+
+@dataclass(frozen=True)
+class PatchState:
+    """A patch of the series. `changed`: the tree has a commit of this subject that says something else; `missing`: not applied, but
+    it would apply; `conflict`: not applied and does not apply, `detail` names file and hunk. `commit` is its commit in the tree.
+    """
+
+    name: str
+    subject: str
+    state: State
+    commit: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True)
+class SeriesStatus:
+    """`unsaved`: (commit, subject) of the tree that the series does not hold; `edited`, `untracked`: uncommitted edits, new files;
+    `unlisted`: patch files beside the series that it does not name; `complete`: the tree is the base and the series, in order.
+    """
+
+    patches: tuple[PatchState, ...]
+    unsaved: tuple[tuple[str, str], ...]
+    edited: tuple[str, ...]
+    untracked: tuple[str, ...]
+    unlisted: tuple[str, ...]
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `save_series` did: names of the patches that are in the series now, and of the files that changed or went."""
+
+    folder: Path
+    names: tuple[str, ...]
+    written: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+def read_series(pin: Pin) -> tuple[Letter, ...]:
+    """The letters that `series` names, in order; none without such a file. Raises PatchConflict for one that is no letter."""
+    series = pin.patches_folder / "series"
+    letters: list[Letter] = []
+    for name in _names(series):
+        try:
+            content = (pin.patches_folder / name).read_bytes() if _LETTER_NAME.fullmatch(name) else None
+        except OSError as error:
+            raise PatchConflict(f"{series} names {name}, which cannot be read: {error.strerror}") from None
+        if content is None:
+            raise PatchConflict(f"{series} names {name!r}; a patch is called NNNN-what-it-does.patch and lies beside the series")
+        if any(letter.name == name for letter in letters):
+            raise PatchConflict(f"{series} names {name} twice")
+        letters.append(read_letter(name, content))
+    return tuple(letters)
+
+
+def series_digest(pin: Pin) -> str:
+    """sha256 over the sha256 of each patch of the series, in order, a line each: names what is laid over the pin's tree."""
+    digest = hashlib.sha256()
+    for letter in read_series(pin):
+        digest.update(f"{letter.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def series_status(pin: Pin) -> SeriesStatus:
+    """How tree and series stand to each other. Raises SourceMissing, and TreeEdited for a tree that is not one of ours."""
+    path = require_tree(pin)
+    series = read_series(pin)
+    found = match(path, series)
+    changed = {letter.subject: commit for commit, letter in found.commits.items() if commit not in found.of.values()}
+    states: list[PatchState] = []
+    head = found.head
+    for letter in series:
+        if commit := found.of.get(letter.name):
+            states.append(PatchState(letter.name, letter.subject, "applied", commit))
+        elif letter.subject in changed:
+            states.append(PatchState(letter.name, letter.subject, "changed", changed[letter.subject]))
+        else:
+            try:
+                head = commit_letters(path, head, [letter])[-1]
+                states.append(PatchState(letter.name, letter.subject, "missing"))
+            except ApplyFailed as error:
+                states.append(PatchState(letter.name, letter.subject, "conflict", detail=error.reason))
+    edited, untracked = edits(path)
+    unlisted = sorted({file.name for file in pin.patches_folder.glob("*.patch")} - {letter.name for letter in series})
+    return SeriesStatus(tuple(states), found.unsaved, edited, untracked, tuple(unlisted), found.complete)
+
+
+def apply_series(pin: Pin, report: Report = silent) -> tuple[str, ...]:
+    """Bring the tree to base + series; returns the names of the patches that were applied now (none if it was there already).
+
+    Raises PatchConflict naming the patch, the file and the hunk, with the tree as it was; TreeEdited rather than touch a file with
+    uncommitted edits or leave out a commit that the series does not hold. Unsaved commits stay, and missing patches go on top.
+    """
+    with locked(require_tree(pin), report):
+        return apply_to(pin, require_tree(pin))
+
+
+def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
+    """`apply_series` for a tree at `path`; call with the lock held."""
+    series = read_series(pin)
+    found = match(path, series)
+    if found.complete:
+        return ()
+    edited, _untracked = edits(path)
+    if edited:
+        raise TreeEdited(
+            f"{path} has uncommitted edits, in {some(edited)}; applying patches could lose them",
+            hint=f"git -C {path} commit -a, then {verb(pin, 'apply')}",
+        )
+    done = [letter.name in found.of for letter in series]
+    if not found.unsaved:
+        start, todo = found.base, list(series)
+    elif len(found.unsaved) == len(found.commits) - sum(done) and done == sorted(done, reverse=True):
+        start, todo = found.head, [letter for letter in series if letter.name not in found.of]
+    else:
+        named = some([f"{commit[:9]} {subject!r}" for commit, subject in found.unsaved])
+        raise TreeEdited(
+            f"{path} has commits that the series does not hold, and they stand in the way: {named}",
+            hint=f"{verb(pin, 'save')} writes them into the series; {verb(pin, 'status')} shows both",
+        )
+    try:
+        made = commit_letters(path, start, todo)
+    except ApplyFailed as error:
+        raise PatchConflict(
+            f"{pin.patches_folder / error.letter.name} does not apply to {path}: {error.reason}",
+            hint=f"{fetch_command(pin)} --no-patches, mend it there with git am --reject, commit, then {verb(pin, 'save')}",
+        ) from None
+    remember(path, made={commit: letter.sha256 for commit, letter in zip(made, todo, strict=True)})
+    _switch(path, found.head, made[-1] if made else start)
+    return tuple(letter.name for letter in todo if letter.name not in found.of)
+
+
+def _switch(path: Path, old: str, new: str) -> None:
+    """Move the branch and the (clean) working tree to `new`, touching only files that differ."""
+    try:
+        git(path, "reset", "--quiet", "--keep", new)
+    except BaseException:
+        git(path, "reset", "--quiet", "--keep", old)
+        raise
+
+
+def save_series(pin: Pin, report: Report = silent) -> Saved:
+    """Write the tree's commits back as the series; the same commits always give the same bytes.
+
+    Raises TreeEdited for what a series cannot hold (a merge, an empty commit, a message that does not read back), and when it would
+    drop a patch that this tree never had.
+    """
+    path = require_tree(pin)
+    with locked(path, report):
+        series = read_series(pin)
+        found = match(path, series)
+        for commit in merges_between(path, found.base, found.head):
+            raise TreeEdited(
+                f"{path}: commit {commit[:9]} is a merge; a series is a line of commits",
+                hint=f"git -C {path} rebase {found.base[:9]}",
+            )
+        had, subjects = record(path).had, {letter.subject for letter in found.commits.values()}
+        for letter in series:
+            if not (letter.name in found.of or letter.sha256 in had or letter.subject in subjects):
+                raise TreeEdited(
+                    f"saving would drop {letter.name}, which this tree never had",
+                    hint=f"{verb(pin, 'apply')}, then {verb(pin, 'save')}",
+                )
+        letters = list(found.commits.values())
+        _read_back(path, found.base, found.head, letters)
+        saved = _write(pin, letters)
+        remember(path, had=[letter.sha256 for letter in (*series, *letters)])
+        return saved
+
+
+def verb(pin: Pin, name: str) -> str:
+    """The command line of a patch verb, for a hint."""
+    return f"apex patch {name}" if pin.name == DEFAULT_PIN else f"apex patch {name} --pin {pin.name}"
+
+
+def _names(series: Path) -> list[str]:
+    try:
+        text = series.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise PatchConflict(f"{series} cannot be read: {error}") from None
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _read_back(path: Path, base: str, head: str, letters: Sequence[Letter]) -> None:
+    """Saving must lose nothing: the letters, applied to the base, give the same files and the same letters again."""
+    for letter in letters:
+        if not letter.diff:
+            raise TreeEdited(
+                f"{path}: the commit {letter.subject!r} changes nothing; a patch cannot hold it",
+                hint=f"git -C {path} rebase apex-base",
+            )
+    try:
+        made = commit_letters(path, base, letters)
+    except ApplyFailed as error:
+        raise TreeEdited(f"{path}: the commit {error.letter.subject!r} cannot be written as a patch: {error.reason}") from None
+    end = made[-1] if made else base
+    again = [letter.content for letter in write_letters(path, base, end).values()]
+    for letter, content in zip(letters, again, strict=True):
+        if letter.content != content:
+            raise TreeEdited(
+                f"{path}: the message of the commit {letter.subject!r} does not survive a mail: it has a line `---`, or a diff",
+                hint=f"git -C {path} rebase -i {base[:9]}, and reword it",
+            )
+    if git(path, "rev-parse", f"{end}^{{tree}}") != git(path, "rev-parse", f"{head}^{{tree}}"):
+        raise TreeEdited(
+            f"{path}: the patches do not give the same files as the commits; was a file's mode or a binary file changed?"
+        )
+
+
+def _write(pin: Pin, letters: Sequence[Letter]) -> Saved:
+    """Replace the folder as a whole. Comment lines at the head of `series`, and files that are not patches, stay."""
+    final = pin.patches_folder
+    old = {file.name: file.read_bytes() for file in sorted(final.glob("*.patch"))} if final.is_dir() else {}
+    series = final / "series"
+    text = series.read_text(encoding="utf-8") if series.is_file() else ""
+    head = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*", text)
+    new = {letter.name: letter.content for letter in letters}
+    written = tuple(name for name, content in new.items() if old.get(name) != content)
+    removed = tuple(name for name in old if name not in new and name in _names(series))
+    listing = (head[0] if head else "") + "".join(f"{name}\n" for name in new)
+    if written or removed or listing != text:
+        with new_folder(final) as part:
+            part.mkdir(parents=True)
+            for file in final.iterdir() if final.is_dir() else ():
+                if file.name not in removed and file.is_file():
+                    shutil.copy2(file, part / file.name)
+            for name in written:
+                (part / name).write_bytes(new[name])
+            (part / "series").write_text(listing, encoding="utf-8")
+            put_in_place(part, final)
+    return Saved(final, tuple(new), written, removed)

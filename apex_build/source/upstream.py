@@ -1,0 +1,70 @@
+"""The pinned commit from upstream's git repository: a shallow fetch of exactly that commit, into a folder that is thrown away."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from apex_build.errors import DownloadFailed, HashMismatch
+from apex_build.progress import Report, Step, silent
+from apex_build.source.git import command, committed_files, environment, git, last_words, missing
+from apex_build.source.pins import Pin
+
+_ELSEWHERE = "apex source fetch --from pypi, or --archive FILE"
+_PROGRESS = re.compile(r"(?:remote: )?([A-Z][A-Za-z ]+):\s+\d+% \((\d+)/(\d+)\)")
+
+
+def upstream_files(pin: Pin, repository: str | None, report: Report = silent) -> Iterator[tuple[str, bytes]]:
+    """The wanted files of the pinned commit: (path, content). `repository` (a URL or a folder) stands in for the pin's own.
+
+    Raises DownloadFailed when git cannot fetch, HashMismatch when what came is another commit.
+    """
+    place = repository or pin.repository
+    if Path(place).exists():
+        place = str(Path(place).resolve())
+    with tempfile.TemporaryDirectory(prefix="apex-upstream-") as name:
+        folder = Path(name)
+        git(None, "init", "--quiet", folder)
+        _fetch(folder, place, pin, report)
+        # without replace references, which could put another commit under this name
+        found = git(folder, "rev-parse", "--verify", "FETCH_HEAD^{commit}", env={"GIT_NO_REPLACE_OBJECTS": "1"})
+        if found != pin.commit:
+            raise HashMismatch(f"{place} gave commit {found}, pin {pin.name} names {pin.commit}")
+        yield from committed_files(folder, pin.commit, env={"GIT_NO_REPLACE_OBJECTS": "1"})
+
+
+def _fetch(folder: Path, place: str, pin: Pin, report: Report) -> None:
+    # the user's own configuration applies here: proxy, certificates, credentials, rewritten URLs
+    arguments = ("fetch", "--progress", "--depth", "1", "--no-tags", "--no-recurse-submodules", "--", place, pin.commit)
+    try:
+        fetch = subprocess.Popen(
+            command(folder, *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment(own=False),
+            cwd=folder,
+            text=True,
+            errors="replace",
+        )
+    except FileNotFoundError:
+        raise missing(folder) from None
+    said: list[str] = []
+    with fetch:
+        try:
+            assert fetch.stderr
+            for line in fetch.stderr:  # text mode ends lines at \r too
+                if match := _PROGRESS.match(line):
+                    report(Step(f"fetching {pin.commit[:12]}: {match[1].lower()}", int(match[2]), int(match[3]), "objects"))
+                else:
+                    said.append(line)
+        except BaseException:
+            fetch.terminate()
+            raise
+    if fetch.returncode != 0:
+        words = last_words("".join(said).encode())
+        said_all = f"git could not fetch commit {pin.commit} from {place}: {words}"
+        raise DownloadFailed(re.sub(r"(//)[^/@\s]*@", r"\1***@", said_all), hint=_ELSEWHERE)  # no password on the screen

@@ -1,0 +1,1 @@
+"""Building the native tools: compilers, backends, CMake, the cache of finished builds."""

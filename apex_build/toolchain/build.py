@@ -1,0 +1,162 @@
+"""Building the tools of a source tree: once for each set of inputs, whole or not at all, one build at a time in a work folder."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apex_build.errors import BuildFailed
+from apex_build.identity import sha256_json, write_json
+from apex_build.native.toolset import Toolset, open_build
+from apex_build.progress import Report, Step, silent
+from apex_build.source.folders import locked, new_folder, put_in_place, writing
+from apex_build.source.pins import Pin
+from apex_build.source.series import read_series, series_digest
+from apex_build.source.tree import tree_identity
+from apex_build.toolchain import cache, cmake
+from apex_build.toolchain.backends import BACKENDS, Backend
+from apex_build.toolchain.compilers import Compiler, cpu_features, find_compiler
+from apex_build.toolchain.launcher import launcher
+
+_FLAGS = {
+    "CFLAGS": ("CMAKE_C_FLAGS",),
+    "CXXFLAGS": ("CMAKE_CXX_FLAGS",),
+    "LDFLAGS": ("CMAKE_EXE_LINKER_FLAGS", "CMAKE_SHARED_LINKER_FLAGS", "CMAKE_MODULE_LINKER_FLAGS"),
+}
+_SEARCHED = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")  # the compiler reads these by itself
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """All inputs of a build, and where it goes. `ingredients` are what its key is made of."""
+
+    key: str
+    source: Path
+    backend: Backend
+    pin: Pin | None
+    compiler: Compiler
+    options: Mapping[str, str] = field(hash=False)
+    ingredients: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def root(self) -> Path:
+        """Where the finished build will be."""
+        return cache.builds_root() / self.key
+
+    @property
+    def work(self) -> Path:
+        """CMake's folder: one for a source folder, compiler and options, so that an edited source rebuilds only what changed."""
+        what = {"source": str(self.source), "options": dict(self.options), "compiler": _of(self.compiler)}
+        return cache.work_root() / sha256_json(what)[:16]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The outcome: `reused` where the cache had it; `counts`: hits and misses of the compiler cache, if known."""
+
+    toolset: Toolset
+    reused: bool
+    seconds: float
+    counts: Mapping[str, int] | None = field(default=None, hash=False)
+
+
+def build_cpu(source: Path, pin: Pin | None = None, *, report: Report = silent) -> Toolset:
+    """The CPU tools of `source` for this machine, from the cache or built now."""
+    return build(plan_build(source, BACKENDS["cpu"], pin), report=report).toolset
+
+
+def plan_build(source: Path, backend: Backend, pin: Pin | None = None, *, native: bool = True) -> BuildPlan:
+    """Find the compiler and name all inputs. Raises CompilerMissing."""
+    source = source.resolve()
+    cmake.programs()
+    compiler = find_compiler()
+    options = backend.cmake_options(native=native)
+    for variable, names in _FLAGS.items():
+        if value := os.environ.get(variable):
+            options |= dict.fromkeys(names, value)
+    ingredients: dict[str, Any] = {
+        "backend": backend.name,
+        "source": tree_identity(source),
+        "pin": {"name": pin.name, "commit": pin.commit} if pin else None,
+        "series": series_digest(pin) if pin else None,
+        "compiler": {"kind": compiler.kind, "version": compiler.version, "target": compiler.target},
+        "options": options,
+        "targets": list(backend.targets),
+        "cpu": cpu_features(compiler) if native else None,
+        "environment": {name: value for name in _SEARCHED if (value := os.environ.get(name))},
+    }
+    return BuildPlan(cache.key_of(ingredients), source, backend, pin, compiler, options, ingredients)
+
+
+def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, report: Report = silent) -> Built:
+    """Build what was planned, or take it from the cache. `force` compiles everything anew.
+
+    A build that stopped half-way (Ctrl-C, a power cut, an error) goes on where it was; nobody sees it before it is complete.
+    Raises BuildFailed with the compiler's own words, OutputUnwritable, DiskTooSmall.
+    """
+    began = time.monotonic()
+    if not force and (found := cache.look_up(plan.key)):
+        return _done(found, True, began)
+    with locked(plan.root, report):
+        if not force and (found := cache.look_up(plan.key)):  # another apex built it while we waited
+            return _done(found, True, began)
+        with locked(plan.work, report), writing(plan.work):
+            if force:
+                shutil.rmtree(plan.work, ignore_errors=True)
+            counts, name = _compile(plan, jobs or cmake.default_jobs(), report)
+            _check_unchanged(plan)
+            with new_folder(plan.root) as part:
+                report(Step("collecting", 0))
+                part.mkdir(parents=True)
+                files = cache.collect(plan.work / "bin", plan.backend.targets, part)
+                write_json(part / "manifest.json", _manifest(plan, files, name, time.monotonic() - began))
+                put_in_place(part, plan.root)
+    return _done(open_build(plan.root), False, began, counts)
+
+
+def _compile(plan: BuildPlan, jobs: int, report: Report) -> tuple[Mapping[str, int] | None, str]:
+    plan.work.mkdir(parents=True, exist_ok=True)
+    options = dict(plan.options)
+    if plan.pin:  # what the tools say of themselves (--version), instead of a commit of our own making
+        options |= {"LLAMA_BUILD_NUMBER": "0", "LLAMA_BUILD_COMMIT": f"{plan.pin.commit[:9]}-{plan.ingredients['source'][:8]}"}
+    with launcher(plan.work.parent.parent, [plan.source, plan.work]) as front:
+        cmake.configure(plan.source, plan.work, options, plan.compiler, front, report)
+        cmake.compile_targets(plan.source, plan.work, plan.backend.targets, jobs, front, report)
+        return front.counts(), front.name
+
+
+def _check_unchanged(plan: BuildPlan) -> None:
+    if tree_identity(plan.source) != plan.ingredients["source"]:
+        raise BuildFailed(f"{plan.source} was edited while it was being built", hint="apex build, once more")
+
+
+def _manifest(plan: BuildPlan, files: Mapping[str, Any], cached_by: str, seconds: float) -> dict[str, Any]:
+    return {
+        **plan.ingredients,
+        "key": plan.key,
+        "recipe": cache.RECIPE,
+        "patches": [{"name": letter.name, "sha256": letter.sha256} for letter in read_series(plan.pin)] if plan.pin else [],
+        "compiler": _of(plan.compiler),
+        "compiler_cache": cached_by,
+        "host": platform.machine(),
+        "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "ggml_type_count": cache.ggml_type_count(plan.source),
+        "files": files,
+    }
+
+
+def _of(compiler: Compiler) -> dict[str, str]:
+    return {name: str(value) for name, value in asdict(compiler).items()}
+
+
+def _done(toolset: Toolset, reused: bool, began: float, counts: Mapping[str, int] | None = None) -> Built:
+    cache.make_current(toolset)
+    return Built(toolset, reused, time.monotonic() - began, counts)

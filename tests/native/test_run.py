@@ -1,0 +1,171 @@
+"""Running children: real small processes, what they print, and their end in every way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from apex_build.errors import OutputUnwritable, ToolFailed, ToolKilled, ToolTimeout
+from apex_build.native.run import run_tool
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-u", "-c", code]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pid: int, within: float = 10.0) -> bool:
+    deadline = time.monotonic() + within
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+def wait_for(path: Path, within: float = 20.0) -> str:
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if path.is_file() and (text := path.read_text()).endswith("\n"):
+            return text.strip()
+        time.sleep(0.02)
+    raise AssertionError(f"{path} never came")
+
+
+def test_both_streams_in_one_and_a_log_of_all(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "run.log"
+    done = run_tool(python("import sys; print('out'); print('err', file=sys.stderr); print('10%\\r20%\\rdone')"), log=log)
+    assert done.returncode == 0
+    assert done.lines == ("out", "err", "done")
+    text = log.read_bytes()
+    assert text.startswith(b"$ ")
+    assert text.endswith(b"out\nerr\n10%\r20%\rdone\n")
+
+
+def test_unfinished_progress_comes_before_the_child_ends() -> None:
+    came: dict[str, float] = {}
+    code = "import sys, time\nfor i in (1, 2):\n    sys.stdout.write(f'[{i}]5.3,'); sys.stdout.flush(); time.sleep(0.6)"
+
+    def note(line: str) -> None:
+        came.setdefault(line, time.monotonic())
+
+    run_tool(python(code), on_line=note)
+    assert came["[1]5.3,[2]5.3,"] - came["[1]5.3,"] > 0.3
+
+
+def test_a_failure_shows_the_last_words_our_diagnosis_and_the_log(tmp_path: Path) -> None:
+    code = "import sys\nfor i in range(40): print('line', i)\nprint('\\x1b[31merror: no such thing'); print('====='); sys.exit(3)"
+    with pytest.raises(ToolFailed) as caught:
+        run_tool(python(code), log=tmp_path / "a.log", explain=lambda lines: (f"it is the thing after {lines[-3]}", "do the thing"))
+    message = caught.value.message
+    assert "ended with code 3: it is the thing after line 39" in message
+    assert "| error: no such thing" in message
+    assert "\x1b" not in message
+    assert "| line 39" in message
+    assert "| line 1\n" not in message
+    assert "====" not in message
+    assert str(tmp_path / "a.log") in message
+    assert caught.value.hint == "do the thing"
+
+
+def test_the_code_of_a_failed_run_can_be_looked_at_instead() -> None:
+    assert run_tool(python("raise SystemExit(7)"), check=False).returncode == 7
+
+
+def test_a_child_that_a_signal_ended() -> None:
+    with pytest.raises(ToolKilled) as caught:
+        run_tool(python("import os, signal; print('half-way'); os.kill(os.getpid(), signal.SIGKILL)"))
+    assert "SIGKILL" in caught.value.message
+    assert "half-way" in caught.value.message
+    assert "memory" in str(caught.value.hint)
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ToolFailed, match=r"cannot start .*nothing-here: No such file"):
+        run_tool([tmp_path / "nothing-here"])
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputUnwritable):
+        run_tool(python("print()"), log=tmp_path / "file" / "a.log")
+
+
+def test_a_child_past_its_time_is_ended_with_its_own_children(tmp_path: Path) -> None:
+    marker = tmp_path / "pid"
+    grandchild = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid()) + '\\n'); time.sleep(600)"
+    code = (  # the grandchild has a process group of its own, as a compiler under Ninja has
+        "import os, subprocess, sys, time; print('began')\n"
+        f"subprocess.Popen([sys.executable, '-c', {grandchild!r}], preexec_fn=os.setpgrp)\ntime.sleep(600)"
+    )
+    began = time.monotonic()
+    with pytest.raises(ToolTimeout, match=r"did not end within 2 s(.|\n)*began"):
+        run_tool(python(code), timeout=2)
+    assert time.monotonic() - began < 20
+    assert gone(int(wait_for(marker)))
+
+
+def test_an_error_in_the_callback_ends_the_child(tmp_path: Path) -> None:
+    marker = tmp_path / "pid"
+    code = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid()) + '\\n'); print('x'); time.sleep(600)"
+
+    def fail(_line: str) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_tool(python(code), on_line=fail)
+    assert gone(int(wait_for(marker)))
+
+
+STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("kind", ["plain", "stubborn", "flood"])
+def test_ctrl_c_and_sigterm_end_the_child_too(tmp_path: Path, number: signal.Signals, code: int, kind: str) -> None:
+    marker = tmp_path / "pid"
+    body = f"open({str(marker)!r}, 'w').write(str(os.getpid()) + '\\n');"
+    child = {
+        "plain": f"import os, time; {body} time.sleep(600)",
+        "stubborn": f"import os, time; {STUBBORN} {body} time.sleep(600)",
+        "flood": f"import os; {body}\nwhile True: print('x' * 1000)",
+    }[kind]
+    ours = (
+        "import sys, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from apex_build.native import run\nrun._GRACE = 0.5\n"
+        "try: run.run_tool([sys.executable, '-u', '-c', sys.argv[1]])\n"
+        "except KeyboardInterrupt: sys.exit(130)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", ours, child])
+    pid = int(wait_for(marker))
+    parent.send_signal(number)
+    assert parent.wait(30) == code
+    assert gone(pid, 2)
+
+
+def test_a_daemon_that_keeps_the_pipe_does_not_hold_us_up() -> None:
+    daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(20)\n    os._exit(0)\nprint('started')"
+    began = time.monotonic()
+    done = run_tool(python(daemon))
+    assert done.lines == ("started",)
+    assert time.monotonic() - began < 10
+
+
+def test_the_environment_is_added_to_and_taken_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APEX_TEST_GONE", "1")
+    monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "32")  # would change what a tool computes, unseen by any manifest
+    code = (
+        "import os; print(os.environ.get('APEX_TEST_GONE'), os.environ.get('APEX_TEST_NEW'), os.environ.get('LLAMA_ARG_CTX_SIZE'))"
+    )
+    assert run_tool(python(code), env={"APEX_TEST_GONE": None, "APEX_TEST_NEW": "2"}).lines == ("None 2 None",)
+    assert os.environ["LLAMA_ARG_CTX_SIZE"] == "32"
