@@ -33,8 +33,8 @@ def tools() -> Toolset:
         from apex_build.native.toolset import find_toolset
 
         return find_toolset()
+    from apex_build.source.fetch import ensure_source
     from apex_build.source.pins import load_pin
-    from apex_build.source.series import ensure_source
     from apex_build.toolchain.build import build_cpu
 
     pin = load_pin()

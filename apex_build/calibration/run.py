@@ -159,7 +159,7 @@ def _run(
     ran = run_tool(command, cwd=work, log=log, on_line=watch.line, explain=output.explain)
     _verify(read_imatrix(partial), model, settings)
     values = [value for line in ran.lines if (value := output.perplexity(line))]
-    os.replace(partial, out)
+    partial.replace(out)
     covered = coverage(read_imatrix(out), model)
     return Calibration(out, key, covered, values[-1].value if values else None, ran.seconds, done, False)
 
@@ -169,7 +169,7 @@ def _verify(found: Imatrix, model: Model, settings: Settings) -> None:
     covered = coverage(found, model)
     if settings.head and model.head_layers and found.head_tokens is None:
         raise VerificationFailed(
-            f"{model.path}: llama-imatrix did not run the draft head: this llama.cpp cannot evaluate the head of {model.architecture}",
+            f"{model.path}: the draft head was not run: this llama.cpp cannot evaluate it for {model.architecture}",
             hint="apex calibrate --no-mtp, for an imatrix of the trunk alone",
         )
     without = [tensor.name for tensor in covered.head if not tensor.has_data]

@@ -20,14 +20,15 @@ from apex_build.gguf_model.model import read_model
 from apex_build.identity import read_json, sha256_file, sha256_json, write_json
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
+from apex_build.policy.parameters import Value
 from apex_build.quantization.run import prepare, run
+from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import load_pin
-from apex_build.source.series import ensure_source
 from apex_build.toolchain.build import build_cpu
 
 # A model of ten layers or fewer would be all edge with the defaults.
 _SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
-_FILES = (("i-nano", {}), ("i-nano, head IQ2_XXS", {"draft_head": "IQ2_XXS"}))
+_FILES: tuple[tuple[str, dict[str, Value]], ...] = (("i-nano", {}), ("i-nano, head IQ2_XXS", {"draft_head": "IQ2_XXS"}))
 _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "head calibrated", "drafts accepted")
 
 

@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Quantize MODEL by a policy with llama-quantize, verify the file, and put it in place.
 
-    Everything that can be refused is refused before anything is written: missing calibration data, shapes, disk. The file says in its
-    metadata (apex.*) how it was made; OUTPUT.json says it in full, OUTPUT.log is what llama-quantize printed.
+    What can be refused is refused before anything is written: missing calibration data, shapes, disk. The file says in its metadata
+    (apex.*) how it was made; OUTPUT.json says it in full, OUTPUT.log is what llama-quantize printed.
 
     \b
     Examples:

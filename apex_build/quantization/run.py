@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,7 +122,7 @@ def run(job: Job, *, force: bool = False, threads: int | None = None, report: Re
                     explain=output.explain,
                 )
                 verify(part, job.plan, job.keys, job.n_bytes, job.tools, report)
-                os.replace(part, out)
+                part.replace(out)
             finally:
                 part.unlink(missing_ok=True)
             write_json(_beside(out, ".json"), _manifest(job))

@@ -108,7 +108,7 @@ def test_a_wrong_set_is_refused(toml: str, said: str, model: Model, tmp_path: Pa
 def test_a_damaged_line_is_named(model: Model, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"messages": 3}\n')
     chosen = load_set(make(tmp_path, '[[part]]\ndomain = "x"\nsource = "jsonl"\nfile = "bad.jsonl"'))
-    with pytest.raises(CalibrationSetInvalid, match="bad.jsonl:2: expected an object with 'messages' or 'text'"):
+    with pytest.raises(CalibrationSetInvalid, match=r"bad\.jsonl:2: expected an object with 'messages' or 'text'"):
         compose(chosen, load_plugins().calibration_sources(), model)
 
 

@@ -11,7 +11,7 @@ HEAD = "blk.6."
 
 
 def copy(source: Path, out: Path, *, keys: dict[str, int | None], drop: str = "", add: dict[str, str] | None = None) -> Path:
-    """Copy a model; `keys`: metadata to change, or with None to leave out; `drop`: prefix of tensors to leave out; `add`: new from old."""
+    """Copy a model; `keys`: metadata to change, or None to leave out; `drop`: prefix of tensors left out; `add`: new from old."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, "qwen35moe")
     for name, field in reader.fields.items():

@@ -11,69 +11,17 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
+# fmt: off  (one family reads best in few long lines)
 Dialogue = dict[str, Any]
 Family = Callable[[Random], Dialogue]
 
-NAMES = [
-    "Ada",
-    "Ben",
-    "Carla",
-    "David",
-    "Emma",
-    "Felix",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Karin",
-    "Leo",
-    "Mona",
-    "Nils",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tina",
-    "Victor",
-]
-CITIES = [
-    "Berlin",
-    "Paris",
-    "Rome",
-    "Madrid",
-    "Vienna",
-    "Oslo",
-    "Lisbon",
-    "Prague",
-    "Dublin",
-    "Athens",
-    "Tokyo",
-    "Cairo",
-    "Lima",
-    "Boston",
-    "Toronto",
-    "Sydney",
-]
-ITEMS = [
-    "apples",
-    "books",
-    "pencils",
-    "stamps",
-    "marbles",
-    "cards",
-    "coins",
-    "bottles",
-    "candles",
-    "tickets",
-    "eggs",
-    "shirts",
-    "chairs",
-    "flowers",
-]
-ANIMALS = ["cat", "dog", "horse", "rabbit", "parrot", "turtle", "hamster", "goat", "sheep", "duck"]
-FOODS = ["soup", "bread", "rice", "pasta", "salad", "cheese", "fish", "potatoes", "beans", "curry"]
-HOBBIES = ["painting", "cycling", "chess", "gardening", "swimming", "photography", "cooking", "hiking", "reading", "singing"]
-COLORS = ["red", "blue", "green", "yellow", "black", "white", "orange", "purple", "grey", "brown"]
+NAMES = "Ada Ben Carla David Emma Felix Greta Hugo Ines Jonas Karin Leo Mona Nils Olga Paul Rosa Sam Tina Victor".split()
+CITIES = "Berlin Paris Rome Madrid Vienna Oslo Lisbon Prague Dublin Athens Tokyo Cairo Lima Boston Toronto Sydney".split()
+ITEMS = "apples books pencils stamps marbles cards coins bottles candles tickets eggs shirts chairs flowers".split()
+ANIMALS = "cat dog horse rabbit parrot turtle hamster goat sheep duck".split()
+FOODS = "soup bread rice pasta salad cheese fish potatoes beans curry".split()
+HOBBIES = "painting cycling chess gardening swimming photography cooking hiking reading singing".split()
+COLORS = "red blue green yellow black white orange purple grey brown".split()
 CAPITALS = {
     "Germany": "Berlin",
     "France": "Paris",
@@ -170,7 +118,7 @@ def chat_story(r: Random) -> Dialogue:
 
 def chat_recipe(r: Random) -> Dialogue:
     food, minutes = r.choice(FOODS), r.choice([10, 15, 20, 25, 30, 40])
-    extra = r.sample(["salt", "pepper", "garlic", "onions", "butter", "oil", "lemon", "parsley", "tomatoes"], 3)
+    extra = r.sample("salt pepper garlic onions butter oil lemon parsley tomatoes".split(), 3)
     return {
         "messages": [
             {"role": "system", "content": "You are a helpful cooking assistant."},

@@ -1,7 +1,7 @@
 """The testbed's forward pass in NumPy, from the GGUF file alone: what the tests hold llama.cpp's numbers against.
 
-Written after transformers' modeling_qwen3_5_moe.py; the order of the value heads, the `1 +` in the norms and the sign of `ssm_a` are
-as convert_hf_to_gguf.py stores them. Everything in float32, one sequence, no cache.
+After transformers' modeling_qwen3_5_moe.py; the order of the value heads, the `1 +` in the norms and the sign of `ssm_a` are as
+convert_hf_to_gguf.py stores them. Everything in float32, one sequence, no cache.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def main() -> None:
     say(f"seed {SEED}, python {platform.python_version()}, torch {torch.__version__}, training text sha256 {digest}")
     say("tokens by domain: " + ", ".join(f"{d} {len(s)}" for d, s in text.items()))
     say(
-        f"parameters: trunk {sum(p.numel() for p in model.trunk.parameters())}, head {sum(p.numel() for p in model.mtp.parameters())}"
+        f"parameters: trunk {sum(p.numel() for p in model.trunk.parameters())}, head {sum(p.numel() for p in model.mtp.parameters())}"  # noqa: E501
     )
     began = time.monotonic()
     for step in range(options.steps):
@@ -149,7 +149,7 @@ def main() -> None:
             spent = time.monotonic() - began
             left = spent / (step + 1) * (options.steps - step - 1)
             say(f"step {step:5d}/{options.steps}  trunk {trunk_loss.item():.4f}  head {head_loss.item():.4f}  "
-                f"balance {balance.item():.3f}  lr {learning_rate(step, options.steps):.2e}  {spent:.0f} s, {left:.0f} s left")  # fmt: skip
+                f"balance {balance.item():.3f}  lr {learning_rate(step, options.steps):.2e}  {spent:.0f} s, {left:.0f} s left")  # fmt: skip  # noqa: E501
         if (step + 1) % options.save_every == 0 or step == options.steps - 1:
             model.save(options.out)
 
