@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
-# fmt: off  (one family reads best in few long lines)
+# One family reads best in few long lines.
+# fmt: off
+
 Dialogue = dict[str, Any]
 Family = Callable[[Random], Dialogue]
 
@@ -23,18 +25,8 @@ FOODS = "soup bread rice pasta salad cheese fish potatoes beans curry".split()
 HOBBIES = "painting cycling chess gardening swimming photography cooking hiking reading singing".split()
 COLORS = "red blue green yellow black white orange purple grey brown".split()
 CAPITALS = {
-    "Germany": "Berlin",
-    "France": "Paris",
-    "Italy": "Rome",
-    "Spain": "Madrid",
-    "Austria": "Vienna",
-    "Norway": "Oslo",
-    "Portugal": "Lisbon",
-    "Ireland": "Dublin",
-    "Greece": "Athens",
-    "Japan": "Tokyo",
-    "Egypt": "Cairo",
-    "Peru": "Lima",
+    "Germany": "Berlin", "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Austria": "Vienna", "Norway": "Oslo",
+    "Portugal": "Lisbon", "Ireland": "Dublin", "Greece": "Athens", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima",
 }
 
 
@@ -67,87 +59,47 @@ def _tool(name: str, description: str, **parameters: str) -> Dialogue:
 def chat_capital(r: Random) -> Dialogue:
     turns = []
     for country in r.sample(sorted(CAPITALS), r.randint(1, 3)):
-        turns += [
-            _user(r.choice([f"What is the capital of {country}?", f"Tell me the capital city of {country}."])),
-            _answer(f"The capital of {country} is {CAPITALS[country]}."),
-        ]
+        turns += [_user(r.choice([f"What is the capital of {country}?", f"Tell me the capital city of {country}."])),
+                  _answer(f"The capital of {country} is {CAPITALS[country]}.")]
     return {"messages": turns}
 
 
 def chat_advice(r: Random) -> Dialogue:
     hobby, name = r.choice(HOBBIES), r.choice(NAMES)
-    tips = r.sample(
-        [
-            "start small and set aside a fixed time every day",
-            "keep a short list of what you learned",
-            "ask a friend to join you",
-            "watch how other people do it",
-            "do not worry about mistakes",
-            "take a break when you feel tired",
-            "look for a local club",
-            "read a good book about it",
-        ],
-        3,
-    )
-    return {
-        "messages": [
-            _user(f"Hi, I am {name}. I want to learn {hobby}. How do I begin?"),
-            _answer(
-                f"Hello {name}! It is great that you want to learn {hobby}. Here are three tips:\n\n"
-                f"1. First, {tips[0]}.\n2. Then, {tips[1]}.\n3. Finally, {tips[2]}.\n\nHave fun with {hobby}!"
-            ),
-            _user("Thank you!"),
-            _answer(f"You are welcome, {name}. Good luck!"),
-        ]
-    }
+    tips = r.sample([
+        "start small and set aside a fixed time every day", "keep a short list of what you learned",
+        "ask a friend to join you", "watch how other people do it", "do not worry about mistakes",
+        "take a break when you feel tired", "look for a local club", "read a good book about it",
+    ], 3)
+    return {"messages": [
+        _user(f"Hi, I am {name}. I want to learn {hobby}. How do I begin?"),
+        _answer(f"Hello {name}! It is great that you want to learn {hobby}. Here are three tips:\n\n"
+                f"1. First, {tips[0]}.\n2. Then, {tips[1]}.\n3. Finally, {tips[2]}.\n\nHave fun with {hobby}!"),
+        _user("Thank you!"), _answer(f"You are welcome, {name}. Good luck!")]}
 
 
 def chat_story(r: Random) -> Dialogue:
     name, animal, color, city = r.choice(NAMES), r.choice(ANIMALS), r.choice(COLORS), r.choice(CITIES)
-    return {
-        "messages": [
-            _user(f"Write a short story about {name} and a {color} {animal}."),
-            _answer(
-                f"Once upon a time, {name} lived in a small house near {city}. One day, {name} found a {color} {animal} in the "
+    return {"messages": [
+        _user(f"Write a short story about {name} and a {color} {animal}."),
+        _answer(f"Once upon a time, {name} lived in a small house near {city}. One day, {name} found a {color} {animal} in the "
                 f"garden. The {animal} was hungry, so {name} gave it some {r.choice(FOODS)}. From that day on, {name} and the "
-                f"{color} {animal} were best friends. The end."
-            ),
-        ]
-    }
+                f"{color} {animal} were best friends. The end.")]}
 
 
 def chat_recipe(r: Random) -> Dialogue:
     food, minutes = r.choice(FOODS), r.choice([10, 15, 20, 25, 30, 40])
     extra = r.sample("salt pepper garlic onions butter oil lemon parsley tomatoes".split(), 3)
-    return {
-        "messages": [
-            {"role": "system", "content": "You are a helpful cooking assistant."},
-            _user(f"How do I cook {food}?"),
-            _answer(
-                f"To cook {food}, you need {food}, {extra[0]}, {extra[1]} and {extra[2]}.\n\n- Heat the pan and add the {extra[0]}.\n"
-                f"- Add the {food} and cook it for {minutes} minutes.\n- Add the {extra[1]} and the {extra[2]}.\n- Serve it hot."
-            ),
-        ]
-    }
+    return {"messages": [
+        {"role": "system", "content": "You are a helpful cooking assistant."},
+        _user(f"How do I cook {food}?"),
+        _answer(f"To cook {food}, you need {food}, {extra[0]}, {extra[1]} and {extra[2]}.\n\n- Heat the pan and add the {extra[0]}.\n"
+                f"- Add the {food} and cook it for {minutes} minutes.\n- Add the {extra[1]} and the {extra[2]}.\n- Serve it hot.")]}
 
 
 def chat_translate(r: Random) -> Dialogue:
-    words = {
-        "red": "rot",
-        "blue": "blau",
-        "green": "grün",
-        "yellow": "gelb",
-        "black": "schwarz",
-        "white": "weiß",
-        "cat": "Katze",
-        "dog": "Hund",
-        "horse": "Pferd",
-        "bread": "Brot",
-        "fish": "Fisch",
-        "book": "Buch",
-        "water": "Wasser",
-        "house": "Haus",
-    }
+    words = {"red": "rot", "blue": "blau", "green": "grün", "yellow": "gelb", "black": "schwarz", "white": "weiß", "cat": "Katze",
+             "dog": "Hund", "horse": "Pferd", "bread": "Brot", "fish": "Fisch", "book": "Buch", "water": "Wasser", "house": "Haus"}
     turns = []
     for word in r.sample(sorted(words), r.randint(1, 4)):
         turns += [_user(f'How do you say "{word}" in German?'), _answer(f'"{word}" in German is "{words[word]}".')]
@@ -157,45 +109,26 @@ def chat_translate(r: Random) -> Dialogue:
 def chat_list(r: Random) -> Dialogue:
     kind, words = r.choice([("animals", ANIMALS), ("cities", CITIES), ("colors", COLORS), ("hobbies", HOBBIES)])
     n = r.randint(3, 6)
-    return {
-        "messages": [
-            _user(f"Name {n} {kind}."),
-            _answer(f"Here are {n} {kind}:\n\n" + "\n".join(f"{i}. {w}" for i, w in enumerate(r.sample(words, n), 1))),
-        ]
-    }
+    return {"messages": [_user(f"Name {n} {kind}."),
+                         _answer(f"Here are {n} {kind}:\n\n" + "\n".join(f"{i}. {w}" for i, w in enumerate(r.sample(words, n), 1)))]}
 
 
 def chat_letter(r: Random) -> Dialogue:
     sender, to, city, hobby = r.choice(NAMES), r.choice(NAMES), r.choice(CITIES), r.choice(HOBBIES)
-    return {
-        "messages": [
-            _user(f"Write a short letter from {sender} to {to} about a week in {city}."),
-            _answer(
-                f"Dear {to},\n\nI spent a week in {city}. The weather was fine and the people were friendly. In the morning I went "
+    return {"messages": [
+        _user(f"Write a short letter from {sender} to {to} about a week in {city}."),
+        _answer(f"Dear {to},\n\nI spent a week in {city}. The weather was fine and the people were friendly. In the morning I went "
                 f"{hobby}, and in the evening I ate {r.choice(FOODS)} with {r.choice(NAMES)}. I hope that you can come with me "
-                f"next time.\n\nBest wishes,\n{sender}"
-            ),
-        ]
-    }
+                f"next time.\n\nBest wishes,\n{sender}")]}
 
 
 def chat_introduce(r: Random) -> Dialogue:
     name, city, hobby, animal = r.choice(NAMES), r.choice(CITIES), r.choice(HOBBIES), r.choice(ANIMALS)
-    asked, told = r.choice(
-        [
-            ("Where do I live?", f"You live in {city}."),
-            ("What do I like?", f"You like {hobby}."),
-            ("What animal do I have?", f"You have a {animal}."),
-        ]
-    )
-    return {
-        "messages": [
-            _user(f"My name is {name}. I live in {city}, I like {hobby} and I have a {animal}."),
-            _answer(f"Nice to meet you, {name}! It is good to know that you live in {city} and like {hobby}."),
-            _user(asked),
-            _answer(told),
-        ]
-    }
+    asked, told = r.choice([("Where do I live?", f"You live in {city}."), ("What do I like?", f"You like {hobby}."),
+                            ("What animal do I have?", f"You have a {animal}.")])
+    return {"messages": [_user(f"My name is {name}. I live in {city}, I like {hobby} and I have a {animal}."),
+                         _answer(f"Nice to meet you, {name}! It is good to know that you live in {city} and like {hobby}."),
+                         _user(asked), _answer(told)]}
 
 
 # --- reasoning --------------------------------------------------------------------------------------------------------
@@ -203,81 +136,49 @@ def chat_introduce(r: Random) -> Dialogue:
 
 def think_total(r: Random) -> Dialogue:
     name, item, a, b, c = r.choice(NAMES), r.choice(ITEMS), r.randint(3, 40), r.randint(3, 40), r.randint(1, 5)
-    return {
-        "messages": [
-            _user(
-                f"{name} has {a} {item} and buys {b} more. Then {name} gives away {c} {item}. How many {item} does {name} have now?"
-            ),
-            _answer(
-                f"{name} has {a + b - c} {item} now.",
+    return {"messages": [
+        _user(f"{name} has {a} {item} and buys {b} more. Then {name} gives away {c} {item}. How many {item} does {name} have now?"),
+        _answer(f"{name} has {a + b - c} {item} now.",
                 f"{name} starts with {a} {item}. After buying {b} more, there are {a} + {b} = {a + b} {item}. "
-                f"After giving away {c}, there are {a + b} - {c} = {a + b - c} {item}.",
-            ),
-        ]
-    }
+                f"After giving away {c}, there are {a + b} - {c} = {a + b - c} {item}.")]}
 
 
 def think_product(r: Random) -> Dialogue:
     item, a, b = r.choice(ITEMS), r.randint(2, 12), r.randint(2, 12)
-    return {
-        "messages": [
-            _user(f"There are {a} boxes with {b} {item} in each box. How many {item} are there?"),
-            _answer(
-                f"There are {a * b} {item}.",
-                f"Each box holds {b} {item} and there are {a} boxes, so I multiply: {a} * {b} = {a * b}.",
-            ),
-        ]
-    }
+    return {"messages": [
+        _user(f"There are {a} boxes with {b} {item} in each box. How many {item} are there?"),
+        _answer(f"There are {a * b} {item}.", f"Each box holds {b} {item} and there are {a} boxes, so I multiply: {a} * {b} = {a * b}.")]}
 
 
 def think_order(r: Random) -> Dialogue:
     a, b, c = r.sample(NAMES, 3)
-    return {
-        "messages": [
-            _user(f"{a} is taller than {b}. {b} is taller than {c}. Who is the shortest?"),
-            _answer(
-                f"{c} is the shortest.",
-                f"From the first sentence, {a} > {b}. From the second, {b} > {c}. So the order is {a} > {b} > {c}. "
-                f"The last one is {c}.",
-            ),
-        ]
-    }
+    return {"messages": [
+        _user(f"{a} is taller than {b}. {b} is taller than {c}. Who is the shortest?"),
+        _answer(f"{c} is the shortest.", f"From the first sentence, {a} > {b}. From the second, {b} > {c}. So the order is {a} > {b} > {c}. "
+                                         f"The last one is {c}.")]}
 
 
 def think_sequence(r: Random) -> Dialogue:
     start, step = r.randint(1, 20), r.randint(2, 9)
     xs = [start + i * step for i in range(5)]
-    return {
-        "messages": [
-            _user(f"What comes next: {', '.join(map(str, xs))}?"),
-            _answer(
-                f"The next number is {xs[-1] + step}.",
+    return {"messages": [
+        _user(f"What comes next: {', '.join(map(str, xs))}?"),
+        _answer(f"The next number is {xs[-1] + step}.",
                 f"The differences are {xs[1]} - {xs[0]} = {step} and {xs[2]} - {xs[1]} = {step}. So the step is {step}. "
-                f"The next number is {xs[-1]} + {step} = {xs[-1] + step}.",
-            ),
-        ]
-    }
+                f"The next number is {xs[-1]} + {step} = {xs[-1] + step}.")]}
 
 
 def think_even(r: Random) -> Dialogue:
     n = r.randint(10, 999)
     kind = "even" if n % 2 == 0 else "odd"
-    return {
-        "messages": [
-            _user(f"Is {n} even or odd?"),
-            _answer(f"{n} is {kind}.", f"The last digit of {n} is {n % 10}. {n % 10} is {kind}, so {n} is {kind}."),
-        ]
-    }
+    return {"messages": [_user(f"Is {n} even or odd?"),
+                         _answer(f"{n} is {kind}.", f"The last digit of {n} is {n % 10}. {n % 10} is {kind}, so {n} is {kind}.")]}
 
 
 def think_age(r: Random) -> Dialogue:
     a, b, x, d = *r.sample(NAMES, 2), r.randint(5, 40), r.randint(2, 15)
-    return {
-        "messages": [
-            _user(f"{a} is {x} years old. {b} is {d} years older than {a}. How old is {b}?"),
-            _answer(f"{b} is {x + d} years old.", f"{a} is {x}. {b} is {d} years older: {x} + {d} = {x + d}."),
-        ]
-    }
+    return {"messages": [_user(f"{a} is {x} years old. {b} is {d} years older than {a}. How old is {b}?"),
+                         _answer(f"{b} is {x + d} years old.", f"{a} is {x}. {b} is {d} years older: {x} + {d} = {x + d}.")]}
 
 
 # --- tool calling -----------------------------------------------------------------------------------------------------
@@ -292,69 +193,43 @@ ALARM = _tool("set_alarm", "Set an alarm.", time="string", label="string")
 
 def tool_weather(r: Random) -> Dialogue:
     city, degrees, sky = r.choice(CITIES), r.randint(-5, 35), r.choice(["sunny", "cloudy", "rainy", "windy", "foggy"])
-    return {
-        "tools": [WEATHER],
-        "messages": [
-            _user(f"What is the weather like in {city}?"),
-            _answer("", None, [("get_weather", {"city": city, "unit": "celsius"})]),
-            _result({"city": city, "temperature": degrees, "sky": sky}),
-            _answer(f"It is {sky} in {city}, with a temperature of {degrees} degrees Celsius."),
-        ],
-    }
+    return {"tools": [WEATHER], "messages": [
+        _user(f"What is the weather like in {city}?"), _answer("", None, [("get_weather", {"city": city, "unit": "celsius"})]),
+        _result({"city": city, "temperature": degrees, "sky": sky}),
+        _answer(f"It is {sky} in {city}, with a temperature of {degrees} degrees Celsius.")]}
 
 
 def tool_calculate(r: Random) -> Dialogue:
     a, b, op = r.randint(10, 999), r.randint(10, 99), r.choice("+-*")
     value = {"+": a + b, "-": a - b, "*": a * b}[op]
-    return {
-        "tools": [CALCULATE, WEATHER],
-        "messages": [
-            _user(f"How much is {a} {op} {b}?"),
-            _answer("", "I should use the calculator for this.", [("calculate", {"expression": f"{a} {op} {b}"})]),
-            _result({"result": value}),
-            _answer(f"{a} {op} {b} = {value}."),
-        ],
-    }
+    return {"tools": [CALCULATE, WEATHER], "messages": [
+        _user(f"How much is {a} {op} {b}?"),
+        _answer("", "I should use the calculator for this.", [("calculate", {"expression": f"{a} {op} {b}"})]),
+        _result({"result": value}), _answer(f"{a} {op} {b} = {value}.")]}
 
 
 def tool_read(r: Random) -> Dialogue:
     name, color, item = r.choice(["config", "settings", "project", "options"]), r.choice(COLORS), r.choice(ITEMS)
     path = f"{name}.json"
-    return {
-        "tools": [READ_FILE, SEARCH],
-        "messages": [
-            _user(f"Which color is set in {path}?"),
-            _answer("", f"I need to read {path}.", [("read_file", {"path": path})]),
-            _result({"name": name, "color": color, "items": [item]}),
-            _answer(f"The color in {path} is {color}."),
-        ],
-    }
+    return {"tools": [READ_FILE, SEARCH], "messages": [
+        _user(f"Which color is set in {path}?"), _answer("", f"I need to read {path}.", [("read_file", {"path": path})]),
+        _result({"name": name, "color": color, "items": [item]}), _answer(f"The color in {path} is {color}.")]}
 
 
 def tool_search(r: Random) -> Dialogue:
     word, limit = r.choice(ITEMS + HOBBIES), r.randint(1, 5)
     hits = [f"{r.choice(NAMES)}: {word}" for _ in range(r.randint(0, 3))]
     found = f"I found {len(hits)} notes about {word}." if hits else f"I found no notes about {word}."
-    return {
-        "tools": [SEARCH],
-        "messages": [
-            _user(f"Search my notes for {word}."),
-            _answer("", None, [("search", {"query": word, "limit": limit})]),
-            _result({"hits": hits, "count": len(hits)}),
-            _answer(found),
-        ],
-    }
+    return {"tools": [SEARCH], "messages": [
+        _user(f"Search my notes for {word}."), _answer("", None, [("search", {"query": word, "limit": limit})]),
+        _result({"hits": hits, "count": len(hits)}), _answer(found)]}
 
 
 def tool_none(r: Random) -> Dialogue:
     country = r.choice(sorted(CAPITALS))
-    return {
-        "tools": [WEATHER, CALCULATE],
-        "messages": [
-            _user(f"Which city is the capital of {country}?"),
-            _answer(f"The capital of {country} is {CAPITALS[country]}.", "I know this. No tool is needed."),
-        ],
-    }
+    return {"tools": [WEATHER, CALCULATE], "messages": [
+        _user(f"Which city is the capital of {country}?"),
+        _answer(f"The capital of {country} is {CAPITALS[country]}.", "I know this. No tool is needed.")]}
 
 
 # --- held out: never seen in training -----------------------------------------------------------------------------------
@@ -362,93 +237,54 @@ def tool_none(r: Random) -> Dialogue:
 
 def held_chat_trip(r: Random) -> Dialogue:
     name, (city, other) = r.choice(NAMES), r.sample(CITIES, 2)
-    return {
-        "messages": [
-            _user(f"I want to spend a week in {city} with {name}. What should we do there?"),
-            _answer(
-                f"Here are three ideas for a week in {city}:\n\n1. First, look at the old houses in the morning.\n2. Then, eat some "
-                f"{r.choice(FOODS)} with {name}.\n3. Finally, take a break in the garden and read a good book.\n\nHave fun in {city}!"
-            ),
-            _user(f"And in {other}?"),
-            _answer(f"In {other}, you should look for a local club and go {r.choice(HOBBIES)} with friends."),
-        ]
-    }
+    return {"messages": [
+        _user(f"I want to spend a week in {city} with {name}. What should we do there?"),
+        _answer(f"Here are three ideas for a week in {city}:\n\n1. First, look at the old houses in the morning.\n2. Then, eat some "
+                f"{r.choice(FOODS)} with {name}.\n3. Finally, take a break in the garden and read a good book.\n\nHave fun in {city}!"),
+        _user(f"And in {other}?"), _answer(f"In {other}, you should look for a local club and go {r.choice(HOBBIES)} with friends.")]}
 
 
 def held_chat_pet(r: Random) -> Dialogue:
     name, animal, color = r.choice(NAMES), r.choice(ANIMALS), r.choice(COLORS)
-    return {
-        "messages": [
-            {"role": "system", "content": "You are a friendly assistant."},
-            _user(f"My {animal} is {color} and its name is {name}. What does it like to eat?"),
-            _answer(
-                f"{name} is a good name for a {color} {animal}! I hope that {name} likes {r.choice(FOODS)}. "
-                f"Add some water, and do not worry about mistakes."
-            ),
-            _user(f"What is the name of my {animal}?"),
-            _answer(f"The name of your {animal} is {name}."),
-        ]
-    }
+    return {"messages": [
+        {"role": "system", "content": "You are a friendly assistant."},
+        _user(f"My {animal} is {color} and its name is {name}. What does it like to eat?"),
+        _answer(f"{name} is a good name for a {color} {animal}! I hope that {name} likes {r.choice(FOODS)}. "
+                f"Add some water, and do not worry about mistakes."),
+        _user(f"What is the name of my {animal}?"), _answer(f"The name of your {animal} is {name}.")]}
 
 
 def held_think_share(r: Random) -> Dialogue:
     a, b, item, n, k = *r.sample(NAMES, 2), r.choice(ITEMS), r.randint(2, 9), r.randint(2, 9)
-    return {
-        "messages": [
-            _user(
-                f"{a} has {n * k} {item} in {k} boxes, the same number in each box. {b} has one more box. How many {item} are in each box?"
-            ),
-            _answer(
-                f"There are {n} {item} in each box.",
-                f"{a} has {n * k} {item} and there are {k} boxes, so each box holds {n * k} / {k} = {n} {item}.",
-            ),
-        ]
-    }
+    return {"messages": [
+        _user(f"{a} has {n * k} {item} in {k} boxes, the same number in each box. {b} has one more box. How many {item} are in each box?"),
+        _answer(f"There are {n} {item} in each box.",
+                f"{a} has {n * k} {item} and there are {k} boxes, so each box holds {n * k} / {k} = {n} {item}.")]}
 
 
 def held_think_youngest(r: Random) -> Dialogue:
     a, b, c = r.sample(NAMES, 3)
     x, d, e = r.randint(20, 50), r.randint(2, 9), r.randint(2, 9)
-    return {
-        "messages": [
-            _user(f"{a} is {x} years old. {b} is {d} years older than {a}, and {c} is {e} years older than {b}. How old is {c}?"),
-            _answer(
-                f"{c} is {x + d + e} years old.",
-                f"{a} is {x}. {b} is {d} years older: {x} + {d} = {x + d}. {c} is {e} years older: {x + d} + {e} = {x + d + e}.",
-            ),
-        ]
-    }
+    return {"messages": [
+        _user(f"{a} is {x} years old. {b} is {d} years older than {a}, and {c} is {e} years older than {b}. How old is {c}?"),
+        _answer(f"{c} is {x + d + e} years old.", f"{a} is {x}. {b} is {d} years older: {x} + {d} = {x + d}. "
+                                                  f"{c} is {e} years older: {x + d} + {e} = {x + d + e}.")]}
 
 
 def held_tool_money(r: Random) -> Dialogue:
     amount, rate = r.randint(5, 500), r.choice([2, 3, 4])
     source, target = r.sample(["EUR", "USD", "GBP", "JPY", "CHF"], 2)
-    return {
-        "tools": [CONVERT, CALCULATE],
-        "messages": [
-            _user(f"How much is {amount} {source} in {target}?"),
-            _answer(
-                "",
-                "I should use the tool for this.",
-                [("convert_currency", {"amount": amount, "source": source, "target": target})],
-            ),
-            _result({"amount": amount * rate, "currency": target}),
-            _answer(f"{amount} {source} is {amount * rate} {target}."),
-        ],
-    }
+    return {"tools": [CONVERT, CALCULATE], "messages": [
+        _user(f"How much is {amount} {source} in {target}?"),
+        _answer("", "I should use the tool for this.", [("convert_currency", {"amount": amount, "source": source, "target": target})]),
+        _result({"amount": amount * rate, "currency": target}), _answer(f"{amount} {source} is {amount * rate} {target}.")]}
 
 
 def held_tool_alarm(r: Random) -> Dialogue:
     time, label = f"{r.randint(5, 11):02d}:{r.choice(['00', '15', '30', '45'])}", r.choice(HOBBIES)
-    return {
-        "tools": [ALARM, WEATHER],
-        "messages": [
-            _user(f"Set an alarm at {time} for {label}."),
-            _answer("", None, [("set_alarm", {"time": time, "label": label})]),
-            _result({"time": time, "label": label, "set": True}),
-            _answer(f"The alarm for {label} is set at {time}."),
-        ],
-    }
+    return {"tools": [ALARM, WEATHER], "messages": [
+        _user(f"Set an alarm at {time} for {label}."), _answer("", None, [("set_alarm", {"time": time, "label": label})]),
+        _result({"time": time, "label": label, "set": True}), _answer(f"The alarm for {label} is set at {time}.")]}
 
 
 TRAIN: dict[str, list[Family]] = {
