@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from apex_build.errors import ArchiveUnsafe, GitFailed
+from apex_build.errors import ApexError, ArchiveUnsafe, DiskTooSmall, GitFailed
 from apex_build.source.contents import MAX_FILE, check_path, wanted
 
 # Variables that would point git at another repository (set, for instance, while a hook of the outer project runs).
@@ -104,8 +104,13 @@ def git(
     done = run(repository, *arguments, feed=feed, env=env, cwd=cwd)
     if done.returncode != 0:
         where = f" in {repository}" if repository else ""
-        raise GitFailed(f"git {arguments[0]} failed{where}: {last_words(done.stderr)}")
+        raise failed(f"git {arguments[0]} failed{where}", done.stderr)
     return done.stdout.decode("utf-8", "surrogateescape").rstrip("\n")
+
+
+def failed(what: str, stderr: bytes) -> ApexError:
+    words = f"{what}: {last_words(stderr)}"
+    return DiskTooSmall(words) if "No space left on device" in words else GitFailed(words)
 
 
 def last_words(stderr: bytes) -> str:

@@ -82,12 +82,13 @@ def read_letter(name: str, content: bytes) -> Letter:
         body = (Path(temp) / "body").read_text(encoding="utf-8", errors="replace") if done.returncode == 0 else ""
         diff = (Path(temp) / "diff").read_bytes() if done.returncode == 0 else b""
     when = parsedate_tz(head.get("Date", ""))
-    lacking = [key for key in ("Author", "Email", "Subject") if not head.get(key)]
+    lacking = [] if head.get("Author") and head.get("Email") else ["From"]
+    lacking += [] if head.get("Subject") else ["Subject"]
     lacking += ["Date"] if when is None else []
     if lacking or when is None:
-        lacks = ", ".join({"Author": "From", "Email": "From"}.get(key, key) for key in lacking)
         raise PatchConflict(
-            f"{name} is not a mailable patch: it has no line {lacks}", hint="write it with git format-patch, or apex patch save"
+            f"{name} is not a mailable patch: it has no line {', '.join(lacking)}",
+            hint="write it with git format-patch, or apex patch save",
         )
     zone = when[9] or 0
     date = f"{mktime_tz(when)} {'-' if zone < 0 else '+'}{abs(zone) // 3600:02d}{abs(zone) // 60 % 60:02d}"

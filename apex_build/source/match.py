@@ -60,7 +60,7 @@ def unsaved_work(path: Path, series: Sequence[Letter]) -> tuple[str, ...]:
     base, _head = base_and_head(path)
     edited, untracked = edits(path)
     lines = [f"edited: {name}" for name in edited] + [f"new: {name}" for name in untracked]
-    ignored = git(path, "status", "--porcelain", "-z", "--ignored=traditional", "--untracked-files=normal").split("\0")
+    ignored = git(path, "status", "--porcelain", "-z", "--ignored=matching", "--untracked-files=all").split("\0")
     lines += [f"ignored: {entry[3:]}" for entry in ignored if entry.startswith("!! ") and "__pycache__/" not in entry]
     refs = ["HEAD", *git(path, "for-each-ref", "--format=%(objectname)", "refs/heads", "refs/stash", "refs/tags").split()]
     keys, made = {letter.key for letter in series}, record(path).made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class Pin:
     """One upstream commit.
 
     `requirement`, `file`, `size` and `sha256` name the sdist that carries it, `folder` the tree inside that sdist; `tree_digest` is
-    the digest of the files a build uses (see source/contents.py), the same from every origin; `patches` is its series' folder.
+    the digest of the files a build uses (see source/contents.py), the same from every origin; `patches` is its series' folder and
+    `own_file` its TOML file, for a pin that does not come with apex-build.
     """
 
     name: str
@@ -41,6 +42,14 @@ class Pin:
     tree_digest: str
     size: int | None = None
     patches: Path | None = None
+    own_file: Path | None = None
+
+    @property
+    def option(self) -> str:
+        """What a command line needs to mean this pin, for a hint: nothing for the default one."""
+        if self.own_file:
+            return f" --pin {self.own_file}"
+        return "" if self.name == DEFAULT_PIN else f" --pin {self.name}"
 
     @property
     def patches_folder(self) -> Path:
@@ -54,7 +63,7 @@ def load_pin(name: str | None = None) -> Pin:
     """
     name = name or DEFAULT_PIN
     if name.endswith(".toml"):
-        return _read(Path(name))
+        return replace(_read(Path(name)), own_file=Path(name))
     path = _folder() / f"{name}.toml"
     if not _NAME.fullmatch(name) or not path.is_file():
         known = ", ".join(pin.name for pin in all_pins())

@@ -16,7 +16,7 @@ from apex_build.source.folders import locked, new_folder, put_in_place
 from apex_build.source.git import git
 from apex_build.source.letters import ApplyFailed, Letter, commit_letters, merges_between, read_letter, write_letters
 from apex_build.source.match import match, record, remember
-from apex_build.source.pins import DEFAULT_PIN, Pin
+from apex_build.source.pins import Pin
 from apex_build.source.tree import edits, fetch_command, require_tree, some
 
 State = Literal["applied", "changed", "missing", "conflict"]
@@ -194,7 +194,7 @@ def save_series(pin: Pin, report: Report = silent) -> Saved:
 
 def verb(pin: Pin, name: str) -> str:
     """The command line of a patch verb, for a hint."""
-    return f"apex patch {name}" if pin.name == DEFAULT_PIN else f"apex patch {name} --pin {pin.name}"
+    return f"apex patch {name}{pin.option}"
 
 
 def _names(series: Path) -> list[str]:

@@ -10,13 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from apex_build.errors import GitFailed, HashMismatch, SourceMissing, TreeEdited
+from apex_build.errors import HashMismatch, SourceMissing, TreeEdited
 from apex_build.identity import sha256_json
 from apex_build.places import source_root
 from apex_build.progress import Report, Step, silent
 from apex_build.source.contents import digest_of, is_executable, sha256, tree_digest, wanted
-from apex_build.source.git import command, committed_files, environment, git, last_words, missing, run
-from apex_build.source.pins import DEFAULT_PIN, Pin
+from apex_build.source.git import command, committed_files, environment, failed, git, missing, run
+from apex_build.source.pins import Pin
 
 BASE = "apex-base"  # tag of the base commit
 BRANCH = "apex"
@@ -24,6 +24,8 @@ _WHO = "apex-build <apex-build@localhost>"
 _WHEN = "1767225600 +0000"  # 2026-01-01; the same for everyone, so that the commit's hash is
 # Above every .gitattributes: files are kept byte for byte.
 _ATTRIBUTES = "* -text -eol -ident -filter -working-tree-encoding -export-ignore -export-subst\n"
+# For the developer's own git in this tree; what apex itself runs carries its settings along.
+_CONFIG = "[core]\n\tautocrlf = false\n\thooksPath = /dev/null\n[commit]\n\tgpgSign = false\n[gc]\n\tauto = 0\n"
 _DIGEST_LINE = "Tree-digest: "
 _STATUS = ("status", "--porcelain", "-z", "--untracked-files=all", "--ignore-submodules=none", "--no-renames")
 
@@ -50,7 +52,7 @@ def tree_path(pin: Pin) -> Path:
 
 
 def fetch_command(pin: Pin) -> str:
-    return "apex source fetch" if pin.name == DEFAULT_PIN else f"apex source fetch --pin {pin.name}"
+    return f"apex source fetch{pin.option}"
 
 
 def require_tree(pin: Pin) -> Path:
@@ -111,8 +113,8 @@ def lay_out(pin: Pin, files: Iterable[tuple[str, bytes]], folder: Path, report: 
     Raises HashMismatch when the files are not the pin's; what is in `folder` then is for the caller to remove.
     """
     git(None, "init", "--quiet", folder, env={"GIT_DEFAULT_HASH": "sha1"})
-    for key, value in (("core.autocrlf", "false"), ("core.hooksPath", "/dev/null"), ("commit.gpgSign", "false"), ("gc.auto", "0")):
-        git(folder, "config", key, value)
+    with (folder / ".git" / "config").open("a", encoding="utf-8") as config:
+        config.write(_CONFIG)
     (folder / ".git" / "info").mkdir(exist_ok=True)
     (folder / ".git" / "info" / "attributes").write_text(_ATTRIBUTES, encoding="utf-8")
     _check_digest(pin, _import(pin, files, folder, report), "the source that came")
@@ -162,7 +164,7 @@ def _import(pin: Pin, files: Iterable[tuple[str, bytes]], folder: Path, report: 
                 importer.stdin.close()
             raise
         if importer.returncode != 0:
-            raise GitFailed(f"git fast-import failed in {folder}: {last_words(words)}")
+            raise failed(f"git fast-import failed in {folder}", words)
     return tree_digest(hashes)
 
 

@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
-from source.tiny import FILES, Apex, Said, World, git, make_sdist, write, write_pin
+from source.tiny import FILES, IMATRIX, Apex, Said, World, commit, edited, git, make_sdist, write, write_pin
 
 from apex_build.cli import main
 from apex_build.identity import sha256_file
 from apex_build.source.contents import digest_of, wanted
+from apex_build.source.fetch import fetch
 from apex_build.source.pins import Pin
+from apex_build.source.series import save_series
+
+MESSAGE = "imatrix: record the draft head\n\nWhy: it is never run.\n\nSigned-off-by: Dev <dev@example.org>"
 
 
 @pytest.fixture
@@ -68,3 +72,17 @@ def apex(world: World, capsys: pytest.CaptureFixture[str]) -> Apex:
         return Said(int(ended.value.code or 0), said.out, said.err)
 
     return run
+
+
+@pytest.fixture
+def series(world: World) -> World:
+    """A world with a fetched tree, two patches in the series, applied."""
+    fetch(world.pin)
+    commit(
+        world.tree,
+        {IMATRIX: edited(10, "ten")},
+        MESSAGE,
+    )
+    commit(world.tree, {"ggml/src/windows.c": b"one\r\ntwo and a half\r\nthree\r\n", "ggml/src/new.c": b"new\n"}, "ggml: ändern")
+    save_series(world.pin)
+    return world

@@ -37,6 +37,9 @@ def test_own_pin(world: World) -> None:
     pin = load_pin(str(world.toml))
     assert pin == world.pin
     assert pin.patches_folder == world.patches
+    assert pin.option == f" --pin {world.toml}"
+    assert load_pin().option == ""
+    assert load_pin("latest").option == " --pin latest"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from apex_build.source.pins import Pin, load_pin
 
+IMATRIX = "tools/imatrix/imatrix.cpp"
 LINES = "".join(f"line {n}\n" for n in range(1, 61))
 FILES: dict[str, bytes] = {
     ".gitignore": b"__pycache__/\n*.log\n/build*\n",
@@ -109,6 +110,11 @@ def write_pin(world: World, **changes: object) -> World:
     return dataclasses.replace(world, pin=load_pin(str(world.toml)))
 
 
+def tarball_of(world: World, path: Path) -> Path:
+    git(world.upstream, "archive", "--format=tar.gz", "--prefix=llama.cpp-tiny/", f"--output={path}", world.pin.commit)
+    return path
+
+
 @dataclasses.dataclass(frozen=True)
 class Said:
     code: int
@@ -129,3 +135,7 @@ def commit(tree: Path, files: Mapping[str, bytes], message: str) -> str:
 def edited(number: int, text: str) -> bytes:
     """LINES with one line replaced."""
     return LINES.replace(f"line {number}\n", f"{text}\n").encode()
+
+
+def folder(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else {}

@@ -1,0 +1,82 @@
+"""`apex convert`: a Hugging Face folder to a GGUF model, its draft head included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from apex_build.cli import show
+from apex_build.conversion.convert import OUTTYPES, Job, prepare, run
+from apex_build.source.fetch import ensure_source
+from apex_build.source.pins import DEFAULT_PIN, load_pin
+
+
+@click.command()
+@click.argument("hf_dir", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="OUT.gguf", help="File to write.")
+@click.option(
+    "--outtype", type=click.Choice(OUTTYPES), default="auto", show_default=True, help="auto: 16 bits, as the checkpoint has it."
+)
+@click.option(
+    "--pre-tokenizer", metavar="NAME", help="Pre-tokenizer of a tokenizer that the converter does not know, such as qwen35."
+)
+@click.option("--no-head", is_flag=True, help="Convert without a draft head.")
+@click.option("--pin", "pin_name", metavar="NAME", default=DEFAULT_PIN, show_default=True, help="Pin whose converter to use.")
+@click.option("--python", type=click.Path(path_type=Path), help="Python with torch and transformers. [env: APEX_CONVERT_PYTHON]")
+@click.option("--force", is_flag=True, help="Replace OUT.gguf, once the new one is complete.")
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be done.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def command(
+    hf_dir: Path,
+    out: Path,
+    outtype: str,
+    pre_tokenizer: str | None,
+    no_head: bool,
+    pin_name: str,
+    python: Path | None,
+    force: bool,
+    dry_run: bool,
+    json_: bool,
+) -> None:
+    """Convert a Hugging Face checkpoint (config.json, tokenizer, safetensors) with the pinned llama.cpp's converter.
+
+    A checkpoint whose config promises a draft head that its tensors lack is refused: fine-tuned models often lose it. No code of
+    the checkpoint is run. The converter needs torch and transformers: it takes them from --python, from the Python that runs apex
+    (pip install 'apex-build[convert]'), or installs them once into an environment in the cache, for CPU only where pip finds that.
+
+    \b
+    Examples:
+      apex convert Qwen3.6-35B-A3B -o qwen3.6-35b-a3b-bf16.gguf --outtype bf16
+      apex convert my-finetune -o out.gguf --dry-run
+      apex convert tests/hf -o small.gguf --pre-tokenizer qwen35 --python ~/torch/bin/python
+    """
+    with show.progress() as report:
+        source = ensure_source(load_pin(pin_name), report)
+        job = prepare(
+            hf_dir, source, out, outtype=outtype, pre_tokenizer=pre_tokenizer, head=not no_head, python=python, force=force
+        )
+        manifest = None if dry_run else run(job, report)
+    if json_:
+        show.as_json({"path": str(out), **(manifest or {}), "checkpoint": _facts(job)})
+    elif manifest is None:
+        rows = [(name.replace("_", " "), value) for name, value in _facts(job).items()]
+        show.table(
+            f"{hf_dir} can be converted", ("what", "value"), [*rows, ("would write", f"{out}, about {show.size(job.n_bytes)}")]
+        )
+    else:
+        head = f"draft head of {manifest['head_layers']} block" if manifest["head_layers"] else "no draft head"
+        click.echo(f"{out}: {show.size(manifest['size'])}, {manifest['tensors']} tensors, {head}")
+
+
+def _facts(job: Job) -> dict[str, object]:
+    return {
+        "architecture": job.checkpoint.architecture,
+        "trunk_layers": job.checkpoint.trunk_layers,
+        "head_layers": job.checkpoint.head_layers,
+        "tensors": len(job.checkpoint.tensors),
+        "parameters": job.checkpoint.n_elements,
+        "outtype": job.outtype,
+        "pre_tokenizer": job.pre_tokenizer or "as the converter finds",
+        "python": f"{job.python.executable} ({job.python.origin})",
+    }
