@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,22 @@ def tools() -> Toolset:
 
 
 @pytest.fixture(scope="session")
-def stock_imatrix(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama-imatrix of the same tree without our patches."""
-    raise NotImplementedError
+def stock_imatrix() -> Path:
+    """llama-imatrix of the same tree without our patches. The compiler cache has most of it; the cache of builds keeps it."""
+    from apex_build.places import cache_root
+    from apex_build.source.fetch import ensure_source
+    from apex_build.source.pins import load_pin
+    from apex_build.source.tree import BASE
+    from apex_build.toolchain.backends import Backend
+    from apex_build.toolchain.build import build, plan_build
+
+    tree = ensure_source(load_pin())
+    stock = cache_root() / "tests" / "stock"
+    shutil.rmtree(stock, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(tree), str(stock)], check=True)
+    subprocess.run(["git", "-C", str(stock), "checkout", "--quiet", "--detach", BASE], check=True)
+    built = build(plan_build(stock, Backend("cpu", targets=("llama-imatrix",))))
+    return built.toolset.tool("llama-imatrix")
 
 
 @pytest.fixture(scope="session")

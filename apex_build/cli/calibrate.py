@@ -21,7 +21,14 @@ from apex_build.plugins import load_plugins
 _PATH = click.Path(path_type=Path)
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int) -> int:
+    """llama-imatrix ignores the last rows of a batch where fewer than 16 are left, and its snapshots would be a chunk behind."""
+    if value % 16:
+        raise click.BadParameter(f"{value} is not a multiple of 16, and llama-imatrix would drop {value % 16} tokens of each chunk")
+    return value
+
+
+@click.command()
 @click.argument("model_path", metavar="MODEL", type=_PATH)
 @click.option("-o", "--output", type=_PATH, help="The imatrix to write.  [default: MODEL's name + .imatrix.gguf, beside it]")
 @click.option(
@@ -31,7 +38,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--text", "text_path", type=_PATH, help="A text file of your own instead of a set.")
 @click.option("--chat-template", "template", type=_PATH, help="A Jinja chat template instead of the model's own.")
 @click.option("--chunks", type=click.IntRange(min=2), help="At the most so many chunks.  [default: the whole text]")
-@click.option("--context", type=click.IntRange(min=32), default=512, show_default=True, help="Tokens of a chunk.")
+@click.option(
+    "--context", type=click.IntRange(min=32), default=512, show_default=True, callback=_whole_rows, help="Tokens of a chunk, by 16."
+)
 @click.option("--mtp/--no-mtp", "head", default=True, show_default=True, help="Run the draft head too, if the model has one.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama-imatrix's own]")
 @click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: llama-imatrix's own]")

@@ -25,7 +25,7 @@ from apex_build.gguf_model.foreign import MAGIC, open_file
 from apex_build.gguf_model.header import MAX_TENSORS, Header, TensorEntry, read_header
 from apex_build.gguf_model.model import kind_of
 
-HEAD_TOKENS = "imatrix.mtp.token_count"  # written by our patch of llama-imatrix
+HEAD_TOKENS = "imatrix.mtp_token_count"  # written by our patch of llama-imatrix
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_LEGACY_NAME = 256
 

@@ -125,6 +125,7 @@ def test_the_dry_run_writes_nothing(testbed: Path, tmp_path: Path) -> None:
         (["{testbed}", "--set", "nothing"], 50, "no calibration set 'nothing'"),
         (["{testbed}", "--text", "gone.txt"], 50, "gone.txt"),
         (["{testbed}", "--chunks", "1"], 2, "not in the range"),
+        (["{testbed}", "--context", "1000"], 2, "not a multiple of 16"),
         (["{testbed}", "-o", "{tmp}/x.gguf", "--chunks", "3", "--tool-argument=--no-such-thing"], 30, "no-such-thing"),
     ],
 )

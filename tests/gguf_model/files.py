@@ -47,7 +47,7 @@ def write_imatrix(
     writer.add_uint32("imatrix.chunk_count", 4)
     writer.add_uint32("imatrix.chunk_size", 256)
     if head_tokens is not None:
-        writer.add_uint32("imatrix.mtp.token_count", head_tokens)
+        writer.add_uint32("imatrix.mtp_token_count", head_tokens)
     for name, (row, counts) in entries.items():
         sums = np.arange(1, row * len(counts) + 1, dtype=np.float32).reshape(len(counts), row)
         writer.add_tensor(f"{name}.in_sum2", sums)

@@ -128,7 +128,7 @@ ONES = np.ones((4, 256), np.float32)
         (without("imatrix.datasets"), "imatrix.datasets is missing"),
         (without("imatrix.chunk_count"), "imatrix.chunk_count is missing"),
         (without("imatrix.chunk_size"), "imatrix.chunk_size is missing"),
-        (lambda w: w.add_string("imatrix.mtp.token_count", "many"), "imatrix.mtp.token_count is 'many'"),
+        (lambda w: w.add_string("imatrix.mtp_token_count", "many"), "imatrix.mtp.token_count is 'many'"),
     ],
 )
 def test_a_gguf_imatrix_that_does_not_add_up(tmp_path: Path, change: Change, message: str) -> None:

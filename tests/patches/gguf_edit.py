@@ -41,3 +41,71 @@ def with_own_head_output(source: Path, out: Path) -> Path:
     """The head brings an output matrix and token embeddings of its own, as some checkpoints of other families do."""
     own = {f"{HEAD}nextn.shared_head_head.weight": "output.weight", f"{HEAD}nextn.embed_tokens.weight": "token_embd.weight"}
     return copy(source, out, keys={}, add=own)
+
+
+def random_glm4moe(vocabulary: Path, out: Path) -> Path:
+    """A tiny model with random weights of an architecture that has MTP tensors and, in the pinned llama.cpp, no graph for them."""
+    hidden, heads, kv_heads, head_size, width, experts, layers, head_layers = 64, 4, 2, 16, 64, 4, 3, 1
+    random = np.random.default_rng(0)
+    reader = gguf.GGUFReader(vocabulary)
+    writer = gguf.GGUFWriter(out, "glm4moe")
+    for name, field in reader.fields.items():
+        if name.startswith("tokenizer."):
+            kind = field.types[0]
+            writer.add_key_value(
+                name, field.contents(), kind, sub_type=field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            )
+    n_tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+    writer.add_block_count(layers + head_layers)
+    writer.add_nextn_predict_layers(head_layers)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(2)
+    writer.add_expert_shared_count(1)
+    writer.add_expert_feed_forward_length(width)
+    writer.add_leading_dense_block_count(1)
+    writer.add_vocab_size(n_tokens)
+
+    def add(name: str, *shape: int) -> None:
+        values = np.ones(shape) if "norm" in name else random.normal(0, 0.1, shape)
+        writer.add_tensor(name, values.astype(np.float32))
+
+    add("token_embd.weight", n_tokens, hidden)
+    add("output.weight", n_tokens, hidden)
+    add("output_norm.weight", hidden)
+    for layer in range(layers + head_layers):
+        block = f"blk.{layer}"
+        add(f"{block}.attn_norm.weight", hidden)
+        add(f"{block}.post_attention_norm.weight", hidden)
+        add(f"{block}.attn_output.weight", hidden, heads * head_size)
+        for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            add(f"{block}.attn_{part}.weight", count * head_size, hidden)
+            add(f"{block}.attn_{part}.bias", count * head_size)
+        matrices = (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width)))
+        if layer == 0:
+            for part, shape in matrices:
+                add(f"{block}.ffn_{part}.weight", *shape)
+        else:
+            add(f"{block}.ffn_gate_inp.weight", experts, hidden)
+            add(f"{block}.exp_probs_b.bias", experts)
+            for part, shape in matrices:
+                add(f"{block}.ffn_{part}_exps.weight", experts, *shape)
+                add(f"{block}.ffn_{part}_shexp.weight", *shape)
+        if layer >= layers:
+            add(f"{block}.nextn.eh_proj.weight", hidden, 2 * hidden)
+            for part in ("enorm", "hnorm", "shared_head_norm"):
+                add(f"{block}.nextn.{part}.weight", hidden)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out

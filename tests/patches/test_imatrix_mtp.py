@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_edit import with_own_head_output, without_head
+from gguf_edit import random_glm4moe, with_own_head_output, without_head
 from reference import Reference
 
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
@@ -181,3 +181,17 @@ def test_a_head_with_an_output_matrix_of_its_own_gets_data_for_it(patched: Run, 
     assert head_of(own) - head_of(shared) == {f"{HEAD}nextn.shared_head_head.weight"}
     assert own.entries[f"{HEAD}nextn.shared_head_head.weight"].counts == (3 * 256,)
     assert own.entries["output.weight"].counts == shared.entries["output.weight"].counts == (3 * 256,)
+
+
+@pytest.mark.parametrize("batch", [128, 256], ids=["one sequence a batch", "two"])
+def test_an_architecture_without_a_graph_for_its_head_is_left_alone(
+    batch: int, stock_imatrix: Path, tools: Toolset, testbed: Path, text: Path, tmp_path: Path
+) -> None:
+    """An MTP context of such a model would run the trunk again, and count it twice."""
+    model = random_glm4moe(testbed, tmp_path / "glm4moe.gguf")
+    arguments = ["-c", 128, "-b", batch, "--chunks", 3, "--no-ppl"]
+    stock, _ = imatrix(stock_imatrix, model, text, tmp_path / "stock.gguf", *arguments)
+    mtp, said = imatrix(tools.tool("llama-imatrix"), model, text, tmp_path / "mtp.gguf", *arguments, "--mtp")
+    assert said.count("the MTP head of this architecture can not be evaluated, ignoring --mtp") == 1
+    assert set(mtp.entries) == set(stock.entries) and same(stock, mtp, set(stock.entries)) == []
+    assert mtp.head_tokens is None
