@@ -239,6 +239,20 @@ def test_the_users_own_compiler_cache_is_left_alone(source: Path, monkeypatch: p
     assert not (tmp_path / "users").exists()
 
 
+def test_ccache_where_there_is_no_sccache(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stand-in of three lines that notes what it is asked: it is the launcher's place that matters here."""
+    ccache = tmp_path / "bin" / "ccache"
+    ccache.parent.mkdir()
+    ccache.write_text('#!/bin/sh\necho "$CCACHE_BASEDIR $*" >> "$CCACHE_DIR.calls"\nexec "$@"\n')
+    ccache.chmod(0o755)
+    monkeypatch.setattr("apex_build.toolchain.launcher.sccache", lambda: None)
+    monkeypatch.setenv("PATH", f"{ccache.parent}{os.pathsep}{os.environ['PATH']}")
+    built = build(plan_build(source, TINY))
+    assert built.toolset.manifest["compiler_cache"] == "ccache"
+    calls = (built.toolset.root.parents[1] / "ccache.calls").read_text().splitlines()
+    assert sum(str(source) in call and ".cpp" in call for call in calls) >= 2
+
+
 def test_without_any_compiler_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apex_build.toolchain.launcher.sccache", lambda: Path("/bin/false"))  # does not start
     monkeypatch.setattr("apex_build.toolchain.launcher._READY_WITHIN", 0.2)
