@@ -86,6 +86,19 @@ class BuildMissing(ApexError):
     exit_code = 22
 
 
+# --- conversion: Hugging Face folders to GGUF ----------------------------------------------------------------------------
+class EnvironmentUnusable(ApexError):
+    """The converter's Python lacks packages, or its environment could not be made."""
+
+    exit_code = 23
+
+
+class ConversionFailed(ApexError):
+    """The converter ended with an error, or wrote a model without the draft head."""
+
+    exit_code = 24
+
+
 # --- native: running the tools ------------------------------------------------------------------------------------------
 class ToolFailed(ApexError):
     """A native tool ended with an error."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from apex_runs import run_apex
 
 from apex_build.native.toolset import Toolset
 
@@ -75,16 +75,3 @@ def headless_imatrix(tools: Toolset, testbed: Path, tmp_path_factory: pytest.Tem
     out = tmp_path_factory.mktemp("headless") / "trunk.imatrix.gguf"
     run_apex("calibrate", testbed, "-o", out, "--chunks", 24, "--no-mtp")
     return out
-
-
-def run_apex(*arguments: object, code: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
-    """`apex` as a process of its own. A traceback is never an answer."""
-    command = [sys.executable, "-m", "apex_build", *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=900, **options)  # type: ignore[call-overload]
-    assert "Traceback" not in ran.stderr, ran.stderr
-    assert ran.returncode == code, f"code {ran.returncode}, expected {code}\n{ran.stdout[-2000:]}\n{ran.stderr[-3000:]}"
-    return ran
-
-
-# The shipped model has six trunk layers: with these, edge, near and middle all occur.
-SMALL = ("--set", "edge=1", "--set", "near=1", "--set", "attention_edge=1")

@@ -38,7 +38,12 @@ def apex(installed: Path, tmp_path: Path, *arguments: object) -> str:
 
 def test_the_wheel_holds_the_data_and_nothing_else_of_the_checkout(installed: Path) -> None:
     names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
-    for wanted in ("vendor/pr-22673.toml", "patches/llama.cpp/pr-22673/series", "plugins/apex/plugin.py", "calibration_sets/default.toml"):
+    for wanted in (
+        "vendor/pr-22673.toml",
+        "patches/llama.cpp/pr-22673/series",
+        "plugins/apex/plugin.py",
+        "calibration_sets/default.toml",
+    ):
         assert f"apex_build/data/{wanted}" in names
     assert not [name for name in names if "testbed" in name or name.endswith((".gguf", ".pyc"))]
     assert {name.split("/")[0] for name in names if not name.startswith("apex_build-")} == {"apex_build"}

@@ -16,6 +16,7 @@ from apex_build.toolchain import cache
 from apex_build.toolchain.backends import BACKENDS
 from apex_build.toolchain.build import BuildPlan, Built, build, plan_build
 from apex_build.toolchain.cmake import default_jobs
+from apex_build.toolchain.compilers import find_compiler
 
 
 @click.command()
@@ -63,6 +64,7 @@ def command(
         _dry_run(load_pin(pin_name), backend, native, jobs, json_)
     else:
         pin = load_pin(pin_name)
+        find_compiler()  # before anything is fetched
         with show.progress() as report:
             plan = plan_build(ensure_source(pin, report), BACKENDS[backend], pin, native=native)
             built = build(plan, jobs=jobs, force=force, report=report)

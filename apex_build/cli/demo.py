@@ -25,6 +25,7 @@ from apex_build.quantization.run import prepare, run
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import load_pin
 from apex_build.toolchain.build import build_cpu
+from apex_build.toolchain.compilers import find_compiler
 
 # A model of ten layers or fewer would be all edge with the defaults.
 _SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
@@ -53,6 +54,7 @@ def command(output: Path, json_: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     plugins = load_plugins()
     with show.progress() as report:
+        find_compiler()  # before anything is fetched
         pin = load_pin()
         tools = build_cpu(ensure_source(pin, report), pin, report=report)
         model = read_model(source_model, plugins.role_of)

@@ -109,7 +109,9 @@ def collect(binaries: Path, targets: Sequence[str], folder: Path) -> dict[str, d
 
 def verify(toolset: Toolset) -> int:
     """Hash every file of a build again; returns how many. Raises BuildMissing naming the ones that changed."""
-    files = toolset.manifest["files"]
+    files = toolset.manifest.get("files")
+    if not files:
+        raise BuildMissing(f"{toolset.root} has no manifest to compare with: it is not a build of apex", hint="unset APEX_TOOLS")
     changed = [name for name, about in files.items() if sha256_file(toolset.root / name) != about["sha256"]]
     if changed:
         raise BuildMissing(f"files in {toolset.root} are not as they were built: {', '.join(changed)}", hint="apex build --force")

@@ -64,7 +64,7 @@ def configure(source: Path, work: Path, options: Mapping[str, str], compiler: Co
     done = run_tool(
         [cmake, "-S", source, "-B", work, "-G", "Ninja", "--no-warn-unused-cli", *definitions],
         log=log,
-        env={**launcher.env, **_environment(source)},
+        env={**launcher.env, **_environment()},
         check=False,
     )
     if done.returncode and again:
@@ -84,7 +84,7 @@ def compile_targets(source: Path, work: Path, targets: Sequence[str], jobs: int,
         if step := ninja.steps_done(line):
             report(Step("compiling", *step, "steps"))
 
-    env = {**launcher.env, **_environment(source), "NINJA_STATUS": ninja.STATUS}
+    env = {**launcher.env, **_environment(), "NINJA_STATUS": ninja.STATUS}
     if _turned_back(source, work):
         run_tool([ninja_program, "-C", work, "-t", "clean"], env=env)
     write_json(work / _TIMES, {"began": time.time_ns(), "files": _times(source)})
@@ -98,12 +98,20 @@ def compile_targets(source: Path, work: Path, targets: Sequence[str], jobs: int,
         )
 
 
-def _environment(source: Path) -> dict[str, str | None]:
-    # Flags are given as options, which the build's key holds. And git must not take a repository around the source for its own.
-    gone = dict.fromkeys(
-        ("CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_GENERATOR", "CMAKE_TOOLCHAIN_FILE", "CMAKE_BUILD_TYPE", "DESTDIR", "NINJAFLAGS")
+def _environment() -> dict[str, str | None]:
+    # Flags are given as options, which the build's key holds.
+    names = (
+        "CFLAGS",
+        "CXXFLAGS",
+        "LDFLAGS",
+        "CMAKE_GENERATOR",
+        "CMAKE_TOOLCHAIN_FILE",
+        "CMAKE_BUILD_TYPE",
+        "DESTDIR",
+        "NINJAFLAGS",
     )
-    return {**gone, "GIT_CEILING_DIRECTORIES": str(source.parent), "LC_ALL": "C"}
+    # And no git: libggml would be compiled anew after every commit in the tree, only for its name; `--version` has ours (build.py).
+    return {**dict.fromkeys(names), "GIT_DIR": os.devnull, "LC_ALL": "C"}
 
 
 def _log(work: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -19,6 +20,8 @@ from apex_build.native.run import ToolRun, run_tool
 
 _OLDEST = {"GNU": 9, "Clang": 10}  # the first whose standard library has <filesystem> without a library of its own
 _PAIRS = (("cc", "c++"), ("gcc", "g++"), ("clang", "clang++"))
+_C_OF = {"g": "gcc", "clang": "clang", "c": "cc"}  # by what goes before ++
+_CXX_OF = {"gcc": "g++", "clang": "clang++", "cc": "c++"}
 _INSTALL = {
     "apt-get": "apt-get install g++",
     "dnf": "dnf install gcc-c++",
@@ -83,15 +86,10 @@ def install_hint() -> str:
 def _from_environment() -> tuple[Path, Path]:
     """CC and CXX; where one is missing, the other's companion (CXX=g++-12 -> gcc-12)."""
     cc, cxx = os.environ.get("CC", ""), os.environ.get("CXX", "")
-    cxx = cxx or re.sub(r"(g|clang|c)(cc)?(-[\d.]+)?$", lambda found: _companion(found, "++"), cc)
-    cc = cc or re.sub(r"(g|clang|c)\+\+(-[\d.]+)?$", lambda found: _companion(found, ""), cxx)
-    return _program("CC", cc), _program("CXX", cxx)
-
-
-def _companion(found: re.Match[str], plus: str) -> str:
-    version = found[found.re.groups] or ""
-    name = found[1] if plus else {"g": "gcc", "c": "cc"}.get(found[1], found[1])
-    return f"{name}{plus}{version}"
+    given = {name: _program(name, value) for name, value in (("CXX", cxx), ("CC", cc)) if value}
+    cc = cc or re.sub(r"(g|clang|c)\+\+(-[\d.]+)?$", lambda found: _C_OF[found[1]] + (found[2] or ""), cxx)
+    cxx = cxx or re.sub(r"(gcc|clang|cc)(-[\d.]+)?$", lambda found: _CXX_OF[found[1]] + (found[2] or ""), cc)
+    return given.get("CC") or _program("CC", cc), given.get("CXX") or _program("CXX", cxx)
 
 
 def _program(variable: str, value: str) -> Path:
@@ -110,6 +108,11 @@ def _program(variable: str, value: str) -> Path:
 
 
 def _probe(cc: Path, cxx: Path) -> Compiler:
+    return _probe_once(cc, cxx, cc.stat().st_mtime_ns, cxx.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _probe_once(cc: Path, cxx: Path, *_times: int) -> Compiler:
     values = dict(re.findall(r"#define (__\w+) (.*)", "\n".join(_macros(cxx))))
     if "__GNUC__" not in values:  # clang defines it too
         raise CompilerMissing(f"{cxx} is no C++ compiler that is known here: it is neither g++ nor clang++", hint=install_hint())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_apex
+from apex_runs import run_apex
 from gguf_edit import without_head
 
 from apex_build.gguf_model.imatrix import read_imatrix

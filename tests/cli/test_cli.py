@@ -53,7 +53,9 @@ def test_the_readme_shows_only_what_there_is() -> None:
 
 
 def test_each_error_has_an_exit_code_of_its_own_and_is_documented() -> None:
-    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.ApexError) and c is not errors.ApexError]
+    classes = [
+        c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.ApexError) and c is not errors.ApexError
+    ]
     codes = [c.exit_code for c in classes]
     assert len(set(codes)) == len(codes) and not {0, 1, 2, 130} & set(codes)
     table = (ROOT / "docs" / "exit-codes.md").read_text()

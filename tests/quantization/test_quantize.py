@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, run_apex
+from apex_runs import SMALL, run_apex
 
 from apex_build.gguf_model.header import read_header
 from apex_build.native.toolset import Toolset

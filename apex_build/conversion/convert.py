@@ -1,0 +1,259 @@
+"""Converting a checkpoint with the pinned source's converter: checked before, whole or not at all, its draft head checked after."""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import difflib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apex_build.conversion import driver
+from apex_build.conversion.checkpoint import Checkpoint, read_checkpoint, require_head
+from apex_build.conversion.environment import Python, choose, ensure, versions
+from apex_build.errors import (
+    CheckpointInvalid,
+    ConversionFailed,
+    DiskTooSmall,
+    ModelInvalid,
+    OutputUnwritable,
+    ParameterUnknown,
+    ToolFailed,
+    ToolKilled,
+)
+from apex_build.gguf_model.header import Header, read_header
+from apex_build.identity import sha256_file, sha256_json, write_json
+from apex_build.native.run import run_tool
+from apex_build.progress import Report, Step, silent
+from apex_build.source.tree import tree_identity
+
+OUTTYPES = ("auto", "f16", "bf16", "f32", "q8_0")
+_BYTES = {"f32": 4.0, "q8_0": 34 / 32}  # a value; the others take 2
+_WRITING = re.compile(r"Writing:\s+(\d+)%")
+_EXPLAINED = (
+    (
+        "pre-tokenizer was not recognized",
+        "the converter does not know this tokenizer",
+        "apex convert --pre-tokenizer NAME (qwen35 for Qwen3.5 and 3.6)",
+    ),
+    ("wants its own code to run", "the checkpoint can only be read by code of its own, and that is not run", None),
+    ("execute code", "the checkpoint can only be read by code of its own, and that is not run", None),
+    ("Can not map tensor", "the converter does not know one of the tensors", None),
+    ("No space left on device", "the disk is full", "free some space, or write to another disk"),
+    ("No module named", "the converter's Python lacks a package", "apex convert --python PATH, of a Python that has it"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that has been checked and can start. `n_bytes` is about what it will write."""
+
+    checkpoint: Checkpoint
+    source: Path
+    out: Path
+    outtype: str
+    pre_tokenizer: str | None
+    head: bool  # keep the draft head; False leaves it out
+    python: Python
+    n_bytes: int
+
+
+def prepare(
+    folder: Path,
+    source: Path,
+    out: Path,
+    *,
+    outtype: str = "auto",
+    pre_tokenizer: str | None = None,
+    head: bool = True,
+    python: Path | None = None,
+    force: bool = False,
+) -> Job:
+    """Say no before anything is done. `source` is a pinned tree, `python` the converter's interpreter (see environment.choose).
+
+    Raises CheckpointInvalid (what is missing, an architecture that the converter lacks, a promised head without tensors),
+    ParameterUnknown (pre-tokenizer), OutputUnwritable, DiskTooSmall, EnvironmentUnusable.
+    """
+    checkpoint = read_checkpoint(folder)
+    known = architectures(source)
+    if checkpoint.architecture not in known:
+        near = difflib.get_close_matches(checkpoint.architecture, known, n=3)
+        hint = f"near it: {', '.join(near)}" if near else "apex convert --pin latest"
+        raise CheckpointInvalid(
+            f"the converter of {source.name} does not know the architecture {checkpoint.architecture}", hint=hint
+        )
+    if head:
+        require_head(checkpoint)
+    if pre_tokenizer is not None and pre_tokenizer not in (names := pre_tokenizers(source)):
+        near = difflib.get_close_matches(pre_tokenizer, names, n=5, cutoff=0.4)
+        raise ParameterUnknown(f"llama.cpp has no pre-tokenizer {pre_tokenizer!r}", hint=f"one of: {', '.join(near or names)}")
+    _check_output(out, force)
+    n_bytes = int(checkpoint.n_elements * _BYTES.get(outtype, 2.0))
+    free = shutil.disk_usage(out.parent).free
+    if free < n_bytes:
+        raise DiskTooSmall(f"{out.parent} has {free / 1e9:.2f} GB free; the model will take about {n_bytes / 1e9:.2f} GB")
+    return Job(checkpoint, source, out.absolute(), outtype, pre_tokenizer, head, choose(python), n_bytes)
+
+
+def run(job: Job, report: Report = silent) -> dict[str, Any]:
+    """Convert to `job.out`, with a manifest (`out` + .json, also returned) and the converter's words (`out` + .log) beside it.
+
+    Raises ConversionFailed, ToolKilled, EnvironmentUnusable; then nothing but the log is left.
+    """
+    log = job.out.with_name(job.out.name + ".log")
+    python = ensure(job.python, log, report)
+    # a name of our own: the converter takes braces in a file's name for a template
+    handle, name = tempfile.mkstemp(prefix=".apex-convert-", suffix=".gguf.part", dir=job.out.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        with tempfile.TemporaryDirectory(prefix="apex-convert-") as scratch:
+            _convert(job, python, part, Path(scratch), log, report)
+        header = _verify(job, part)
+        report(Step("hashing", 0))
+        manifest = _manifest(job, python, header, sha256_file(part))
+        part.chmod(0o644)
+        part.replace(job.out)
+    finally:
+        part.unlink(missing_ok=True)
+    write_json(job.out.with_name(job.out.name + ".json"), manifest)
+    return manifest
+
+
+def architectures(source: Path) -> tuple[str, ...]:
+    """What the source's converter can convert: the keys of TEXT_MODEL_MAP in conversion/__init__.py, read without running it."""
+    tree = ast.parse(_read(source / "conversion" / "__init__.py"))
+    for node in tree.body:
+        if (
+            isinstance(node, ast.AnnAssign)
+            and getattr(node.target, "id", "") == "TEXT_MODEL_MAP"
+            and isinstance(node.value, ast.Dict)
+        ):
+            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
+    raise ConversionFailed(f"{source} has another converter than this verb knows: no TEXT_MODEL_MAP in conversion/__init__.py")
+
+
+def pre_tokenizers(source: Path) -> tuple[str, ...]:
+    """Values of `tokenizer.ggml.pre` that the source's llama.cpp understands: src/llama-vocab.cpp."""
+    return tuple(sorted(set(re.findall(r'tokenizer_pre == "([^"]+)"', _read(source / "src" / "llama-vocab.cpp")))))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConversionFailed(f"{path} cannot be read: {error.strerror}", hint="apex source verify") from None
+
+
+def _check_output(out: Path, force: bool) -> None:
+    if not out.parent.is_dir():
+        raise OutputUnwritable(f"the folder {out.parent} does not exist", hint=f"mkdir -p {out.parent}")
+    if out.is_dir():
+        raise OutputUnwritable(f"{out} is a folder; give the name of a file", hint=f"-o {out / 'model-f16.gguf'}")
+    if out.exists() and not force:
+        raise OutputUnwritable(f"{out} exists", hint="another name, or --force to replace it once the new one is complete")
+    if not os.access(out.parent, os.W_OK):
+        raise OutputUnwritable(f"{out.parent} cannot be written")
+
+
+def _convert(job: Job, python: Path, part: Path, scratch: Path, log: Path, report: Report) -> None:
+    def progress(line: str) -> None:
+        if found := _WRITING.search(line):
+            report(Step("converting", int(found[1]), 100, "%"))
+
+    report(Step("converting", 0, 100, "%"))
+    arguments = ["--outfile", str(part), "--outtype", job.outtype]
+    if not job.head and job.checkpoint.architecture.startswith("Qwen3_5"):
+        arguments.append("--no-mtp")
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(scratch),
+        "PYTHONDONTWRITEBYTECODE": "1",  # the source tree stays as it is
+        "PYTHONUNBUFFERED": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+    command: list[str | Path] = [
+        python,
+        driver.__file__,
+        job.source.resolve(),
+        job.checkpoint.path.resolve(),
+        job.pre_tokenizer or "",
+        *arguments,
+    ]
+    try:
+        run_tool(command, log=log, on_line=progress, cwd=scratch, env=environment, explain=_explain)
+    except ToolKilled:
+        raise
+    except ToolFailed as error:
+        message = error.message.replace(python.name, "the converter", 1)
+        raise ConversionFailed(message, hint=error.hint) from None
+
+
+def _explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
+    text = "\n".join(lines)
+    return next(((diagnosis, hint) for words, diagnosis, hint in _EXPLAINED if words in text), None)
+
+
+def _verify(job: Job, part: Path) -> Header:
+    """The written file is a whole model, and has the draft head that was promised."""
+    try:
+        header = read_header(part)
+    except ModelInvalid as error:
+        raise ConversionFailed(f"the converter wrote a damaged file: {error.message}") from None
+    promised = job.checkpoint.head_layers if job.head else 0
+    architecture = header.metadata.get("general.architecture")
+    found = header.metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    trunk = int(header.metadata.get(f"{architecture}.block_count", 0)) - found
+    names = {tensor.name for tensor in header.tensors}
+    absent = [
+        f"blk.{layer}.{name}"
+        for layer in range(trunk, trunk + promised)
+        for name in ("nextn.eh_proj.weight", "nextn.enorm.weight", "nextn.hnorm.weight")
+        if f"blk.{layer}.{name}" not in names
+    ]
+    if not job.head and found:
+        raise ConversionFailed(
+            f"the converter cannot leave out the draft head of {job.checkpoint.architecture}", hint="apex convert without --no-head"
+        )
+    if promised and (found != promised or absent):
+        what = (
+            f"{', '.join(absent[:3])} are missing"
+            if absent
+            else f"{architecture}.nextn_predict_layers is {found}, expected {promised}"
+        )
+        raise ConversionFailed(
+            f"the converter left the draft head of {job.checkpoint.architecture} out: {what}",
+            hint="apex convert --pin latest may keep it; apex convert --no-head does without",
+        )
+    return header
+
+
+def _manifest(job: Job, python: Path, header: Header, sha256: str) -> dict[str, Any]:
+    checkpoint = job.checkpoint
+    have = versions(python)
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    return {
+        "checkpoint": {
+            "architecture": checkpoint.architecture,
+            "config_sha256": sha256_json(dict(checkpoint.config)),
+            "files": {name: (checkpoint.path / name).stat().st_size for name in files},
+            "tensors_sha256": sha256_json({name: [info.dtype, *info.shape] for name, info in sorted(checkpoint.tensors.items())}),
+        },
+        "converter": {
+            "source": tree_identity(job.source),
+            "packages": {name: have.get(name) for name in ("torch", "transformers", "numpy")},
+        },
+        "converted": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "head_layers": header.metadata.get(f"{header.metadata.get('general.architecture')}.nextn_predict_layers", 0),
+        "outtype": job.outtype,
+        "pre_tokenizer": job.pre_tokenizer or header.metadata.get("tokenizer.ggml.pre"),
+        "sha256": sha256,
+        "size": header.file_size,
+        "tensors": len(header.tensors),
+    }

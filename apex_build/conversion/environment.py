@@ -1,0 +1,178 @@
+"""The converter's Python: one that the user names, ours if it has what is needed, else an environment made for it in the cache."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+from unearth import PackageFinder
+
+from apex_build import places
+from apex_build.errors import EnvironmentUnusable, ToolFailed, ToolKilled, ToolTimeout
+from apex_build.identity import sha256_json, write_json
+from apex_build.native.run import run_tool
+from apex_build.progress import Report, Step
+from apex_build.source.folders import locked, writing
+from apex_build.source.pip_config import open_session, read_pip_config
+
+VARIABLE = "APEX_CONVERT_PYTHON"
+_COMPLETE = "apex-complete.json"
+_INDISPENSABLE = ("torch", "transformers", "numpy")  # the rest is for some kinds of tokenizer only
+_ASK = """
+import importlib.metadata as metadata, json
+names = {}
+for found in metadata.distributions():
+    name = found.metadata["Name"]
+    if name:
+        names.setdefault(name.lower().replace("_", "-").replace(".", "-"), found.version)
+print(json.dumps(names))
+"""
+
+
+@dataclass(frozen=True)
+class Python:
+    """An interpreter that can run the converter. `made` is when it is (or will be) an environment of our own."""
+
+    executable: Path
+    origin: str  # for a person: where it comes from
+    made: bool = False
+
+
+def requirements() -> tuple[Requirement, ...]:
+    """The extra `convert` of this package, and gguf for what the vendored gguf-py imports. Raises EnvironmentUnusable."""
+    try:
+        declared = [Requirement(text) for text in importlib.metadata.requires("apex-build") or []]
+    except importlib.metadata.PackageNotFoundError:
+        raise EnvironmentUnusable(
+            "apex-build is not installed, so its extra `convert` is not known", hint="pip install -e ."
+        ) from None
+    wanted = [
+        item for item in declared if item.marker and item.marker.evaluate({"extra": "convert"}) and not item.marker.evaluate()
+    ]
+    wanted += [item for item in declared if item.name == "gguf"]
+    for item in wanted:
+        item.marker = None
+    return tuple(sorted(wanted, key=str))
+
+
+def choose(python: Path | None) -> Python:
+    """`python`, else what APEX_CONVERT_PYTHON names, else ours if it has the whole extra, else one in the cache (made or not).
+
+    Raises EnvironmentUnusable where the one that was named lacks what the converter cannot do without.
+    """
+    named = python or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
+    given = named.expanduser().absolute() if named else None  # not resolved: an environment's python is a link to another
+    wanted = requirements()
+    if given is not None:
+        lacking = [str(item) for item in _lacking(given, wanted) if item.name in _INDISPENSABLE]
+        if lacking:
+            raise EnvironmentUnusable(
+                f"{given} lacks what the converter needs: {', '.join(lacking)}", hint=f"{given} -m pip install {' '.join(lacking)}"
+            )
+        return Python(given, "--python" if python else VARIABLE)
+    if not _lacking(Path(sys.executable), wanted):
+        return Python(Path(sys.executable), "the Python that runs apex")
+    return Python(_folder(wanted) / "bin" / "python", "an environment of its own", made=True)
+
+
+def ensure(python: Python, log: Path, report: Report) -> Path:
+    """Make the environment if it is to be made and is not there. Returns the interpreter. Raises EnvironmentUnusable."""
+    folder = python.executable.parent.parent
+    if not python.made or (folder / _COMPLETE).is_file():
+        return python.executable
+    with locked(folder, report), writing(folder):
+        if not (folder / _COMPLETE).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            _make(folder, requirements(), log, report)
+    return python.executable
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Installed distributions of an interpreter, by canonical name. Raises EnvironmentUnusable."""
+    try:
+        said = run_tool([python, "-c", _ASK], timeout=120)
+        return dict(json.loads(said.lines[-1]))
+    except (ToolFailed, ToolKilled, ToolTimeout) as error:
+        raise EnvironmentUnusable(f"{python} cannot be asked what it has installed: {error.message}") from None
+    except (ValueError, IndexError):
+        raise EnvironmentUnusable(f"{python} is not a Python interpreter") from None
+
+
+def _lacking(python: Path, wanted: Sequence[Requirement]) -> list[Requirement]:
+    have = versions(python)
+    return [item for item in wanted if not item.specifier.contains(have.get(canonicalize_name(item.name), "0"), prereleases=True)]
+
+
+def _folder(wanted: Sequence[Requirement]) -> Path:
+    key = sha256_json(
+        {"python": sys.version, "executable": str(Path(sys.executable).resolve()), "requirements": [str(item) for item in wanted]}
+    )
+    return places.cache_root() / "envs" / f"convert-{key[:16]}"
+
+
+def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report) -> None:
+    task = "preparing the converter's environment (once)"
+    report(Step(task, 0))
+    arguments = [str(item) if item.name != "torch" else _torch(item, report) for item in wanted]
+    python = folder / "bin" / "python"
+    began = time.monotonic()
+    count = 0
+
+    def progress(line: str) -> None:
+        nonlocal count
+        if re.match(r"\s*(Collecting|Downloading|Processing|Installing) ", line):
+            count += 1
+            report(Step(task, count, None, "steps of pip"))
+
+    # pip installs where its own variables say, were they left: not into the environment
+    aside = dict.fromkeys(("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME"))
+    try:
+        run_tool([sys.executable, "-m", "venv", folder], log=log, env=aside)
+        run_tool([python, "-m", "pip", "install", "--no-input", *arguments], log=log, on_line=progress, env=aside)
+    except (ToolFailed, ToolKilled) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        hint = "apt-get install python3-venv, or" if "ensurepip" in error.message else ""
+        raise EnvironmentUnusable(
+            f"the converter's environment could not be made: {error.message}",
+            hint=f"{hint} name a Python that has torch and transformers: apex convert --python PATH".strip(),
+        ) from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    write_json(folder / _COMPLETE, {"requirements": arguments, "seconds": round(time.monotonic() - began, 1)})
+
+
+def _torch(wanted: Requirement, report: Report) -> str:
+    """The newest CPU-only torch (version +cpu) of the places that pip is configured with; else whatever pip takes.
+
+    Only the converter uses it, for reading tensors: the usual one brings gigabytes of CUDA libraries along.
+    """
+    config = read_pip_config()
+    newest: Version | None = None
+    index_urls = () if config.no_index else ((config.index_url,) if config.index_url else ()) + config.extra_index_urls
+    if not index_urls and not config.find_links:
+        return str(wanted)  # the default index alone: it takes no versions such as +cpu
+    with open_session(config) as session:
+        finder = PackageFinder(session, index_urls=index_urls, find_links=config.find_links)
+        for found in finder.find_matches(str(wanted)):
+            try:
+                version = Version(found.version or "")
+            except InvalidVersion:
+                continue
+            if version.local == "cpu" and (newest is None or version > newest):
+                newest = version
+    if newest is None:
+        report(Step("no CPU-only torch where pip looks: the usual one, perhaps gigabytes with CUDA libraries", 0))
+        return str(wanted)
+    return f"torch=={newest}"
