@@ -1,0 +1,75 @@
+"""The shipped model is the one that was trained, and its draft head drafts well enough to measure something with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from reference import Reference, softmax
+
+from apex_build.evaluation.acceptance import Acceptance, draft_acceptance, overall, read_prompts
+from apex_build.gguf_model.model import read_model
+from apex_build.identity import sha256_file
+from apex_build.native.server import serve
+from apex_build.native.toolset import Toolset
+from apex_build.plugins import load_plugins
+
+
+def test_the_file_is_the_one_that_was_trained(testbed: Path) -> None:
+    expected, name = testbed.with_name(testbed.name + ".sha256").read_text().split()
+    assert name == testbed.name and sha256_file(testbed) == expected
+    assert testbed.stat().st_size <= 32_000_000
+    last = [line for line in testbed.with_name("train.log").read_text().splitlines() if line.startswith("step")][-1]
+    assert "2099/2100" in last
+
+
+def test_it_has_what_the_large_models_have(testbed: Path) -> None:
+    model = read_model(testbed, load_plugins().role_of)
+    assert (model.architecture, model.trunk_layers, model.head_layers) == ("qwen35moe", 6, 1)
+    assert (model.n_expert, model.n_expert_used) == (8, 2)
+    assert {tensor.role for tensor in model.tensors if tensor.draft_head} >= {"routed", "shared", "attention", "nextn"}
+    assert {t.role for t in model.tensors if not t.draft_head} >= {
+        "routed",
+        "shared",
+        "attention",
+        "ssm",
+        "router",
+        "embedding",
+        "output",
+    }
+    rows = {tensor.shape[0] for tensor in model.tensors if tensor.type == "F16"}
+    assert all(row % 256 == 0 for row in rows), "every k- and i-quant fits"
+    fields = gguf.GGUFReader(testbed).fields
+    assert fields["tokenizer.ggml.pre"].contents() == "qwen35"
+    assert {"<think>", "</think>", "<tool_call>", "<|im_start|>"} <= set(fields["tokenizer.ggml.tokens"].contents())
+
+
+@pytest.fixture(scope="module")
+def acceptance(tools: Toolset, testbed: Path, heldout: Path) -> dict[str, Acceptance]:
+    return draft_acceptance(tools, testbed, read_prompts(heldout / "prompts.jsonl"))
+
+
+def test_half_of_the_drafted_tokens_are_accepted(acceptance: dict[str, Acceptance]) -> None:
+    """llama-server, draft-mtp, drafts of up to 2, greedy, on held-out prompts of the four domains."""
+    assert set(acceptance) == {"chat", "code", "reasoning", "tool-calling"}
+    assert overall(acceptance).drafted > 1000
+    assert overall(acceptance).rate >= 0.5
+    assert all(value.rate > 0.4 for value in acceptance.values())
+
+
+def test_trunk_and_head_in_numpy_predict_the_held_out_text(tools: Toolset, testbed: Path, heldout: Path) -> None:
+    """A trained model: its choices are right far more often than chance, and head and trunk mostly agree."""
+    text = (heldout / "reasoning.txt").read_text()[:4000]
+    with serve(tools, testbed, arguments=["--ctx-size", "512"]) as server:
+        ids = server.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"][:400]
+    reference = Reference(testbed)
+    hidden = reference.trunk(ids)
+    trunk = reference.logits(hidden)
+    head = reference.logits(reference.head(ids, hidden), "blk.6.nextn.shared_head_norm")
+    following = np.array(ids[1:])
+    assert (trunk[:-1].argmax(-1) == following).mean() > 0.5
+    assert np.log(softmax(trunk[:-1])[np.arange(len(following)), following]).mean() > -3.5, "chance is -7.6"
+    # row p of the head has seen x(p) and h(p-1), and predicts x(p+1) as row p of the trunk does
+    assert (head.argmax(-1) == trunk.argmax(-1))[1:].mean() > 0.5
