@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,7 @@ class Entry:
 
     @property
     def n_elements(self) -> int:
-        n = 1
-        for extent in self.shape:
-            n *= extent
-        return n
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -142,9 +140,7 @@ def _entry(tensor: Tensor, run: DryRun, rule: Rule | None, quantizable: bool, ba
             else None,
         )
     kept = line.target == tensor.type
-    rows = 1
-    for extent in tensor.shape[1:]:
-        rows *= extent
+    rows = math.prod(tensor.shape[1:])
     return Entry(
         name=tensor.name,
         role=tensor.role,
