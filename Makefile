@@ -24,6 +24,7 @@ lint: $(STAMP)
 	$(VENV)/bin/tox run -e lint,types
 
 $(STAMP): pyproject.toml
+	@echo "installing apex-build and the build tools it needs into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(STAMP)

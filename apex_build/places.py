@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import platformdirs
 
+from apex_build.errors import OutputUnwritable
+
+_ELSEWHERE = "APEX_CACHE_DIR=FOLDER names another cache"
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -26,13 +30,14 @@ def in_checkout() -> bool:
 
 def cache_root() -> Path:
     """The user's cache: everything in it can be deleted and will be made again."""
-    return Path(os.environ.get("APEX_CACHE_DIR") or platformdirs.user_cache_path("apex-build"))
+    given = os.environ.get("APEX_CACHE_DIR")
+    return Path(given).absolute() if given else platformdirs.user_cache_path("apex-build")  # tools run in folders of their own
 
 
 def source_root() -> Path:
     """Folder of the fetched llama.cpp trees, one folder a pin: beside the pins in a checkout, else in the user's data folder."""
     if given := os.environ.get("APEX_SOURCE_DIR"):
-        return Path(given)
+        return Path(given).absolute()
     return data_root() / "vendor" if in_checkout() else platformdirs.user_data_path("apex-build") / "vendor"
 
 
@@ -40,8 +45,18 @@ def patches_root() -> Path:
     return data_root() / "patches" / "llama.cpp"
 
 
+def model_stem(path: Path) -> str:
+    """What files made from a model are named after: its name, of a shard without the number."""
+    return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+
+
 def lock_path(path: Path) -> Path:
     """The lock file for something that is written at `path`: in the cache, so that nothing lies about beside it."""
     locks = cache_root() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputUnwritable(f"{locks}: the cache cannot be written: {error.strerror}", hint=_ELSEWHERE) from None
+    if not os.access(locks, os.W_OK | os.X_OK):
+        raise OutputUnwritable(f"{locks}: the cache cannot be written", hint=_ELSEWHERE)
     return locks / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.lock"

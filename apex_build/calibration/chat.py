@@ -9,7 +9,7 @@ from typing import Any
 
 from apex_build.calibration import chat_sandbox
 from apex_build.confined import OutOfBounds, ask
-from apex_build.errors import ChatTemplateFailed
+from apex_build.errors import CalibrationSetInvalid, ChatTemplateFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.header import ArrayValue
 from apex_build.hookspecs import Document
@@ -54,8 +54,10 @@ def render(template: ChatTemplate, documents: Sequence[Document]) -> list[str | 
         answer = ask("apex_build.calibration.chat_sandbox", request, wall_seconds=_WALL_SECONDS)
     except OutOfBounds as error:
         raise ChatTemplateFailed(f"chat template of {template.origin}: {error}") from None
+    except TypeError as error:  # of a source in a plugin
+        raise CalibrationSetInvalid(f"a conversation holds what is not JSON: {error}") from None
     if "error" in answer:
-        at = f", in {documents[answer['at']].origin}" if answer["at"] < len(documents) else ""
+        at = f", in {documents[answer['at']].origin}" if "at" in answer and answer["at"] < len(documents) else ""
         raise ChatTemplateFailed(
             f"chat template of {template.origin}: {answer['error']}{at}",
             hint="apex calibrate --chat-template FILE with a mended one",

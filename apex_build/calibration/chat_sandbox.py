@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.ext
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from apex_build import confined
 
 CPU_SECONDS = 120
-DATE = "2026-01-01"
+DATE = datetime(2026, 1, 1)
 
 
 class _Refused(Exception):
@@ -28,15 +32,33 @@ def _refuse(message: str) -> None:
     raise _Refused(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_others: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`: marks what the assistant wrote, for training. The text is that of its content."""
+
+    tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """One answer for each conversation: `text`, or `refused` with the template's own words; or an error for all of them."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda _format: DATE}
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": DATE.strftime}
     results: list[dict[str, str]] = []
     try:
         template = environment.from_string(request["template"])
@@ -50,7 +72,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except MemoryError:
         return {"error": f"it needs more than {confined.MEMORY_BYTES >> 30} GiB of memory", "at": len(results)}
     except jinja2.TemplateSyntaxError as error:
-        return {"error": f"line {error.lineno}: {error.message}", "at": len(results)}
+        return {"error": f"line {error.lineno}: {error.message}"}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "at": len(results)}
     return {"results": results}

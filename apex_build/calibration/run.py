@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import Imatrix, check_values, read_imatrix
-from apex_build.identity import read_json, sha256_file, sha256_json, write_json
+from apex_build.identity import beside, check_place, read_json, sha256_file, sha256_json, write_json
 from apex_build.native import output
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
@@ -91,39 +90,40 @@ def calibrate(
     settings: Settings = Settings(),
     *,
     force: bool = False,
+    replace: bool = False,
     report: Report = silent,
 ) -> Calibration:
     """Write the imatrix of `model` over `text` to `out`, with a manifest beside it (`out` + .json) and a log (`out` + .log).
 
     An interrupted run goes on from its last snapshot, if model, text, settings and tools are the same; a finished one is reused.
+    `force` does neither, and replaces what is there; `replace` replaces only what was made from something else.
     Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then), CalibrationSetInvalid.
     """
+    check_place(out, (*model.files, text.path) if text.path else model.files)
     parts = identity(model, text, settings, tools)
     key = sha256_json(parts)
     work = out.with_name(f".{out.name}.work")
-    _writable(out.parent)
     try:
         with FileLock(lock_path(out), timeout=0):
             if not force and (done := _finished(out, key, model)):
+                shutil.rmtree(work, ignore_errors=True)  # ended between the last two steps
                 return done
-            if out.exists() and not force:
+            if out.exists() and not (force or replace):
                 raise OutputUnwritable(
                     f"{out} exists and was made from something else", hint="give another name with -o, or --force to replace it"
                 )
             _prepare(work, key, text, fresh=force)
-            done = _run(model, text, tools, out, settings, work, key, report)
-            write_json(
-                _beside(out, ".json"), {"identity": key, "from": parts, "text": _text_json(text), "sha256": sha256_file(out)}
-            )
+            manifest = {"identity": key, "from": parts, "text": _text_json(text)}
+            done = _run(model, text, tools, out, settings, work, manifest, report)
             shutil.rmtree(work)
             return done
     except Timeout:
-        raise OutputUnwritable(f"{out} is being written by another run of apex calibrate") from None
+        raise OutputUnwritable(f"{out} is being written by another run of apex") from None
 
 
 def _finished(out: Path, key: str, model: Model) -> Calibration | None:
     try:
-        manifest = read_json(_beside(out, ".json"))
+        manifest = read_json(beside(out, ".json"))
         if manifest.get("identity") != key or manifest.get("sha256") != sha256_file(out):
             return None
         return Calibration(out, key, coverage(read_imatrix(out), model), None, 0.0, 0, True)
@@ -134,34 +134,43 @@ def _finished(out: Path, key: str, model: Model) -> Calibration | None:
 def _prepare(work: Path, key: str, text: CalibrationText, *, fresh: bool) -> None:
     """The folder of an unfinished run: kept if it is of the same work, made anew otherwise."""
     try:
-        same = not fresh and read_json(work / "identity.json") == key
+        same = not fresh and read_json(work / "identity.json") == key and (work / "text" / text.name).is_file()
     except (OSError, ValueError):
         same = False
     if not same:
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        (work / text.name).write_bytes(text.data)
+        (work / "text").mkdir(parents=True)  # of its own: a text may have any name
+        (work / "text" / text.name).write_bytes(text.data)
         write_json(work / "identity.json", key)
 
 
 def _run(
-    model: Model, text: CalibrationText, tools: Toolset, out: Path, settings: Settings, work: Path, key: str, report: Report
+    model: Model,
+    text: CalibrationText,
+    tools: Toolset,
+    out: Path,
+    settings: Settings,
+    work: Path,
+    manifest: dict[str, Any],
+    report: Report,
 ) -> Calibration:
-    snapshot, done = _snapshot(work, settings)
+    snapshot, done = _snapshot(work)
     partial = work / "imatrix.gguf"
-    command = [*arguments(model, settings, tools), "--file", text.name, "--output", partial.name]
+    command = [*arguments(model, settings, tools), "--file", text.name, "--output", f"../{partial.name}"]
     if snapshot is not None:
-        command += ["--in-file", snapshot.name, "--chunk", str(done)]
+        command += ["--in-file", f"../{snapshot.name}", "--chunk", str(done)]
     if settings.chunks is not None:
         command += ["--chunks", str(settings.chunks - done)]
     watch = _Watch(work, done, settings, report)
-    log = _beside(out, ".log")
-    ran = run_tool(command, cwd=work, log=log, on_line=watch.line, explain=output.explain)
+    log = beside(out, ".log")
+    ran = run_tool(command, cwd=work / "text", log=log, on_line=watch.line, explain=output.explain)
     _verify(read_imatrix(partial), model, settings)
     values = [value for line in ran.lines if (value := output.perplexity(line))]
+    # The manifest first: a file in place without it would not be known again.
+    write_json(beside(out, ".json"), {**manifest, "sha256": sha256_file(partial)})
     partial.replace(out)
     covered = coverage(read_imatrix(out), model)
-    return Calibration(out, key, covered, values[-1].value if values else None, ran.seconds, done, False)
+    return Calibration(out, manifest["identity"], covered, values[-1].value if values else None, ran.seconds, done, False)
 
 
 def _verify(found: Imatrix, model: Model, settings: Settings) -> None:
@@ -210,7 +219,7 @@ def _snapshots(work: Path) -> list[tuple[Path, int]]:
     return sorted(found, key=lambda item: item[1])
 
 
-def _snapshot(work: Path, settings: Settings) -> tuple[Path | None, int]:
+def _snapshot(work: Path) -> tuple[Path | None, int]:
     """The newest snapshot to go on from, and the chunks it holds: whole, and with enough left for llama-imatrix to start."""
     try:
         total = int(read_json(work / "total.json"))
@@ -226,17 +235,6 @@ def _snapshot(work: Path, settings: Settings) -> tuple[Path | None, int]:
         if found.chunk_count == chunks and total - chunks >= _RESUMABLE:
             return path, chunks
     return None, 0
-
-
-def _writable(folder: Path) -> None:
-    if not folder.is_dir():
-        raise OutputUnwritable(f"{folder}: no such folder", hint=f"mkdir -p {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputUnwritable(f"{folder}: the folder cannot be written", hint="give another place with -o")
-
-
-def _beside(out: Path, suffix: str) -> Path:
-    return out.with_name(out.name + suffix)
 
 
 def _text_json(text: CalibrationText) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,11 +54,12 @@ class PartText:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The text that llama-imatrix is run over, UTF-8, and what it is made of."""
+    """The text that llama-imatrix is run over, UTF-8, and what it is made of. `path`: the user's own file."""
 
     name: str
     data: bytes
     parts: tuple[PartText, ...]
+    path: Path | None = None
 
     @property
     def sha256(self) -> str:
@@ -80,18 +82,22 @@ def load_set(name: str) -> CalibrationSet:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CalibrationSetInvalid(f"{path}: not TOML: {error}") from None
+    except OSError as error:
+        raise CalibrationSetInvalid(f"{path}: cannot be read: {error.strerror}") from None
     parts = given.get("part")
     if not isinstance(parts, list) or not parts:
         raise CalibrationSetInvalid(f"{path}: expected at least one [[part]]")
     return CalibrationSet(path.stem, path, tuple(_part(path, number, part) for number, part in enumerate(parts, 1)))
 
 
-def _part(path: Path, number: int, given: Mapping[str, Any]) -> Part:
+def _part(path: Path, number: int, given: Any) -> Part:
+    if not isinstance(given, dict):
+        raise CalibrationSetInvalid(f"{path}: part {number} is {given!r}, expected a table: [[part]]")
     for key in ("domain", "source"):
         if not isinstance(given.get(key), str):
             raise CalibrationSetInvalid(f"{path}: part {number}: '{key}' is {given.get(key)!r}, expected a text")
     limit = given.get("bytes")
-    if limit is not None and (not isinstance(limit, int) or limit <= 0):
+    if limit is not None and (type(limit) is not int or limit <= 0):
         raise CalibrationSetInvalid(f"{path}: part {number}: 'bytes' is {limit!r}, expected a whole number above 0")
     options = {key: value for key, value in given.items() if key not in _PART_KEYS}
     return Part(given["domain"], given["source"], limit, options)
@@ -108,7 +114,7 @@ def text_of_file(path: Path) -> CalibrationText:
         raise CalibrationSetInvalid(f"{path}: not UTF-8: byte {error.start} is {data[error.start]:#04x}") from None
     if not data.strip():
         raise CalibrationSetInvalid(f"{path}: the text is empty")
-    return CalibrationText(path.name, data, (PartText("text", path.name, 1, len(data), 0),))
+    return CalibrationText(path.name, data, (PartText("text", path.name, 1, len(data), 0),), path)
 
 
 def compose(
@@ -136,18 +142,24 @@ def compose(
             raise CalibrationSetInvalid(
                 f"{chosen.path}: no source '{part.source}' (domain {part.domain}); there are: {', '.join(sources)}"
             )
-        documents = list(_limited(sources[part.source].read(part.options, chosen.path.parent), part.max_bytes))
+        where = f"{chosen.path}: the part {part.domain} ({part.source})"
+        try:
+            documents = list(_limited(sources[part.source].read(part.options, chosen.path.parent), part.max_bytes))
+        except CalibrationSetInvalid as error:
+            raise CalibrationSetInvalid(f"{where}: {error.message}", hint=error.hint) from None
         if template is None and any(document.messages for document in documents):
             template = chat_template(model, template_file)
         rendered = _rendered(documents, template)
-        kept = [text.encode() for text in rendered if text]
+        refused = sum(text is None for text in rendered)
+        kept = [_encoded(text, document, where) for text, document in zip(rendered, documents, strict=True) if text]
         if not kept:
-            raise CalibrationSetInvalid(f"{chosen.path}: the part {part.domain} ({part.source}) gave no text")
+            why = f": the chat template refused all of its {refused} conversations" if refused else ""
+            raise CalibrationSetInvalid(f"{where} gave no text{why}")
         if part.max_bytes is not None:
             kept = _cut(kept, part.max_bytes)
         texts.append(kept)
-        summaries.append(PartText(part.domain, part.source, len(kept), sum(map(len, kept)), sum(text is None for text in rendered)))
-    name = chosen.name + "".join(f"-{domain}" for domain in sorted(domains))
+        summaries.append(PartText(part.domain, part.source, len(kept), sum(map(len, kept)), refused))
+    name = re.sub(r"[^\w.-]", "_", "-".join((chosen.name, *sorted(domains))))[:50]
     return CalibrationText(f"{name}.txt", b"".join(_in_turn(texts)), tuple(summaries))
 
 
@@ -164,7 +176,15 @@ def _limited(documents: Iterator[Document], max_bytes: int | None) -> Iterator[D
 def _rendered(documents: Sequence[Document], template: ChatTemplate | None) -> list[str | None]:
     conversations = [document for document in documents if document.messages]
     texts = iter(render(template, conversations) if template else ())
-    return [next(texts) if document.messages else f"{(document.text or '').strip()}\n\n" for document in documents]
+    plain = (f"{text}\n\n" if (text := (document.text or "").strip()) else "" for document in documents)
+    return [next(texts) if document.messages else text for document, text in zip(documents, plain, strict=True)]
+
+
+def _encoded(text: str, document: Document, where: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationSetInvalid(f"{where}: {document.origin}: {text[error.start]!r} is no character: half of a pair") from None
 
 
 def _cut(texts: Sequence[bytes], max_bytes: int) -> list[bytes]:

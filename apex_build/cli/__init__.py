@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import click
 
 from apex_build import __version__
-from apex_build.errors import ApexError
+from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
+from apex_build.native.lines import printable
 
 # verb -> module of this folder; its click command is named `command`
 VERBS = {
@@ -53,8 +56,19 @@ def apex() -> None:
     """
 
 
+# What the machine says no to, wherever it does; any other OSError is a mistake of ours, and shows a traceback.
+_REFUSALS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), DiskTooSmall.exit_code),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR), OutputUnwritable.exit_code),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `apex`; errors a user can meet become one message and their exit code, never a traceback."""
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if word != word.encode(errors="replace").decode():
+            click.echo(f"error: {os.fsencode(word)!r}: a name that is not UTF-8, which model files cannot record", err=True)
+            sys.exit(2)
     try:
         code: Any = apex.main(args=arguments, prog_name="apex", standalone_mode=False)
     except click.exceptions.Abort:
@@ -67,8 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except ApexError as error:
-        click.echo(f"error: {error.message}", err=True)
+        click.echo(f"error: {printable(error.message)}", err=True)  # a model file can put anything into a message
         if error.hint:
-            click.echo(f"try:   {error.hint}", err=True)
+            click.echo(f"try:   {printable(error.hint)}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        click.echo(f"error: {error.filename or 'a file'}: {error.strerror}", err=True)
+        sys.exit(_REFUSALS[error.errno])
     sys.exit(code if isinstance(code, int) else 0)

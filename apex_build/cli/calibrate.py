@@ -15,10 +15,12 @@ from apex_build.cli import show
 from apex_build.cli.inspect import print_coverage
 from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.summary import imatrix_json
+from apex_build.identity import check_place, whole_file
 from apex_build.native.toolset import find_toolset
+from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
 
-_PATH = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 
 
 def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int) -> int:
@@ -89,10 +91,12 @@ def command(
         text = text_of_file(text_path)
     else:
         text = compose(load_set(set_name), plugins.calibration_sources(), model, domains=domains, template_file=template)
-    out = output or model.path.with_name(f"{model.path.stem}.imatrix.gguf")
+    out = output or model.path.with_name(f"{model_stem(model.path)}.imatrix.gguf")
     settings = Settings(context, chunks, head, threads, gpu_layers, extra=extra)
     if write_text is not None:
-        write_text.write_bytes(text.data)
+        check_place(write_text, (*model.files, text.path) if text.path else model.files)
+        with whole_file(write_text) as part:
+            part.write_bytes(text.data)
         return
     tools = find_toolset(tools_path)
     if dry_run:

@@ -12,7 +12,7 @@ from apex_build import places
 from apex_build.calibration.run import calibrate
 from apex_build.calibration.sets import compose, load_set
 from apex_build.cli import show
-from apex_build.errors import ModelMissing
+from apex_build.errors import ModelMissing, OutputUnwritable
 from apex_build.evaluation.acceptance import Acceptance, draft_acceptance, overall, read_prompts
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
@@ -51,7 +51,10 @@ def command(output: Path, json_: bool) -> None:
     source_model = testbed / "testbed-f16.gguf"
     if not source_model.is_file():
         raise ModelMissing(f"{source_model}: the demo's model comes with a checkout of the project, not with the installed package")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputUnwritable(f"{output}: the folder cannot be made: {error.strerror}", hint="apex demo -o FOLDER") from None
     plugins = load_plugins()
     with show.progress() as report:
         find_compiler()  # before anything is fetched
@@ -59,12 +62,12 @@ def command(output: Path, json_: bool) -> None:
         tools = build_cpu(ensure_source(pin, report), pin, report=report)
         model = read_model(source_model, plugins.role_of)
         text = compose(load_set("default"), plugins.calibration_sources(), model)
-        calibrated = calibrate(model, text, tools, output / "testbed.imatrix.gguf", report=report)
+        calibrated = calibrate(model, text, tools, output / "testbed.imatrix.gguf", replace=True, report=report)
         rows = [_row("F16", model, None)]
         for name, settings in _FILES:
             out = output / f"testbed-{name.replace(', head ', '-head-')}.gguf"
             job = prepare(model, plugins.policy("i-nano"), {**_SMALL, **settings}, tools, out, imatrix=calibrated.path)
-            run(job, report=report)
+            run(job, replace=True, report=report)
             rows.append(_row(name, read_model(out, plugins.role_of), calibrated.coverage))
         prompts = read_prompts(testbed / "heldout" / "prompts.jsonl")
         for row in rows:
@@ -101,7 +104,10 @@ def _acceptance(tools: Toolset, path: Path, prompts: list[Any], output: Path, re
     """Counted once for a file, these prompts and these tools; kept in the demo's folder."""
     key = sha256_json([sha256_file(path), [asdict(prompt) for prompt in prompts], tools.manifest.get("key")])
     kept = output / "acceptance.json"
-    known: dict[str, Any] = read_json(kept) if kept.is_file() else {}
+    try:
+        known: dict[str, Any] = dict(read_json(kept))
+    except (OSError, ValueError, TypeError):  # not there, or damaged
+        known = {}
     if key not in known:
         by_domain = draft_acceptance(tools, path, prompts, report=report)
         known[key] = {domain: asdict(value) for domain, value in {**by_domain, "all": overall(by_domain)}.items()}

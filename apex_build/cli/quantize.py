@@ -12,12 +12,13 @@ from apex_build.cli import show
 from apex_build.errors import OutputUnwritable
 from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import find_toolset
+from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import parse_settings
 from apex_build.quantization.preflight import Allowed
-from apex_build.quantization.run import Job, Quantized, arguments, prepare, run
+from apex_build.quantization.run import Job, Quantized, arguments, check_outputs, prepare, run
 
-_PATH = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 
 
 @click.command()
@@ -79,7 +80,6 @@ def command(
     model = read_model(model_path, plugins.role_of)
     tools = find_toolset(tools_path)
     allowed = Allowed(allow_uncalibrated, allow_fallback, allow_requantize)
-    stem = model.path.stem
     if len(policies) > 1 and output is not None and not output.is_dir():
         raise OutputUnwritable(
             f"{output}: with several policies the output is a folder", hint=f"mkdir -p {shlex.quote(str(output))}"
@@ -88,8 +88,9 @@ def command(
     for policy in policies:
         out = output or model.path.parent
         if output is None or output.is_dir():
-            out = out / f"{stem}-{policy.name}.gguf"
+            out = out / f"{model_stem(model.path)}-{policy.name}.gguf"
         jobs.append(prepare(model, policy, dict(parse_settings(settings)), tools, out, imatrix=imatrix, allowed=allowed))
+    check_outputs(jobs, force=force)
     if dry_run:
         if json_:
             show.as_json([_job_json(job) for job in jobs])

@@ -50,12 +50,12 @@ def progress() -> Iterator[Report]:
 
 
 def _plain() -> Report:
-    began: dict[str, float] = {}
+    began: dict[str, tuple[float, float]] = {}  # time, and what was done by then: a resumed run does not begin at 0
     shown: dict[str, float] = {}
 
     def report(step: Step) -> None:
         now = time.monotonic()
-        first = began.setdefault(step.task, now)
+        first, before = began.setdefault(step.task, (now, step.done))
         finished = step.total is not None and step.done >= step.total
         if now - shown.get(step.task, -_PLAIN_EVERY) < _PLAIN_EVERY and not finished:
             return
@@ -63,8 +63,8 @@ def _plain() -> Report:
             return
         shown[step.task] = float("inf") if finished else now
         left = ""
-        if step.total and step.done and not finished:
-            left = f", {(now - first) / step.done * (step.total - step.done):.0f} s left"
+        if step.total and step.done > before and not finished:
+            left = f", {(now - first) / (step.done - before) * (step.total - step.done):.0f} s left"
         click.echo(f"{step.task}: {_count(step)} ({now - first:.0f} s{left})", err=True)
 
     return report

@@ -67,7 +67,7 @@ def run_tool(
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     began = time.monotonic()
     with _log_file(log) as write, unwinding_signals():
-        write(f"$ {shlex.join(command)}\n".encode())
+        write(f"$ {shlex.join(command)}\n".encode(errors="surrogateescape"))
         child = start(command, cwd=cwd, env=env)
         reader = Lines(lines.append, on_line)
         try:

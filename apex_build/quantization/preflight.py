@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from apex_build.errors import AlreadyQuantized, DataMissing, DiskTooSmall, Outpu
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
 from apex_build.hookspecs import PolicySpec
+from apex_build.identity import check_place
 from apex_build.native.ggml import Ggml
+from apex_build.places import model_stem
 from apex_build.policy.plan import Entry, Plan
 
 _ROOM = 64 << 20  # bytes beyond the file itself
@@ -34,7 +36,7 @@ def check_policy(policy: PolicySpec, model: Model, imatrix: Path | None) -> None
     if policy.calibrated and imatrix is None:
         raise DataMissing(
             f"policy '{policy.name}' is made for calibrated models, and no imatrix was given",
-            hint=f"apex calibrate {model.path}, then --imatrix {model.path.stem}.imatrix.gguf",
+            hint=f"{_calibrate(model)}, then --imatrix {_quoted(model.path.with_name(f'{model_stem(model.path)}.imatrix.gguf'))}",
         )
 
 
@@ -70,9 +72,12 @@ def _data(plan: Plan, changed: list[Entry], model: Model, covered: Coverage | No
         )
     if blind:
         yield f"{len(blind)} tensors are quantized without calibration data, {blind[0].name} ({blind[0].type}) among them"
-    for tensor in covered.partial:
-        if tensor.without_tokens:
-            yield f"{tensor.name}: {len(tensor.without_tokens)} of {tensor.experts} experts saw no calibration token"
+    using = {entry.name for entry in changed if entry.type not in _DATA_UNUSED}
+    unseen = [tensor for tensor in covered.partial if tensor.without_tokens and tensor.name in using]
+    if unseen:  # one line: a large model has hundreds of such tensors when the text was short
+        worst = max(unseen, key=lambda tensor: len(tensor.without_tokens))
+        most = f"{worst.name} has most, {len(worst.without_tokens)} of {worst.experts}"
+        yield f"{len(unseen)} tensors have experts that saw no calibration token: {most}"
 
 
 def entry_type(entries: list[Entry]) -> str:
@@ -82,7 +87,7 @@ def entry_type(entries: list[Entry]) -> str:
 def _refusal(entry: Entry, model: Model, covered: Coverage | None, why: str) -> DataMissing:
     where = f"{covered.imatrix.path} holds no calibration data for it" if covered else "no imatrix was given"
     head = " of the draft head" if entry.draft_head else ""
-    mend = f"apex calibrate {model.path}" + (", which runs the draft head too" if entry.draft_head else "")
+    mend = _calibrate(model) + (", which runs the draft head too" if entry.draft_head else "")
     if entry.draft_head:
         mend += "; or a type that needs none: --set draft_head=Q8_0"
     elif not entry.needs_data:
@@ -90,29 +95,27 @@ def _refusal(entry: Entry, model: Model, covered: Coverage | None, why: str) -> 
     return DataMissing(f"{entry.name}{head} -> {entry.type}: {where}; {why}", hint=mend)
 
 
-def check_output(out: Path, model: Model, n_bytes: int, *, force: bool) -> None:
-    """Raises OutputUnwritable and DiskTooSmall."""
-    folder = out.parent
-    if not folder.is_dir():
-        raise OutputUnwritable(f"{folder}: no such folder", hint=f"mkdir -p '{folder}'")
-    if not os.access(folder, os.W_OK | os.X_OK) or _read_only(folder):
-        raise OutputUnwritable(f"{folder}: the folder cannot be written", hint="give another place with -o")
-    if out.is_dir():
-        raise OutputUnwritable(f"{out} is a folder", hint="give a file name with -o")
-    if out.exists() and any(out.samefile(file) for file in model.files):
-        raise OutputUnwritable(f"{out} is the input itself", hint="give another name with -o")
+def _calibrate(model: Model) -> str:
+    return f"apex calibrate {_quoted(model.path)}"
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def check_output(out: Path, inputs: Iterable[Path], n_bytes: int, *, force: bool, before: int = 0) -> None:
+    """Raises OutputUnwritable and DiskTooSmall. `before`: bytes that are to be written there earlier."""
+    check_place(out, inputs)
     if out.exists() and not force:
         raise OutputUnwritable(
             f"{out} exists and was made from something else", hint="give another name with -o, or --force to replace it"
         )
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes + _ROOM:
+    free = shutil.disk_usage(out.parent).free
+    needed = before + n_bytes + _ROOM
+    if free < needed:
+        after = f" after {before / 1e9:.2f} GB of other files" if before else ""
         raise DiskTooSmall(
-            f"{folder}: {free / 1e9:.2f} GB free, and {out.name} takes {n_bytes / 1e9:.2f} GB",
+            f"{out.parent}: {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB: "
+            f"{out.name} takes {n_bytes / 1e9:.2f} GB{after}, and {_ROOM / 1e9:.2f} GB are to stay free",
             hint="free some space, or write to another disk with -o",
         )
-
-
-def _read_only(folder: Path) -> bool:
-    """Root may write anywhere as far as the mode tells, but not on a file system mounted read-only."""
-    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)

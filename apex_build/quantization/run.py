@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from apex_build.errors import OutputUnwritable
+from apex_build.errors import ModelInvalid, ModelMissing, OutputUnwritable
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.header import read_header
 from apex_build.gguf_model.imatrix import check_values, read_imatrix
 from apex_build.hookspecs import PolicySpec
-from apex_build.identity import read_json, sha256_file, write_json
+from apex_build.identity import beside, read_json, sha256_file, write_json
 from apex_build.native import output
 from apex_build.native.ggml import Ggml
-from apex_build.native.run import run_tool
+from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
 from apex_build.places import lock_path
 from apex_build.policy.parameters import Value
@@ -44,6 +45,10 @@ class Job:
     warnings: tuple[str, ...]
     tools: Toolset
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        return (*self.model.files, self.imatrix) if self.imatrix else self.model.files
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -67,7 +72,7 @@ def prepare(
     imatrix: Path | None = None,
     allowed: Allowed = Allowed(),  # noqa: B008  frozen
 ) -> Job:
-    """Plan a file and refuse what can be refused: see preflight. The output's place is checked when the job is run."""
+    """Plan a file and refuse what can be refused: see preflight. The output's place is checked by `check_outputs` and `run`."""
     check_policy(policy, model, imatrix)
     covered = None
     if imatrix is not None:
@@ -96,38 +101,55 @@ def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -
     return wanted if threads is None else [*wanted, str(threads)]
 
 
-def run(job: Job, *, force: bool = False, threads: int | None = None, report: Report = silent) -> Quantized:
+def check_outputs(jobs: Sequence[Job], *, force: bool = False) -> None:
+    """Refuse what `run` would refuse of the last one before the first is written. Raises OutputUnwritable, DiskTooSmall."""
+    taken: dict[Path, int] = {}
+    for job in jobs:
+        if force or not _recorded(job):
+            before = taken.get(job.out.parent, 0)
+            check_output(job.out, job.inputs, job.n_bytes, force=force, before=before)
+            taken[job.out.parent] = before + job.n_bytes
+
+
+def run(job: Job, *, force: bool = False, replace: bool = False, threads: int | None = None, report: Report = silent) -> Quantized:
     """Write, verify, put in place, with a manifest (`out` + .json) and a log (`out` + .log) beside it.
 
+    A file made from the same parts is used again, unless `force`; another is replaced only with `force` or `replace`.
     A run that fails or is interrupted leaves what was there before. Raises OutputUnwritable, DiskTooSmall, ToolFailed, ToolKilled,
     VerificationFailed.
     """
     out = job.out
-    if _made_before(job) and not force:
-        return Quantized(out, job.plan, job.n_bytes, 0.0, job.warnings, True)
-    check_output(out, job.model, job.n_bytes, force=force)
-    part = out.with_name(f".{out.name}.part")
     sizes = {tensor.name: tensor.n_bytes for tensor in job.model.tensors}
     progress = _Progress(sizes, report, f"quantizing {out.name}")
     try:
-        with FileLock(lock_path(out), timeout=0), tempfile.TemporaryDirectory(prefix="apex-quantize-") as scratch:
+        with (
+            FileLock(lock_path(out), timeout=0),
+            tempfile.TemporaryDirectory(prefix="apex-quantize-") as scratch,
+            unwinding_signals(),  # also while the file is verified
+        ):
+            if not force and _recorded(job) and read_json(beside(out, ".json"))["sha256"] == sha256_file(out):
+                return Quantized(out, job.plan, job.n_bytes, 0.0, job.warnings, True)
+            check_output(out, job.inputs, job.n_bytes, force=force or replace)
             rules = Path(scratch) / "rules.txt"
             rules.write_text(job.plan.rules, encoding="utf-8")
+            part = out.with_name(f".{out.name}.part")
+            part.unlink(missing_ok=True)  # of a run that was killed
             try:
                 ran = run_tool(
                     arguments(job, rules, part, threads=threads),
                     cwd=job.imatrix.absolute().parent if job.imatrix else None,
-                    log=_beside(out, ".log"),
+                    log=beside(out, ".log"),
                     on_line=progress.line,
                     explain=output.explain,
                 )
                 verify(part, job.plan, job.keys, job.n_bytes, job.tools, report)
+                # The manifest first: hashing takes minutes, and a file in place without its manifest would not be known again.
+                write_json(beside(out, ".json"), _manifest(job, sha256_file(part)))
                 part.replace(out)
             finally:
                 part.unlink(missing_ok=True)
-            write_json(_beside(out, ".json"), _manifest(job))
     except Timeout:
-        raise OutputUnwritable(f"{out} is being written by another run of apex quantize") from None
+        raise OutputUnwritable(f"{out} is being written by another run of apex") from None
     return Quantized(out, job.plan, job.n_bytes, ran.seconds, job.warnings, False)
 
 
@@ -148,26 +170,21 @@ class _Progress:
             self.report(Step(self.task, self.done / 1e6, sum(self.sizes.values()) / 1e6, "MB"))
 
 
-def _made_before(job: Job) -> bool:
-    """Whether the output is there, was made from the same parts, and was not changed since."""
+def _recorded(job: Job) -> bool:
+    """Whether the output is there with its size, and its manifest says that it was made from the same parts."""
     try:
-        manifest = read_json(_beside(job.out, ".json"))
-        if manifest["identity"] != identity(job.keys) or read_header(job.out).file_size != job.n_bytes:
-            return False
-        return bool(manifest["sha256"] == sha256_file(job.out))
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_json(beside(job.out, ".json"))
+        same = manifest["identity"] == identity(job.keys) and isinstance(manifest["sha256"], str)
+        return same and read_header(job.out).file_size == job.n_bytes
+    except (OSError, ValueError, KeyError, TypeError, ModelMissing, ModelInvalid):
         return False
 
 
-def _manifest(job: Job) -> dict[str, Any]:
+def _manifest(job: Job, sha256: str) -> dict[str, Any]:
     plan = job.plan
     return {
-        "identity": identity(job.keys), "sha256": sha256_file(job.out), "bytes": job.n_bytes, "provenance": job.keys,
+        "identity": identity(job.keys), "sha256": sha256, "bytes": job.n_bytes, "provenance": job.keys,
         "policy": plan.policy, "parameters": dict(plan.parameters), "base_type": plan.base_type, "rules": plan.rules.splitlines(),
         "tensors": [asdict(entry) for entry in plan.entries], "warnings": list(job.warnings),
         "input": job.model.path.name, "imatrix": job.imatrix.name if job.imatrix else None,
     }  # fmt: skip
-
-
-def _beside(out: Path, suffix: str) -> Path:
-    return out.with_name(out.name + suffix)

@@ -31,19 +31,23 @@ def read_jsonl(options: Mapping[str, Any], folder: Path) -> Iterator[Document]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _document(json.loads(line), f"{path.name}:{number}")
+                    yield _document(_parsed(line, f"{path}:{number}"), f"{path.name}:{number}")
     except OSError as error:
         raise CalibrationSetInvalid(f"{path}: cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CalibrationSetInvalid(f"{path}: not JSON lines: {error}") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationSetInvalid(f"{path}: not UTF-8: {error}") from None
 
 
 def read_files(options: Mapping[str, Any], folder: Path) -> Iterator[Document]:
     """`folder` and `pattern` (`**/*.py`): text files, long ones in pieces."""
     root = folder / _text_option(options, "folder")
-    files = [path for path in sorted(root.glob(str(options.get("pattern", "**/*")))) if path.is_file()]
+    pattern = str(options.get("pattern", "**/*"))
+    try:
+        files = [path for path in sorted(root.glob(pattern)) if path.is_file()]
+    except (NotImplementedError, ValueError) as error:
+        raise CalibrationSetInvalid(f"'pattern' is {pattern!r}: {error}") from None
     if not files:
-        raise CalibrationSetInvalid(f"no file matches {root}/{options.get('pattern', '**/*')}")
+        raise CalibrationSetInvalid(f"no file matches {root}/{pattern}")
     for path in files:
         yield from _pieces(path, str(path.relative_to(root)))
 
@@ -73,18 +77,33 @@ def read_datasets(options: Mapping[str, Any], _folder: Path) -> Iterator[Documen
         yield _document({key: row[column]}, f"{options['dataset']}:{number}")
 
 
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CalibrationSetInvalid(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+
+
 def _document(row: Any, origin: str) -> Document:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return Document(domain="", text=row["text"], origin=origin)
-    if isinstance(row, dict) and isinstance(row.get("messages"), list) and all(isinstance(m, dict) for m in row["messages"]):
+    if isinstance(row, dict) and _objects(row.get("messages")) and _objects(row.get("tools") or []):
         return Document(domain="", messages=tuple(row["messages"]), tools=tuple(row.get("tools") or ()), origin=origin)
     raise CalibrationSetInvalid(f"{origin}: expected an object with 'messages' or 'text', found {str(row)[:80]}")
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _pieces(path: Path, origin: str) -> Iterator[Document]:
     """A text file in pieces of whole lines."""
     piece, size = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise CalibrationSetInvalid(f"{path}: cannot be read: {error.strerror}") from None
+    for line in lines:
         piece.append(line)
         size += len(line)
         if size >= _PIECE:

@@ -37,7 +37,21 @@ def test_a_conversation_with_tools_and_reasoning_as_the_model_writes_it(testbed:
 
 
 def test_special_tokens_and_the_date_are_there_and_fixed() -> None:
-    assert rendered("{{ bos_token }}{{ strftime_now('%Y') }}{{ messages[0].content }}{{ eos_token }}") == ["<s>2026-01-01hello</s>"]
+    assert rendered("{{ bos_token }}{{ strftime_now('%d.%m.%Y') }}{{ messages[0].content }}{{ eos_token }}") == [
+        "<s>01.01.2026hello</s>"
+    ]
+
+
+def test_what_transformers_offers_a_template() -> None:
+    keys = "{{ {'b': 1, 'a': [2, 3]} | tojson(separators=(',', ':'), sort_keys=true) }}"
+    assert rendered(keys) == ['{"a":[2,3],"b":1}']
+    assert rendered("{% generation %}{{ messages[0].content }}{% endgeneration %}!") == ["hello!"]
+
+
+def test_a_mistake_of_the_template_is_not_blamed_on_a_conversation() -> None:
+    with pytest.raises(ChatTemplateFailed) as caught:
+        rendered("{% for %}")
+    assert "set:1" not in caught.value.message
 
 
 def test_a_conversation_that_the_template_refuses_is_left_out() -> None:

@@ -85,14 +85,14 @@ def test_an_interrupted_run_goes_on_without_recounting(
 
 
 def test_a_snapshot_cut_short_is_not_gone_on_from(tools: Toolset, testbed: Path, tmp_path: Path, heldout: Path) -> None:
-    from apex_build.calibration.run import Settings, _snapshot
+    from apex_build.calibration.run import _snapshot
 
     (tmp_path / "total.json").write_text("40")
     run_apex("calibrate", testbed, "-o", tmp_path / "ten.gguf", "--chunks", 10, "--text", heldout / "chat.txt")
     whole = (tmp_path / "ten.gguf").read_bytes()
     (tmp_path / "imatrix.gguf.at_10").write_bytes(whole)
     (tmp_path / "imatrix.gguf.at_20").write_bytes(whole[: len(whole) // 2])
-    assert _snapshot(tmp_path, Settings()) == (tmp_path / "imatrix.gguf.at_10", 10)
+    assert _snapshot(tmp_path) == (tmp_path / "imatrix.gguf.at_10", 10)
     assert not (tmp_path / "imatrix.gguf.at_20").exists()
 
 
@@ -101,6 +101,35 @@ def test_a_text_that_is_too_short(testbed: Path, tmp_path: Path) -> None:
     ran = run_apex("calibrate", testbed, "--text", tmp_path / "short.txt", "-o", tmp_path / "out.gguf", code=30)
     assert "the text is too short" in ran.stderr and "you need at least 1024 tokens" in ran.stderr
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["identity.json", "imatrix.gguf", "--foo"])
+def test_a_text_may_have_any_name(name: str, testbed: Path, tmp_path: Path, heldout: Path) -> None:
+    (tmp_path / name).write_bytes((heldout / "chat.txt").read_bytes())
+    run_apex("calibrate", testbed, "-o", "out.gguf", "--chunks", 3, "--text", name, cwd=tmp_path)
+    assert read_imatrix(tmp_path / "out.gguf").datasets == (name,)
+    assert (tmp_path / name).read_bytes() == (heldout / "chat.txt").read_bytes()
+
+
+def test_an_input_is_never_overwritten(testbed: Path, tmp_path: Path) -> None:
+    model, text = tmp_path / "model.gguf", tmp_path / "notes.log"
+    model.write_bytes(testbed.read_bytes())
+    text.write_text("mine")
+    for more in (["-o", model], ["-o", tmp_path / "notes", "--text", text], ["--write-text", model], ["-o", tmp_path]):
+        run_apex("calibrate", model, "--force", *more, code=71)
+    assert model.read_bytes() == testbed.read_bytes() and text.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "notes.log"}
+
+
+def test_a_run_ended_between_its_last_steps_is_finished(tools: Toolset, testbed: Path, tmp_path: Path, heldout: Path) -> None:
+    """The manifest is written first: a file in place without one would have to be made anew with --force."""
+    out, work = tmp_path / "out.gguf", tmp_path / ".out.gguf.work"
+    common = ["calibrate", testbed, "-o", out, "--chunks", 3, "--text", heldout / "chat.txt", "--json"]
+    run_apex(*common)
+    work.mkdir()
+    assert json.loads(run_apex(*common).stdout)["reused"] is True and not work.exists()
+    out.unlink()
+    assert json.loads(run_apex(*common).stdout)["reused"] is False and out.exists()
 
 
 def test_a_model_without_a_head(testbed: Path, tmp_path: Path, heldout: Path) -> None:

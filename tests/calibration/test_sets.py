@@ -92,10 +92,13 @@ file = "talk.jsonl"
     [
         ("part = [", "not TOML"),
         ("", "expected at least one"),
+        ("part = [1, 2]", "part 1 is 1, expected a table"),
         ('[[part]]\ndomain = "x"', "'source' is None"),
+        ('[[part]]\ndomain = "x"\nsource = "jsonl"\nbytes = true', "'bytes' is True"),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"\nbytes = -3', "'bytes' is -3"),
         ('[[part]]\ndomain = "x"\nsource = "nothing"', "no source 'nothing' .* there are: datasets, files, jsonl"),
-        ('[[part]]\ndomain = "x"\nsource = "jsonl"', "needs 'file'"),
+        ('[[part]]\ndomain = "x"\nsource = "jsonl"', r"mine\.toml: the part x \(jsonl\): .*needs 'file'"),
+        ('[[part]]\ndomain = "x"\nsource = "files"\nfolder = "."\npattern = "/*"', "'pattern' is '/\\*'"),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"\nfile = "gone.jsonl"', "gone.jsonl: cannot be read"),
         ('[[part]]\ndomain = "x"\nsource = "files"\nfolder = "."\npattern = "*.none"', "no file matches"),
     ],
@@ -105,11 +108,37 @@ def test_a_wrong_set_is_refused(toml: str, said: str, model: Model, tmp_path: Pa
         compose(load_set(make(tmp_path, toml)), load_plugins().calibration_sources(), model)
 
 
-def test_a_damaged_line_is_named(model: Model, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"messages": 3}\n')
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"messages": 3}', r"bad\.jsonl:2: expected an object with 'messages' or 'text'"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": 7}', r"bad\.jsonl:2: expected an object"),
+        ('{"text": good}', r"bad\.jsonl:2: not JSON: Expecting value at column 10"),
+        ('{"text": "half \\ud800"}', r"bad\.jsonl:2: '\\ud800' is no character"),
+    ],
+)
+def test_a_damaged_line_is_named(line: str, said: str, model: Model, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n' + line + "\n")
     chosen = load_set(make(tmp_path, '[[part]]\ndomain = "x"\nsource = "jsonl"\nfile = "bad.jsonl"'))
-    with pytest.raises(CalibrationSetInvalid, match=r"bad\.jsonl:2: expected an object with 'messages' or 'text'"):
+    with pytest.raises(CalibrationSetInvalid, match=said):
         compose(chosen, load_plugins().calibration_sources(), model)
+
+
+def test_a_part_without_a_word_is_refused(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
+    chosen = load_set(make(tmp_path, '[[part]]\ndomain = "x"\nsource = "jsonl"\nfile = "empty.jsonl"'))
+    with pytest.raises(CalibrationSetInvalid, match="gave no text"):
+        compose(chosen, load_plugins().calibration_sources(), model)
+    (tmp_path / "empty.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
+    (tmp_path / "no.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(CalibrationSetInvalid, match="the chat template refused all of its 1 conversations"):
+        compose(chosen, load_plugins().calibration_sources(), model, template_file=tmp_path / "no.jinja")
+
+
+def test_a_domain_is_no_path(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "ok.jsonl").write_text('{"text": "plain words"}\n')
+    chosen = load_set(make(tmp_path, '[[part]]\ndomain = "../a/b"\nsource = "jsonl"\nfile = "ok.jsonl"'))
+    assert compose(chosen, load_plugins().calibration_sources(), model, domains=("../a/b",)).name == "mine-.._a_b.txt"
 
 
 def test_an_unknown_set_lists_the_known_ones() -> None:

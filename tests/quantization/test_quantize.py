@@ -181,10 +181,8 @@ def test_a_disk_that_is_too_small(testbed: Path, tmp_path: Path, tools: Toolset)
     assert "GB free" in ran.stderr
 
 
-def test_a_disk_that_fills_up(testbed: Path, tmp_path: Path, tools: Toolset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
     """The check before cannot see a quota, nor what others write meanwhile: the run fails then, and leaves nothing."""
-    from apex_build.cli import main
-
     (tmp_path / "disk").mkdir()
     script = tmp_path / "no_check.py"
     script.write_text(
@@ -194,7 +192,6 @@ def test_a_disk_that_fills_up(testbed: Path, tmp_path: Path, tools: Toolset, mon
         "from apex_build.cli import main\n"
         "try:\n    main(sys.argv[2:])\nfinally:\n    print(os.listdir(sys.argv[1]))\n"
     )
-    assert main
     mount = 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"'
     prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path / "disk")]
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:

@@ -1,0 +1,194 @@
+"""Where a quantized file goes: what is there already, what others do meanwhile, and what must not be touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from apex_runs import SMALL, run_apex
+from filelock import FileLock
+
+from apex_build.errors import DiskTooSmall, OutputUnwritable
+from apex_build.gguf_model.header import read_header
+from apex_build.gguf_model.model import read_model
+from apex_build.identity import check_place
+from apex_build.native.toolset import Toolset
+from apex_build.places import lock_path
+from apex_build.plugins import load_plugins
+from apex_build.quantization.run import check_outputs, prepare
+
+
+def compact(testbed: Path, out: Path, *more: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run_apex("quantize", testbed, "--policy", "compact", *SMALL, "-o", out, *more, code=code)
+
+
+def test_an_output_that_was_deleted_or_damaged_is_made_again(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
+    out = tmp_path / "x.gguf"
+    compact(testbed, out)
+    whole = out.read_bytes()
+    out.unlink()
+    compact(testbed, out)
+    assert out.read_bytes() == whole
+    out.write_bytes(whole[: len(whole) // 2])
+    assert "exists" in compact(testbed, out, code=71).stderr
+    compact(testbed, out, "--force")
+    assert out.read_bytes() == whole
+
+
+def test_an_input_is_never_overwritten(testbed: Path, calibrated: Path, tmp_path: Path, tools: Toolset) -> None:
+    imatrix = tmp_path / "imatrix.gguf"
+    imatrix.write_bytes(calibrated.read_bytes())
+    ran = run_apex("quantize", testbed, "--policy", "i-nano", "--imatrix", imatrix, "-o", imatrix, "--force", code=71)
+    assert "is the input itself" in ran.stderr and imatrix.read_bytes() == calibrated.read_bytes()
+
+
+def test_places_that_cannot_be_written_in_the_end(tmp_path: Path) -> None:
+    (tmp_path / "x.log").write_text("the user's")
+    for out, inputs, said in (
+        (tmp_path, (), "is a folder"),
+        (tmp_path / "gone" / "x", (), "no such folder"),
+        (tmp_path / ("a" * 240), (), "name is too long"),
+        (Path(os.devnull), (), "not a regular file"),
+        (tmp_path / "x", (tmp_path / "x.log",), r"x\.log is the input itself"),
+    ):
+        with pytest.raises(OutputUnwritable, match=said):
+            check_place(out, inputs)
+
+
+def test_what_the_last_of_several_files_would_meet_is_said_before_the_first(
+    testbed: Path, tmp_path: Path, tools: Toolset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "testbed-f16-compact.gguf").write_text("another")
+    for more in ([], ["--dry-run"]):
+        ran = run_apex("quantize", testbed, "--policy", "quality", "--policy", "compact", *SMALL, "-o", tmp_path, *more, code=71)
+        assert "testbed-f16-compact.gguf exists" in ran.stderr
+    assert len(list(tmp_path.iterdir())) == 1
+
+    plugins = load_plugins()
+    model = read_model(testbed, plugins.role_of)
+    jobs = [
+        prepare(model, plugins.policy(name), {"edge": 1, "near": 1, "attention_edge": 1}, tools, tmp_path / name)
+        for name in ("quality", "compact")
+    ]
+    room = jobs[0].n_bytes + (64 << 20) + 1000
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: type("Usage", (), {"free": room}))
+    check_outputs(jobs[:1])
+    with pytest.raises(DiskTooSmall, match=r"compact takes .* after .* of other files"):
+        check_outputs(jobs)
+
+
+def test_another_run_at_work_on_the_same_output(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
+    with FileLock(lock_path(tmp_path / "x.gguf")):
+        assert "is being written by another run" in compact(testbed, tmp_path / "x.gguf", code=71).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_not_written_through(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".x.gguf.part").symlink_to(tmp_path / "precious")
+    compact(testbed, tmp_path / "x.gguf")
+    assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "x.gguf").is_symlink()
+
+
+_SLOW = """
+import sys, time
+import apex_build.quantization.verify as verify
+real = verify.validator
+def slow(tools):
+    is_valid = real(tools)
+    return lambda *tensor: time.sleep(0.2) or is_valid(*tensor)
+verify.validator = slow
+from apex_build.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_ended_while_the_file_is_verified_leaves_nothing(
+    how: signal.Signals, testbed: Path, tmp_path: Path, tools: Toolset
+) -> None:
+    command = [sys.executable, "-c", _SLOW, "quantize", testbed, "--policy", "compact", *SMALL, "-o", tmp_path / "x.gguf"]
+    child = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    for line in child.stderr:
+        if line.startswith("verifying"):
+            break
+    child.send_signal(how)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode in (130, 143) and "Traceback" not in said
+    assert {path.name for path in tmp_path.iterdir()} == {"x.gguf.log"}
+
+
+def test_a_split_model(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
+    split = [tools.tool("llama-gguf-split"), "--split", "--split-max-tensors", "60", testbed, tmp_path / "model"]
+    subprocess.run([str(part) for part in split], check=True, capture_output=True)
+    run_apex("quantize", tmp_path / "model-00002-of-00003.gguf", "--policy", "compact", *SMALL)
+    compact(testbed, tmp_path / "whole.gguf")
+    written, whole = read_header(tmp_path / "model-compact.gguf"), read_header(tmp_path / "whole.gguf")
+    assert {(t.name, t.type) for t in written.tensors} == {(t.name, t.type) for t in whole.tensors}
+    before = (tmp_path / "model-00003-of-00003.gguf").read_bytes()
+    compact(tmp_path / "model-00001-of-00003.gguf", tmp_path / "model-00003-of-00003.gguf", "--force", code=71)
+    assert (tmp_path / "model-00003-of-00003.gguf").read_bytes() == before
+
+
+def test_experts_without_tokens_are_told_in_one_line(testbed: Path, calibrated: Path, tmp_path: Path, tools: Toolset) -> None:
+    partial = tmp_path / "partial.gguf"
+    partial.write_bytes(calibrated.read_bytes())
+    header = read_header(partial)
+    for tensor in header.tensors:
+        if "ffn_up_exps" in tensor.name:
+            row = tensor.n_bytes // 4 // 8
+            at = header.data_offset + tensor.offset
+            np.memmap(partial, dtype="<f4", mode="r+", offset=at, shape=(8, row))[2:4] = 0
+    ran = run_apex(
+        "quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", partial, "-o", tmp_path / "x.gguf", "--dry-run", "--json"
+    )
+    ((warning,),) = [job["warnings"] for job in json.loads(ran.stdout)]
+    assert warning.startswith("7 tensors have experts that saw no calibration token: blk.0.ffn_up_exps.weight has most, 2 of 8")
+
+
+def test_an_imatrix_of_the_old_format(testbed: Path, heldout: Path, tmp_path: Path, tools: Toolset) -> None:
+    command = [tools.tool("llama-imatrix"), "--model", testbed, "--file", heldout / "chat.txt", "--output-format", "dat", "--mtp"]
+    command += ["--output", tmp_path / "old.dat", "--chunks", "8", "--ctx-size", "512", "--batch-size", "512"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    out = tmp_path / "x.gguf"
+    more = ["--imatrix", tmp_path / "old.dat", "--set", "draft_head=IQ2_XXS"]
+    run_apex("quantize", testbed, "--policy", "i-nano", *SMALL, *more, "-o", out)
+    assert read_header(out).metadata["quantize.imatrix.file"] == "old.dat"
+
+
+def test_what_the_machine_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import errno
+
+    from apex_build import cli
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "the-file")
+
+    monkeypatch.setattr(cli.apex, "main", refuse)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["quantize"])
+    assert ended.value.code == 70 and capsys.readouterr().err == "error: the-file: No space left on device\n"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["quantize", os.fsdecode(b"bad\xff.gguf")])
+    assert ended.value.code == 2 and "not UTF-8" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from apex_build import places
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("APEX_CACHE_DIR", "cache")
+    assert places.cache_root() == tmp_path / "cache", "tools run in folders of their own"
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OutputUnwritable, match="the cache cannot be written") as caught:
+        lock_path(tmp_path / "x")
+    assert "APEX_CACHE_DIR" in str(caught.value.hint)
