@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from apex_build.calibration.sets import CalibrationText
-from apex_build.errors import ImatrixInvalid, OutputUnwritable, VerificationFailed
+from apex_build.errors import CalibrationSetInvalid, ImatrixInvalid, OutputUnwritable, VerificationFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.fingerprint import fingerprint
@@ -23,6 +23,7 @@ from apex_build.native.toolset import Toolset
 from apex_build.places import lock_path
 from apex_build.progress import Report, Step, silent
 
+_LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left
 _NO_SAVES = 1_000_000_000
 
@@ -59,7 +60,7 @@ class Calibration:
 
 
 def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
-    """The command of a run, without its input, output and resumption."""
+    """The command of a run, without text, output, chunks and resumption."""
     wanted = [str(tools.tool("llama-imatrix")), "--model", str(model.path.absolute()), "--parse-special"]
     wanted += ["--ctx-size", str(settings.context), "--batch-size", str(settings.context)]
     wanted += ["--output-frequency", str(_NO_SAVES), "--save-frequency", str(settings.snapshot_every)]
@@ -100,6 +101,12 @@ def calibrate(
     Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then), CalibrationSetInvalid.
     """
     check_place(out, (*model.files, text.path) if text.path else model.files)
+    if len(text.data) < _LEAST_CHUNKS * settings.context:  # a token is a byte at the least; llama-imatrix counts them exactly
+        raise CalibrationSetInvalid(
+            f"{text.name}: the text has {len(text.data)} bytes, and calibration needs at least {_LEAST_CHUNKS} chunks of "
+            f"{settings.context} tokens",
+            hint="give more text, or a smaller --context",
+        )
     parts = identity(model, text, settings, tools)
     key = sha256_json(parts)
     work = out.with_name(f".{out.name}.work")

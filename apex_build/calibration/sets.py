@@ -76,7 +76,7 @@ def load_set(name: str) -> CalibrationSet:
     if not path.is_file():
         raise CalibrationSetInvalid(
             f"no calibration set '{name}'; there are: {', '.join(known_sets())}",
-            hint="apex calibrate --set FILE.toml, or --text FILE",
+            hint="apex calibrate --calibration-set FILE.toml, or --text FILE",
         )
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -34,7 +34,11 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 @click.argument("model_path", metavar="MODEL", type=_PATH)
 @click.option("-o", "--output", type=_PATH, help="The imatrix to write.  [default: MODEL's name + .imatrix.gguf, beside it]")
 @click.option(
-    "--set", "set_name", default="default", show_default=True, help=f"A calibration set ({', '.join(known_sets())}) or TOML file."
+    "--calibration-set",
+    "set_name",
+    default="default",
+    show_default=True,
+    help=f"A calibration set ({', '.join(known_sets())}) or TOML file.",
 )
 @click.option("--domain", "domains", multiple=True, help="Only this domain of the set (may be given several times).")
 @click.option("--text", "text_path", type=_PATH, help="A text file of your own instead of a set.")
@@ -47,7 +51,9 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama-imatrix's own]")
 @click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: llama-imatrix's own]")
 @click.option("--tool-argument", "extra", multiple=True, help="A further argument for llama-imatrix (may be given several times).")
-@click.option("--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the newest build]")
+@click.option(
+    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
+)
 @click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
 @click.option("--force", is_flag=True, help="Start anew, and replace an existing file.")
 @click.option("--write-text", type=_PATH, help="Write the text to this file and stop.")
@@ -81,7 +87,7 @@ def command(
     \b
     Examples:
       apex calibrate model-F16.gguf
-      apex calibrate model-F16.gguf -o imatrix.gguf --gpu-layers 99
+      apex calibrate model-F16.gguf -o imatrix.gguf --calibration-set my-set.toml
       apex calibrate model-F16.gguf --text my-text.txt --chunks 200
       apex calibrate model-F16.gguf --domain code --domain chat --dry-run
     """
@@ -100,12 +106,17 @@ def command(
         return
     tools = find_toolset(tools_path)
     if dry_run:
-        _show_plan(text, arguments(model, settings, tools), out, json_)
+        wanted = [*arguments(model, settings, tools), "--file", text.name, "--output", str(out)]
+        _show_plan(text, wanted if chunks is None else [*wanted, "--chunks", str(chunks)], out, json_)
         return
     if head and not model.head_layers and not json_:
         click.echo("the model has no draft head: calibrating its trunk", err=True)
-    with show.progress() as report:
-        done = calibrate(model, text, tools, out, settings, force=force, report=report)
+    try:
+        with show.progress() as report:
+            done = calibrate(model, text, tools, out, settings, force=force, report=report)
+    except KeyboardInterrupt:
+        click.echo("the last snapshot is kept: the same command goes on from there", err=True)
+        raise
     if json_:
         show.as_json(_json(done))
         return

@@ -76,7 +76,10 @@ def command(output: Path, json_: bool) -> None:
         show.as_json(rows)
         return
     show.table(
-        "The test model, its draft head calibrated", _COLUMNS, [_cells(row) for row in rows], right=("bytes", "bits per weight")
+        "The test model (six layers: edge=1 near=1 attention_edge=1), its draft head calibrated",
+        _COLUMNS,
+        [_cells(row) for row in rows],
+        right=("bytes", "bits per weight"),
     )
 
 

@@ -151,7 +151,7 @@ def _head_state(against: Coverage) -> str:
     with_data = sum(tensor.has_data for tensor in against.head)
     if against.head_calibrated:
         return f"calibrated{n_tokens}: all of its {len(against.head)} weights have data"
-    mend = f"; apex calibrate {against.model.path}  makes an imatrix with it"
+    mend = f"; apex calibrate {against.model.path} makes an imatrix with it"
     return f"NOT calibrated: {len(against.head) - with_data} of its {len(against.head)} weights have no data{mend}"
 
 

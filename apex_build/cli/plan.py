@@ -32,7 +32,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--imatrix", type=_PATH, help="Check that it has data for the types that need it.")
 @click.option("--tensor-types", type=_PATH, help="Write the rules to this file, for llama-quantize --tensor-type-file.")
 @click.option("--tensors/--summary", default=False, help="List every tensor, or (the default) totals by role, type and layers.")
-@click.option("--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the newest build]")
+@click.option(
+    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
+)
 @click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
 @click.option("--json", "json_", is_flag=True, help="Print JSON, every tensor in it.")
 def command(
@@ -48,7 +50,8 @@ def command(
 ) -> None:
     """Show the type and size that a policy gives each tensor of MODEL. Nothing is quantized.
 
-    The types are those that llama-quantize itself answers in a dry run, so the total is that of the file it would write.
+    The types are those that llama-quantize itself answers in a dry run, so the total is that of the file's tensors;
+    apex quantize --dry-run tells the size of the whole file.
 
     \b
     Examples:

@@ -42,7 +42,9 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 )
 @click.option("--allow-requantize", is_flag=True, help="Start from a file that is quantized already.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
-@click.option("--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the newest build]")
+@click.option(
+    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
+)
 @click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show sizes and commands, write nothing.")

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -78,7 +79,8 @@ def choose(python: Path | None) -> Python:
         lacking = [str(item) for item in _lacking(given, wanted) if item.name in _INDISPENSABLE]
         if lacking:
             raise EnvironmentUnusable(
-                f"{given} lacks what the converter needs: {', '.join(lacking)}", hint=f"{given} -m pip install {' '.join(lacking)}"
+                f"{given} lacks what the converter needs: {', '.join(lacking)}",
+                hint=f"{given} -m pip install {shlex.join(lacking)}",
             )
         return Python(given, "--python" if python else VARIABLE)
     if not _lacking(Path(sys.executable), wanted):

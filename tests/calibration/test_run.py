@@ -98,8 +98,8 @@ def test_a_snapshot_cut_short_is_not_gone_on_from(tools: Toolset, testbed: Path,
 
 def test_a_text_that_is_too_short(testbed: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("only a few words")
-    ran = run_apex("calibrate", testbed, "--text", tmp_path / "short.txt", "-o", tmp_path / "out.gguf", code=30)
-    assert "the text is too short" in ran.stderr and "you need at least 1024 tokens" in ran.stderr
+    ran = run_apex("calibrate", testbed, "--text", tmp_path / "short.txt", "-o", tmp_path / "out.gguf", code=50)
+    assert "16 bytes" in ran.stderr and "at least 2 chunks of 512 tokens" in ran.stderr
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -151,7 +151,7 @@ def test_the_dry_run_writes_nothing(testbed: Path, tmp_path: Path) -> None:
     [
         (["gone.gguf"], 40, "gone.gguf"),
         (["{testbed}", "-o", "no/such/folder/x.gguf"], 71, "no such folder"),
-        (["{testbed}", "--set", "nothing"], 50, "no calibration set 'nothing'"),
+        (["{testbed}", "--calibration-set", "nothing"], 50, "no calibration set 'nothing'"),
         (["{testbed}", "--text", "gone.txt"], 50, "gone.txt"),
         (["{testbed}", "--chunks", "1"], 2, "not in the range"),
         (["{testbed}", "--context", "1000"], 2, "not a multiple of 16"),
