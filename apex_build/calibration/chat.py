@@ -51,7 +51,7 @@ def render(template: ChatTemplate, documents: Sequence[Document]) -> list[str | 
     conversations = [_conversation(document) for document in documents]
     request = {"template": template.text, "variables": template.variables, "conversations": conversations}
     try:
-        answer = ask("apex_build.calibration.chat_sandbox", request, wall_seconds=_WALL_SECONDS)
+        answer = ask(chat_sandbox.__name__, request, wall_seconds=_WALL_SECONDS)
     except OutOfBounds as error:
         raise ChatTemplateFailed(f"chat template of {template.origin}: {error}") from None
     except TypeError as error:  # of a source in a plugin
@@ -79,7 +79,3 @@ def _token(model: Model, key: str) -> str:
     if not isinstance(number, int) or not isinstance(tokens, tuple) or not 0 <= number < len(tokens):
         return ""
     return str(tokens[number])
-
-
-# the sandbox's module is named by a string above; this import makes a wrong name fail at once
-assert chat_sandbox.__name__ == "apex_build.calibration.chat_sandbox"

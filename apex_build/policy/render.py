@@ -78,7 +78,7 @@ def find(patterns: Sequence[str], names: Sequence[str]) -> list[list[tuple[int, 
 
 def _run(request: Mapping[str, Any], about: str) -> dict[str, Any]:
     try:
-        return confined.ask("apex_build.policy.sandbox", request, wall_seconds=_WALL_SECONDS)
+        return confined.ask(sandbox.__name__, request, wall_seconds=_WALL_SECONDS)
     except confined.OutOfBounds as error:
         raise TemplateFailed(f"{about}: {printable(str(error))}") from None
 

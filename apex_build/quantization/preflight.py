@@ -67,9 +67,8 @@ def _data(plan: Plan, changed: list[Entry], model: Model, covered: Coverage | No
         return
     blind = [entry for entry in changed if entry.name in missing and entry.type not in _DATA_UNUSED]
     if blind and not allowed.uncalibrated:
-        raise _refusal(
-            blind[0], model, covered, f"{entry_type(blind)} would be quantized blindly, without a word from llama-quantize"
-        )
+        others = f" (and {len(blind) - 1} others)" if len(blind) > 1 else ""
+        raise _refusal(blind[0], model, covered, f"it{others} would be quantized blindly, without a word from llama-quantize")
     if blind:
         yield f"{len(blind)} tensors are quantized without calibration data, {blind[0].name} ({blind[0].type}) among them"
     using = {entry.name for entry in changed if entry.type not in _DATA_UNUSED}
@@ -78,10 +77,6 @@ def _data(plan: Plan, changed: list[Entry], model: Model, covered: Coverage | No
         worst = max(unseen, key=lambda tensor: len(tensor.without_tokens))
         most = f"{worst.name} has most, {len(worst.without_tokens)} of {worst.experts}"
         yield f"{len(unseen)} tensors have experts that saw no calibration token: {most}"
-
-
-def entry_type(entries: list[Entry]) -> str:
-    return entries[0].type if len(entries) == 1 else f"{entries[0].type} (and {len(entries) - 1} tensors more)"
 
 
 def _refusal(entry: Entry, model: Model, covered: Coverage | None, why: str) -> DataMissing:
