@@ -14,6 +14,9 @@ from apex_build.native.toolset import Toolset
 
 TESTBED = Path(__file__).parent / "testbed"
 
+# Where other work shares the cores, OpenMP's threads would spin at each barrier and slow all of it down many times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @pytest.fixture(scope="session")
 def testbed() -> Path:

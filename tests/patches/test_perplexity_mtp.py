@@ -205,9 +205,38 @@ def test_what_cannot_be_scored_is_refused(run: Run, arguments: str, said: str) -
     assert ran.returncode == 1 and said in ran.stdout + ran.stderr
 
 
+def test_a_file_of_scores_needs_the_flag(run: Run, tmp_path: Path) -> None:
+    ran = run("-c", 256, "--chunks", 2, "--mtp-output-file", tmp_path / "scores.csv", check=False)
+    assert ran.returncode == 1 and "--mtp-output-file needs --mtp" in ran.stdout + ran.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_automatic_size_of_ubatches_is_that_of_the_trunk(run: Run) -> None:
+    """`-ub 0` means the size of a batch; the head has to ask the trunk's context for it."""
+    automatic, given = (run("--mtp", "-c", 256, "-b", 256, "--chunks", 2, "-ub", size) for size in (0, 256))
+    assert len(found := _LINE.findall(automatic.stdout + automatic.stderr)) == 3
+    assert found == _LINE.findall(given.stdout + given.stderr)
+
+
+@pytest.mark.parametrize("markup", [False, True], ids=["as text", "as tokens"])
+def test_markup_is_read_as_tokens_where_that_is_asked_for(
+    markup: bool, run: Run, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
+    text, context, chunks = heldout / "chat.txt", 128, 4
+    with serve(tools, testbed, arguments=["--ctx-size", "512"]) as server:
+        asked = {"content": text.read_text()[:8000], "add_special": True, "parse_special": markup}
+        ids = server.post("/tokenize", asked)["tokens"]
+    flags = ["--parse-special"] if markup else []
+    out = tmp_path / "scores.csv"
+    run("-f", text, "--mtp", "--mtp-depth", 1, "-c", context, "--chunks", chunks, *flags, "--mtp-output-file", out)
+    found = scores(out)
+    assert len(found) == chunks * (context // 2 - 1)
+    assert all(row["token"] == ids[position] for (position, _), row in found.items())
+
+
 def test_models_without_a_head_that_runs_are_refused(run: Run, testbed: Path, tmp_path: Path) -> None:
     for model, said in (
-        (without_head(testbed, tmp_path / "headless.gguf"), "the model has no MTP head"),
+        (without_head(testbed, tmp_path / "headless.gguf"), "failed to create the MTP context (the model has no MTP head"),
         (random_glm4moe(testbed, tmp_path / "glm4moe.gguf"), "the MTP head of this architecture can not be evaluated"),
     ):
         ran = run("--mtp", "-c", 128, "--chunks", 2, model=model, check=False)

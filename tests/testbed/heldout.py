@@ -11,8 +11,8 @@ import json
 from corpus import HERE, held_out_dialogues, render
 
 SEED = 4711
-BYTES = 72_000  # of text in each domain
-PROMPTS = 12  # in each domain
+BYTES = 105_000  # of text in each domain: 60,000 scored positions in all, at 512 tokens a chunk
+PROMPTS = {"prompts.jsonl": 12, "prompts-40.jsonl": 40}  # in each domain
 ROOT = HERE.parent.parent
 
 
@@ -38,22 +38,28 @@ def cut(texts: list[str]) -> str:
     return out
 
 
+def prompts(count: int) -> list[dict[str, str]]:
+    """Beginnings: a dialogue up to its first answer, a source file up to its middle or line 40."""
+    found = [
+        {"domain": domain, "prompt": until_answer(dialogue)}
+        for domain, dialogues in held_out_dialogues(SEED + 1, count).items()
+        for dialogue in dialogues
+    ]
+    for source in code()[:count]:
+        lines = source.splitlines(keepends=True)
+        found.append({"domain": "code", "prompt": "".join(lines[: min(40, len(lines) // 2)])})
+    return found
+
+
 def main() -> None:
     folder = HERE / "heldout"
     folder.mkdir(exist_ok=True)
-    prompts: list[dict[str, str]] = []
-    for domain, dialogues in held_out_dialogues(SEED, 600).items():
+    for domain, dialogues in held_out_dialogues(SEED, 900).items():
         (folder / f"{domain}.txt").write_text(cut([render(dialogue) for dialogue in dialogues]), encoding="utf-8")
-        prompts += [
-            {"domain": domain, "prompt": until_answer(dialogue)} for dialogue in held_out_dialogues(SEED + 1, PROMPTS)[domain]
-        ]
-    sources = code()
-    (folder / "code.txt").write_text(cut([f"{source}\n\n" for source in sources]), encoding="utf-8")
-    for source in sources[:PROMPTS]:
-        lines = source.splitlines(keepends=True)
-        prompts.append({"domain": "code", "prompt": "".join(lines[: min(40, len(lines) // 2)])})
-    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts)
+    (folder / "code.txt").write_text(cut([f"{source}\n\n" for source in code()]), encoding="utf-8")
+    for name, count in PROMPTS.items():
+        with (folder / name).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts(count))
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size:8d} {path.name}")
 

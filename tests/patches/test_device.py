@@ -1,0 +1,101 @@
+"""The patched tools on a device whose memory the host cannot read: ggml's RPC backend, served by this machine's CPU.
+
+What holds for it holds for a GPU as far as reading tensors goes: a pointer into such memory would crash or give other numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apex_build.gguf_model.imatrix import read_imatrix
+from apex_build.native.toolset import Toolset
+
+# ggml loads what GGML_BACKEND_PATH names when it meets -dev
+_CLIENT = """
+#include "ggml-rpc.h"
+#include <cstdlib>
+extern "C" ggml_backend_reg_t ggml_backend_init(void) { return ggml_backend_rpc_add_server(std::getenv("TEST_DEVICE")); }
+"""
+
+_SERVER = """
+import sys, cffi
+ffi = cffi.FFI()
+ffi.cdef("void * ggml_backend_dev_by_type(int);")
+ffi.cdef("void ggml_backend_rpc_start_server(const char *, const char *, size_t, size_t, void **);")
+cpu = ffi.dlopen(sys.argv[1]).ggml_backend_dev_by_type(0)
+ffi.dlopen(sys.argv[2]).ggml_backend_rpc_start_server(sys.argv[3].encode(), ffi.NULL, 1, 1, ffi.new("void *[]", [cpu]))
+"""
+
+
+@pytest.fixture(scope="module")
+def device(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which the tools find the device RPC0."""
+    from apex_build.source.fetch import ensure_source
+    from apex_build.source.pins import load_pin
+
+    folder = tmp_path_factory.mktemp("device")
+    ggml, library = ensure_source(load_pin()) / "ggml", folder / "libclient.so"
+    (folder / "client.cpp").write_text(_CLIENT)
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ggml}/include", f"-I{ggml}/src"]
+    command += ["-o", str(library), str(folder / "client.cpp"), *map(str, sorted((ggml / "src" / "ggml-rpc").glob("*.cpp")))]
+    subprocess.run([*command, str(tools.library("ggml-base"))], check=True, capture_output=True)
+
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    served = [sys.executable, "-c", _SERVER, str(tools.library("ggml")), str(library), f"127.0.0.1:{port}"]
+    server = subprocess.Popen(served, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                assert server.poll() is None
+                time.sleep(0.1)
+        yield {**os.environ, "GGML_BACKEND_PATH": str(library), "TEST_DEVICE": f"127.0.0.1:{port}"}
+    finally:
+        server.kill()
+        server.wait()
+
+
+def run(tool: Path, *arguments: object, device: dict[str, str] | None = None) -> None:
+    """`-dev` goes first, because it is what makes the tool look for the device."""
+    command = [tool, *(["-dev", "RPC0"] if device else []), *arguments, "-t", 1]
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace", env=device)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert not device or "RPC0[" in ran.stdout + ran.stderr, "the device was not used"
+
+
+@pytest.mark.parametrize("layers", [99, 3], ids=["the whole model", "half of it"])
+def test_the_imatrix_is_the_same(
+    layers: int, device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
+    tool, common = tools.tool("llama-imatrix"), ["-m", testbed, "-f", heldout / "code.txt", "-c", 256, "-b", 1024, "--chunks", 6]
+    run(tool, *common, "--mtp", "-o", tmp_path / "host.gguf")
+    run(tool, *common, "--mtp", "-ngl", layers, "-v", "-o", tmp_path / "device.gguf", device=device)
+    host, there = read_imatrix(tmp_path / "host.gguf"), read_imatrix(tmp_path / "device.gguf")
+    assert host.head_tokens == there.head_tokens == 6 * 256
+    assert host.entries.keys() == there.entries.keys()
+    for name, entry in host.entries.items():
+        assert entry.counts == there.entries[name].counts, name
+        assert np.array_equal(entry.values(), there.entries[name].values()), name
+
+
+def test_the_scores_of_the_head_are_the_same(
+    device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
+    tool, common = tools.tool("llama-perplexity"), ["-m", testbed, "-f", heldout / "code.txt", "-c", 256, "-b", 1024]
+    common += ["--chunks", 6, "--mtp", "--mtp-output-file"]
+    run(tool, *common, tmp_path / "host.csv")
+    run(tool, *common, tmp_path / "device.csv", "-ngl", 99, "-v", device=device)
+    assert (tmp_path / "host.csv").read_bytes() == (tmp_path / "device.csv").read_bytes()
