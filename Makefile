@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV   := .venv
 STAMP  := $(VENV)/.installed
 
+# make build GPU=dgx-spark; GPU="h100 rtx4090"; GPU=all-common. Without GPU: for those of this machine, for the CPU where there is none.
+BUILD  := apex build $(foreach name,$(GPU),--gpu $(name))
+
 .PHONY: help build demo test lint clean
 
 help:
-	@echo "make build   fetch, verify, patch and compile llama.cpp's tools"
+	@echo "make build   fetch, verify, patch and compile llama.cpp's tools; GPU=dgx-spark for a GPU that is elsewhere"
 	@echo "make demo    the whole road on a small model: build, calibrate, quantize, compare"
 	@echo "make test    the tests, on the real tools"
 	@echo "make lint    ruff and mypy"
 
 build: $(STAMP)
-	$(VENV)/bin/apex build --backend cpu
+	$(VENV)/bin/$(BUILD)
 
 demo: $(STAMP)
 	$(VENV)/bin/apex demo

@@ -26,13 +26,13 @@ class PinUnknown(ApexError):
 
 
 class DownloadFailed(ApexError):
-    """The source could not be fetched, or arrived cut short."""
+    """A file could not be fetched, or arrived cut short."""
 
     exit_code = 11
 
 
 class HashMismatch(ApexError):
-    """A file or a tree is not the one that the pin names."""
+    """A file or a tree is not the one that a pin or a list of sums names."""
 
     exit_code = 12
 
@@ -84,6 +84,24 @@ class BuildMissing(ApexError):
     """The native tools have not been built, or the build is damaged."""
 
     exit_code = 22
+
+
+class GpuUnknown(ApexError):
+    """No GPU of this name, and no CUDA architecture either."""
+
+    exit_code = 25
+
+
+class ToolkitUnusable(ApexError):
+    """No CUDA toolkit that can build this: parts of it are missing, or it is too old for the GPU or the compiler."""
+
+    exit_code = 26
+
+
+class BuildForeign(ApexError):
+    """A packed build that is not for this machine: of another architecture, for another CPU or a newer system."""
+
+    exit_code = 27
 
 
 # --- conversion: Hugging Face folders to GGUF ----------------------------------------------------------------------------
@@ -234,6 +252,25 @@ class VerificationFailed(ApexError):
     """The written file is not what was planned."""
 
     exit_code = 75
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------------
+class EvaluatorUnknown(ApexError):
+    """No evaluator of this name."""
+
+    exit_code = 76
+
+
+class EvaluationRefused(ApexError):
+    """What was asked to be measured cannot be: a head, a text, a reference or data is missing or unfit."""
+
+    exit_code = 77
+
+
+class VocabularyMismatch(ApexError):
+    """The reference has another vocabulary than the file."""
+
+    exit_code = 78
 
 
 # --- plugins and the machine --------------------------------------------------------------------------------------------

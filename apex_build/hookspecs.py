@@ -15,7 +15,7 @@ reported under its plugin's name; pluggy's wrappers have no effect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,8 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from apex_build.evaluation.task import Task
+
 hookspec = pluggy.HookspecMarker("apex_build")
 hookimpl = pluggy.HookimplMarker("apex_build")
 
@@ -33,12 +35,13 @@ hookimpl = pluggy.HookimplMarker("apex_build")
 class Parameter:
     """What a user may set with `--set name=value`. A template sees it as a variable, with `_` for each dot of its name.
 
-    kind 'type' takes a GGUF tensor type (Q4_K), 'int' a whole number >= 0, 'flag' yes or no, 'text' anything.
+    kind 'type' takes a GGUF tensor type (Q4_K), 'int' a whole number >= 0, 'number' a decimal one >= 0, 'flag' yes or no, 'text'
+    anything.
     `words` are further values of a 'type' parameter, to which the template gives a meaning of its own.
     """
 
-    default: str | int | bool
-    kind: Literal["type", "int", "flag", "text"] = "type"
+    default: str | int | float | bool
+    kind: Literal["type", "int", "number", "flag", "text"] = "type"
     help: str = ""
     words: tuple[str, ...] = ()
 
@@ -82,6 +85,61 @@ class Source:
     read: Callable[[Mapping[str, Any], Path], Iterator[Document]]
 
 
+@dataclass(frozen=True)
+class Figure:
+    """One number about a model file. `low` and `high` bound its 95 % interval, in the unit of `value`.
+
+    `name` is for scripts, dotted and stable: `depth1.agreement`. `domain` is that of the text or prompts it was taken over, empty
+    for all of them. `n` counts what it was taken over: positions, prompts, tasks. Where `value` is None, `note` says why.
+    """
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""  # %, nats, tokens/s, ...
+    n: int | None = None
+    domain: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A named way to measure a model file.
+
+    `needs` is what it cannot go without, of 'text', 'prompts', 'reference', 'head' and 'data' (a file that the user gives under the
+    evaluator's name); `uses` what it takes where it is given. `timed`: its figures are times, so it never shares the machine and
+    its results hold for one machine only. Parameters are set with `--set NAME.parameter=value`.
+    """
+
+    name: str
+    evaluate: Callable[[Task], Sequence[Figure]]
+    needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    timed: bool = False
+    description: str = ""
+    # filled in when the plugin is loaded
+    plugin: str = ""
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """A GPU, by a name that people know it under, and what the CUDA compiler is asked for.
+
+    `architecture` is a value of CMAKE_CUDA_ARCHITECTURES (121a-real); `memory_gib` what its driver reports, rounded, 0 where that
+    is not known; `minimum_cuda` the first CUDA toolkit that knows the architecture (12.9), empty where that is not known.
+    `groups`: further names, each of which stands for all targets that have it (all-common).
+    """
+
+    name: str
+    architecture: str
+    memory_gib: float
+    description: str
+    minimum_cuda: str
+    groups: tuple[str, ...] = ()
+
+
 @hookspec
 def apex_policies() -> list[PolicySpec]:  # type: ignore[empty-body]
     """Named policies."""
@@ -101,5 +159,15 @@ def apex_calibration_sources() -> list[Source]:  # type: ignore[empty-body]
 
 
 @hookspec
+def apex_gpu_targets() -> list[GpuTarget]:  # type: ignore[empty-body]
+    """GPUs to build for, by name."""
+
+
+@hookspec
 def apex_commands() -> list[click.Command]:  # type: ignore[empty-body]
     """Further verbs for the command line."""
+
+
+@hookspec
+def apex_evaluators() -> list[Evaluator]:  # type: ignore[empty-body]
+    """Evaluators, by name. What they are given is an `apex_build.evaluation.task.Task`."""

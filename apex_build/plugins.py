@@ -20,11 +20,13 @@ import pluggy
 
 from apex_build import hookspecs
 from apex_build.errors import ApexError, PluginFailed, PolicyUnknown
-from apex_build.hookspecs import Document, PolicySpec, Source
+from apex_build.hookspecs import Document, Evaluator, Figure, GpuTarget, PolicySpec, Source
 from apex_build.places import data_root
 
 if TYPE_CHECKING:
     import click
+
+    from apex_build.evaluation.task import Task
 
 GROUP = "apex_build"
 T = TypeVar("T")
@@ -64,6 +66,18 @@ class Plugins:
         """Sources by name; reading from one blames its plugin for what it raises."""
         found = self._named("apex_calibration_sources", Source)
         return {name: replace(source, read=_blaming(plugin, source.read)) for name, (plugin, source) in sorted(found.items())}
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        """Evaluators by name; an error inside one blames its plugin."""
+        found = self._named("apex_evaluators", Evaluator)
+        return {
+            name: replace(evaluator, plugin=plugin, evaluate=_blaming_evaluator(plugin, evaluator))
+            for name, (plugin, evaluator) in sorted(found.items())
+        }
+
+    def gpu_targets(self) -> dict[str, GpuTarget]:
+        """GPUs to build for, by name, in the order that their plugins list them."""
+        return {name: target for name, (_, target) in self._named("apex_gpu_targets", GpuTarget).items()}
 
     def commands(self) -> dict[str, click.Command]:
         """Further verbs of the command line, by name."""
@@ -178,6 +192,17 @@ def _blaming(plugin: str, read: Read) -> Read:
     def blamed(options: Mapping[str, Any], folder: Path) -> Iterator[Document]:
         with _blame(plugin):
             yield from read(options, folder)
+
+    return blamed
+
+
+def _blaming_evaluator(plugin: str, evaluator: Evaluator) -> Callable[[Task], Sequence[Figure]]:
+    def blamed(task: Task) -> Sequence[Figure]:
+        with _blame(plugin):
+            figures = list(evaluator.evaluate(task))
+        if not all(isinstance(figure, Figure) for figure in figures):
+            raise PluginFailed(f"plugin '{plugin}': evaluator '{evaluator.name}' must give a list of Figure, not {figures!r:.200}")
+        return figures
 
     return blamed
 

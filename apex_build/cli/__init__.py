@@ -21,12 +21,15 @@ VERBS = {
     "calibrate": "calibrate",
     "convert": "convert",
     "demo": "demo",
+    "doctor": "doctor",
+    "evaluate": "evaluate",
     "inspect": "inspect",
     "patch": "patch",
     "plan": "plan",
     "policies": "policies",
     "quantize": "quantize",
     "source": "source",
+    "sweep": "sweep",
 }
 
 

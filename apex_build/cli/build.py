@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import carried, show
 from apex_build.errors import SourceMissing
+from apex_build.hookspecs import GpuTarget
 from apex_build.native.toolset import find_toolset
+from apex_build.plugins import load_plugins
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import DEFAULT_PIN, Pin, load_pin
 from apex_build.source.tree import require_tree
-from apex_build.toolchain import cache
+from apex_build.toolchain import cache, cuda_toolkit
 from apex_build.toolchain.backends import BACKENDS
 from apex_build.toolchain.build import BuildPlan, Built, build, plan_build
 from apex_build.toolchain.cmake import default_jobs
 from apex_build.toolchain.compilers import find_compiler
+from apex_build.toolchain.cuda_plan import Toolchain, backend_of, plan_cuda
+from apex_build.toolchain.cuda_wheels import pinned_wheels
+from apex_build.toolchain.gpus import resolve, survey_gpus, targets_of
+from apex_build.toolchain.packing import Packed, check_out, pack
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the command line asks for. `targets` is empty for a CPU build."""
+
+    targets: tuple[GpuTarget, ...]
+    toolchain: Toolchain
+    ptx: bool
+    all_kv_types: bool
+    native: bool
 
 
 @click.command()
 @click.option("--pin", "pin_name", metavar="NAME", default=DEFAULT_PIN, show_default=True, help="Pin, or a pin's TOML file.")
-@click.option("--backend", type=click.Choice(sorted(BACKENDS)), default="cpu", show_default=True, help="What to compute on.")
+@click.option(
+    "--backend",
+    type=click.Choice(("auto", "cpu", "cuda")),
+    default="auto",
+    show_default=True,
+    help="auto: CUDA where a GPU is found.",
+)
+@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="Build for this GPU, found here or not; may be repeated.")
+@click.option(
+    "--cuda-toolchain",
+    type=click.Choice(("auto", "system", "pypi")),
+    default="auto",
+    show_default=True,
+    help="auto: this machine's CUDA toolkit if it is complete and suits, else wheels from the package index.",
+)
+@click.option("--ptx", is_flag=True, help="CUDA: also code that newer GPUs than the named ones can compile for themselves.")
+@click.option("--all-kv-types", is_flag=True, help="CUDA: flash attention for every pair of K and V cache types.")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]")
-@click.option("--native/--no-native", default=True, show_default=True, help="For this machine's CPU alone, or for any recent one.")
+@click.option("--native/--no-native", default=True, help="CPU: for this machine's alone (the default), or for any recent one.")
 @click.option("--force", is_flag=True, help="Compile everything anew, even if it is in the cache.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and whether it is in the cache.")
 @click.option("--list", "list_", is_flag=True, help="List the builds in the cache.")
+@click.option("--list-gpus", is_flag=True, help="List the GPUs that --gpu knows: architecture, memory, CUDA version.")
 @click.option("--verify", is_flag=True, help="Hash the files of the current build again.")
+@click.option("--export", type=click.Path(path_type=Path), metavar="FILE.tar.zst", help="Pack the build for another machine.")
+@click.option("--cuda-runtime/--no-cuda-runtime", default=True, help="--export: with NVIDIA's libraries (the default), or not.")
+@click.option("--import", "import_", type=click.Path(path_type=Path), metavar="FILE.tar.zst", help="Verify and install one.")
+@click.option("--make-current", is_flag=True, help="--import: let the other verbs use it.")
 @click.option("--json", "json_", is_flag=True, help="Print JSON: the build's manifest and folder.")
 def command(
     pin_name: str,
     backend: str,
+    gpus: tuple[str, ...],
+    cuda_toolchain: str,
+    ptx: bool,
+    all_kv_types: bool,
     jobs: int | None,
     native: bool,
     force: bool,
     dry_run: bool,
     list_: bool,
+    list_gpus: bool,
     verify: bool,
+    export: Path | None,
+    cuda_runtime: bool,
+    import_: Path | None,
+    make_current: bool,
     json_: bool,
 ) -> None:
     """Compile llama.cpp's tools from a pinned, patched source; fetch the source if it is not there.
+
+    With --gpu, or where this machine has a GPU, they can compute on it, and still run where there is none. That needs no GPU and no
+    installed CUDA toolkit. The other verbs use the build that was last made, or asked for again, here.
 
     The same source, patches, compiler and options are never built twice. An interrupted build goes on where it stopped. CC, CXX,
     CFLAGS, CXXFLAGS and LDFLAGS count, and are part of a build's identity. A build that is not of the default pin is used with
@@ -49,43 +101,94 @@ def command(
     \b
     Examples:
       apex build
-      apex build --pin latest --no-native --jobs 2
+      apex build --gpu dgx-spark
+      apex build --gpu h100 --gpu rtx4090 --cuda-toolchain pypi --dry-run
+      apex build --backend cpu --pin latest --no-native --jobs 2
       apex build --dry-run
       apex build --list --json
+      apex build --gpu h100 --export tools-h100.tar.zst
+      apex build --import tools-h100.tar.zst --make-current
       CXX=clang++ apex build
     """
+    if sum(map(bool, (list_, list_gpus, verify, import_, export or dry_run))) > 1:
+        raise click.UsageError("only one of --list, --list-gpus, --verify, --import and --export or --dry-run")
+    if make_current and not import_:
+        raise click.UsageError("--make-current goes with --import")
+    if export:
+        check_out(export)  # before an hour of work
     if list_:
         _list(json_)
+    elif list_gpus:
+        carried.list_gpus(json_)
+    elif import_:
+        carried.import_build(import_, make_current, json_)
     elif verify:
         toolset = find_toolset()
         count = cache.verify(toolset)
         click.echo(f"{count} files of {toolset.root} are as they were built")
     elif dry_run:
-        _dry_run(load_pin(pin_name), backend, native, jobs, json_)
+        wanted = _Wanted(_targets(backend, gpus), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
+        _dry_run(load_pin(pin_name), wanted, jobs, json_)
     else:
         pin = load_pin(pin_name)
+        wanted = _Wanted(_targets(backend, gpus), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
         find_compiler()  # before anything is fetched
         with show.progress() as report:
-            plan = plan_build(ensure_source(pin, report), BACKENDS[backend], pin, native=native)
+            plan = _plan(ensure_source(pin, report), wanted, pin)
             built = build(plan, jobs=jobs, force=force, report=report)
-        _show(built, json_)
+            packed = pack(built.toolset, plan.source, export, cuda_runtime=cuda_runtime, report=report) if export else None
+        _show(built, packed, json_)
 
 
-def _show(built: Built, json_: bool) -> None:
+def _targets(backend: str, gpus: tuple[str, ...]) -> tuple[GpuTarget, ...]:
+    """The GPUs to build for: those that are named, else those of this machine; none for a CPU build."""
+    if backend == "cpu":
+        if gpus:
+            raise click.UsageError("--gpu goes with --backend cuda, and --backend cpu was asked for")
+        return ()
+    plugins = load_plugins()
+    if gpus:
+        return resolve(gpus, plugins)
+    survey = survey_gpus()
+    if survey.gpus:
+        return targets_of(survey.gpus, plugins)
+    if backend == "cuda":
+        raise click.UsageError(f"no GPU was found ({survey.reason}): name one with --gpu; apex build --list-gpus lists the names")
+    click.echo(
+        f"no GPU was found ({survey.reason}): building for the CPU. For a GPU: apex build --gpu NAME, make build GPU=NAME", err=True
+    )
+    return ()
+
+
+def _plan(source: Path, wanted: _Wanted, pin: Pin) -> BuildPlan:
+    if not wanted.targets:
+        return plan_build(source, BACKENDS["cpu"], pin, native=wanted.native)
+    compiler = find_compiler()
+    cuda = plan_cuda(wanted.targets, compiler, wanted.toolchain, ptx=wanted.ptx)
+    for note in cuda.notes:
+        click.echo(f"not used: {note}", err=True)
+    return plan_build(source, backend_of(cuda, compiler, all_kv_types=wanted.all_kv_types), pin, cuda=cuda)
+
+
+def _show(built: Built, packed: Packed | None, json_: bool) -> None:
     toolset = built.toolset
     if json_:
-        show.as_json({"root": str(toolset.root), "reused": built.reused, "compiler_cache_counts": built.counts, **toolset.manifest})
+        exported = {"exported": {"path": str(packed.path), "sha256": packed.sha256, "size": packed.size}} if packed else {}
+        counts_ = {"compiler_cache_counts": built.counts}
+        show.as_json({"root": str(toolset.root), "reused": built.reused, **counts_, **exported, **toolset.manifest})
         return
-    counts = f", compiler cache: {built.counts['hits']} hits, {built.counts['misses']} misses" if built.counts else ""
+    counts = f", compiler cache: {', '.join(f'{count} {name}' for name, count in built.counts.items())}" if built.counts else ""
     how = "already built" if built.reused else f"built in {built.seconds:.0f} s{counts}"
     click.echo(f"{toolset.bin}: {how}")
     if toolset.manifest["pin"]["name"] != DEFAULT_PIN:
         click.echo(f"to use these tools: APEX_TOOLS={toolset.root}")
+    if packed:
+        carried.show_packed(packed)
 
 
-def _dry_run(pin: Pin, backend: str, native: bool, jobs: int | None, json_: bool) -> None:
+def _dry_run(pin: Pin, wanted: _Wanted, jobs: int | None, json_: bool) -> None:
     try:
-        plan: BuildPlan = plan_build(require_tree(pin), BACKENDS[backend], pin, native=native)
+        plan = _plan(require_tree(pin), wanted, pin)
     except SourceMissing:
         if json_:
             show.as_json({"pin": pin.name, "source": None, "cached": False})
@@ -107,12 +210,25 @@ def _dry_run(pin: Pin, backend: str, native: bool, jobs: int | None, json_: bool
     rows = [
         ("source", f"{plan.source} ({pin.name}, identity {plan.ingredients['source'][:12]})"),
         ("compiler", f"{compiler.cxx} ({compiler.kind} {compiler.version}, {compiler.target})"),
+        *_cuda_rows(plan),
         ("options", "\n".join(f"{name}={value}" for name, value in sorted(plan.options.items()))),
         ("targets", "\n".join(plan.backend.targets)),
         ("jobs", jobs or default_jobs()),
         ("result", f"{plan.root} ({'in the cache: nothing to do' if cached else 'to be built'})"),
     ]
     show.table(f"Build {plan.key}", ("what", "value"), rows)
+
+
+def _cuda_rows(plan: BuildPlan) -> list[tuple[str, str]]:
+    if not plan.cuda:
+        return []
+    toolkit = plan.cuda.toolkit
+    if toolkit.parts:
+        where = cuda_toolkit.told(toolkit)
+    else:
+        wheels = pinned_wheels()
+        where = f"CUDA {toolkit.version} from the package index: {len(wheels.files)} wheels, {show.size(wheels.size)} to download"
+    return [("GPUs", "\n".join(f"{target.name}: {target.description}" for target in plan.cuda.targets)), ("CUDA toolkit", where)]
 
 
 def _list(json_: bool) -> None:

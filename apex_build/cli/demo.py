@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,25 @@ from apex_build.calibration.run import calibrate
 from apex_build.calibration.sets import compose, load_set
 from apex_build.cli import show
 from apex_build.errors import ModelMissing, OutputUnwritable
-from apex_build.evaluation.acceptance import Acceptance, draft_acceptance, overall, read_prompts
+from apex_build.evaluation.run import Inputs, evaluate, plan_work
+from apex_build.evaluation.task import read_prompts
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
 from apex_build.gguf_model.model import read_model
-from apex_build.identity import read_json, sha256_file, sha256_json, write_json
 from apex_build.native.toolset import Toolset
-from apex_build.plugins import load_plugins
+from apex_build.plugins import Plugins, load_plugins
 from apex_build.policy.parameters import Value
+from apex_build.progress import Report
 from apex_build.quantization.run import prepare, run
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import load_pin
-from apex_build.toolchain.build import build_cpu
+from apex_build.toolchain.build import ensure_tools
 from apex_build.toolchain.compilers import find_compiler
 
 # A model of ten layers or fewer would be all edge with the defaults.
 _SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
 _FILES: tuple[tuple[str, dict[str, Value]], ...] = (("i-nano", {}), ("i-nano, head IQ2_XXS", {"draft_head": "IQ2_XXS"}))
+_DRAFTING = {"draft-acceptance.lengths": "2", "draft-acceptance.temperature": "0"}
 _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "head calibrated", "drafts accepted")
 
 
@@ -59,7 +60,7 @@ def command(output: Path, json_: bool) -> None:
     with show.progress() as report:
         find_compiler()  # before anything is fetched
         pin = load_pin()
-        tools = build_cpu(ensure_source(pin, report), pin, report=report)
+        tools = ensure_tools(ensure_source(pin, report), pin, report=report)
         model = read_model(source_model, plugins.role_of)
         text = compose(load_set("default"), plugins.calibration_sources(), model)
         calibrated = calibrate(model, text, tools, output / "testbed.imatrix.gguf", replace=True, report=report)
@@ -69,9 +70,9 @@ def command(output: Path, json_: bool) -> None:
             job = prepare(model, plugins.policy("i-nano"), {**_SMALL, **settings}, tools, out, imatrix=calibrated.path)
             run(job, replace=True, report=report)
             rows.append(_row(name, read_model(out, plugins.role_of), calibrated.coverage))
-        prompts = read_prompts(testbed / "heldout" / "prompts.jsonl")
+        inputs = Inputs(prompts=read_prompts(testbed / "heldout" / "prompts.jsonl"), settings=_DRAFTING)
         for row in rows:
-            row["acceptance"] = _acceptance(tools, Path(row["path"]), prompts, output, report)
+            row["acceptance"] = _acceptance(read_model(Path(row["path"]), plugins.role_of), inputs, tools, plugins, output, report)
     if json_:
         show.as_json(rows)
         return
@@ -103,24 +104,24 @@ def _types(model: Model, *, head: bool) -> list[str]:
     return sorted(totals, key=lambda name: -totals[name])
 
 
-def _acceptance(tools: Toolset, path: Path, prompts: list[Any], output: Path, report: Any) -> dict[str, Any]:
-    """Counted once for a file, these prompts and these tools; kept in the demo's folder."""
-    key = sha256_json([sha256_file(path), [asdict(prompt) for prompt in prompts], tools.manifest.get("key")])
-    kept = output / "acceptance.json"
-    try:
-        known: dict[str, Any] = dict(read_json(kept))
-    except (OSError, ValueError, TypeError):  # not there, or damaged
-        known = {}
-    if key not in known:
-        by_domain = draft_acceptance(tools, path, prompts, report=report)
-        known[key] = {domain: asdict(value) for domain, value in {**by_domain, "all": overall(by_domain)}.items()}
-        write_json(kept, known)
-    return dict(known[key])
+def _acceptance(
+    model: Model, inputs: Inputs, tools: Toolset, plugins: Plugins, output: Path, report: Report
+) -> dict[str, dict[str, float | None]]:
+    """Tokens drafted and accepted, by domain. Measured once for a file, these prompts and these tools; kept in the demo's folder."""
+    work = plan_work(plugins.evaluators()["draft-acceptance"], model, inputs, tools, report=report)
+    (result,) = evaluate([work], output / "acceptance.jsonl")
+    if result.error:
+        raise result.error
+    counts: dict[str, dict[str, float | None]] = {}
+    for figure in result.figures:
+        if figure.name in ("greedy.n2.drafted", "greedy.n2.accepted"):
+            counts.setdefault(figure.domain or "all", {})[figure.name.rpartition(".")[2]] = figure.value
+    return counts
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    accepted = Acceptance(**row["acceptance"]["all"])
+    drafted, accepted = (int(row["acceptance"]["all"][name]) for name in ("drafted", "accepted"))
     head = "-" if row["head_with_data"] is None else f"{row['head_with_data']} of {row['head_weights']} weights"
-    rate = f"{accepted.rate:.1%} ({accepted.accepted} of {accepted.drafted})"
+    rate = f"{accepted / drafted:.1%} ({accepted} of {drafted})" if drafted else "nothing drafted"
     bits = f"{row['bits_per_weight']:.3f}"
     return [row["file"], str(row["bytes"]), bits, ", ".join(row["trunk_types"]), ", ".join(row["head_types"]), head, rate]

@@ -1,1 +1,1 @@
-"""How good a file is: so far, the share of its drafted tokens that the trunk accepts."""
+"""How good a file is: evaluators of plugins, run one after the other, their figures with intervals, recorded."""

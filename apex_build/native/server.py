@@ -9,21 +9,23 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apex_build.errors import ToolFailed, ToolTimeout
+from apex_build.errors import EvaluationRefused, ToolFailed, ToolTimeout
 from apex_build.native.lines import Lines
 from apex_build.native.output import explain
 from apex_build.native.run import failure, start, stop, tail, unwinding_signals, where
 from apex_build.native.toolset import Toolset
 
 _LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
+_DRAFT = re.compile(r"\| accepted +(\d+)/ *(\d+) draft tokens( \(restore checkpoint\))?")
 _LARGEST_ANSWER = 64 << 20
 _LOG_READ = 4 << 20
+_LOG_WAIT = 10.0  # seconds that lines of the log, written by a thread of the server's own, may come after the answer
 
 # The server parses even a plain completion as a chat message, and answers 500 when a (small, or badly quantized) model wrote
 # bytes that are not UTF-8. A parser that matches the empty string prevents it; `content` stays as it is. See common/peg-parser.cpp.
@@ -31,6 +33,24 @@ _NO_PARSER = json.dumps({"parsers": [{"type": "epsilon"}], "rules": {}, "root": 
 
 # Never through a proxy: the address is this machine's own.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One draft: the tokens of it that were accepted, from its beginning, and all of them.
+
+    `evaluations`: how often the trunk was evaluated for it. More than once where the memory of the model cannot go back into
+    the draft: the server then evaluates the accepted tokens again, and the one that the trunk wrote after them.
+    """
+
+    accepted: int
+    drafted: int
+    evaluations: int = 1
+
+    @property
+    def written(self) -> int:
+        """Tokens that came of it: after the accepted ones, each evaluation gives one of the trunk's own."""
+        return self.accepted + self.evaluations
 
 
 @dataclass(frozen=True)
@@ -52,11 +72,63 @@ class Server:
         body = {"prompt": prompt, "n_predict": n_predict, "temperature": temperature, "chat_parser": _NO_PARSER, **options}
         return self.post("/completion", body, timeout=timeout)
 
+    def drafts(self, answer: dict[str, Any], since: int) -> tuple[Draft, ...] | None:
+        """The drafts behind a completion, in their order; `since` is what `printed` gave before it was asked for.
+
+        None where the server does not tell: a llama.cpp before LLAMA_TRACE. For one slot and one request at a time. Raises
+        ToolFailed where the drafts that it printed are not those that it counted.
+        """
+        counted = int(answer["timings"].get("draft_n", 0))
+        deadline = time.monotonic() + _LOG_WAIT
+        while True:
+            found = drafts_printed(_lines(self.output, since))
+            total = sum(draft.drafted for draft in found)
+            if total == counted:
+                return found
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        if not found:
+            return None
+        raise ToolFailed(f"llama-server counted {counted} drafted tokens and printed {total}{where(self.log)}")
+
+    def printed(self) -> int:
+        """How many bytes it has printed so far."""
+        return self.output.stat().st_size
+
+    def check_room(self, prompts: Iterable[tuple[str, str]], n_predict: int) -> None:
+        """Raises EvaluationRefused for the first prompt (name, text) that leaves no room for `n_predict` tokens after it."""
+        context = int(self.get("/props")["default_generation_settings"]["n_ctx"])
+        for name, text in prompts:
+            # as /completion does it
+            tokens = len(self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
+            if tokens + n_predict > context:
+                raise EvaluationRefused(
+                    f"{name}: the prompt has {tokens} tokens, and {n_predict} are to be written after it, "
+                    f"but the context holds {context}",
+                    hint="shorten the prompt or leave it out, or, for a model trained with more: --set EVALUATOR.context=4096",
+                )
+
+    @contextmanager
+    def beside(self, *arguments: str) -> Iterator[Server]:
+        """A second server of the same model with further arguments, while this one runs."""
+        command = self.process.args
+        assert isinstance(command, list)
+        with _serve([*map(str, command), *arguments], None, 600.0) as server:
+            yield server
+
+    def get(self, path: str, *, timeout: float = 600.0) -> dict[str, Any]:
+        """One request without a body, answered by a JSON object."""
+        return self._ask(path, urllib.request.Request(self.address + path), timeout)  # noqa: S310  our own http address
+
     def post(self, path: str, body: dict[str, Any], *, timeout: float = 600.0) -> dict[str, Any]:
         """One request with a JSON body, answered by a JSON object."""
         request = urllib.request.Request(  # noqa: S310  our own http address
             self.address + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
+        return self._ask(path, request, timeout)
+
+    def _ask(self, path: str, request: urllib.request.Request, timeout: float) -> dict[str, Any]:
         try:
             with _OPENER.open(request, timeout=timeout) as answer:
                 text = answer.read(_LARGEST_ANSWER)
@@ -92,16 +164,39 @@ def serve(
     `arguments`: such as ("--spec-type", "draft-mtp", "--spec-draft-n-max", "2", "-np", "1"). `log` keeps what it prints.
     Raises ToolTimeout where it is not ready within `ready_within` seconds, ToolFailed or ToolKilled where it ends instead.
     """
+    command = [str(toolset.tool("llama-server")), "--model", str(model), "--host", "127.0.0.1", "--port", "0", *arguments]
+    with _serve(command, log, ready_within) as server:
+        yield server
+
+
+@contextmanager
+def _serve(command: Sequence[str], log: Path | None, ready_within: float) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="apex-server-") as scratch, unwinding_signals():
         path = log or Path(scratch) / "llama-server.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = [str(toolset.tool("llama-server")), "--model", str(model), "--host", "127.0.0.1", "--port", "0", *arguments]
         with path.open("wb") as output:  # a file, not a pipe: nobody has to read it for the server to go on
-            process = start(command, output=output)
+            process = start(command, output=output, env={"LLAMA_TRACE": "1"})  # it then prints what becomes of each draft
         try:
             yield Server(_wait_ready(process, path, log, ready_within), process, path, log)
         finally:
             stop(process)
+
+
+def drafts_printed(lines: Iterable[str]) -> tuple[Draft, ...]:
+    """Drafts in what llama-server prints under LLAMA_TRACE: `accepted 1/2 draft tokens` (update_slots in server-context.cpp).
+
+    A line with `(restore checkpoint)` is followed by one about the same draft, cut to what was accepted.
+    """
+    drafts: list[Draft] = []
+    again = False
+    for line in lines:
+        if found := _DRAFT.search(line):
+            if again:
+                drafts[-1] = replace(drafts[-1], evaluations=drafts[-1].evaluations + 1)
+            else:
+                drafts.append(Draft(int(found[1]), int(found[2])))
+            again = found[3] is not None
+    return tuple(drafts)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], output: Path, log: Path | None, seconds: float) -> str:
@@ -129,11 +224,11 @@ def _healthy(address: str) -> bool:
         return False
 
 
-def _lines(log: Path) -> list[str]:
+def _lines(log: Path, since: int = 0) -> list[str]:
     lines: list[str] = []
     with log.open("rb") as file:
         file.seek(0, 2)
-        file.seek(max(0, file.tell() - _LOG_READ))
+        file.seek(max(since, file.tell() - _LOG_READ))
         reader = Lines(lines.append)
         reader.feed(file.read())
         reader.close()

@@ -11,9 +11,9 @@ from typing import Any
 
 from apex_build import places
 from apex_build.errors import BuildMissing
+from apex_build.identity import sha256_file
 
 _HINT = "make build, or: apex build"
-_BACKENDS = ("cpu",)  # in the order of preference
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Toolset:
     @property
     def bin(self) -> Path:
         return self.root / "bin"
+
+    @property
+    def identity(self) -> str:
+        """The build's key; of a build that is not ours, the digest of its library of models."""
+        return str(self.manifest.get("key") or sha256_file(self.library("llama")))
 
     def tool(self, name: str) -> Path:
         """Path of a tool such as `llama-imatrix`. Raises BuildMissing."""
@@ -46,7 +51,7 @@ class Toolset:
 
 
 def find_toolset(path: Path | None = None) -> Toolset:
-    """The tools to use: `path`, or the folder that APEX_TOOLS names, or the newest build of the default pin in the cache.
+    """The tools to use: `path`, or the folder that APEX_TOOLS names, or the build of the default pin that was last asked for.
 
     A given folder is one that `apex build` made, or the CMake build folder or `bin` folder of any llama.cpp build.
     Raises BuildMissing where there is none, or where files of it are gone or cut short.
@@ -55,12 +60,19 @@ def find_toolset(path: Path | None = None) -> Toolset:
         path = Path(given)
     if path is not None:
         return _given(path)
+    current = current_build()
+    if current is None:
+        raise BuildMissing("the native tools have not been built", hint=_HINT)
+    return open_build(current)
+
+
+def current_build() -> Path | None:
+    """The folder of the build in use, if there is one. Each backend has a pointer; the one that was last asked for counts."""
     builds = places.cache_root() / "builds"
-    for backend in _BACKENDS:
-        pointer = builds / f"current-{backend}.json"
-        if pointer.is_file():
-            return open_build(builds / str(_json(pointer).get("key", "")))
-    raise BuildMissing("the native tools have not been built", hint=_HINT)
+    pointers = [_json(path) for path in sorted(builds.glob("current-*.json"))]
+    if not pointers:
+        return None
+    return builds / str(max(pointers, key=lambda pointer: float(pointer.get("at", 0))).get("key", ""))
 
 
 def open_build(root: Path) -> Toolset:

@@ -10,7 +10,7 @@ from apex_build.errors import ParameterUnknown, TypeUnknown
 from apex_build.hookspecs import Parameter, PolicySpec
 from apex_build.native.ggml import Ggml
 
-Value = str | int | bool
+Value = str | int | float | bool
 
 # Every policy has it: `--set base_type=Q3_K_M`
 BASE_TYPE = "base_type"
@@ -18,23 +18,32 @@ BASE_TYPE = "base_type"
 _YES = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 
 
-def resolve(policy: PolicySpec, given: Mapping[str, str | int | bool], ggml: Ggml) -> dict[str, Value]:
+def resolve(policy: PolicySpec, given: Mapping[str, Value], ggml: Ggml) -> dict[str, Value]:
     """All parameters of the policy with their values, `base_type` among them.
 
     Raises ParameterUnknown, listing what there is, and TypeUnknown.
     """
     known = {**policy.parameters, BASE_TYPE: Parameter(policy.base_type, "text", "llama-quantize's type for what no rule names")}
+    values = values_of(f"policy '{policy.name}'", known, given, ggml, hint=f"apex policies {policy.name}")
+    values[BASE_TYPE] = re.sub(r"\{([\w.]+)\}", lambda found: str(values.get(found[1], found[0])), str(values[BASE_TYPE])).upper()
+    return values
+
+
+def values_of(
+    owner: str, known: Mapping[str, Parameter], given: Mapping[str, Value], ggml: Ggml, *, hint: str | None = None
+) -> dict[str, Value]:
+    """A value for each known parameter, given or default. `owner` is for messages: "policy 'i-nano'"."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             nearby = f"; near it: {', '.join(near)}" if near else ""
             raise ParameterUnknown(
-                f"policy '{policy.name}' has no parameter '{name}'{nearby}. It has: {', '.join(sorted(known))}",
-                hint=f"apex policies {policy.name}",
+                f"{owner} has no parameter '{name}'{nearby}. It has: {', '.join(sorted(known)) or 'none'}", hint=hint
             )
-    values = {name: _value(policy, name, parameter, given.get(name, parameter.default), ggml) for name, parameter in known.items()}
-    values[BASE_TYPE] = re.sub(r"\{([\w.]+)\}", lambda found: str(values.get(found[1], found[0])), str(values[BASE_TYPE])).upper()
-    return values
+    return {
+        name: _value(f"parameter '{name}' of {owner}", parameter, given.get(name, parameter.default), ggml)
+        for name, parameter in known.items()
+    }
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, str]:
@@ -48,13 +57,16 @@ def parse_settings(settings: Iterable[str]) -> dict[str, str]:
     return values
 
 
-def _value(policy: PolicySpec, name: str, parameter: Parameter, value: Value, ggml: Ggml) -> Value:
-    about = f"parameter '{name}' of policy '{policy.name}'"
+def _value(about: str, parameter: Parameter, value: Value, ggml: Ggml) -> Value:
     text = str(value).strip()
     if parameter.kind == "int":
         if not re.fullmatch(r"[0-9]{1,6}", text):
             raise ParameterUnknown(f"{about} takes a whole number from 0, not '{value}'")
         return int(text)
+    if parameter.kind == "number":
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
+            raise ParameterUnknown(f"{about} takes a number from 0, such as 0.8, not '{value}'")
+        return float(text)
     if parameter.kind == "flag":
         if text.lower() not in _YES:
             raise ParameterUnknown(f"{about} takes yes or no, not '{value}'")

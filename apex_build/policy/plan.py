@@ -94,7 +94,7 @@ class Plan:
 
 
 def make_plan(
-    model: Model, policy: PolicySpec, parameters: Mapping[str, str | int | bool], tools: Toolset, imatrix: Path | None = None
+    model: Model, policy: PolicySpec, parameters: Mapping[str, Value], tools: Toolset, imatrix: Path | None = None
 ) -> Plan:
     """Render the policy for the model and have llama-quantize say what it would do with it.
 

@@ -7,19 +7,44 @@ import gzip
 import lzma
 import re
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import zstandard
+
 from apex_build.errors import ApexError, ArchiveUnsafe, DownloadFailed, HashMismatch
+from apex_build.places import cache_root
 from apex_build.source.contents import MAX_FILE, check_path, wanted
+from apex_build.source.folders import writing
 
 MAX_MEMBERS = 100_000
 MAX_TOTAL = 4 << 30  # bytes, all members together; the pinned sdists have 0.2 GB
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
+_MAX_WINDOW = 128 << 20  # bytes that a zstd stream may ask us to keep
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, OSError)
+
+
+@contextmanager
+def _unzstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Decompressed into a file without a name: tarfile goes back and forth, which a zstd stream cannot."""
+    with writing(cache_root()):
+        cache_root().mkdir(parents=True, exist_ok=True)
+        unnamed = tempfile.TemporaryFile(dir=cache_root())  # noqa: SIM115  its block is below
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    with unnamed as file:
+        with writing(cache_root()), decompressor.stream_reader(raw, closefd=False) as stream:
+            while block := stream.read(1 << 20):
+                if file.tell() + len(block) > MAX_TOTAL:
+                    raise ArchiveUnsafe(f"{raw.name}: refused: decompressed it has more than {MAX_TOTAL} bytes")
+                file.write(block)
+        file.seek(0)
+        yield file
+
+
+_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x28\xb5\x2f\xfd": _unzstd}
 
 
 class _Bounded:
@@ -43,7 +68,7 @@ def read_archive(archive: Path, folder: str, commit: str) -> Iterator[tuple[str,
     ArchiveUnsafe for a path that escapes or a device anywhere, and for a link, a duplicate or an absurd size where it would count;
     DownloadFailed for an archive that is cut short; HashMismatch for one that holds something else.
     """
-    with _open(archive) as tar:
+    with open_tar(archive) as tar:
         members: list[tuple[str, tarfile.TarInfo]] = []
         total = 0
         for member in tar:
@@ -51,7 +76,7 @@ def read_archive(archive: Path, folder: str, commit: str) -> Iterator[tuple[str,
             if len(members) >= MAX_MEMBERS or total > MAX_TOTAL or member.size < 0:
                 limits = f"more than {MAX_MEMBERS} members or {MAX_TOTAL} bytes, or a negative size"
                 raise ArchiveUnsafe(f"{archive.name}: refused at {member.name!r}: {limits}")
-            members.append((_judge(archive, member), member))
+            members.append((member_path(archive, member), member))
         _check_commit(archive, tar.pax_headers.get("comment", ""), commit)
         top = _top(archive, [path for path, member in members if member.isfile()], folder)
         chosen = _choose(archive, members, top)
@@ -64,16 +89,17 @@ def read_archive(archive: Path, folder: str, commit: str) -> Iterator[tuple[str,
 
 
 @contextmanager
-def _open(archive: Path) -> Iterator[tarfile.TarFile]:
+def open_tar(archive: Path) -> Iterator[tarfile.TarFile]:
+    """A tar archive, compressed or not. Raises DownloadFailed where it is missing or cut short, HashMismatch where it is none."""
     try:
         with archive.open("rb") as raw:
             magic = raw.read(6)
             raw.seek(0)
             opener = next((opener for start, opener in _OPENERS.items() if magic.startswith(start)), None)
-            file: IO[bytes] = raw if opener is None else opener(raw)
-            bounded: Any = _Bounded(file)
-            with tarfile.open(fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-                yield tar
+            with raw if opener is None else opener(raw) as file:
+                bounded: Any = _Bounded(file)
+                with tarfile.open(fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+                    yield tar
     except ApexError:
         raise
     except FileNotFoundError:
@@ -88,7 +114,7 @@ def _open(archive: Path) -> Iterator[tarfile.TarFile]:
         raise DownloadFailed(f"{archive} is cut short or damaged: {error}", hint="copy or download it again") from None
 
 
-def _judge(archive: Path, member: tarfile.TarInfo) -> str:
+def member_path(archive: Path, member: tarfile.TarInfo) -> str:
     """The member's path inside the archive, normalized. Refuses what would be dangerous wherever it stands."""
     name = member.name
     parts = re.split(r"[/\\]", name)

@@ -1,4 +1,4 @@
-"""The sdist from the index that pip is configured with: found and fetched without running a line of it."""
+"""Files from the index that pip is configured with: found and fetched without running a line of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote
@@ -30,57 +31,86 @@ _ELSEWHERE = "apex source fetch --from git, or --archive FILE with a copy of the
 _LIMIT = 1 << 30  # bytes of a download whose pin names no size
 
 
+@dataclass(frozen=True)
+class IndexFile:
+    """A file of the package index whose hash is known before it is asked for. `named_by` and `elsewhere` are for messages."""
+
+    requirement: str
+    file: str
+    sha256: str
+    size: int | None
+    named_by: str
+    elsewhere: str = _ELSEWHERE
+
+    @property
+    def cached(self) -> Path:
+        return cache_root() / "downloads" / self.sha256 / self.file
+
+
 def cached_sdist(pin: Pin) -> Path:
-    return cache_root() / "downloads" / pin.sha256 / pin.file
+    return _sdist(pin).cached
 
 
 def check_sdist(path: Path, pin: Pin) -> None:
     """Raise DownloadFailed when the file is shorter than the pinned one, HashMismatch when it is another."""
+    _check(path, _sdist(pin))
+
+
+def download_sdist(pin: Pin, report: Report = silent) -> Path:
+    """The pinned sdist in the cache, verified; fetched if it is not there. Raises as `download`."""
+    return download(_sdist(pin), report)
+
+
+def _sdist(pin: Pin) -> IndexFile:
+    return IndexFile(pin.requirement, pin.file, pin.sha256, pin.size, f"pin {pin.name}")
+
+
+def _check(path: Path, wanted: IndexFile) -> None:
     try:
         size, found = path.stat().st_size, sha256_file(path)
     except OSError as error:
         raise DownloadFailed(f"{path} cannot be read: {error.strerror}") from None
-    if found == pin.sha256:
+    if found == wanted.sha256:
         return
-    if pin.size is not None and size < pin.size:
-        raise DownloadFailed(f"{path} is cut short: it has {size} bytes of {pin.size}", hint="copy or download it again")
-    raise HashMismatch(f"{path} is not the file that pin {pin.name} names: its sha256 is {found}, expected {pin.sha256}")
+    if wanted.size is not None and size < wanted.size:
+        raise DownloadFailed(f"{path} is cut short: it has {size} bytes of {wanted.size}", hint="copy or download it again")
+    raise HashMismatch(f"{path} is not the file that {wanted.named_by} names: its sha256 is {found}, expected {wanted.sha256}")
 
 
-def download_sdist(pin: Pin, report: Report = silent) -> Path:
-    """The pinned sdist in the cache, verified; fetched if it is not there.
+def download(wanted: IndexFile, report: Report = silent, config: PipConfig | None = None) -> Path:
+    """The file in the cache, verified; fetched if it is not there. `config`: for one of many files, so that pip is asked once.
 
     Raises DownloadFailed (not found, no network, cut short), HashMismatch (whatever offers the file offers another one).
     """
-    target = cached_sdist(pin)
+    target = wanted.cached
     if target.is_file():
         try:
-            check_sdist(target, pin)
+            _check(target, wanted)
             return target
         except ApexError:
             target.unlink()
-    config = read_pip_config()
+    config = config or read_pip_config()
     problems: list[ApexError] = []
     with writing(target.parent), _warnings() as warnings, open_session(config) as session:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for link in _candidates(pin, config, session, warnings):
+        for link in _candidates(wanted, config, session, warnings):
             try:
-                _fetch(link, pin, session, config.retries, target, report)
+                _fetch(link, wanted, session, config.retries, target, report)
                 return target
             except ApexError as error:
                 problems.append(error)
     if problems:
         raise problems[0]
     said = "".join(f"; {line}" for line in dict.fromkeys(warnings))
-    raise DownloadFailed(f"no package index that pip is configured with offers {pin.file}{said}", hint=_ELSEWHERE)
+    raise DownloadFailed(f"no package index that pip is configured with offers {wanted.file}{said}", hint=wanted.elsewhere)
 
 
-def _candidates(pin: Pin, config: PipConfig, session: PyPIClient, warnings: list[str]) -> Iterator[Link]:
+def _candidates(wanted: IndexFile, config: PipConfig, session: PyPIClient, warnings: list[str]) -> Iterator[Link]:
     """Links to the pinned file, from the nearest place to the farthest. One source out of order does not spoil the others."""
-    for finder in _finders(config, session, warnings):
+    for finder in _finders(config, session, warnings, wheels=wanted.file.endswith(".whl")):
         for attempt in range(config.retries + 1):
             try:
-                matches = list(finder.find_matches(pin.requirement, allow_yanked=True, allow_prereleases=True))
+                matches = list(finder.find_matches(wanted.requirement, allow_yanked=True, allow_prereleases=True))
             except _NETWORK as error:
                 if attempt == config.retries:
                     warnings.append(_say(error))
@@ -89,16 +119,15 @@ def _candidates(pin: Pin, config: PipConfig, session: PyPIClient, warnings: list
                 warnings.append(_say(error))
                 break
             else:
-                yield from (match.link for match in matches if unquote(match.link.filename) == pin.file)
+                yield from (match.link for match in matches if unquote(match.link.filename) == wanted.file)
                 break
 
 
-def _finders(config: PipConfig, session: PyPIClient, warnings: list[str]) -> Iterator[PackageFinder]:
+def _finders(config: PipConfig, session: PyPIClient, warnings: list[str], *, wheels: bool) -> Iterator[PackageFinder]:
     def finder(index_urls: tuple[str, ...] = (), find_links: tuple[str, ...] = ()) -> PackageFinder:
         # no source at all means the default index, here as in pip: no host is named in this project
-        return PackageFinder(
-            cast(Any, session), index_urls=index_urls, find_links=find_links, no_binary=[":all:"], ignore_compatibility=True
-        )
+        kind: dict[str, Any] = {"only_binary" if wheels else "no_binary": [":all:"]}
+        return PackageFinder(cast(Any, session), index_urls=index_urls, find_links=find_links, ignore_compatibility=True, **kind)
 
     for place in config.find_links:
         local = Path(place).expanduser()
@@ -112,16 +141,17 @@ def _finders(config: PipConfig, session: PyPIClient, warnings: list[str]) -> Ite
             yield finder(index_urls=(url,))
 
 
-def _fetch(link: Link, pin: Pin, session: PyPIClient, retries: int, target: Path, report: Report) -> None:
+def _fetch(link: Link, wanted: IndexFile, session: PyPIClient, retries: int, target: Path, report: Report) -> None:
     offered = (link.hash_option or {}).get("sha256", [])
-    if offered and pin.sha256 not in offered:
+    if offered and wanted.sha256 not in offered:
         raise HashMismatch(
-            f"{link.redacted} is offered with sha256 {offered[0]}, but pin {pin.name} expects {pin.sha256}", hint=_ELSEWHERE
+            f"{link.redacted} is offered with sha256 {offered[0]}, but {wanted.named_by} expects {wanted.sha256}",
+            hint=wanted.elsewhere,
         )
     for attempt in range(retries + 1):
         try:
             with whole_file(target) as part:
-                _receive(link, pin, session, part, report)
+                _receive(link, wanted, session, part, report)
             return
         except DownloadFailed:
             if attempt == retries or link.is_file:
@@ -129,36 +159,37 @@ def _fetch(link: Link, pin: Pin, session: PyPIClient, retries: int, target: Path
             _pause(attempt, retries)
 
 
-def _receive(link: Link, pin: Pin, session: PyPIClient, part: Path, report: Report) -> None:
+def _receive(link: Link, wanted: IndexFile, session: PyPIClient, part: Path, report: Report) -> None:
     """Download to `part` and verify it. DownloadFailed is worth another try, HashMismatch is not."""
     digest, done = hashlib.sha256(), 0
-    limit = pin.size or _LIMIT
-    task = f"downloading {pin.file}"
+    limit = wanted.size or _LIMIT
+    task = f"downloading {wanted.file}"
     try:
         with session.get_stream(link.normalized, headers=_AS_IT_IS) as response, part.open("wb") as file:
             if response.status_code >= 400:
                 raise DownloadFailed(
-                    f"{link.redacted}: the server answers {response.status_code} {response.reason_phrase}", hint=_ELSEWHERE
+                    f"{link.redacted}: the server answers {response.status_code} {response.reason_phrase}", hint=wanted.elsewhere
                 )
             length = response.headers.get("Content-Length", "")
-            total = pin.size or (int(length) if length.isdecimal() else None)
+            total = wanted.size or (int(length) if length.isdecimal() else None)
             for block in response.iter_raw(1 << 18):
                 done += len(block)
                 if done > limit:
                     raise HashMismatch(
-                        f"{link.redacted} is larger than the {limit} bytes that pin {pin.name} names", hint=_ELSEWHERE
+                        f"{link.redacted} is larger than the {limit} bytes that {wanted.named_by} names", hint=wanted.elsewhere
                     )
                 digest.update(block)
                 file.write(block)
                 report(Step(task, done / 1e6, None if total is None else total / 1e6, "MB"))
     except _NETWORK as error:
-        raise DownloadFailed(f"{link.redacted}: cut short after {done} bytes: {_say(error)}", hint=_ELSEWHERE) from None
-    if digest.hexdigest() != pin.sha256:
-        if pin.size is not None and done < pin.size:
-            raise DownloadFailed(f"{link.redacted} is cut short: {done} bytes came of {pin.size}", hint=_ELSEWHERE)
+        raise DownloadFailed(f"{link.redacted}: cut short after {done} bytes: {_say(error)}", hint=wanted.elsewhere) from None
+    if digest.hexdigest() != wanted.sha256:
+        if wanted.size is not None and done < wanted.size:
+            raise DownloadFailed(f"{link.redacted} is cut short: {done} bytes came of {wanted.size}", hint=wanted.elsewhere)
+        found = digest.hexdigest()
         raise HashMismatch(
-            f"{link.redacted} is not the file that pin {pin.name} names: its sha256 is {digest.hexdigest()}, expected {pin.sha256}",
-            hint=_ELSEWHERE,
+            f"{link.redacted} is not the file that {wanted.named_by} names: its sha256 is {found}, expected {wanted.sha256}",
+            hint=wanted.elsewhere,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import shutil
@@ -12,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apex_build.errors import BuildFailed
+from apex_build.errors import BuildFailed, BuildMissing
 from apex_build.identity import sha256_json, write_json
-from apex_build.native.toolset import Toolset, open_build
+from apex_build.native.toolset import Toolset, find_toolset, open_build
 from apex_build.progress import Report, Step, silent
 from apex_build.source.folders import locked, new_folder, put_in_place, writing
 from apex_build.source.pins import Pin
@@ -23,6 +24,9 @@ from apex_build.source.tree import tree_identity
 from apex_build.toolchain import cache, cmake
 from apex_build.toolchain.backends import BACKENDS, Backend
 from apex_build.toolchain.compilers import Compiler, cpu_features, find_compiler
+from apex_build.toolchain.cuda_binary import check_device_code, device_code
+from apex_build.toolchain.cuda_plan import CudaPlan, cmake_settings, runtime_libraries
+from apex_build.toolchain.cuda_toolkit import CudaToolkit
 from apex_build.toolchain.launcher import launcher
 
 _FLAGS = {
@@ -44,6 +48,7 @@ class BuildPlan:
     compiler: Compiler
     options: Mapping[str, str] = field(hash=False)
     ingredients: Mapping[str, Any] = field(hash=False)
+    cuda: CudaPlan | None = None
 
     @property
     def root(self) -> Path:
@@ -54,6 +59,8 @@ class BuildPlan:
     def work(self) -> Path:
         """CMake's folder: one for a source folder, compiler and options, so that an edited source rebuilds only what changed."""
         what = {"source": str(self.source), "options": dict(self.options), "compiler": _of(self.compiler)}
+        if self.cuda:
+            what["cuda"] = str(self.cuda.toolkit.root)
         return cache.work_root() / sha256_json(what)[:16]
 
 
@@ -68,12 +75,25 @@ class Built:
 
 
 def build_cpu(source: Path, pin: Pin | None = None, *, report: Report = silent) -> Toolset:
-    """The CPU tools of `source` for this machine, from the cache or built now."""
-    return build(plan_build(source, BACKENDS["cpu"], pin), report=report).toolset
+    """The CPU tools of `source` for this machine, from the cache or built now. A CUDA build that is in use stays so."""
+    return build(plan_build(source, BACKENDS["cpu"], pin), prefer=False, report=report).toolset
 
 
-def plan_build(source: Path, backend: Backend, pin: Pin | None = None, *, native: bool = True) -> BuildPlan:
-    """Find the compiler and name all inputs. Raises CompilerMissing."""
+def ensure_tools(source: Path, pin: Pin, *, report: Report = silent) -> Toolset:
+    """The tools in use if they were made of this very source, or APEX_TOOLS names them; else the CPU tools of `source`."""
+    try:
+        found = find_toolset()
+    except BuildMissing:
+        return build_cpu(source, pin, report=report)
+    named = bool(os.environ.get("APEX_TOOLS"))
+    return found if named or found.manifest.get("source") == tree_identity(source) else build_cpu(source, pin, report=report)
+
+
+def plan_build(
+    source: Path, backend: Backend, pin: Pin | None = None, *, native: bool = True, cuda: CudaPlan | None = None
+) -> BuildPlan:
+    """Find the compiler and name all inputs. A CUDA build is never `native`: it may be carried. Raises CompilerMissing."""
+    native = native and cuda is None
     source = source.resolve()
     cmake.programs()
     compiler = find_compiler()
@@ -92,44 +112,67 @@ def plan_build(source: Path, backend: Backend, pin: Pin | None = None, *, native
         "cpu": cpu_features(compiler) if native else None,
         "environment": {name: value for name in _SEARCHED if (value := os.environ.get(name))},
     }
-    return BuildPlan(cache.key_of(ingredients), source, backend, pin, compiler, options, ingredients)
+    if cuda:
+        ingredients["cuda"] = cuda.identity()
+    return BuildPlan(cache.key_of(ingredients), source, backend, pin, compiler, options, ingredients, cuda)
 
 
-def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, report: Report = silent) -> Built:
-    """Build what was planned, or take it from the cache. `force` compiles everything anew.
+def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, prefer: bool = True, report: Report = silent) -> Built:
+    """Build what was planned, or take it from the cache. `force` compiles everything anew, `prefer` as in `cache.make_current`.
 
     A build that stopped half-way (Ctrl-C, a power cut, an error) goes on where it was; nobody sees it before it is complete.
     Raises BuildFailed with the compiler's own words, OutputUnwritable, DiskTooSmall.
     """
     began = time.monotonic()
     if not force and (found := cache.look_up(plan.key)):
-        return _done(found, True, began)
+        return _done(found, True, began, prefer)
     with locked(plan.root, report):
         if not force and (found := cache.look_up(plan.key)):  # another apex built it while we waited
-            return _done(found, True, began)
+            return _done(found, True, began, prefer)
         with locked(plan.work, report), writing(plan.work):
             if force:
                 shutil.rmtree(plan.work, ignore_errors=True)
-            counts, name = _compile(plan, jobs or cmake.default_jobs(), report)
+            toolkit = plan.cuda.ready(plan.compiler, report) if plan.cuda else None
+            counts, name = _compile(plan, toolkit, jobs or cmake.default_jobs(), report)
             _check_unchanged(plan)
             with new_folder(plan.root) as part:
                 report(Step("collecting", 0))
                 part.mkdir(parents=True)
-                files = cache.collect(plan.work / "bin", plan.backend.targets, part)
-                write_json(part / "manifest.json", _manifest(plan, files, name, time.monotonic() - began))
+                more = _of_cuda(plan, toolkit) if toolkit else {}
+                runtime, licences = (runtime_libraries(toolkit), toolkit.root / "licenses") if toolkit else ({}, None)
+                files = cache.collect(plan.work / "bin", plan.backend.targets, part, runtime, licences)
+                write_json(part / "manifest.json", _manifest(plan, files, name, time.monotonic() - began) | more)
                 put_in_place(part, plan.root)
-    return _done(open_build(plan.root), False, began, counts)
+    return _done(open_build(plan.root), False, began, prefer, counts)
 
 
-def _compile(plan: BuildPlan, jobs: int, report: Report) -> tuple[Mapping[str, int] | None, str]:
+def _compile(plan: BuildPlan, toolkit: CudaToolkit | None, jobs: int, report: Report) -> tuple[Mapping[str, int] | None, str]:
     plan.work.mkdir(parents=True, exist_ok=True)
     options = dict(plan.options)
     if plan.pin:  # what the tools say of themselves (--version), instead of a commit of our own making
         options |= {"LLAMA_BUILD_NUMBER": "0", "LLAMA_BUILD_COMMIT": f"{plan.pin.commit[:9]}-{plan.ingredients['source'][:8]}"}
+    cuda = cmake_settings(toolkit, plan.compiler, plan.work) if toolkit else None
     with launcher(plan.work.parent.parent, [plan.source, plan.work]) as front:
-        cmake.configure(plan.source, plan.work, options, plan.compiler, front, report)
+        cmake.configure(plan.source, plan.work, options, plan.compiler, front, report, cuda=cuda)
         cmake.compile_targets(plan.source, plan.work, plan.backend.targets, jobs, front, report)
         return front.counts(), front.name
+
+
+def _of_cuda(plan: BuildPlan, toolkit: CudaToolkit) -> dict[str, Any]:
+    """What the manifest says of a CUDA build, and the device code that is really in it. Raises BuildFailed if some is missing."""
+    assert plan.cuda
+    library = plan.work / "bin" / "libggml-cuda.so"
+    found = device_code(library, toolkit.part("cuobjdump"))
+    units = json.loads((plan.work / "compile_commands.json").read_text(encoding="utf-8"))
+    check_device_code(found, plan.cuda.architectures, sum(unit["file"].endswith(".cu") for unit in units), library)
+    return {
+        "cuda": {
+            **plan.cuda.identity(),
+            "architectures": list(plan.cuda.architectures),
+            "device_code": {name: asdict(code) for name, code in sorted(found.items())},
+            "gpus": [target.name for target in plan.cuda.targets],
+        }
+    }
 
 
 def _check_unchanged(plan: BuildPlan) -> None:
@@ -157,6 +200,6 @@ def _of(compiler: Compiler) -> dict[str, str]:
     return {name: str(value) for name, value in asdict(compiler).items()}
 
 
-def _done(toolset: Toolset, reused: bool, began: float, counts: Mapping[str, int] | None = None) -> Built:
-    cache.make_current(toolset)
+def _done(toolset: Toolset, reused: bool, began: float, prefer: bool, counts: Mapping[str, int] | None = None) -> Built:
+    cache.make_current(toolset, prefer=prefer)
     return Built(toolset, reused, time.monotonic() - began, counts)

@@ -1,7 +1,7 @@
 """The cache of finished builds: what a build's key is made of, its manifest, and finding builds again.
 
 Layout of `<cache>/builds/`: `<key>/bin/...` and `<key>/manifest.json`, and `current-<backend>.json`, which names the key of the
-newest build of the default pin.
+build of the default pin that is in use, and when it was last asked for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 
 from apex_build import places
 from apex_build.errors import BuildFailed, BuildMissing
-from apex_build.identity import sha256_file, sha256_json, write_json
-from apex_build.native.toolset import Toolset, open_build
+from apex_build.identity import read_json, sha256_file, sha256_json, write_json
+from apex_build.native.toolset import Toolset, current_build, open_build
 from apex_build.source.pins import DEFAULT_PIN
 
 RECIPE = 1  # part of every key: raise it when a build made by this code differs from what the code before would have made
@@ -56,39 +57,42 @@ def look_up(key: str) -> Toolset | None:
         return None
 
 
-def make_current(toolset: Toolset) -> None:
-    """Let `find_toolset` take this build, if it is one of the default pin."""
+def make_current(toolset: Toolset, *, prefer: bool = True) -> None:
+    """Let `find_toolset` take this build, if it is one of the default pin.
+
+    With `prefer` False a build of another backend that is in use stays so.
+    """
     manifest = toolset.manifest
-    if (manifest.get("pin") or {}).get("name") == DEFAULT_PIN:
-        pointer = builds_root() / f"current-{manifest['backend']}.json"
-        if not _is_current(toolset):
-            write_json(pointer, {"key": manifest["key"], "pin": DEFAULT_PIN})
+    if (manifest.get("pin") or {}).get("name") != DEFAULT_PIN or current_build() == toolset.root:
+        return
+    pointer = builds_root() / f"current-{manifest['backend']}.json"
+    try:
+        at = time.time() if prefer else float(read_json(pointer).get("at", 0))
+    except (OSError, ValueError):
+        at = 0.0
+    write_json(pointer, {"key": manifest["key"], "pin": DEFAULT_PIN, "at": at})
 
 
 def all_builds() -> list[Build]:
     """The complete builds in the cache, newest first. Damaged ones are left out."""
     builds: list[Build] = []
+    current = current_build()
     for path in builds_root().glob("*/manifest.json"):
         if path.parent.name.startswith("."):
             continue
         toolset = look_up(path.parent.name)
         if toolset is not None:
-            builds.append(Build(path.parent.name, path.parent, toolset.manifest, _is_current(toolset)))
+            builds.append(Build(path.parent.name, path.parent, toolset.manifest, current == path.parent))
     return sorted(builds, key=lambda build: str(build.manifest.get("built")), reverse=True)
 
 
-def _is_current(toolset: Toolset) -> bool:
-    try:
-        text = (builds_root() / f"current-{toolset.manifest['backend']}.json").read_text(encoding="utf-8")
-    except (OSError, KeyError):
-        return False
-    return f'"{toolset.root.name}"' in text
-
-
-def collect(binaries: Path, targets: Sequence[str], folder: Path) -> dict[str, dict[str, Any]]:
+def collect(
+    binaries: Path, targets: Sequence[str], folder: Path, runtime: Mapping[str, Path] | None = None, licences: Path | None = None
+) -> dict[str, dict[str, Any]]:
     """Copy the targets and the shared libraries (links kept as links) into `folder`/bin; returns the manifest's `files`.
 
-    Raises BuildFailed where Ninja succeeded without making a target.
+    `runtime`: libraries that are not ours, by the names they get in bin/, marked `"part": "cuda-runtime"` in the manifest.
+    `licences` is copied to licenses/. Raises BuildFailed where Ninja succeeded without making a target.
     """
     (folder / "bin").mkdir(parents=True)
     for target in targets:
@@ -97,14 +101,28 @@ def collect(binaries: Path, targets: Sequence[str], folder: Path) -> dict[str, d
     for path in sorted(binaries.iterdir()):
         if path.name in targets or re.search(r"\.so(\.\d+)*$", path.name):
             shutil.copy2(path, folder / "bin" / path.name, follow_symlinks=False)
+    for name, path in (runtime or {}).items():
+        _link_or_copy(path, folder / "bin" / name)
+    if licences and licences.is_dir():
+        shutil.copytree(licences, folder / "licenses")
     hashes: dict[Path, str] = {}
-    files = {}
-    for path in sorted((folder / "bin").iterdir()):
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         real = path.resolve()
         if real not in hashes:
             hashes[real] = sha256_file(real)
-        files[f"bin/{path.name}"] = {"sha256": hashes[real], "size": real.stat().st_size}
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"sha256": hashes[real], "size": real.stat().st_size}
+        if path.name in (runtime or {}):
+            files[name]["part"] = "cuda-runtime"
     return files
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(path)
+    except OSError:  # another disk, or somebody else's file
+        shutil.copy2(path, target)
 
 
 def verify(toolset: Toolset) -> int:

@@ -46,8 +46,20 @@ def programs() -> tuple[Path, Path]:
     return found
 
 
-def configure(source: Path, work: Path, options: Mapping[str, str], compiler: Compiler, launcher: Launcher, report: Report) -> None:
-    """Run CMake's configure step in `work`. A stale work folder is emptied and tried once more. Raises BuildFailed."""
+def configure(
+    source: Path,
+    work: Path,
+    options: Mapping[str, str],
+    compiler: Compiler,
+    launcher: Launcher,
+    report: Report,
+    *,
+    cuda: Mapping[str, str] | None = None,
+) -> None:
+    """Run CMake's configure step in `work`. A stale work folder is emptied and tried once more. Raises BuildFailed.
+
+    `cuda`: where its toolkit is, as CMake variables.
+    """
     cmake, ninja_program = programs()
     again = (work / "CMakeCache.txt").exists()
     settings = {
@@ -58,6 +70,12 @@ def configure(source: Path, work: Path, options: Mapping[str, str], compiler: Co
         "CMAKE_C_COMPILER_LAUNCHER": str(launcher.program or ""),
         "CMAKE_CXX_COMPILER_LAUNCHER": str(launcher.program or ""),
     }
+    if cuda:
+        settings |= {
+            **cuda,
+            "CMAKE_CUDA_HOST_COMPILER": str(compiler.cxx),
+            "CMAKE_CUDA_COMPILER_LAUNCHER": str(launcher.program or ""),
+        }
     definitions = [f"-D{name}={value}" for name, value in sorted(settings.items())]
     report(Step("configuring", 0))
     log = _log(work, "configure")
@@ -69,7 +87,7 @@ def configure(source: Path, work: Path, options: Mapping[str, str], compiler: Co
     )
     if done.returncode and again:
         shutil.rmtree(work)
-        configure(source, work, options, compiler, launcher, report)
+        configure(source, work, options, compiler, launcher, report, cuda=cuda)
     elif done.returncode:
         raise BuildFailed(
             f"CMake cannot configure {source}{_quoted(ninja.configure_errors(done.lines))}\n  all of its output: {log}"
@@ -109,6 +127,13 @@ def _environment() -> dict[str, str | None]:
         "CMAKE_BUILD_TYPE",
         "DESTDIR",
         "NINJAFLAGS",
+        "CUDAARCHS",
+        "CUDACXX",
+        "CUDAFLAGS",
+        "CUDAHOSTCXX",
+        "NVCC_APPEND_FLAGS",
+        "NVCC_CCBIN",
+        "NVCC_PREPEND_FLAGS",
     )
     # And no git: libggml would be compiled anew after every commit in the tree, only for its name; `--version` has ours (build.py).
     return {**dict.fromkeys(names), "GIT_DIR": os.devnull, "LC_ALL": "C"}

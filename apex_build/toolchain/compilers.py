@@ -75,6 +75,11 @@ def cpu_features(compiler: Compiler) -> str:
     return hashlib.sha256("\n".join(sorted(macros)).encode()).hexdigest()
 
 
+def accepts(compiler: Compiler, flag: str) -> bool:
+    """Whether this compiler takes a flag such as -march=..."""
+    return bool(_macros(compiler.cxx, flag))
+
+
 def install_hint() -> str:
     """The command that installs a compiler on this system."""
     for program, command in _INSTALL.items():

@@ -1,4 +1,7 @@
-"""A compiler cache between Ninja and the compiler: sccache with a server of our own while a build lasts, or ccache, or none."""
+"""A compiler cache between Ninja and the compiler: sccache with a server of our own while a build lasts, or ccache, or none.
+
+APEX_SCCACHE_CONF names a configuration file of sccache whose [dist] section sends compilers to other machines (docs/build.md).
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from apex_build.errors import ToolFailed, ToolTimeout
+from apex_build.errors import CompilerMissing, ToolFailed, ToolTimeout
 from apex_build.native.run import run_tool, start, stop, unwinding_signals
 
+VARIABLE = "APEX_SCCACHE_CONF"
 _LONGEST_SOCKET = 100  # the system's limit is 107
 _READY_WITHIN = 10.0
 
@@ -30,13 +34,15 @@ class Launcher:
     env: Mapping[str, str | None] = field(default_factory=dict, hash=False)
 
     def counts(self) -> dict[str, int] | None:
-        """Hits and misses since the launcher was opened, where it can tell."""
+        """Hits and misses since the launcher was opened, and what other machines compiled, where it can tell."""
         if self.name != "sccache" or self.program is None:
             return None
         try:
             said = run_tool([self.program, "--show-stats", "--stats-format", "json"], env=self.env, timeout=30)
             stats = json.loads("\n".join(said.lines))["stats"]
-            return {name: sum(stats[f"cache_{name}"]["counts"].values()) for name in ("hits", "misses")}
+            counts = {name: sum(stats[f"cache_{name}"]["counts"].values()) for name in ("hits", "misses")}
+            elsewhere = sum(stats["dist_compiles"].values())
+            return counts | ({"elsewhere": elsewhere} if elsewhere else {})
         except (ToolFailed, ToolTimeout, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -63,8 +69,9 @@ def launcher(cache: Path, folders: Sequence[Path]) -> Iterator[Launcher]:
         if len(str(socket_path)) > _LONGEST_SOCKET:
             yield Launcher()
             return
-        settings = Path(scratch) / "config"
-        settings.touch()
+        settings = _own_settings() or Path(scratch) / "config"
+        if settings.parent == Path(scratch):
+            settings.touch()
         env = {name: None for name in os.environ if name.startswith("SCCACHE_")} | {
             "SCCACHE_BASEDIRS": os.pathsep.join(str(folder) for folder in folders),
             "SCCACHE_CACHE_SIZE": "5G",
@@ -79,6 +86,19 @@ def launcher(cache: Path, folders: Sequence[Path]) -> Iterator[Launcher]:
             yield Launcher("sccache", program, env) if _listening(socket_path) else Launcher()
         finally:
             stop(server)
+
+
+def _own_settings() -> Path | None:
+    """The user's configuration of sccache, if one is named. Where it caches is ours to say, whatever the file says."""
+    given = os.environ.get(VARIABLE)
+    if not given:
+        return None
+    path = Path(given).expanduser().absolute()
+    if not path.is_file():
+        raise CompilerMissing(
+            f"{VARIABLE} names {given!r}, and there is no such file", hint=f"unset {VARIABLE}; docs/build.md has one"
+        )
+    return path
 
 
 def sccache() -> Path | None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import pytest
 from reference import Reference, softmax
 
-from apex_build.evaluation.acceptance import Acceptance, draft_acceptance, overall, read_prompts
+from apex_build.evaluation.run import Inputs, plan_work
+from apex_build.evaluation.task import read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.identity import sha256_file
 from apex_build.native.server import serve
@@ -46,17 +46,18 @@ def test_it_has_what_the_large_models_have(testbed: Path) -> None:
     assert {"<think>", "</think>", "<tool_call>", "<|im_start|>"} <= set(fields["tokenizer.ggml.tokens"].contents())
 
 
-@pytest.fixture(scope="module")
-def acceptance(tools: Toolset, testbed: Path, heldout: Path) -> dict[str, Acceptance]:
-    return draft_acceptance(tools, testbed, read_prompts(heldout / "prompts.jsonl"))
-
-
-def test_half_of_the_drafted_tokens_are_accepted(acceptance: dict[str, Acceptance]) -> None:
+def test_half_of_the_drafted_tokens_are_accepted(tools: Toolset, testbed: Path, heldout: Path) -> None:
     """llama-server, draft-mtp, drafts of up to 2, greedy, on held-out prompts of the four domains."""
-    assert set(acceptance) == {"chat", "code", "reasoning", "tool-calling"}
-    assert overall(acceptance).drafted > 1000
-    assert overall(acceptance).rate >= 0.5
-    assert all(value.rate > 0.4 for value in acceptance.values())
+    plugins = load_plugins()
+    evaluator = plugins.evaluators()["draft-acceptance"]
+    settings = {"draft-acceptance.lengths": "2", "draft-acceptance.temperature": "0"}
+    inputs = Inputs(prompts=read_prompts(heldout / "prompts.jsonl")[::2], settings=settings)
+    figures = evaluator.evaluate(plan_work(evaluator, read_model(testbed, plugins.role_of), inputs, tools, threads=1).task)
+    values = {(figure.name, figure.domain): figure.value or 0.0 for figure in figures}
+    assert {domain for _, domain in values} == {"", "chat", "code", "reasoning", "tool-calling"}
+    assert values["greedy.n2.drafted", ""] > 500
+    assert values["greedy.n2.acceptance", ""] >= 50
+    assert all(values["greedy.n2.acceptance", domain] > 40 for _, domain in values)
 
 
 def test_trunk_and_head_in_numpy_predict_the_held_out_text(tools: Toolset, testbed: Path, heldout: Path) -> None:

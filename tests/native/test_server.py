@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from children import servers
 
-from apex_build.errors import ToolFailed, ToolKilled, ToolTimeout
-from apex_build.native.server import Server, serve
+from apex_build.errors import EvaluationRefused, ToolFailed, ToolKilled, ToolTimeout
+from apex_build.native.server import Draft, Server, drafts_printed, serve
 from apex_build.native.toolset import Toolset
 
 ARGUMENTS = ("--ctx-size", "512", "--threads", "1", "--parallel", "1", "--no-warmup")
@@ -30,16 +32,75 @@ def test_drafts_are_counted_and_the_server_goes(
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be asked for our own machine
     log = tmp_path / "log folder" / "server.log"
     with serve(tools, testbed, arguments=(*ARGUMENTS, *DRAFTING), log=log) as server:
-        answer = server.completion("def read(path):\n", n_predict=16, seed=1)
-        assert answer["tokens_predicted"] == 16
-        assert answer["timings"]["draft_n"] >= answer["timings"]["draft_n_accepted"] >= 0
-        assert answer["timings"]["draft_n"] > 0
+        assert servers() == [server.process.pid]
+        for _ in range(2):
+            since = server.printed()
+            answer = server.completion("def read(path):\n", n_predict=16, seed=1)
+            assert answer["tokens_predicted"] == 16
+            assert answer["timings"]["draft_n"] >= answer["timings"]["draft_n_accepted"] >= 0
+            assert answer["timings"]["draft_n"] > 0
+            drafts = server.drafts(answer, since)
+            assert drafts and all(draft.accepted <= draft.drafted <= 2 for draft in drafts)
+            assert sum(draft.drafted for draft in drafts) == answer["timings"]["draft_n"]
+            assert sum(draft.accepted for draft in drafts) == answer["timings"]["draft_n_accepted"]
+            # the first token comes from the prompt, and the last may be written without a draft
+            assert 14 <= sum(draft.written for draft in drafts) <= 15
         with pytest.raises(ToolFailed, match="answered /completion with 400"):
             server.post("/completion", {"prompt": [{"no": 1}]})
         assert not port_is_free(server)
     assert server.process.poll() is not None
     assert port_is_free(server)
     assert "listening" in log.read_text(encoding="utf-8", errors="replace")
+
+
+def test_drafts_of_a_model_whose_memory_cannot_go_back() -> None:
+    """The server evaluates what was accepted once more, and prints a line for that too: it is no draft of its own."""
+    lines = (
+        "0.05.414 I slot update_slots: id  0 | task 0 | accepted  2/ 3 draft tokens (restore checkpoint)",
+        "0.05.415 I slot print_timing: id  0 | task 0 | draft acceptance = 0.62500 (   20 accepted /    32 generated)",
+        "0.05.500 I slot update_slots: id  0 | task 0 | accepted  3/ 3 draft tokens",
+        "0.05.600 I slot update_slots: id  0 | task 0 | accepted  3/ 3 draft tokens",
+        "0.05.700 I slot update_slots: id  0 | task 0 | accepted  0/12 draft tokens",
+    )
+    drafts = drafts_printed(lines)
+    assert drafts == (Draft(2, 3, 2), Draft(3, 3), Draft(0, 12))
+    assert [draft.written for draft in drafts] == [4, 4, 1]
+    assert drafts_printed(["nothing of the kind"]) == ()
+
+
+def test_a_prompt_that_leaves_no_room(tools: Toolset, testbed: Path) -> None:
+    """Counted as /completion counts it: a special token is one."""
+    with serve(tools, testbed, arguments=ARGUMENTS) as server:
+        text = "<|im_start|>" * 400
+        answer = server.completion(text, n_predict=1)
+        assert answer["tokens_evaluated"] == 400
+        server.check_room([("short", "x"), ("just fits", text)], 112)
+        with pytest.raises(EvaluationRefused, match=r"long: the prompt has 400 tokens, and 113 are .* the context holds 512"):
+            server.check_room([("short", "x"), ("long", text)], 113)
+
+
+def test_two_servers_side_by_side(tools: Toolset, testbed: Path) -> None:
+    with pytest.raises(ZeroDivisionError), serve(tools, testbed, arguments=ARGUMENTS) as plain:
+        with plain.beside(*DRAFTING) as drafting:
+            assert sorted(servers()) == sorted([plain.process.pid, drafting.process.pid])
+            assert "draft_n" in drafting.completion("def read(path):\n", n_predict=8)["timings"]
+            assert "draft_n" not in plain.completion("def read(path):\n", n_predict=8)["timings"]
+        assert servers() == [plain.process.pid] and port_is_free(drafting)
+        with plain.beside(*DRAFTING) as again:
+            raise ZeroDivisionError
+    assert not servers() and port_is_free(plain) and port_is_free(again)
+
+
+def test_a_server_that_stops_answering(tools: Toolset, testbed: Path) -> None:
+    """It is told to end, and killed when it does not."""
+    with (
+        pytest.raises(ToolTimeout, match="did not answer /completion within 1 s"),
+        serve(tools, testbed, arguments=ARGUMENTS) as server,
+    ):
+        server.process.send_signal(signal.SIGSTOP)
+        server.completion("x", n_predict=1, timeout=1)
+    assert server.process.returncode == -signal.SIGKILL
+    assert port_is_free(server) and not servers()
 
 
 def test_an_error_in_the_block_takes_the_server_down(tools: Toolset, testbed: Path) -> None:
@@ -62,6 +123,7 @@ def test_a_damaged_model(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
         model.write_bytes(file.read(2_000_000))
     with pytest.raises(ToolFailed, match="cut short or damaged"), serve(tools, model, arguments=ARGUMENTS):
         pass
+    assert not servers()
 
 
 def test_not_ready_in_time(tools: Toolset, testbed: Path) -> None:
@@ -70,21 +132,24 @@ def test_not_ready_in_time(tools: Toolset, testbed: Path) -> None:
         serve(tools, testbed, arguments=ARGUMENTS, ready_within=0.01),
     ):
         pass
+    assert not servers()
 
 
-def test_sigterm_takes_the_server_down(tools: Toolset, testbed: Path) -> None:
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom apex_build.native.server import serve\n"
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_takes_the_server_down(tools: Toolset, testbed: Path, number: signal.Signals, code: int) -> None:
+    program = (
+        "import signal, sys, time\nfrom pathlib import Path\nfrom apex_build.native.server import serve\n"
         "from apex_build.native.toolset import find_toolset\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background have it ignored
         "with serve(find_toolset(Path(sys.argv[1])), Path(sys.argv[2]), arguments=sys.argv[3:]) as server:\n"
         "    print(server.process.pid, flush=True)\n    time.sleep(600)"
     )
-    arguments = [sys.executable, "-c", code, str(tools.root), str(testbed), *ARGUMENTS]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as parent:
+    arguments = [sys.executable, "-c", program, str(tools.root), str(testbed), *ARGUMENTS]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
         assert parent.stdout
         pid = int(parent.stdout.readline())
-        parent.terminate()
-        assert parent.wait(30) == 143
+        parent.send_signal(number)
+        assert parent.wait(30) == code
     deadline = time.monotonic() + 5
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

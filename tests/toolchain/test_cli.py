@@ -15,6 +15,7 @@ from apex_build.source.pins import load_pin
 from apex_build.toolchain import cache as build_cache
 from apex_build.toolchain.backends import BACKENDS, TOOLS
 from apex_build.toolchain.build import build, plan_build
+from apex_build.toolchain.gpus import found_gpus
 
 
 @pytest.fixture
@@ -29,17 +30,17 @@ def as_default(source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_build_list_verify(as_default: Path, cache: Path) -> None:
     run = CliRunner().invoke
     assert run(apex, ["build", "--list"]).output == "nothing has been built yet; apex build builds the tools\n"
-    planned = json.loads(run(apex, ["build", "--dry-run", "--json"]).stdout)
+    planned = json.loads(run(apex, ["build", "--backend", "cpu", "--dry-run", "--json"]).stdout)
     assert not planned["cached"]
     assert not (cache / "builds").exists()
 
-    first = run(apex, ["build", "--jobs", "1"])
+    first = run(apex, ["build", "--backend", "cpu", "--jobs", "1"])
     assert first.exit_code == 0
     assert ": built in " in first.stdout
-    again = json.loads(run(apex, ["build", "--json"]).stdout)
+    again = json.loads(run(apex, ["build", "--backend", "cpu", "--json"]).stdout)
     assert again["reused"]
     assert again["key"] == planned["key"]
-    assert "in the cache" in run(apex, ["build", "--dry-run"]).stdout
+    assert "in the cache" in run(apex, ["build", "--backend", "cpu", "--dry-run"]).stdout
     assert run(apex, ["build", "--verify"]).stdout.startswith("4 files of ")
     (listed,) = json.loads(run(apex, ["build", "--list", "--json"]).stdout)
     assert listed["current"]
@@ -49,8 +50,8 @@ def test_build_list_verify(as_default: Path, cache: Path) -> None:
 
 def test_another_pin_is_built_but_does_not_become_the_current_one(as_default: Path) -> None:
     run = CliRunner().invoke
-    run(apex, ["build"])
-    done = run(apex, ["build", "--pin", "latest"])
+    run(apex, ["build", "--backend", "cpu"])
+    done = run(apex, ["build", "--backend", "cpu", "--pin", "latest"])
     assert done.exit_code == 0
     assert "APEX_TOOLS=" in done.stdout
     listed = json.loads(run(apex, ["build", "--list", "--json"]).stdout)
@@ -59,14 +60,18 @@ def test_another_pin_is_built_but_does_not_become_the_current_one(as_default: Pa
 
 def test_no_source_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("APEX_SOURCE_DIR", str(tmp_path / "sources"))
-    done = CliRunner().invoke(apex, ["build", "--dry-run"])
+    done = CliRunner().invoke(apex, ["build", "--backend", "cpu", "--dry-run"])
     assert done.exit_code == 0
     assert "would be fetched first" in done.stdout
-    assert json.loads(CliRunner().invoke(apex, ["build", "--dry-run", "--json"]).stdout)["source"] is None
+    assert json.loads(CliRunner().invoke(apex, ["build", "--backend", "cpu", "--dry-run", "--json"]).stdout)["source"] is None
 
 
-def test_cuda_is_not_offered_yet() -> None:
-    assert CliRunner().invoke(apex, ["build", "--backend", "cuda"]).exit_code == 2
+def test_cuda_without_a_gpu_and_without_a_name() -> None:
+    if found_gpus():
+        pytest.skip("this machine has a GPU")
+    done = CliRunner().invoke(apex, ["build", "--backend", "cuda", "--dry-run"])
+    assert done.exit_code == 2
+    assert "name one with --gpu" in done.stderr
 
 
 def test_nothing_of_a_build_may_reach_the_network() -> None:

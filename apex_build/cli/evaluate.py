@@ -1,0 +1,267 @@
+"""`apex evaluate`: what a file is worth, measured with the native tools and with error bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from apex_build.cli import show
+from apex_build.errors import ApexError, CalibrationSetInvalid, ParameterUnknown
+from apex_build.evaluation.run import (
+    Inputs,
+    Result,
+    Work,
+    check_settings,
+    choose,
+    evaluate,
+    plan_work,
+    record,
+    recorded,
+    with_report,
+)
+from apex_build.evaluation.task import read_prompts
+from apex_build.gguf_model.model import read_model
+from apex_build.hookspecs import Evaluator, Figure
+from apex_build.native.lines import printable
+from apex_build.native.toolset import find_toolset
+from apex_build.plugins import load_plugins
+from apex_build.policy.parameters import parse_settings
+
+_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
+
+
+def evaluation_options(function: Any) -> Any:
+    """What `apex evaluate` and `apex sweep` share: what is measured, and on what."""
+    options = (
+        click.option("--reference", metavar="FILE", type=_PATH, help="A model file to compare with, such as the F16."),
+        click.option(
+            "--text",
+            "texts",
+            metavar="FILE",
+            type=_PATH,
+            multiple=True,
+            help="A text to score, one for each domain, named after it.",
+        ),
+        click.option(
+            "--prompts", metavar="FILE", type=_PATH, help='JSON lines: {"domain": ..., "prompt": ...}, as the model gets them.'
+        ),
+        click.option("--data", metavar="NAME=FILE", multiple=True, help="The data file of an evaluator: --data hellaswag=FILE."),
+        click.option(
+            "--only", metavar="NAME,NAME", multiple=True, help="These evaluators.  [default: all that have what they need]"
+        ),
+        click.option("--set", "settings", metavar="NAME.PARAMETER=VALUE", multiple=True, help="A parameter of an evaluator."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]"),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument("files", metavar="FILE...", nargs=-1, type=_PATH)
+@evaluation_options
+@click.option(
+    "--results",
+    type=_PATH,
+    default=Path("evaluation.jsonl"),
+    show_default=True,
+    help="Where each result goes, one JSON object a line.",
+)
+@click.option("--list", "list_", is_flag=True, help="List the evaluators with their parameters.")
+@click.option("--force", is_flag=True, help="Measure again what is in the results file.")
+@click.option("--dry-run", is_flag=True, help="Check everything, and say what would be run.")
+@click.option(
+    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
+)
+@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def command(
+    files: tuple[Path, ...],
+    reference: Path | None,
+    texts: tuple[Path, ...],
+    prompts: Path | None,
+    data: tuple[str, ...],
+    only: tuple[str, ...],
+    settings: tuple[str, ...],
+    threads: int | None,
+    results: Path,
+    list_: bool,
+    force: bool,
+    dry_run: bool,
+    tools_path: Path | None,
+    folders: tuple[Path, ...],
+    json_: bool,
+) -> None:
+    """Measure FILEs with evaluators: perplexity, divergence from a reference, the draft head's score and acceptance, speed.
+
+    Each result goes to the results file as soon as it is there; what is in it is not measured again, so a run that was interrupted
+    goes on. Text and prompts should not be what the files were calibrated on. Intervals are of 95 %.
+
+    \b
+    Examples:
+      apex evaluate i-nano.gguf --reference F16.gguf --text chat.txt --text code.txt
+      apex evaluate Q8_0.gguf i-nano.gguf --reference F16.gguf --only draft-head --text wiki.txt --set draft-head.depth=1
+      apex evaluate i-nano.gguf --only draft-acceptance --prompts prompts.jsonl --json
+      apex evaluate i-nano.gguf --only hellaswag --data hellaswag=hellaswag_val_full.txt
+      apex evaluate --list
+    """
+    plugins = load_plugins(folders)
+    evaluators = plugins.evaluators()
+    if list_:
+        _list(evaluators, json_)
+        return
+    if not files:
+        raise click.UsageError("Missing argument 'FILE...'.")
+    inputs = Inputs(
+        reference=read_model(reference, plugins.role_of) if reference else None,
+        texts=texts_by_domain(texts),
+        prompts=read_prompts(prompts) if prompts else (),
+        data=_data(data, evaluators),
+        settings=parse_settings(settings),
+    )
+    check_settings(inputs.settings, evaluators)
+    tools = find_toolset(tools_path)
+    works: list[Work] = []
+    for path in dict.fromkeys(files):
+        model = read_model(path, plugins.role_of)
+        chosen, left_out = choose(evaluators, names_of(only), model, inputs)
+        for line in left_out:
+            click.echo(f"{path.name}: left out {line}", err=True)
+        works += [plan_work(evaluator, model, inputs, tools, threads=threads) for evaluator in chosen]
+    if dry_run:
+        _dry_run(works, {} if force else recorded(results), json_)
+        return
+    recorded(results)  # refuse a wrong file before hours of work
+    done: list[Result] = []
+    with show.progress() as report:
+        for result in evaluate([with_report(work, report) for work in works], results, force=force):
+            done.append(result)
+            if result.error is not None:
+                task = result.work.task
+                click.echo(f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}", err=True)
+    if json_:
+        show.as_json([record(result) for result in done if result.error is None])
+    else:
+        for evaluator_name in dict.fromkeys(result.work.evaluator.name for result in done):
+            _print(evaluator_name, [result for result in done if result.work.evaluator.name == evaluator_name])
+    if failed := [result.error for result in done if result.error is not None]:
+        raise _summed_up(failed, len(done))
+
+
+def texts_by_domain(paths: Sequence[Path]) -> dict[str, Path]:
+    """Texts by the names of their files. Raises CalibrationSetInvalid for one that cannot be read, is empty, or shares a name."""
+    found: dict[str, Path] = {}
+    for path in dict.fromkeys(paths):
+        if not path.is_file():
+            raise CalibrationSetInvalid(f"{path}: no such text", hint="--text FILE, a UTF-8 text")
+        try:
+            with path.open(encoding="utf-8") as file:
+                empty = not file.read(1 << 20).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationSetInvalid(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        if empty:
+            raise CalibrationSetInvalid(f"{path}: the text is empty")
+        if path.stem in found:
+            raise CalibrationSetInvalid(f"{path} and {found[path.stem]} would both be the domain '{path.stem}'", hint="rename one")
+        found[path.stem] = path
+    return found
+
+
+def names_of(only: Sequence[str]) -> list[str]:
+    return [name.strip() for names in only for name in names.split(",") if name.strip()]
+
+
+def _data(given: Sequence[str], evaluators: Mapping[str, Evaluator]) -> dict[str, Path]:
+    found = {name: Path(path) for name, path in parse_settings(given).items()}
+    takers = [name for name, evaluator in evaluators.items() if "data" in (*evaluator.needs, *evaluator.uses)]
+    for name, path in found.items():
+        if name not in takers:
+            raise ParameterUnknown(f"--data {name}: no evaluator of this name takes a data file. These do: {', '.join(takers)}")
+        if not path.is_file():
+            raise CalibrationSetInvalid(f"{path}: no such data file for {name}", hint=f"--data {name}=FILE")
+    return found
+
+
+def _list(evaluators: Mapping[str, Evaluator], json_: bool) -> None:
+    if json_:
+        rows: list[dict[str, Any]] = [
+            {
+                "name": one.name, "plugin": one.plugin, "description": one.description, "needs": one.needs, "uses": one.uses,
+                "parameters": {name: {"default": p.default, "help": p.help} for name, p in one.parameters.items()},
+            }
+            for one in evaluators.values()
+        ]  # fmt: skip
+        show.as_json(rows)
+        return
+    cells = []
+    for one in evaluators.values():
+        parameters = ", ".join(f"{name}={parameter.default}" for name, parameter in one.parameters.items())
+        cells.append([one.name, one.description, ", ".join(one.needs), ", ".join(one.uses), parameters])
+    show.table("Evaluators", ("name", "what it measures", "needs", "uses", "parameters"), cells)
+
+
+def _dry_run(works: Sequence[Work], known: Mapping[str, Any], json_: bool) -> None:
+    rows = [
+        {"file": str(work.task.model.path), "evaluator": work.evaluator.name, "recorded": work.identity in known, **work.parts}
+        for work in works
+    ]
+    if json_:
+        show.as_json(rows)
+        return
+    for row in rows:
+        settings = " ".join(f"{name}={value}" for name, value in row["settings"].items())
+        state = "  (recorded already)" if row["recorded"] else ""
+        click.echo(f"{row['evaluator']} on {row['file']}: {settings}{state}")
+
+
+def _print(evaluator: str, results: Sequence[Result]) -> None:
+    """One table for an evaluator: a row for each figure, a column for each file."""
+    rows: dict[tuple[str, str], dict[str, Figure]] = {}
+    names = [result.work.task.model.path.name for result in results if result.error is None]
+    for result in results:
+        for figure in result.figures:
+            rows.setdefault((figure.domain, figure.name), {})[result.work.task.model.path.name] = figure
+    if not names:
+        return
+    cells = [
+        [domain or "all", name, *(shown(of.get(file)) for file in names)] for (domain, name), of in sorted(rows.items(), key=_order)
+    ]
+    show.table(evaluator, ("domain", "figure", *names), cells, right=names)
+
+
+def _order(item: tuple[tuple[str, str], Any]) -> str:
+    return item[0][0]  # the whole first, then by domain; figures as the evaluator gives them
+
+
+def shown(figure: Figure | None) -> str:
+    """A figure for a person: value, interval, unit."""
+    if figure is None:
+        return ""
+    if figure.value is None:
+        return figure.note or "-"
+    digits = _digits(figure)
+    text = f"{figure.value:.{digits}f}"
+    if figure.low is not None and figure.high is not None:
+        text += f" [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+    return f"{text} {figure.unit}".rstrip() + (f" ({figure.note})" if figure.note else "")
+
+
+def _digits(figure: Figure) -> int:
+    """Enough to see the interval, and no more than it bears out."""
+    value = abs(figure.value or 0.0)
+    if value == int(value) and figure.low is None:
+        return 0
+    width = (figure.high - figure.low) if figure.low is not None and figure.high is not None else value / 100
+    digits = 2
+    while digits < 6 and 0 < width < 10**-digits * 10:
+        digits += 1
+    return digits
+
+
+def _summed_up(failed: Sequence[ApexError], total: int) -> ApexError:
+    """The first failure, said once more at the end with the exit code that is its own."""
+    first = failed[0]
+    return type(first)(f"{len(failed)} of {total} measurements failed; the first: {first.message}", hint=first.hint)

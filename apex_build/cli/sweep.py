@@ -1,0 +1,237 @@
+"""`apex sweep`: how far down a part of a model can go, one file for each value of a policy's parameter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from apex_build.cli import show
+from apex_build.cli.evaluate import _data as data_files
+from apex_build.cli.evaluate import evaluation_options, names_of, texts_by_domain
+from apex_build.errors import DataMissing
+from apex_build.evaluation.run import Inputs, check_settings
+from apex_build.evaluation.sweep import Request, Sweep, plan_sweep
+from apex_build.evaluation.sweep_rows import Row, as_data
+from apex_build.evaluation.sweep_run import Outcome, planned_row, run_sweep
+from apex_build.evaluation.task import read_prompts
+from apex_build.gguf_model.model import read_model
+from apex_build.hookspecs import PolicySpec
+from apex_build.native.lines import printable
+from apex_build.native.toolset import find_toolset
+from apex_build.places import model_stem
+from apex_build.plugins import load_plugins
+from apex_build.policy.parameters import parse_settings
+from apex_build.report import plot
+from apex_build.report.knee import mb
+from apex_build.report.sweep import Report, check_scores, default_score, report_sweep, write_report
+
+_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
+
+
+@click.command()
+@click.argument("model_path", metavar="MODEL", type=_PATH)
+@click.option(
+    "--over",
+    metavar="NAME=VALUE,...",
+    multiple=True,
+    required=True,
+    help="A parameter and its values; given twice: every combination.",
+)
+@click.option("--policy", "policy_name", metavar="NAME", default="draft-head-only", show_default=True, help="The policy.")
+@click.option("--imatrix", type=_PATH, help="Calibration data of the whole model: apex calibrate makes it.")
+@click.option("--imatrix-without-head", "without", type=_PATH, help="For the other curve.  [default: made from --imatrix]")
+@click.option("--with-head", "curves", flag_value="with", help="Only with the head's calibration data.")
+@click.option("--without-head", "curves", flag_value="without", help="Only without the head's calibration data.")
+@click.option("--baseline", metavar="NAME=VALUE,...", help="What losses are taken against.  [default: Q8_0 for every swept type]")
+@evaluation_options
+@click.option(
+    "--score", "scores", metavar="NAME", multiple=True, help="The figure to show.  [default: depth1.agreement, or kld.mean]"
+)
+@click.option("--bound", type=click.FloatRange(min=0), help="The knee is the smallest that loses less.  [default: 0.5 points]")
+@click.option("-o", "--output", "folder", metavar="FOLDER", type=_PATH, required=True, help="Where the results go.")
+@click.option("--keep", is_flag=True, help="Keep the files that this run quantizes, in FOLDER/files.")
+@click.option("--dry-run", is_flag=True, help="Check everything, and say what would be made.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@click.option(
+    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
+)
+@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
+def command(
+    model_path: Path,
+    over: tuple[str, ...],
+    policy_name: str,
+    imatrix: Path | None,
+    without: Path | None,
+    curves: str | None,
+    baseline: str | None,
+    reference: Path | None,
+    texts: tuple[Path, ...],
+    prompts: Path | None,
+    data: tuple[str, ...],
+    only: tuple[str, ...],
+    settings: tuple[str, ...],
+    threads: int | None,
+    scores: tuple[str, ...],
+    bound: float | None,
+    folder: Path,
+    keep: bool,
+    dry_run: bool,
+    json_: bool,
+    tools_path: Path | None,
+    folders: tuple[Path, ...],
+) -> None:
+    """Quantize MODEL once for each value of a parameter, measure each file, and show what the bytes buy.
+
+    Each value is tried with the head's calibration data and without. A file is deleted once it is measured. FOLDER gets sweep.jsonl
+    with a line for each point, table.md, and a plot with the knee marked. A sweep that was interrupted goes on when the same
+    command is given again, and more values may be given then. --set takes parameters of the policy and of evaluators.
+
+    \b
+    Examples:
+      apex sweep F16.gguf --over draft_head=Q8_0,Q4_K,IQ3_XXS,Q2_K,IQ2_XXS --imatrix F16.imatrix.gguf --text chat.txt -o sweep
+      apex sweep F16.gguf --over draft_head.routed=IQ2_XXS,IQ3_XXS --over draft_head.other=Q4_K,Q6_K --with-head \\
+          --imatrix F16.imatrix.gguf --text chat.txt --text code.txt -o mixtures
+      apex sweep F16.gguf --policy i-nano --over draft_head=Q8_0,IQ2_XXS --imatrix F16.imatrix.gguf --text chat.txt -o nano
+      apex sweep F16.gguf --policy uniform --over type=Q6_K,Q4_K,Q3_K --reference F16.gguf --only kld --imatrix F16.imatrix.gguf \\
+          --text chat.txt -o trunk
+    """
+    plugins = load_plugins(folders)
+    evaluators = plugins.evaluators()
+    policy = plugins.policy(policy_name)
+    swept = values_of_sweep(over)
+    of_evaluators, of_policy = _divided(parse_settings(settings), policy, set(evaluators))
+    check_settings(of_evaluators, evaluators)
+    model = read_model(model_path, plugins.role_of)
+    if imatrix is None:
+        raise DataMissing(
+            "a sweep needs an imatrix of the model: none was given", hint=f"apex calibrate {model_path}, then --imatrix"
+        )
+    request = Request(
+        model=model,
+        policy=policy,
+        parameters=of_policy,
+        over=swept,
+        imatrix=imatrix,
+        folder=folder,
+        tools=find_toolset(tools_path),
+        evaluators=evaluators,
+        only=names_of(only),
+        inputs=Inputs(
+            reference=read_model(reference, plugins.role_of) if reference else None,
+            texts=texts_by_domain(texts),
+            prompts=read_prompts(prompts) if prompts else (),
+            data=data_files(data, evaluators),
+            settings=of_evaluators,
+        ),
+        imatrix_without_head=without,
+        curves=None if curves is None else (curves == "with",),
+        baseline=parse_settings(baseline.split(",")) if baseline else {},
+        threads=threads,
+    )
+    with show.progress() as report:
+        sweep = plan_sweep(request, keep=keep, report=report)
+    if dry_run:
+        _dry_run(sweep, json_)
+        return
+    outcomes = _run(sweep, scores, keep)
+    rows = [outcome.row for outcome in outcomes]
+    by_head = request.sweeps_head
+    chosen = scores or (default_score(rows),)
+    against = reference.name if reference else ""
+    counted = "positions" if all("text" in one.needs for one in sweep.evaluators) else ""
+    name = model_stem(model.path)
+    reports = [
+        report_sweep(rows, score, name, by_head=by_head, bound=bound, reference=against, counted=counted) for score in chosen
+    ]
+    written = write_report(folder, reports)
+    if json_:
+        show.as_json({"points": [as_data(row) for row in rows], "knees": [line for one in reports for line in one.knees]})
+    else:
+        _print(reports, written)
+    if not plot.available():
+        click.echo(plot.MISSING, err=True)
+    if failed := [error for outcome in outcomes for error in outcome.errors]:
+        raise type(failed[0])(f"{len(failed)} measurements failed; the first: {failed[0].message}", hint=failed[0].hint)
+
+
+def values_of_sweep(over: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`NAME=VALUE,VALUE` options as parameter -> values. Raises UsageError where there is no value, or a parameter comes twice."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, values in ((name.strip(), values) for name, _, values in (one.partition("=") for one in over)):
+        given = tuple(dict.fromkeys(value.strip() for value in values.split(",") if value.strip()))
+        if not name or not given:
+            raise click.UsageError(f"--over {name or '?'}: expected NAME=VALUE,VALUE,..., found no value")
+        if name in found:
+            raise click.UsageError(f"--over {name} is given twice: give all its values at once")
+        found[name] = given
+    return found
+
+
+def _divided(settings: dict[str, str], policy: PolicySpec, evaluators: set[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Settings of evaluators, and of the policy: all others."""
+    own = {name for name in settings if name.partition(".")[0] in evaluators and name not in policy.parameters}
+    return {name: settings[name] for name in own}, {name: value for name, value in settings.items() if name not in own}
+
+
+def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
+    """Run it, with a line and the time left after each point."""
+    outcomes: list[Outcome] = []
+    left = sum(1 for point in sweep.points if point.job and point.identity not in sweep.known)
+    began, done = time.monotonic(), 0
+    try:
+        for outcome in run_sweep(sweep, keep=keep, progress=show.progress):
+            outcomes.append(outcome)
+            ours = bool(outcome.row.measured or outcome.errors) and not outcome.reused
+            done, left = done + ours, left - ours
+            eta = f", {(time.monotonic() - began) / done * left:.0f} s left" if ours and left else ""
+            click.echo(f"[{len(outcomes)}/{len(sweep.points)}] {outcome.row.name}: {_said(outcome, scores)}{eta}", err=True)
+            check_scores([outcome.row], scores)  # after the first point, not after hours
+            if outcome.errors and outcome.row.baseline:
+                raise outcome.errors[0]  # there would be nothing to compare the others with
+    except KeyboardInterrupt:
+        click.echo("the points that were measured are kept: the same command goes on from there", err=True)
+        raise
+    return outcomes
+
+
+def _said(outcome: Outcome, scores: Sequence[str]) -> str:
+    row = outcome.row
+    if row.refused:
+        return "refused"
+    if outcome.errors:
+        return f"failed: {printable(outcome.errors[0].message)}"
+    score = scores[0] if scores else default_score([row])
+    figure = row.figure(score)
+    value = f"{score} {figure.value:.4g} {figure.unit}".rstrip() if figure and figure.value is not None else "measured"
+    return f"{value}{' (measured before)' if outcome.reused else f' ({row.seconds:.0f} s)'}"
+
+
+def _dry_run(sweep: Sweep, json_: bool) -> None:
+    rows = [(planned_row(point, sweep), point.identity in sweep.known) for point in sweep.points]
+    if json_:
+        show.as_json([{**as_data(row), "recorded": recorded} for row, recorded in rows])
+        return
+    cells = [(row.name, _bytes(row.head_bytes), _bytes(row.file_bytes), _state(row, recorded)) for row, recorded in rows]
+    show.table(f"Sweep, {len(rows)} points", ("point", "head", "file", "state"), cells, right=("head", "file"))
+    click.echo(f"evaluators: {', '.join(one.name for one in sweep.evaluators)}")
+    click.echo(f"room on the disk: {show.size(sweep.room)}" + ("; the trunk is quantized once" if sweep.trunk_once else ""))
+
+
+def _bytes(n_bytes: int | None) -> str:
+    return mb(n_bytes) if n_bytes else ""
+
+
+def _state(row: Row, recorded: bool) -> str:
+    state = "refused" if row.refused else "recorded" if recorded else "to do"
+    return state + (", the baseline" if row.baseline else "") + (", head without data" if row.uncalibrated else "")
+
+
+def _print(reports: Sequence[Report], written: Sequence[Path]) -> None:
+    for one in reports:
+        show.table(one.table.title, one.table.columns, one.table.rows, right=one.table.right)
+        for line in (*one.table.notes, *one.knees):
+            click.echo(printable(line))
+    click.echo(f"written: {', '.join(str(path) for path in written)}")

@@ -1,0 +1,231 @@
+"""Evaluators over files: checked first, each result recorded as soon as it is there, and what is recorded not redone."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import difflib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from apex_build import __version__
+from apex_build.errors import ApexError, EvaluationRefused, EvaluatorUnknown, OutputUnwritable, ParameterUnknown
+from apex_build.evaluation.task import Prompt, Task
+from apex_build.evaluation.vocabulary import check_same_vocabulary
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.fingerprint import fingerprint
+from apex_build.hookspecs import Evaluator, Figure
+from apex_build.identity import sha256_file, sha256_json
+from apex_build.native.ggml import Ggml
+from apex_build.native.toolset import Toolset
+from apex_build.policy.parameters import Value, values_of
+from apex_build.progress import Report, silent
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What evaluators may be given beside the file: each takes only what it needs or uses."""
+
+    reference: Model | None = None
+    texts: Mapping[str, Path] = field(default_factory=dict, hash=False)  # domain -> UTF-8 text
+    prompts: tuple[Prompt, ...] = ()
+    data: Mapping[str, Path] = field(default_factory=dict, hash=False)  # evaluator -> its file
+    settings: Mapping[str, str] = field(default_factory=dict, hash=False)  # evaluator.parameter -> value
+
+
+@dataclass(frozen=True)
+class Work:
+    """One evaluator on one file, checked and ready. `parts` is what its result depends on; `identity` their sha256."""
+
+    evaluator: Evaluator
+    task: Task
+    parts: Mapping[str, Any] = field(hash=False)
+    identity: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """`figures`, or the error that kept them from being had. `reused`: they were recorded before."""
+
+    work: Work
+    figures: tuple[Figure, ...]
+    seconds: float
+    reused: bool = False
+    error: ApexError | None = None
+
+
+def choose(
+    evaluators: Mapping[str, Evaluator], only: Sequence[str], model: Model, inputs: Inputs
+) -> tuple[list[Evaluator], list[str]]:
+    """The evaluators for a file: those of `only`, or all that have what they need. Second, a line for each left out.
+
+    Raises EvaluatorUnknown; EvaluationRefused where one of `only` lacks something.
+    """
+    for name in only:
+        if name not in evaluators:
+            near = difflib.get_close_matches(name, evaluators, n=3, cutoff=0.5)
+            nearby = f"; near it: {', '.join(near)}" if near else ""
+            raise EvaluatorUnknown(f"there is no evaluator '{name}'{nearby}. There are: {', '.join(evaluators)}")
+    chosen, left_out = [], []
+    for name in dict.fromkeys(only) or evaluators:
+        lacking = _lacking(evaluators[name], model, inputs)
+        if lacking is None:
+            chosen.append(evaluators[name])
+        elif only:
+            raise EvaluationRefused(f"{name} cannot be run on {model.path}: {lacking[0]}", hint=lacking[1])
+        else:
+            left_out.append(f"{name}: {lacking[0]}")
+    if not chosen:
+        raise EvaluationRefused(f"nothing to measure {model.path} with: {'; '.join(left_out)}", hint="apex evaluate --help")
+    return chosen, left_out
+
+
+def plan_work(
+    evaluator: Evaluator, model: Model, inputs: Inputs, tools: Toolset, *, threads: int | None = None, report: Report = silent
+) -> Work:
+    """Raises ParameterUnknown, EvaluationRefused (a reference of another vocabulary)."""
+    takes = {*evaluator.needs, *evaluator.uses}
+    reference = inputs.reference if "reference" in takes else None
+    if reference is not None:
+        check_same_vocabulary(model, reference)
+    texts = inputs.texts if "text" in takes else {}
+    prompts = inputs.prompts if "prompts" in takes else ()
+    data = inputs.data.get(evaluator.name) if "data" in takes else None
+    settings = settings_of(evaluator, inputs.settings, tools)
+    task = Task(evaluator.name, model, tools, reference, texts, prompts, data, settings, threads, report)
+    parts: dict[str, Any] = {
+        "evaluator": evaluator.name,
+        "model": fingerprint(model),
+        "reference": fingerprint(reference) if reference else None,
+        "texts": {domain: sha256_file(path) for domain, path in texts.items()},
+        "prompts": sha256_json([[prompt.domain, prompt.text] for prompt in prompts]) if prompts else None,
+        "data": sha256_file(data) if data else None,
+        "settings": settings,
+        "tools": tools.identity,
+    }
+    if evaluator.timed:
+        parts |= {"machine": platform.node(), "cores": len(os.sched_getaffinity(0)), "threads": threads}
+    return Work(evaluator, task, parts, sha256_json(parts))
+
+
+def settings_of(evaluator: Evaluator, given: Mapping[str, str], tools: Toolset) -> dict[str, Value]:
+    """The evaluator's parameters, those given as `evaluator.parameter` among them."""
+    own = {name.partition(".")[2]: value for name, value in given.items() if name.partition(".")[0] == evaluator.name}
+    return values_of(f"evaluator '{evaluator.name}'", evaluator.parameters, dict(own), Ggml(tools))
+
+
+def check_settings(given: Mapping[str, str], evaluators: Mapping[str, Evaluator]) -> None:
+    """Raises ParameterUnknown for a setting that belongs to no evaluator."""
+    for name in given:
+        owner, dot, _ = name.partition(".")
+        if not dot or owner not in evaluators:
+            raise ParameterUnknown(
+                f"'{name}' is not EVALUATOR.PARAMETER, the evaluator one of {', '.join(evaluators)}",
+                hint="for example: --set draft-head.depth=2",
+            )
+
+
+def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool = False) -> Iterator[Result]:
+    """Do the work, what shares the machine first and what is timed last; one after the other, each with all cores.
+
+    Results are appended to `results`, one JSON object a line, and taken from there where they are; `force` measures again.
+    An evaluator that fails gives a Result with its error, and the others go on. Raises OutputUnwritable.
+    """
+    known = {} if force or results is None else recorded(results)
+    for work in sorted(works, key=lambda work: work.evaluator.timed):
+        if (line := known.get(work.identity)) is not None:
+            yield Result(work, tuple(Figure(**figure) for figure in line["figures"]), line["seconds"], True)
+            continue
+        began = time.monotonic()
+        try:
+            figures = tuple(work.evaluator.evaluate(work.task))
+        except ApexError as error:
+            yield Result(work, (), time.monotonic() - began, error=error)
+            continue
+        result = Result(work, figures, time.monotonic() - began)
+        if results is not None:
+            _append(results, record(result))
+        yield result
+
+
+def recorded(path: Path) -> dict[str, dict[str, Any]]:
+    """Records of a results file by identity. A last line cut short by a crash is passed over. Raises EvaluationRefused."""
+    if not path.exists():
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    names = {one.name for one in dataclasses.fields(Figure)}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputUnwritable(f"{path}: not a file of results: {error}", hint="give another with --results") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not all(set(figure) <= names for figure in row["figures"]) or not isinstance(row["seconds"], (int, float)):
+                raise ValueError
+            found[row["identity"]] = row
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise OutputUnwritable(
+                    f"{path}:{number}: not a result of apex evaluate", hint="give another file with --results"
+                ) from None
+    return found
+
+
+def record(result: Result) -> dict[str, Any]:
+    """What a results file holds of a result."""
+    task = result.work.task
+    return {
+        "identity": result.work.identity,
+        "file": task.model.path.name,
+        **result.work.parts,
+        "plugin": result.work.evaluator.plugin,
+        "apex": __version__,
+        "reference_file": task.reference.path.name if task.reference else None,
+        "figures": [asdict(figure) for figure in result.figures],
+        "seconds": round(result.seconds, 3),
+        "measured": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    """One line at once, whole or not at all; after a line that a crash cut short, that line goes."""
+    try:
+        if path.exists() and not (text := path.read_bytes()).endswith(b"\n") and text:
+            path.write_bytes(text[: text.rfind(b"\n") + 1])
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+    except OSError as error:
+        raise OutputUnwritable(
+            f"{path}: the results cannot be written: {error.strerror}", hint="give another with --results"
+        ) from None
+
+
+def _lacking(evaluator: Evaluator, model: Model, inputs: Inputs) -> tuple[str, str] | None:
+    """What the evaluator needs and is not there: what to say, and the mend."""
+    tests: dict[str, tuple[Callable[[], bool], str, str]] = {
+        "head": (lambda: model.head_layers > 0, "the file has no draft head", "apex inspect FILE"),
+        "text": (lambda: bool(inputs.texts), "it needs a text", "--text FILE (several times, one for each domain)"),
+        "prompts": (lambda: bool(inputs.prompts), "it needs prompts", "--prompts FILE.jsonl"),
+        "reference": (lambda: inputs.reference is not None, "it needs a reference model", "--reference F16.gguf"),
+        "data": (lambda: evaluator.name in inputs.data, "it needs its data file", f"--data {evaluator.name}=FILE"),
+    }
+    for need in evaluator.needs:
+        if need not in tests:
+            raise EvaluationRefused(
+                f"evaluator '{evaluator.name}' of plugin '{evaluator.plugin}' needs '{need}', which nothing gives"
+            )
+        there, what, mend = tests[need]
+        if not there():
+            return what, mend
+    return None
+
+
+def with_report(work: Work, report: Report) -> Work:
+    return replace(work, task=replace(work.task, report=report))

@@ -1,0 +1,271 @@
+"""Planning a sweep: one file for each combination of values of a policy's parameters, checked before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from apex_build.calibration.without_head import holds_head, write_without_head
+from apex_build.errors import DataMissing, EvaluationRefused, ImatrixMismatch, OutputUnwritable, ParameterUnknown, ShapeUnfit
+from apex_build.evaluation.run import Inputs, choose, plan_work
+from apex_build.evaluation.sweep_rows import Row, curve_name, point_name, read_rows
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.fingerprint import fingerprint
+from apex_build.gguf_model.imatrix import read_imatrix
+from apex_build.hookspecs import Evaluator, PolicySpec
+from apex_build.identity import read_json, sha256_file, sha256_json
+from apex_build.native.ggml import Ggml
+from apex_build.native.toolset import Toolset
+from apex_build.places import model_stem
+from apex_build.policy.parameters import Value, resolve
+from apex_build.policy.plan import Plan, make_plan
+from apex_build.progress import Report, Step, silent
+from apex_build.quantization.preflight import Allowed, check_output
+from apex_build.quantization.provenance import identity as file_identity
+from apex_build.quantization.run import Job, prepare
+from apex_build.quantization.trunk_once import same_trunk, trunk_job
+
+BASELINE_TYPE = "Q8_0"
+MANIFEST = "sweep.json"
+_LONGEST_NAME = 120
+_ELSEWHERE = "give another folder with -o"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. `over`: parameter -> its values; `curves`: with the head's calibration data (True), without (False).
+
+    `imatrix_without_head`: where it is not given, `imatrix` without the head's entries. `baseline`: its values where they are not
+    Q8_0 (of a parameter that takes a type) or the first of `over` (of any other); there is none with a reference in `inputs`.
+    """
+
+    model: Model
+    policy: PolicySpec
+    parameters: Mapping[str, Value]
+    over: Mapping[str, Sequence[str]]
+    imatrix: Path
+    folder: Path
+    tools: Toolset
+    evaluators: Mapping[str, Evaluator]
+    only: Sequence[str]
+    inputs: Inputs
+    imatrix_without_head: Path | None = None
+    curves: Sequence[bool] | None = None
+    baseline: Mapping[str, str] = field(default_factory=dict)
+    threads: int | None = None
+
+    @property
+    def sweeps_head(self) -> bool:
+        return any(name.startswith("draft_head") for name in self.over)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One file. `job` is None where the tools would refuse it, and `refused` says why."""
+
+    values: Mapping[str, str]
+    head_data: bool
+    baseline: bool
+    plan: Plan | None  # None too where the shapes do not allow it
+    job: Job | None
+    refused: str
+    identity: str
+
+    @property
+    def name(self) -> str:
+        return point_name(self.values, self.head_data)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep. The baseline, if there is one, is the first point."""
+
+    request: Request
+    points: tuple[Point, ...]
+    evaluators: tuple[Evaluator, ...]
+    parts: Mapping[str, Any]  # what every point's result depends on
+    derived: bool  # the imatrix without the head is made of the other
+    trunk_once: bool  # the points differ in the head alone
+    known: Mapping[str, Row]  # measured before, by identity
+    room: int  # bytes of the files that lie on the disk together
+
+    @property
+    def baseline(self) -> Point | None:
+        return self.points[0] if self.points[0].baseline else None
+
+
+def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent) -> Sweep:
+    """Check all of it, and plan every file; nothing is written. `keep`: the files are to stay.
+
+    Raises ParameterUnknown, TypeUnknown, EvaluationRefused, EvaluatorUnknown, ImatrixInvalid, ImatrixMismatch, DataMissing (where
+    the baseline, or no point at all, can be quantized), OutputUnwritable (also for another sweep's folder), DiskTooSmall.
+    """
+    request, baseline = _checked(request)
+    evaluators = _evaluators(request)
+    curves = _curves(request)
+    parts = _parts(request, evaluators, baseline)
+    _check_folder(request.folder, parts)
+    combinations = [dict(zip(request.over, values, strict=True)) for values in itertools.product(*request.over.values())]
+    wanted = [(values, curve) for curve in curves for values in combinations]
+    paired = request.inputs.reference is None
+    if paired:
+        first = (baseline, curves[0])
+        wanted = [first, *(one for one in wanted if one != first)]
+    with tempfile.TemporaryDirectory(prefix="apex-sweep-") as scratch:
+        imatrices, derived = _imatrices(request, curves, Path(scratch))
+        points = []
+        for number, (values, curve) in enumerate(wanted):
+            report(Step("planning", number, len(wanted), "files"))
+            points.append(_point(request, values, curve, imatrices[curve], parts, baseline=paired and number == 0))
+        jobs = [point.job for point in points if point.job]
+        if paired and points[0].job is None:
+            raise DataMissing(
+                f"the baseline, {points[0].name}, cannot be quantized: {points[0].refused}", hint="--baseline NAME=VALUE"
+            )
+        if not jobs:
+            raise DataMissing(f"no point of the sweep can be quantized; {points[0].name}: {points[0].refused}")
+        trunk_once = len(jobs) > 1 and request.sweeps_head and same_trunk(jobs)
+        room = _check_disk(request, jobs, trunk_once, keep)
+    return Sweep(request, tuple(points), tuple(evaluators), parts, derived, trunk_once, read_rows(request.folder), room)
+
+
+def headless_name(request: Request) -> str:
+    return f"{request.imatrix.name.removesuffix('.gguf')}-without-head.gguf"
+
+
+def _checked(request: Request) -> tuple[Request, dict[str, str]]:
+    """The request with its values as the policy writes them, q4_k as Q4_K, and the baseline's values."""
+    ggml = Ggml(request.tools)
+
+    def written(name: str, value: str) -> str:
+        return str(resolve(request.policy, {**request.parameters, name: value}, ggml)[name])
+
+    over = {}
+    for name, values in request.over.items():
+        if name in request.parameters:
+            raise ParameterUnknown(f"'{name}' is both swept and set", hint=f"leave out --set {name}=...")
+        over[name] = tuple(dict.fromkeys(written(name, value) for value in values))
+    if odd := [name for name in request.baseline if name not in over]:
+        raise ParameterUnknown(f"--baseline {odd[0]}: the sweep is over {', '.join(over)}")
+    if request.sweeps_head and not request.model.head_layers:
+        name = next(name for name in over if name.startswith("draft_head"))
+        raise EvaluationRefused(
+            f"{request.model.path} has no draft head, and the sweep is over '{name}'", hint=f"apex inspect {request.model.path}"
+        )
+    known = request.policy.parameters
+    typed = {name for name in over if name in known and known[name].kind == "type"}
+    baseline = {name: BASELINE_TYPE if name in typed else values[0] for name, values in over.items()}
+    baseline |= {name: written(name, value) for name, value in request.baseline.items()}
+    return replace(request, over=over), baseline
+
+
+def _evaluators(request: Request) -> list[Evaluator]:
+    # while there is no file yet the model stands for the baseline: it has the same head and vocabulary
+    inputs = replace(request.inputs, reference=request.inputs.reference or request.model)
+    only = request.only or (["draft-head"] if request.sweeps_head else ["kld"])
+    return choose(request.evaluators, only, request.model, inputs)[0]
+
+
+def _curves(request: Request) -> list[bool]:
+    """Raises DataMissing, ImatrixMismatch."""
+    curves = list(request.curves or ((True, False) if request.sweeps_head else (True,)))
+    if True in curves and request.sweeps_head and not _has_head(request.imatrix, request.model):
+        raise DataMissing(
+            f"{request.imatrix} holds nothing for the draft head of {request.model.path}",
+            hint=f"apex calibrate {request.model.path}, which runs the draft head too; or --without-head",
+        )
+    without = request.imatrix_without_head
+    if without and _has_head(without, request.model):
+        raise ImatrixMismatch(f"--imatrix-without-head {without}: it holds data for the draft head of {request.model.path}")
+    return curves
+
+
+def _has_head(imatrix: Path, model: Model) -> bool:
+    return any(holds_head(name, model) for name in read_imatrix(imatrix).entries)
+
+
+def _imatrices(request: Request, curves: Sequence[bool], scratch: Path) -> tuple[dict[bool, Path], bool]:
+    """Curve -> imatrix, and whether that without the head was derived."""
+    found = {True: request.imatrix, False: request.imatrix_without_head or request.imatrix}
+    derived = False in curves and not request.imatrix_without_head and _has_head(request.imatrix, request.model)
+    if derived:
+        found[False] = scratch / headless_name(request)
+        write_without_head(request.imatrix, request.model, found[False])
+    return found, derived
+
+
+def _point(
+    request: Request, values: Mapping[str, str], head_data: bool, imatrix: Path, parts: Mapping[str, Any], *, baseline: bool
+) -> Point:
+    name = "-".join([model_stem(request.model.path), *(f"{key}-{value}" for key, value in values.items())])
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{sha256_json(values)[:8]}"
+    out = Path(f"{name}-{curve_name(head_data).replace(' ', '-')}.gguf")
+    parameters = {**request.parameters, **values}
+    allowed = Allowed(uncalibrated=not head_data)
+    plan, job, refused = None, None, ""
+    try:
+        job = prepare(request.model, request.policy, parameters, request.tools, out, imatrix=imatrix, allowed=allowed)
+        plan = job.plan
+    except (DataMissing, ShapeUnfit) as error:
+        refused = error.message.replace(str(imatrix), imatrix.name)
+        with contextlib.suppress(ShapeUnfit):  # for the bytes that it would have
+            plan = make_plan(request.model, request.policy, parameters, request.tools, imatrix)
+    file = file_identity(job.keys) if job else sha256_file(imatrix)
+    identity = sha256_json({"sweep": parts, "values": values, "head_data": head_data, "file": file})
+    return Point(values, head_data, baseline, plan, job, refused, identity)
+
+
+def _parts(request: Request, evaluators: Sequence[Evaluator], baseline: Mapping[str, str]) -> dict[str, Any]:
+    """What every point's result depends on. Not the values: a sweep may be given more of them."""
+    works = [plan_work(one, request.model, request.inputs, request.tools, threads=request.threads) for one in evaluators]
+    without = request.imatrix_without_head
+    parts = {
+        "model": fingerprint(request.model),
+        "policy": request.policy.name,
+        "parameters": {name: str(value) for name, value in request.parameters.items()},
+        "over": list(request.over),
+        "imatrix": sha256_file(request.imatrix),
+        "imatrix_without_head": sha256_file(without) if without else None,
+        "baseline": None if request.inputs.reference else dict(baseline),
+        "tools": request.tools.identity,
+        "evaluators": [{key: value for key, value in work.parts.items() if key not in ("model", "tools")} for work in works],
+    }
+    same: dict[str, Any] = json.loads(json.dumps(parts))  # as it will be read again
+    return same
+
+
+def _check_folder(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Raises OutputUnwritable unless the folder is new, empty, or of the same sweep."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputUnwritable(f"{folder} is not a folder", hint=_ELSEWHERE)
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        if any(folder.iterdir()):
+            raise OutputUnwritable(f"{folder} is not empty, and holds no sweep", hint=_ELSEWHERE)
+        return
+    try:
+        before = read_json(manifest)
+        other = [name for name in parts if before.get(name) != parts[name]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise OutputUnwritable(f"{manifest} is damaged: {error}", hint=_ELSEWHERE) from None
+    if other:
+        raise OutputUnwritable(f"{folder} holds another sweep, which differs in: {', '.join(other)}", hint=_ELSEWHERE)
+
+
+def _check_disk(request: Request, jobs: Sequence[Job], trunk_once: bool, keep: bool) -> int:
+    """Room for the files that lie there together: the trunk, the baseline, and the largest of the others, or all of them."""
+    largest = max(jobs, key=lambda job: job.n_bytes)
+    before = trunk_job(largest, largest.out).n_bytes if trunk_once else 0
+    before += sum(job.n_bytes for job in jobs) - largest.n_bytes if keep else jobs[0].n_bytes if len(jobs) > 1 else 0
+    place = request.folder if request.folder.is_dir() else request.folder.parent
+    check_output(place / largest.out.name, largest.inputs, largest.n_bytes, force=True, before=before)
+    return before + largest.n_bytes

@@ -1,0 +1,107 @@
+"""What a point of a sweep loses against the baseline, and the knee: the smallest whose loss is under a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from apex_build.evaluation.sweep_rows import Row, curve_name
+from apex_build.hookspecs import Figure
+
+# a figure whose dotted name has one of these words is better when it is lower
+_LOWER = frozenset({"kld", "ppl", "perplexity", "mean_kld", "divergence"})
+DIFFERENCE = ".difference"  # what evaluators add to the name of a figure for its paired difference from the reference
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a file is worse by than the reference, paired, with its 95 % interval if that is known. Negative: it is better."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Knee:
+    """Of one curve: the `smallest` by the estimate, and the smallest whose whole interval is under the bound, `firm`."""
+
+    head_data: bool
+    bound: float
+    smallest: Row | None
+    firm: Row | None
+
+
+def lower_is_better(score: str) -> bool:
+    return any(word in _LOWER for word in score.split("."))
+
+
+def loss_of(row: Row, score: str) -> Loss | None:
+    """From the paired difference that goes with the score. The trunk's divergence from the reference is a loss already."""
+    figure = row.figure(score + DIFFERENCE) or (row.figure(score) if score.startswith("kld.") else None)
+    if figure is None or figure.value is None:
+        return None
+    if lower_is_better(score):
+        return Loss(figure.value, figure.low, figure.high)
+    low, high = (None if bound is None else 0.0 - bound for bound in (figure.high, figure.low))
+    return Loss(0.0 - figure.value, low, high)
+
+
+def size_of(row: Row, by_head: bool) -> int:
+    """Bytes that a sweep is about: of the head, or of the whole file."""
+    return (row.head_bytes if by_head else row.file_bytes or (row.head_bytes or 0) + (row.trunk_bytes or 0)) or 0
+
+
+def find_knees(rows: Sequence[Row], score: str, bound: float, *, by_head: bool) -> list[Knee]:
+    """One for each curve that has losses. The smallest is meant as it is said: a larger one may, by chance, lose more."""
+    knees = []
+    for head_data in (True, False):
+        losses = [(row, loss) for row in rows if row.head_data == head_data and (loss := loss_of(row, score))]
+        if not losses:
+            continue
+        under = [row for row, loss in losses if loss.value < bound]
+        firmly = [row for row, loss in losses if loss.high is not None and loss.high < bound]
+        knees.append(
+            Knee(head_data, bound, *(min(some, key=lambda row: size_of(row, by_head), default=None) for some in (under, firmly)))
+        )
+    return knees
+
+
+def knee_text(knee: Knee, score: str, unit: str, *, by_head: bool) -> str:
+    """The knee in words, with what the interval has to say."""
+    what = f"the smallest {'head' if by_head else 'file'}"
+    curve = f"{curve_name(knee.head_data)}: " if by_head else ""
+    points = "points" if unit == "%" else unit
+    if knee.smallest is None:
+        return f"{curve}nothing loses less than {knee.bound:g} {points} of {score}"
+
+    def told(row: Row) -> str:
+        loss = loss_of(row, score)
+        assert loss is not None
+        text = value_text(Figure("", loss.value, loss.low, loss.high))
+        return f"{', '.join(row.values.values())} ({mb(size_of(row, by_head))}, loss {text})"
+
+    text = f"{curve}{what} that loses less than {knee.bound:g} {points} of {score} is {told(knee.smallest)}"
+    if (loss := loss_of(knee.smallest, score)) and loss.high is None:
+        return f"{text}; there is too little text for an interval"
+    if knee.firm == knee.smallest:
+        return f"{text}, and its whole interval is under the bound"
+    other = f"{what} whose whole interval is under the bound is {told(knee.firm)}" if knee.firm else "no interval is"
+    return f"{text}, but its interval reaches beyond the bound; {other}"
+
+
+def value_text(figure: Figure) -> str:
+    """A figure with its interval, to as many digits as the interval bears."""
+    if figure.value is None:
+        return figure.note or "-"
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.6g}"
+    digits = 2
+    while digits < 6 and 0 < figure.high - figure.low < 10**-digits * 10:
+        digits += 1
+    return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+
+
+def mb(n_bytes: float) -> str:
+    """Bytes as MB of 10^6, with what digits tell heads apart."""
+    return f"{n_bytes / 1e6:.3f} MB" if n_bytes < 1e8 else f"{n_bytes / 1e6:.0f} MB"

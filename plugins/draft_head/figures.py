@@ -1,0 +1,111 @@
+"""Figures of a draft head from its scores, with intervals over chunks; differences from a reference on the same positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from apex_build.errors import EvaluationRefused
+from apex_build.evaluation.intervals import Estimate, clustered_mean
+from apex_build.evaluation.task import Task
+from apex_build.hookspecs import Figure
+
+from .scores import Scores, check_same_positions, scored
+
+Values = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """A value for each of some positions: what a figure is the mean of. Chunks are numbered through in each text."""
+
+    values: Values
+    chunk: Ints
+    text: Ints
+    unit: str
+    scale: float = 1.0
+    most: float = math.inf
+    exponential: bool = False
+
+    def estimate(self) -> Estimate:
+        mean = clustered_mean(self.values, self.chunk, self.text)
+        return mean.exp() if self.exponential else mean.times(self.scale).within(0.0, self.most)
+
+    def difference(self, other: Column) -> Estimate:
+        """Of the means, from the differences at each position."""
+        return clustered_mean(self.values - other.values, self.chunk, self.text).times(self.scale)
+
+
+def draft_head(task: Task) -> list[Figure]:
+    """All texts together, then each. A chunk is the unit that is taken as independent, the texts are strata."""
+    if task.model.head_layers == 0:
+        raise EvaluationRefused(f"{task.model.path} has no draft head to score", hint=f"apex inspect {task.model.path}")
+    context, depth = task.number("context"), task.number("depth")
+    headless = task.reference is not None and task.reference.head_layers == 0
+    ours: list[Scores] = []
+    theirs: list[Scores] = []
+    for domain in task.texts:
+        ours.append(scored(task, domain))
+        if task.reference is not None and not headless:
+            theirs.append(scored(task, domain, of_reference=True))
+            check_same_positions(ours[-1], theirs[-1], task, domain)
+    groups = {"": list(range(len(ours)))}
+    if len(ours) > 1:
+        groups |= {domain: [number] for number, domain in enumerate(task.texts)}
+    figures: list[Figure] = []
+    for domain, members in groups.items():
+        columns = dict(columns_of([ours[number] for number in members], depth, context))
+        reference = dict(columns_of([theirs[number] for number in members], depth, context)) if theirs else {}
+        figures += [_figure(name, column.estimate(), column, domain) for name, column in columns.items()]
+        for name, column in columns.items():
+            if column.exponential:
+                continue
+            if name in reference:
+                figures.append(_figure(f"{name}.difference", column.difference(reference[name]), column, domain, difference=True))
+            elif headless and not domain:
+                note = f"the reference has no draft head: {task.reference.path.name if task.reference else ''}"
+                figures.append(Figure(f"{name}.difference", None, note=note))
+    return figures
+
+
+def columns_of(parts: list[Scores], depth: int, context: int) -> Iterator[tuple[str, Column]]:
+    """What is averaged for each figure, by the figure's name. Parts are texts."""
+    text = np.concatenate([np.full(len(part.pos), number) for number, part in enumerate(parts)])
+    pos, at, agree, p, kld, nll = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("pos", "depth", "agree", "p", "kld", "nll")
+    )
+    chunk = (pos.astype(np.int64) - 1) // context
+    for d in range(1, depth + 1):
+        here = at == d
+        where = (chunk[here], text[here])
+        yield f"depth{d}.agreement", Column(agree[here].astype(np.float64), *where, "%", 100.0, 100.0)
+        yield f"depth{d}.p", Column(p[here].astype(np.float64), *where, "%", 100.0, 100.0)
+        yield f"depth{d}.kld", Column(kld[here].astype(np.float64), *where, "nats")
+        yield f"depth{d}.ppl", Column(nll[here].astype(np.float64), *where, "", exponential=True)
+    chain = {name: _by_draft(text, pos, at, values, depth) for name, values in (("", agree), (".sampled", p))}
+    starts = chain[""][0]
+    for n in range(1, depth + 1):
+        for suffix, (_, accepted) in chain.items():
+            whole = ~np.isnan(accepted[:, n - 1])  # only drafts that have all n tokens in their chunk, as the tool counts them
+            tokens = 1.0 + np.cumprod(accepted[whole, :n], axis=1).sum(axis=1)
+            yield f"tokens.{n}{suffix}", Column(tokens, (starts[whole, 1]) // context, starts[whole, 0], "tokens", most=n + 1.0)
+
+
+def _by_draft(text: Ints, pos: Ints, depth: Ints, values: Values, deepest: int) -> tuple[Ints, Values]:
+    """(text, position of the last token before the draft) of each draft, and the values at its depths, NaN past the chunk's end."""
+    keys, draft = np.unique(np.stack([text, pos - depth]), axis=1, return_inverse=True)
+    table = np.full((keys.shape[1], deepest), np.nan)
+    table[draft.reshape(-1), depth - 1] = values
+    return keys.T.astype(np.int64), table
+
+
+def _figure(name: str, estimate: Estimate, column: Column, domain: str, *, difference: bool = False) -> Figure:
+    unit = "points" if difference and column.unit == "%" else column.unit
+    if not all(math.isfinite(number) for number in estimate if number is not None):
+        return Figure(name, None, unit=unit, n=len(column.values), domain=domain, note="scores that are no finite numbers")
+    return Figure(name, *estimate, unit, len(column.values), domain)

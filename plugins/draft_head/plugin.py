@@ -1,0 +1,36 @@
+"""How well the draft head foretells the trunk, at every scored position of a text: this build's llama-perplexity --mtp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+
+if TYPE_CHECKING:
+    from apex_build.evaluation.task import Task
+
+
+@hookimpl
+def apex_evaluators() -> list[Evaluator]:
+    return [
+        Evaluator(
+            name="draft-head",
+            evaluate=_draft_head,
+            needs=("head", "text"),
+            uses=("reference",),
+            parameters={
+                "depth": Parameter(3, "int", "tokens drafted from each position"),
+                "context": Parameter(512, "int", "tokens in a chunk; its second half is scored"),
+                "chunks": Parameter(0, "int", "chunks of each text, from its start; 0: all"),
+                "parse_special": Parameter(True, "flag", "the texts hold chat markup (<|im_start|>) that stands for tokens"),
+            },
+            description="the head's drafts against the trunk's choices, by depth; paired with the reference's where one is given",
+        )
+    ]
+
+
+def _draft_head(task: Task) -> Sequence[Figure]:
+    from .figures import draft_head  # with NumPy: not for every start of `apex`
+
+    return draft_head(task)

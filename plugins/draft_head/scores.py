@@ -1,0 +1,134 @@
+"""Scores of a draft head at each position of a text: made by llama-perplexity --mtp, kept as NumPy arrays."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from apex_build.errors import ApexError, CalibrationSetInvalid, EvaluationRefused, ParameterUnknown, ToolFailed
+from apex_build.evaluation.task import Task
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+# The tool's CSV: patch 0005 of patches/llama.cpp/pr-22673, tools/perplexity/README.md
+_HEADER = "pos,depth,token,trunk,head,agree,p,kld,nll"
+_COLUMNS = {"pos": (0, np.int32), "depth": (1, np.int32), "token": (2, np.int32), "agree": (5, np.int32)} | {
+    name: (index, np.float32) for index, name in enumerate(("p", "kld", "nll"), 6)
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One element a position and depth, in the tool's order."""
+
+    pos: Ints  # of the token in the text
+    depth: Ints
+    token: Ints  # of the text
+    agree: Ints  # 1: the head's first choice is the trunk's
+    p: Floats  # probability that the trunk gives to the head's first choice
+    kld: Floats  # nats, of the head from the trunk
+    nll: Floats  # nats, of `token` by the head
+
+
+def scored(task: Task, domain: str, *, of_reference: bool = False) -> Scores:
+    """Scores of the task's model, or of its reference, over the text of a domain; made once for all that ask.
+
+    Raises CalibrationSetInvalid for a text that is too short, ToolFailed naming the model, ParameterUnknown.
+    """
+    model = task.reference if of_reference else task.model
+    assert model is not None
+    text, depth, context = task.texts[domain], task.number("depth"), task.number("context")
+    if not 1 <= depth <= context - 1 - context // 2:
+        raise ParameterUnknown(
+            f"draft-head.depth={depth} does not fit draft-head.context={context}: "
+            f"expected from 1 to {max(1, context - 1 - context // 2)}, the scored positions of a chunk"
+        )
+
+    def make(part: Path) -> None:
+        csv = part.with_name(f"{part.name}.csv")
+        arguments: list[str | Path] = [
+            "-m",
+            model.path,
+            "-f",
+            text,
+            "-c",
+            str(context),
+            "--mtp",
+            "--mtp-depth",
+            str(depth),
+            "--mtp-output-file",
+            csv,
+        ]
+        chunks = ["--chunks", str(task.number("chunks"))] if task.number("chunks") else []
+        special = ["--parse-special"] if task.settings["parse_special"] else []
+        try:
+            task.run("llama-perplexity", *arguments, *chunks, *special, what=f"{model.path.name} on {domain or text.name}")
+            scores = read_csv(csv)
+        except ToolFailed as error:
+            raise _named(error, model.path, text) from None
+        finally:
+            csv.unlink(missing_ok=True)
+        with part.open("wb") as file:
+            np.savez_compressed(file, **{field.name: getattr(scores, field.name) for field in fields(Scores)})
+
+    about = {
+        "text": task.identity_of_text(domain),
+        "context": context,
+        "chunks": task.number("chunks"),
+        "depth": depth,
+        "parse_special": bool(task.settings["parse_special"]),
+    }
+    return _load(task.kept("draft-head.npz", about, make, of=model))
+
+
+def read_csv(path: Path) -> Scores:
+    """Raises ToolFailed where the file is not what the tool writes."""
+    with path.open(encoding="ascii", errors="replace") as file:
+        header = file.readline().strip()
+        if header != _HEADER:
+            raise ToolFailed(f"llama-perplexity wrote no scores of the draft head: expected '{_HEADER}', found '{header:.80}'")
+        try:
+            table = np.loadtxt(file, delimiter=",", ndmin=2, usecols=[index for index, _ in _COLUMNS.values()])
+        except ValueError as error:
+            raise ToolFailed(f"llama-perplexity wrote scores of the draft head that cannot be read: {error}") from None
+    return Scores(**{name: column.astype(kind) for (name, (_, kind)), column in zip(_COLUMNS.items(), table.T, strict=True)})
+
+
+def check_same_positions(scores: Scores, reference: Scores, task: Task, domain: str) -> None:
+    """Raises EvaluationRefused where the two were not scored on the same tokens, so that nothing about them is paired."""
+    assert task.reference is not None
+    for name in ("pos", "depth", "token"):
+        ours, theirs = getattr(scores, name), getattr(reference, name)
+        if len(ours) != len(theirs) or (ours != theirs).any():
+            first = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+            where = f", the first of which differ in {name} at {first + 1}" if first is not None else ""
+            raise EvaluationRefused(
+                f"{task.model.path} and {task.reference.path} were not scored on the same positions of {task.texts[domain]}: "
+                f"{len(ours)} and {len(theirs)} scores{where}",
+                hint="the two read the text differently: give a reference of the same checkpoint and tokenizer",
+            )
+
+
+def _load(path: Path) -> Scores:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Scores(**{field.name: arrays[field.name] for field in fields(Scores)})
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise EvaluationRefused(f"{path}: damaged in the cache: {error}", hint=f"rm {path}, and run again") from None
+
+
+def _named(error: ToolFailed, model: Path, text: Path) -> ApexError:
+    """The tool says neither which file nor which text it was."""
+    if needed := re.search(r"you need at least (\d+) tokens", error.message):
+        has = re.search(r"tokenizes to only (\d+) tokens", error.message)
+        return CalibrationSetInvalid(
+            f"{text}: the text is too short: expected at least {needed[1]} tokens, two chunks; found {has[1] if has else 'fewer'}",
+            hint="give more text, or a smaller context",
+        )
+    return ToolFailed(f"{model}: {error.message}", hint=error.hint)

@@ -1,0 +1,105 @@
+"""Multiple-choice tasks, scored by llama-perplexity, from data files that the user gives."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from apex_build.errors import EvaluationRefused, ToolFailed
+from apex_build.evaluation.intervals import share_interval
+from apex_build.evaluation.task import Step, Task
+from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+
+from .tasks import Reader, read_hellaswag, read_multiple_choice, read_winogrande
+
+# `12\t33.33333333%\t[...]`, `12\t33.3333\t-4.5 ...` or `12\t33.33333333`: tasks so far, and their accuracy
+_PROGRESS = re.compile(r"(\d+)\t(\d+\.\d+)(?:%?\t.*)?\s*")
+_ERROR = re.compile(r"[\d.]+ E (.*)")  # the tools' log: time, level, text
+_TRIES = 10
+_PATIENCE = 120.0  # seconds
+_NEARLY = 0.9  # of the tasks: a score over these is still a score
+_PARALLEL = 16  # sequences at once; each costs memory in models with a recurrent part
+
+_EVALUATORS: tuple[tuple[str, str, Reader, str], ...] = (
+    ("hellaswag", "--hellaswag", read_hellaswag, "HellaSwag: which of four endings is right? (normalized by tokens)"),
+    ("winogrande", "--winogrande", read_winogrande, "Winogrande: which of two words fits the gap?"),
+    ("mmlu", "--multiple-choice", read_multiple_choice, "MMLU: which answer is right? (normalized by tokens)"),
+    ("arc", "--multiple-choice", read_multiple_choice, "ARC: which answer is right? (normalized by tokens)"),
+    ("truthfulqa", "--multiple-choice", read_multiple_choice, "TruthfulQA: which answer is true? (normalized by tokens)"),
+)
+
+
+@hookimpl
+def apex_evaluators() -> list[Evaluator]:
+    parameters = {
+        "tasks": Parameter(0, "int", "how many tasks, taken at random, the same each time; 0: all"),
+        "context": Parameter(2048, "int", "tokens at once; a task needs room for its question and all of its answers"),
+    }
+    return [
+        Evaluator(name, functools.partial(evaluate, mode, read), ("data",), parameters=parameters, description=description)
+        for name, mode, read, description in _EVALUATORS
+    ]
+
+
+def evaluate(mode: str, read: Reader, task: Task) -> list[Figure]:
+    """The share of tasks whose right choice the model finds the most likely, with its Wilson 95 % interval."""
+    if task.data is None:
+        raise EvaluationRefused(f"{task.evaluator} needs its data file", hint=f"--data {task.evaluator}=FILE")
+    tasks = read(task.data, task.model.metadata.get("tokenizer.ggml.add_bos_token") is True)
+    wanted = min(task.number("tasks") or tasks.count, tasks.count)
+    parallel = max(_PARALLEL, tasks.answers)
+    context = -(-task.number("context") // parallel)  # the tool's --ctx-size is that of one sequence
+    arguments = (mode, f"{mode}-tasks", str(wanted), "--parallel", str(parallel), "--ctx-size", str(context))
+    task.report(Step(f"{task.evaluator}: {task.model.path.name}", 0, wanted, "tasks"))
+    with tempfile.TemporaryDirectory(prefix="apex-tasks-") as scratch:
+        file = Path(scratch) / "tasks"
+        file.write_bytes(tasks.content)
+        done, accuracy = _run(task, mode, wanted, ("--binary-file", file, *arguments))
+    notes = [f"{tasks.left_out} tasks left out, which the tool cannot score"] if tasks.left_out else []
+    if done < wanted:
+        notes.append(f"{done} of {wanted} tasks: the last lines of the tool were lost")
+    low, high = share_interval(round(accuracy * done / 100), done)
+    return [Figure("accuracy", accuracy, 100 * low, 100 * high, "%", done, note="; ".join(notes))]
+
+
+def _run(task: Task, mode: str, wanted: int, arguments: Sequence[str | Path]) -> tuple[int, float]:
+    """Tasks done and their accuracy in percent.
+
+    The tool leaves its lines to a thread that it does not wait for: on a busy machine the last are lost, with exit code 0. So it is
+    run again, unless that takes long and nearly all of them are there.
+    """
+    began = time.monotonic()
+    best = (0, 0.0)
+    for attempt in range(_TRIES):
+        run = task.run("llama-perplexity", "--model", task.model.path, *arguments)
+        best = max(best, _score(run.lines))
+        if best[0] == wanted:
+            return best
+        _refuse_errors(task, run.lines)
+        if time.monotonic() - began > _PATIENCE and (attempt or best[0] > _NEARLY * wanted):
+            break
+    if best[0] > _NEARLY * wanted:
+        return best
+    tail = "".join(f"\n  | {line}" for line in run.lines[-8:])
+    raise ToolFailed(f"llama-perplexity {mode} printed scores of {best[0]} of {wanted} tasks{tail}")
+
+
+def _score(lines: Sequence[str]) -> tuple[int, float]:
+    """Tasks done and their accuracy in percent, as the last line says that the tool printed of them."""
+    for line in reversed(lines):
+        if found := _PROGRESS.fullmatch(line):
+            return int(found[1]), float(found[2])
+    return 0, 0.0
+
+
+def _refuse_errors(task: Task, lines: Sequence[str]) -> None:
+    """The tool ends with code 0 also where it gave up."""
+    for line in lines:
+        if found := _ERROR.match(line):
+            fits = "does not fit in the context" in found[1]
+            hint = f"--set {task.evaluator}.context={4 * task.number('context')}" if fits else None
+            raise ToolFailed(f"llama-perplexity gave up: {found[1]}", hint=hint)

@@ -1,0 +1,74 @@
+"""What both evaluators share: llama-perplexity over one text in chunks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from apex_build.errors import CalibrationSetInvalid, ParameterUnknown, ToolFailed
+from apex_build.evaluation.task import Task
+
+T = TypeVar("T")
+
+LEAST_CONTEXT = 8
+_PLANNED = re.compile(r"(?:computing|calculating perplexity) over (\d+) chunks, n_ctx=(\d+)")
+_TOO_SHORT = re.compile(r"you need at least (\d+) tokens")
+_FOUND = re.compile(r"tokenizes to only (\d+) tokens")
+_SHOWN = 5  # lines
+
+
+def scored_positions(context: int) -> int:
+    """Of a chunk: those after its first half, but for the last one, whose successor is in the next chunk."""
+    return context - 1 - context // 2
+
+
+def check_context(task: Task) -> int:
+    """The setting. Raises ParameterUnknown."""
+    context = task.number("context")
+    if context < LEAST_CONTEXT:
+        raise ParameterUnknown(f"{task.evaluator}.context={context}: expected at least {LEAST_CONTEXT} tokens")
+    return context
+
+
+def text_arguments(task: Task, text: Path) -> list[str | Path]:
+    chunks = ["--chunks", str(task.number("chunks"))] if task.number("chunks") else []
+    special = ["--parse-special"] if task.settings["parse_special"] else []
+    return ["-f", text, "-c", str(task.number("context")), *chunks, *special]
+
+
+def run(
+    task: Task, model: Path, text: Path, arguments: Sequence[str | Path], what: str, read: Callable[[tuple[str, ...]], T | None]
+) -> T:
+    """Run llama-perplexity and `read` its lines, all of which this project's build prints (patch 0004).
+
+    It exits with 0 also where it refuses a text. Raises CalibrationSetInvalid (the text is too short), ToolFailed.
+    """
+    try:
+        ran = task.run("llama-perplexity", "-m", model, *arguments, what=what)
+    except ToolFailed as error:
+        raise ToolFailed(f"{model}: {error.message}", hint=error.hint) from None
+    _refuse_short(ran.lines, text)
+    if (found := read(ran.lines)) is not None:
+        return found
+    said = "".join(f"\n  | {line[:200]}" for line in [line for line in ran.lines if line.strip()][-_SHOWN:])
+    raise ToolFailed(
+        f"{model}: llama-perplexity ended without its result{said}", hint="apex build, for tools with this project's patches"
+    )
+
+
+def planned(lines: Sequence[str]) -> tuple[int, int] | None:
+    """(chunks, tokens in a chunk) that the tool set out to do."""
+    found = next((found for line in lines if (found := _PLANNED.search(line))), None)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _refuse_short(lines: Sequence[str], text: Path) -> None:
+    for line in lines:
+        if needed := _TOO_SHORT.search(line):
+            has = next((found[1] for line in lines if (found := _FOUND.search(line))), "fewer")
+            raise CalibrationSetInvalid(
+                f"{text}: the text is too short: expected at least {needed[1]} tokens, two chunks; found {has}",
+                hint="give more text, or a smaller context",
+            )

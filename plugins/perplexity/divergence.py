@@ -1,0 +1,152 @@
+"""KL divergence of a model from its reference, as llama-perplexity --kl-divergence prints it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from apex_build.errors import EvaluationRefused, VocabularyMismatch
+from apex_build.evaluation.intervals import NORMAL, Estimate, clustered_ratio
+from apex_build.evaluation.task import Task
+from apex_build.hookspecs import Figure
+
+from .chunked import check_context, planned, run, scored_positions
+from .reference import reference_logits
+
+Floats = npt.NDArray[np.float64]
+
+_LEAST = 100  # positions: with fewer the tool prints no statistics
+_NUMBER = r"(-?(?:\d+\.\d+|nan|inf))"
+# a row of the table, over all chunks so far: PPL, ln(PPL(Q)/PPL(base)), KL divergence, Δp RMS, same top p, each with its error
+_ROW = re.compile(rf"\s*(\d+)\s+{_NUMBER} ±\s+{_NUMBER}" + rf"\s+{_NUMBER} ±\s+{_NUMBER}(?: %)?" * 4)
+_HALF = 5e-6  # the rows are rounded to five decimals
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """Of one text. Sums of each chunk over its positions; the mean and error of a whole text are as printed, to six decimals."""
+
+    positions: int  # of a chunk
+    log_ratio: Floats
+    kld: Floats
+    same_top: Floats
+    mean_log_ratio: tuple[float, float]  # with its standard error, taking positions as independent
+    mean_kld: tuple[float, float]
+    median: float
+    p99_9: float
+    maximum: float
+
+    @property
+    def n(self) -> int:
+        return len(self.kld) * self.positions
+
+
+def kld(task: Task) -> list[Figure]:
+    """Figures over all texts, and of each. Quantiles of all cannot be had from those of each, so they are left out."""
+    check_context(task)
+    assert task.reference is not None
+    found: list[Divergence] = []
+    for domain, text in task.texts.items():
+        logits = reference_logits(task, domain)
+        arguments = ["-c", str(task.number("context")), "--kl-divergence", "--kl-divergence-base", logits]
+        what = f"{task.model.path.name} on {domain or text.name}"
+        found.append(run(task, task.model.path, text, arguments, what, lambda lines: _read(lines, task)))
+    figures = _figures(found, "")
+    if len(found) > 1:
+        for domain, one in zip(task.texts, found, strict=True):
+            figures += _figures([one], domain)
+    return figures
+
+
+def read_divergence(lines: Sequence[str]) -> Divergence | None:
+    """What the tool printed; None where a part of it is missing."""
+    plan = planned(lines)
+    rows = [[float(value) for value in row.groups()] for line in lines if (row := _ROW.match(line))]
+    if plan is None or [row[0] for row in rows] != list(range(1, plan[0] + 1)):
+        return None
+    table, positions = np.array(rows), scored_positions(plan[1])
+    log_ratio, divergence, same_top = (np.diff(table[:, 0] * table[:, column], prepend=0.0) * positions for column in (3, 5, 9))
+    mean_log_ratio, mean_kld, median, p99_9, maximum, last = (
+        _statistic(lines, label)
+        for label in (r"Mean ln\(PPL\(Q\)/PPL\(base\)\)", "Mean +KLD", "Median +KLD", r"99\.9% +KLD", "Maximum KLD", "Same top p")
+    )
+    if not (mean_log_ratio and mean_kld and median and p99_9 and maximum and last):
+        return None
+    exact = np.round(same_top / 100)  # a count: the share's three decimals tell it for 100,000 positions
+    return Divergence(positions, log_ratio, divergence, exact, mean_log_ratio, mean_kld, median[0], p99_9[0], maximum[0])
+
+
+def _statistic(lines: Sequence[str], label: str) -> tuple[float, float] | None:
+    """A line of the statistics at the end: the value and its standard error, NaN where none is printed."""
+    pattern = re.compile(rf"{label}\s*:\s*{_NUMBER}(?:\s+±\s+{_NUMBER})?")
+    found = next((found for line in lines if (found := pattern.match(line))), None)
+    return (float(found[1]), float(found[2] or "nan")) if found else None
+
+
+def _read(lines: Sequence[str], task: Task) -> Divergence | None:
+    assert task.reference is not None
+    if any("inconsistent vocabulary" in line for line in lines):  # the tool goes on
+        raise VocabularyMismatch(f"{task.reference.path} cannot be the reference of {task.model.path}: another vocabulary")
+    plan = planned(lines)
+    if plan is not None and 0 < (n := plan[0] * scored_positions(plan[1])) < _LEAST:
+        raise EvaluationRefused(
+            f"kld: {plan[0]} chunks of {plan[1]} tokens are {n} scored positions, expected at least {_LEAST}",
+            hint="give more text, or more chunks",
+        )
+    return read_divergence(lines)
+
+
+def _figures(parts: Sequence[Divergence], domain: str) -> list[Figure]:
+    n = sum(part.n for part in parts)
+    mean = _mean(parts, "kld")
+    ratio = _mean(parts, "log_ratio").exp()
+    text = np.repeat(np.arange(len(parts)), [len(part.kld) for part in parts])
+    chunk = np.concatenate([np.full(len(part.kld), float(part.positions)) for part in parts])
+    same = clustered_ratio(np.concatenate([part.same_top for part in parts]), chunk, text).within(0.0, 1.0).times(100)
+    figures = [Figure("kld.mean", *mean.within(0.0), "nats", n, domain)]
+    if len(parts) == 1:
+        figures.append(Figure("kld.median", parts[0].median, None, None, "nats", n, domain))
+        figures.append(Figure("kld.p99_9", parts[0].p99_9, None, None, "nats", n, domain))
+    figures += [
+        Figure("kld.max", max(part.maximum for part in parts), None, None, "nats", n, domain),
+        Figure("top1.agreement", *same, "%", n, domain),
+        Figure("ppl.ratio", *ratio, "", n, domain),
+    ]
+    return [figure if _finite(figure) else _without_value(figure) for figure in figures]
+
+
+def _mean(parts: Sequence[Divergence], name: str) -> Estimate:
+    """Of all positions; the interval from the scatter of the chunks.
+
+    The rows' rounding adds to that scatter, and where files are near to the reference it is all of it: what it adds on average is
+    taken off, and the interval is never narrower than the tool's own standard error gives, which takes positions as independent.
+    """
+    n = sum(part.n for part in parts)
+    printed = [getattr(part, f"mean_{name}") for part in parts]
+    value = sum(part.n * mean for part, (mean, _) in zip(parts, printed, strict=True)) / n
+    sums = np.concatenate([getattr(part, name) for part in parts])
+    chunk = np.concatenate([np.full(len(part.kld), float(part.positions)) for part in parts])
+    scatter = clustered_ratio(sums, chunk, np.repeat(np.arange(len(parts)), [len(part.kld) for part in parts]))
+    if scatter.high is None:
+        return Estimate(value, None, None)
+    numbers = [np.arange(1, len(part.kld) + 1) for part in parts]
+    # each sum is the difference of two rounded ones, whose errors are even over +- _HALF * positions * chunks so far
+    rounding = sum(part.positions**2 * _HALF**2 / 3 * (k**2 + (k - 1) ** 2).sum() for part, k in zip(parts, numbers, strict=True))
+    own = sum((part.n * error) ** 2 for part, (_, error) in zip(parts, printed, strict=True) if math.isfinite(error))
+    square = (scatter.high - scatter.value) ** 2 - NORMAL**2 * rounding / n**2
+    half = math.sqrt(max(square, NORMAL**2 * own / n**2))
+    return Estimate(value, value - half, value + half)
+
+
+def _finite(figure: Figure) -> bool:
+    return all(number is None or math.isfinite(number) for number in (figure.value, figure.low, figure.high))
+
+
+def _without_value(figure: Figure) -> Figure:
+    note = "the tool's figure is not a finite number"
+    return Figure(figure.name, None, unit=figure.unit, n=figure.n, domain=figure.domain, note=note)

@@ -1,0 +1,34 @@
+"""An evaluator's task on the testbed, and what the evaluator answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apex_build.evaluation.run import Inputs, Work, plan_work
+from apex_build.gguf_model.model import read_model
+from apex_build.native.toolset import Toolset
+from apex_build.plugins import load_plugins
+
+WorkOf = Callable[..., Work]
+
+
+@pytest.fixture
+def work_of(tools: Toolset, testbed: Path) -> WorkOf:
+    """work_of("speed", prompt="64", ...): the evaluator on the testbed, `inputs` beside its settings.
+
+    One thread: with two, llama.cpp's waiting threads crawl when the machine has other work.
+    """
+
+    def make(name: str, inputs: Inputs | None = None, *, tools: Toolset = tools, report: Any = None, **settings: str) -> Work:
+        plugins = load_plugins()
+        given = inputs or Inputs()
+        named = {f"{name}.{key}": value for key, value in settings.items()}
+        whole = Inputs(given.reference, given.texts, given.prompts, given.data, named)
+        extra = {"report": report} if report else {}
+        return plan_work(plugins.evaluators()[name], read_model(testbed, plugins.role_of), whole, tools, threads=1, **extra)
+
+    return make

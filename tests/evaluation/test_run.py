@@ -1,0 +1,156 @@
+"""`apex evaluate`: what runs, what is refused, what is recorded, and what one failing evaluator does to the others."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf_edit
+import pytest
+from apex_runs import run_apex
+
+from apex_build.errors import (
+    CalibrationSetInvalid,
+    EvaluationRefused,
+    EvaluatorUnknown,
+    OutputUnwritable,
+    ParameterUnknown,
+    PluginFailed,
+)
+from apex_build.native.toolset import Toolset
+
+PLUGIN = """
+from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+
+def size(task):
+    with open(task.model.path.parent / "ran.txt", "a") as file:
+        file.write("size\\n")
+    return [Figure("bytes", float(task.model.path.stat().st_size) * task.number("times"), unit="B")]
+
+def broken(task):
+    raise ValueError("no such luck")
+
+def odd(task):
+    return ["seven"]
+
+@hookimpl
+def apex_evaluators():
+    return [
+        Evaluator("broken", broken),
+        Evaluator("head-size", size, needs=("head",), parameters={"times": Parameter(1, "int")}),
+        Evaluator("odd", odd),
+        Evaluator("size", size, parameters={"times": Parameter(1, "int")}),
+    ]
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, testbed: Path) -> Path:
+    """A folder with a plugin `scales` and a link to the testbed."""
+    (tmp_path / "scales").mkdir()
+    (tmp_path / "scales" / "plugin.py").write_text(PLUGIN)
+    (tmp_path / "model.gguf").symlink_to(testbed)
+    return tmp_path
+
+
+def evaluate(place: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run_apex(
+        "evaluate", place / "model.gguf", "--plugin", place / "scales", "--results", place / "r.jsonl", *arguments, code=code
+    )
+
+
+def test_an_evaluator_that_raises_is_named_and_the_others_go_on(tools: Toolset, place: Path) -> None:
+    ran = evaluate(place, "--only", "broken,odd,size", "--json", code=PluginFailed.exit_code)
+    assert "failed: broken on model.gguf: plugin 'scales': ValueError: no such luck" in ran.stderr
+    assert "plugin.py:10" in ran.stderr and "Traceback" not in ran.stderr
+    assert "evaluator 'odd' must give a list of Figure" in ran.stderr
+    assert "2 of 3 measurements failed" in ran.stderr
+    assert [row["evaluator"] for row in json.loads(ran.stdout)] == ["size"]
+    assert [json.loads(line)["evaluator"] for line in (place / "r.jsonl").read_text().splitlines()] == ["size"]
+
+
+def test_what_is_recorded_is_not_measured_again(tools: Toolset, place: Path) -> None:
+    first = json.loads(evaluate(place, "--only", "size", "--json").stdout)
+    again = json.loads(evaluate(place, "--only", "size", "--json").stdout)
+    assert (place / "ran.txt").read_text() == "size\n"
+    assert first[0]["figures"] == again[0]["figures"] and first[0]["identity"] == again[0]["identity"]
+    assert {"model", "tools", "settings", "plugin", "apex", "measured", "seconds"} <= set(first[0])
+    evaluate(place, "--only", "size", "--set", "size.times=2")
+    evaluate(place, "--only", "size", "--force")
+    assert (place / "ran.txt").read_text() == "size\n" * 3
+    assert len((place / "r.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_line_that_a_crash_cut_short_goes(tools: Toolset, place: Path) -> None:
+    evaluate(place, "--only", "size")
+    with (place / "r.jsonl").open("a") as file:
+        file.write('{"identity": "abc", "fig')
+    evaluate(place, "--only", "size", "--set", "size.times=3")
+    rows = [json.loads(line) for line in (place / "r.jsonl").read_text().splitlines()]
+    assert [row["settings"]["times"] for row in rows] == [1, 3]
+
+
+def test_dry_run_measures_nothing(tools: Toolset, place: Path) -> None:
+    ran = evaluate(place, "--only", "size", "--dry-run")
+    assert "size on " in ran.stdout and "times=1" in ran.stdout
+    assert not (place / "r.jsonl").exists() and not (place / "ran.txt").exists()
+
+
+def test_refusals(tools: Toolset, place: Path, testbed: Path) -> None:
+    assert "near it: size" in evaluate(place, "--only", "sise", code=EvaluatorUnknown.exit_code).stderr
+    no_text = evaluate(place, "--only", "perplexity", code=EvaluationRefused.exit_code).stderr
+    assert "perplexity cannot be run" in no_text and "--text FILE" in no_text
+    assert "--data hellaswag=FILE" in evaluate(place, "--only", "hellaswag", code=EvaluationRefused.exit_code).stderr
+    assert "EVALUATOR.PARAMETER" in evaluate(place, "--set", "times=2", code=ParameterUnknown.exit_code).stderr
+    missing = evaluate(place, "--only", "size", "--set", "size.time=2", code=ParameterUnknown.exit_code).stderr
+    assert "near it: times" in missing
+    assert "no such text" in evaluate(place, "--text", place / "no.txt", code=CalibrationSetInvalid.exit_code).stderr
+    assert "no such file" in evaluate(place, "--prompts", place / "no.jsonl", code=CalibrationSetInvalid.exit_code).stderr
+    (place / "p.jsonl").write_text('{"prompt": "x"}\n')
+    assert "p.jsonl:1: not a prompt" in evaluate(place, "--prompts", place / "p.jsonl", code=CalibrationSetInvalid.exit_code).stderr
+    (place / "r.jsonl").write_text("hello\nworld\n")
+    assert "r.jsonl:1: not a result" in evaluate(place, "--only", "size", code=OutputUnwritable.exit_code).stderr
+    assert (place / "r.jsonl").read_text() == "hello\nworld\n"
+    gguf_edit.without_head(testbed, place / "trunk.gguf")
+    ran = run_apex(
+        "evaluate", place / "trunk.gguf", "--plugin", place / "scales", "--only", "head-size", code=EvaluationRefused.exit_code
+    )
+    assert "trunk.gguf: the file has no draft head" in ran.stderr
+
+
+def test_without_only_what_cannot_be_run_is_left_out_and_said(tools: Toolset, place: Path) -> None:
+    ran = evaluate(place, "--dry-run")
+    assert "model.gguf: left out perplexity: it needs a text" in ran.stderr
+    assert "size on " in ran.stdout
+
+
+def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(tools: Toolset, place: Path, heldout: Path) -> None:
+    command = [
+        sys.executable, "-m", "apex_build", "evaluate", str(place / "model.gguf"), "--plugin", str(place / "scales"), "--results",
+        str(place / "r.jsonl"), "--only", "size,perplexity", "--text", str(heldout / "chat.txt"),
+    ]  # fmt: skip
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not _tool_of(place) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert not _tool_of(place)
+
+
+def _tool_of(place: Path) -> list[str]:
+    """llama-perplexity processes on this test's own model."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0].endswith(b"llama-perplexity") and str(place / "model.gguf").encode() in words:
+            found.append(entry.parent.name)
+    return found

@@ -1,0 +1,58 @@
+"""The evaluator `speed` on the testbed. The times themselves say nothing on a machine that does other work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from apex_build.errors import EvaluationRefused, ParameterUnknown
+from apex_build.evaluation.run import Inputs, Work
+from apex_build.evaluation.task import read_prompts
+from apex_build.progress import Step
+
+WorkOf = Callable[..., Work]
+QUICK = {"prompt": "16", "generate": "8", "repetitions": "3"}
+
+
+def test_llama_bench_alone(work_of: WorkOf) -> None:
+    """Without prompts there is nothing to compare drafting on."""
+    work = work_of("speed", **QUICK)
+    assert work.evaluator.timed
+    prompt, generation = work.evaluator.evaluate(work.task)
+    assert (prompt.name, generation.name) == ("prompt", "generation")
+    for figure in (prompt, generation):
+        assert figure.unit == "tokens/s" and figure.n == 3 and "standard deviation" in figure.note
+        assert figure.low is not None and figure.high is not None and 0 <= figure.low < (figure.value or 0) < figure.high
+    once = work_of("speed", **{**QUICK, "repetitions": "1"})
+    single, _ = once.evaluator.evaluate(once.task)
+    assert single.value and single.low is single.high is None
+
+
+def test_with_and_without_drafting_side_by_side(work_of: WorkOf, heldout: Path) -> None:
+    """Both rates and their ratio come from one run, over the same prompts."""
+    steps: list[Step] = []
+    prompts = Inputs(prompts=read_prompts(heldout / "prompts.jsonl")[::4])
+    work = work_of("speed", prompts, report=steps.append, **QUICK)
+    found = {figure.name: figure for figure in work.evaluator.evaluate(work.task)}
+    assert set(found) == {"prompt", "generation", "end_to_end.plain", "end_to_end.drafting", "end_to_end.ratio"}
+    plain, drafting, ratio = (found[f"end_to_end.{name}"] for name in ("plain", "drafting", "ratio"))
+    assert plain.n == drafting.n == ratio.n == 12
+    assert ratio.value == pytest.approx((drafting.value or 0) / (plain.value or 1), rel=0.2)  # exact where the texts are as long
+    for figure in (plain, drafting, ratio):
+        assert figure.low is not None and figure.high is not None and figure.low <= (figure.value or 0) <= figure.high
+    assert [step.done for step in steps if step.unit == "prompts"] == list(range(1, 13))
+    without = work_of("speed", prompts, n_max="0", **QUICK)
+    assert len(without.evaluator.evaluate(without.task)) == 2
+
+
+def test_what_is_refused(work_of: WorkOf, heldout: Path) -> None:
+    for name in QUICK:
+        work = work_of("speed", **{**QUICK, name: "0"})
+        with pytest.raises(ParameterUnknown, match=rf"speed\.{name} takes a number from 1"):
+            work.evaluator.evaluate(work.task)
+    prompts = Inputs(prompts=read_prompts(heldout / "prompts.jsonl"))
+    work = work_of("speed", prompts, context="256", **QUICK)
+    with pytest.raises(EvaluationRefused, match=r"prompts\.jsonl:\d+: the prompt has \d+ tokens, and 8 are to be written"):
+        work.evaluator.evaluate(work.task)
