@@ -107,7 +107,7 @@ def _types(model: Model, *, head: bool) -> list[str]:
 def _acceptance(
     model: Model, inputs: Inputs, tools: Toolset, plugins: Plugins, output: Path, report: Report
 ) -> dict[str, dict[str, float | None]]:
-    """Tokens drafted and accepted, by domain. Measured once for a file, these prompts and these tools; kept in the demo's folder."""
+    """Tokens drafted and accepted, by domain. Measured once for a file, these prompts and these tools."""
     work = plan_work(plugins.evaluators()["draft-acceptance"], model, inputs, tools, report=report)
     (result,) = evaluate([work], output / "acceptance.jsonl")
     if result.error:

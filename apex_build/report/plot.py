@@ -31,12 +31,16 @@ _STYLES = (
 )
 _DIRECTIONS = [(math.cos(math.pi / 4 * step), math.sin(math.pi / 4 * step)) for step in (2, 6, 0, 4, 1, 3, 7, 5)]
 _DISTANCES = (7, 13, 20, 29, 40, 54)  # points between a label and its mark
+_NEAR = 13  # a label farther off has a line to its mark
 _LOG_FROM = 3.0  # x values that differ by this factor are drawn on a logarithmic axis
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point. `y` None: it was refused, and is drawn at the bottom. Intervals are (low, high). `ring`: it is pointed out."""
+    """A point. `y` None: it was refused, and is drawn at the bottom. Intervals are (low, high). `ring`: it is pointed out.
+
+    `inner` is a second interval in y, drawn thick: that of the paired difference, about the point.
+    """
 
     x: float
     y: float | None
@@ -44,6 +48,7 @@ class Mark:
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
     ring: bool = False
+    inner: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """`lines`: horizontal ones, (y, name). `ring` says in the legend what the ringed marks are. `log_x` None: where it helps."""
+    """`lines`: horizontal ones, (y, name). `ring` and `inner` say in the legend what those are. `log_x` None: where it helps."""
 
     title: str
     x_label: str
@@ -63,6 +68,7 @@ class Chart:
     series: tuple[Series, ...]
     lines: tuple[tuple[float, str], ...] = ()
     ring: str = ""
+    inner: str = ""
     log_x: bool | None = None
 
 
@@ -97,6 +103,8 @@ def _draw(chart: Chart, figure: Figure, axes: Axes) -> None:
     for series, (color, marker) in zip(chart.series, itertools.cycle(_STYLES), strict=False):
         colors[series.name] = color
         _series(series, axes, color, marker)
+    if chart.inner and any(mark.inner for mark in marks):
+        axes.plot([], [], color="#888888", linewidth=5, alpha=0.6, label=chart.inner)
     for y, name in chart.lines:
         axes.axhline(y, color="#666666", linewidth=0.9, linestyle=(0, (4, 3)), label=name, zorder=1)
     axes.margins(0.08, 0.12)
@@ -151,6 +159,10 @@ def _series(series: Series, axes: Axes, color: str, marker: str) -> None:
         zorder=4,
     )
 
+    inner = [(mark.x, *mark.inner) for mark, _ in drawn if mark.inner]
+    if inner:
+        axes.vlines(*zip(*inner, strict=True), color=color, linewidth=5, alpha=0.45, zorder=3)
+
 
 def _bars(intervals: Sequence[tuple[float, tuple[float, float] | None]]) -> list[list[float]] | None:
     """matplotlib's form: distances down and up. An interval that does not hold its value has a bar on one side."""
@@ -189,6 +201,7 @@ def _labels(chart: Chart, figure: Figure, axes: Axes, colors: dict[str, str]) ->
     if legend := axes.get_legend():
         obstacles.append(legend.get_window_extent(renderer))
     frame = axes.get_window_extent(renderer)
+    labels: list[Bbox] = []
     wanted = [(mark, colors[series.name]) for series in chart.series for mark in series.marks if mark.label]
     for mark, color in sorted(wanted, key=lambda pair: not pair[0].ring):
         x, y = axes.transData.transform((mark.x, at_bottom if mark.y is None else mark.y))
@@ -201,16 +214,19 @@ def _labels(chart: Chart, figure: Figure, axes: Axes, colors: dict[str, str]) ->
             left = x + right * gap - (size.width * (1 - right) / 2)
             bottom = y + up * gap - (size.height * (1 - up) / 2)
             box = Bbox.from_bounds(left, bottom, size.width, size.height)
-            boxes.append((_cost(box, obstacles, frame) + distance * 2 * scale, distance, box))
-        _, distance, box = min(boxes, key=lambda one: one[0])
+            leader = _along((x, y), ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), 5 * scale)[2:-2] if distance > _NEAR else []
+            crossed = sum(label.contains(*point) for point in leader for label in labels)
+            boxes.append((_cost(box, obstacles + labels, frame) + (distance * 2 + crossed * 40) * scale, distance, box, leader))
+        _, distance, box, leader = min(boxes, key=lambda one: one[0])
         text.remove()
-        obstacles.append(box)
-        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.7, "shrinkA": 0, "shrinkB": 4}
+        labels.append(box)
+        obstacles += [Bbox.from_extents(px - scale, py - scale, px + scale, py + scale) for px, py in leader]
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.7, "shrinkA": 0, "shrinkB": 4}
         placed = axes.annotate(
             mark.label, (mark.x, at_bottom if mark.y is None else mark.y), xycoords="data",
             xytext=((box.x0 + box.width / 2 - x) / scale, (box.y0 + box.height / 2 - y) / scale), textcoords="offset points",
             ha="center", va="center", fontsize=8, fontweight=weight, color=color, zorder=7,
-            arrowprops=leader if distance > 13 else None,
+            arrowprops=arrow if distance > _NEAR else None,
         )  # fmt: skip
         placed.set_in_layout(False)  # or the axes would move once more
 
@@ -235,11 +251,16 @@ def _obstacles(chart: Chart, axes: Axes, at_bottom: float, scale: float) -> list
                     thin = 2 * scale
                     boxes.append(Bbox.from_extents(ends[0][0] - thin, ends[0][1] - thin, ends[1][0] + thin, ends[1][1] + thin))
         for (x0, y0), (x1, y1) in itertools.pairwise(points) if series.joined else ():
-            steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / (5 * scale)))
-            for step in range(1, steps):
-                x, y = x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps
+            for x, y in _along((x0, y0), (x1, y1), 5 * scale):
                 boxes.append(Bbox.from_extents(x - scale, y - scale, x + scale, y + scale))
     return boxes
+
+
+def _along(start: tuple[float, float], end: tuple[float, float], every: float) -> list[tuple[float, float]]:
+    """Points on the line between two, without the two."""
+    steps = max(1, int(math.dist(start, end) / every))
+    x, y = ((end[axis] - start[axis]) / steps for axis in (0, 1))
+    return [(start[0] + x * step, start[1] + y * step) for step in range(1, steps)]
 
 
 def _cost(box: Bbox, obstacles: Sequence[Bbox], frame: Bbox) -> float:

@@ -10,7 +10,7 @@ from apex_build.errors import EvaluationRefused
 from apex_build.evaluation.sweep_rows import Row, curve_name
 from apex_build.identity import whole_file
 from apex_build.report import plot
-from apex_build.report.knee import Knee, find_knees, knee_text, loss_of, lower_is_better, size_of
+from apex_build.report.knee import DIFFERENCE, Knee, find_knees, knee_text, loss_of, lower_is_better, size_of
 from apex_build.report.plot import Chart, Mark, Series
 from apex_build.report.table import Table, markdown, sweep_table
 
@@ -90,16 +90,13 @@ def _chart(rows: Sequence[Row], score: str, title: str, unit: str, knees: Sequen
         marks = []
         for row in rows:
             figure = row.figure(score)
-            if (
-                row.head_data != head_data
-                or not size_of(row, by_head)
-                or not (row.refused or (figure and figure.value is not None))
-            ):
+            y = figure.value if figure else None
+            if row.head_data != head_data or not size_of(row, by_head) or (y is None and not row.refused):
                 continue
             interval = (figure.low, figure.high) if figure and figure.low is not None and figure.high is not None else None
-            y = figure.value if figure else None
             label = ", ".join(row.values.values())
-            marks.append(Mark(size_of(row, by_head) / 1e6, y, label, y_interval=interval, ring=row.identity in smallest))
+            inner = _paired_interval(row, score, y)
+            marks.append(Mark(size_of(row, by_head) / 1e6, y, label, None, interval, row.identity in smallest, inner))
         if marks:
             joined = len(next(iter(rows)).values) == 1
             series.append(Series(curve_name(head_data) if by_head else "files", tuple(marks), joined))
@@ -117,5 +114,14 @@ def _chart(rows: Sequence[Row], score: str, title: str, unit: str, knees: Sequen
         y_label=f"{score}{f' ({unit})' if unit else ''}, 95 % intervals",
         series=tuple(series),
         lines=tuple(lines),
+        inner="of the difference from the baseline" if baseline else "of the difference from the reference",
         ring=f"smallest with a paired loss under {bound:g}" if bound is not None else "",
     )
+
+
+def _paired_interval(row: Row, score: str, value: float | None) -> tuple[float, float] | None:
+    """The interval of the paired difference, laid about the score."""
+    paired = row.figure(score + DIFFERENCE)
+    if value is None or row.baseline or paired is None or paired.value is None or paired.low is None or paired.high is None:
+        return None
+    return value + paired.low - paired.value, value + paired.high - paired.value

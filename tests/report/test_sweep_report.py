@@ -116,6 +116,7 @@ def test_the_chart_points_out_the_knees() -> None:
     assert [(mark.label, mark.ring) for series in chart.series for mark in series.marks if mark.ring] == [("IQ2_XXS", True)]
     assert chart.lines == ((72.8, "Q8_0 less 0.5 points"),)
     assert [mark.y for mark in chart.series[1].marks] == [72.0, None]
+    assert [mark.inner for mark in chart.series[0].marks][:2] == [None, pytest.approx((73.0, 73.4))], "paired, about the score"
 
 
 def test_scores_that_were_not_measured() -> None:
