@@ -18,6 +18,10 @@ class ApexError(Exception):
         self.hint = hint
 
 
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP: unwinds everything, and is nobody's fault."""
+
+
 # --- source: pins, fetching, patches ------------------------------------------------------------------------------------
 class PinUnknown(ApexError):
     """No pin of this name, or its file is not valid."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 from apex_build import hookspecs
-from apex_build.errors import ApexError, PluginFailed, PolicyUnknown
+from apex_build.errors import ApexError, PluginFailed, PolicyUnknown, Terminated
 from apex_build.hookspecs import Document, Evaluator, Figure, GpuTarget, PolicySpec, Source
 from apex_build.places import data_root
 
@@ -212,7 +212,7 @@ def _blame(plugin: str, origin: str = "") -> Iterator[None]:
     """Turn whatever a plugin raises into PluginFailed. Its own ApexErrors pass: they are meant for the user."""
     try:
         yield
-    except ApexError:
+    except (ApexError, Terminated):
         raise
     except (Exception, SystemExit) as error:
         source = f" ({origin})" if origin else ""

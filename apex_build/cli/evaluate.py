@@ -119,7 +119,7 @@ def command(
         reference=read_model(reference, plugins.role_of) if reference else None,
         texts=texts_by_domain(texts),
         prompts=read_prompts(prompts) if prompts else (),
-        data=_data(data, evaluators),
+        data=data_files(data, evaluators),
         settings=parse_settings(settings),
     )
     check_settings(inputs.settings, evaluators)
@@ -174,7 +174,7 @@ def names_of(only: Sequence[str]) -> list[str]:
     return [name.strip() for names in only for name in names.split(",") if name.strip()]
 
 
-def _data(given: Sequence[str], evaluators: Mapping[str, Evaluator]) -> dict[str, Path]:
+def data_files(given: Sequence[str], evaluators: Mapping[str, Evaluator]) -> dict[str, Path]:
     found = {name: Path(path) for name, path in parse_settings(given).items()}
     takers = [name for name, evaluator in evaluators.items() if "data" in (*evaluator.needs, *evaluator.uses)]
     for name, path in found.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from apex_build.cli import show
-from apex_build.cli.evaluate import _data as data_files
+from apex_build.cli.evaluate import data_files
 from apex_build.cli.evaluate import evaluation_options, names_of, texts_by_domain
 from apex_build.errors import DataMissing
 from apex_build.evaluation.run import Inputs, check_settings
@@ -155,6 +155,14 @@ def command(
         click.echo(plot.MISSING, err=True)
     if failed := [error for outcome in outcomes for error in outcome.errors]:
         raise type(failed[0])(f"{len(failed)} measurements failed; the first: {failed[0].message}", hint=failed[0].hint)
+
+
+for _option in command.params:  # shared with apex evaluate, where they say less
+    if isinstance(_option, click.Option) and _option.name in ("only", "settings"):
+        _option.help = {
+            "only": "These evaluators.  [default: draft-head; kld where the head is not swept]",
+            "settings": "A parameter of the policy, or EVALUATOR.PARAMETER.",
+        }[_option.name]
 
 
 def values_of_sweep(over: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -161,7 +161,7 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     names = {one.name for one in dataclasses.fields(Figure)}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # no other line break ends a record
     except (OSError, UnicodeDecodeError) as error:
         raise OutputUnwritable(f"{path}: not a file of results: {error}", hint="give another with --results") from None
     for number, line in enumerate(lines, 1):

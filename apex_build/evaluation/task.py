@@ -22,6 +22,8 @@ from apex_build.places import cache_root, lock_path
 from apex_build.policy.parameters import Value
 from apex_build.progress import Report, Step, silent
 
+__all__ = ["Prompt", "Server", "Step", "Task", "read_prompts"]  # what a plugin may rely on
+
 
 @dataclass(frozen=True)
 class Prompt:

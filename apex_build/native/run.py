@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from apex_build.errors import OutputUnwritable, ToolFailed, ToolKilled, ToolTimeout
+from apex_build.errors import OutputUnwritable, Terminated, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.native.lines import Lines, printable
 
 Explain = Callable[[Sequence[str]], "tuple[str, str | None] | None"]
@@ -206,7 +206,7 @@ def unwinding_signals() -> Iterator[None]:
         return
 
     def unwind(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        raise Terminated(128 + number)
 
     ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
     for number in ours:

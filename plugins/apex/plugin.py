@@ -10,17 +10,13 @@ from apex_build.hookspecs import Parameter, PolicySpec, hookimpl
 _HERE = Path(__file__).parent
 
 _INHERIT = ("inherit",)
-# Mixtures for the head, in head.jinja -> suffix of the policies that use it, and what they say of it
-MIXTURES = {
-    "quarter": ("mtp", "the draft head at a quarter of Q8_0's bytes"),
-    "fifth": ("mtp-fifth", "the draft head at a fifth of Q8_0's bytes"),
-}
+QUARTER = "quarter"  # a mixture for the head, in head.jinja
 PARAMETERS = {
     "edge": Parameter(5, "int", "routed and shared experts: this many layers at either end of the trunk are 'edge'"),
     "near": Parameter(5, "int", "routed experts: this many layers next to the edges are 'near', the rest is 'middle'"),
     "attention_edge": Parameter(3, "int", "attention and SSM: this many layers at either end of the trunk are 'edge'"),
     "draft_head": Parameter(
-        "tier", "type", "the whole draft head; 'tier' is what APEX gives it, 'quarter' a measured mixture", ("tier", *MIXTURES)
+        "tier", "type", "the whole draft head; 'tier' is what APEX gives it, 'quarter' a measured mixture", ("tier", QUARTER)
     ),
     "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
     "draft_head.shared": Parameter("inherit", "type", "the head's shared expert", _INHERIT),
@@ -46,7 +42,7 @@ def apex_policies() -> list[PolicySpec]:
     policies = [_policy(tier, tier, calibrated=tier.startswith("i-")) for tier in _TIERS]
     # the same types, with an importance matrix
     policies += [_policy(f"i-{tier}", tier, calibrated=True) for tier in ("quality", "balanced", "compact")]
-    return policies + [_with(policy, mixture) for mixture in MIXTURES for policy in policies if policy.calibrated]
+    return policies + [_with_small_head(policy) for policy in policies if policy.calibrated]
 
 
 def _policy(name: str, tier: str, *, calibrated: bool) -> PolicySpec:
@@ -54,8 +50,8 @@ def _policy(name: str, tier: str, *, calibrated: bool) -> PolicySpec:
     return PolicySpec(name, _HERE / f"{tier}.jinja", base_type, calibrated, PARAMETERS, description)
 
 
-def _with(policy: PolicySpec, mixture: str) -> PolicySpec:
-    """The tier with another head: only those for use with calibration data, which the head's types need."""
-    suffix, what = MIXTURES[mixture]
-    parameters = {**policy.parameters, "draft_head": replace(PARAMETERS["draft_head"], default=mixture)}
-    return replace(policy, name=f"{policy.name}-{suffix}", parameters=parameters, description=f"{policy.name}, {what}")
+def _with_small_head(policy: PolicySpec) -> PolicySpec:
+    """The tier with a quarter of the head's bytes: only those for use with calibration data, which the head's types need."""
+    parameters = {**policy.parameters, "draft_head": replace(PARAMETERS["draft_head"], default=QUARTER)}
+    description = f"{policy.name}, with the draft head at a quarter of Q8_0's bytes"
+    return replace(policy, name=f"{policy.name}-mtp", parameters=parameters, description=description)

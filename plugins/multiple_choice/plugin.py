@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,9 +18,6 @@ from .tasks import Reader, read_hellaswag, read_multiple_choice, read_winogrande
 # `12\t33.33333333%\t[...]`, `12\t33.3333\t-4.5 ...` or `12\t33.33333333`: tasks so far, and their accuracy
 _PROGRESS = re.compile(r"(\d+)\t(\d+\.\d+)(?:%?\t.*)?\s*")
 _ERROR = re.compile(r"[\d.]+ E (.*)")  # the tools' log: time, level, text
-_TRIES = 10
-_PATIENCE = 120.0  # seconds
-_NEARLY = 0.9  # of the tasks: a score over these is still a score
 _PARALLEL = 16  # sequences at once; each costs memory in models with a recurrent part
 
 _EVALUATORS: tuple[tuple[str, str, Reader, str], ...] = (
@@ -58,34 +54,21 @@ def evaluate(mode: str, read: Reader, task: Task) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="apex-tasks-") as scratch:
         file = Path(scratch) / "tasks"
         file.write_bytes(tasks.content)
-        done, accuracy = _run(task, mode, wanted, ("--binary-file", file, *arguments))
+        accuracy = _accuracy(task, mode, wanted, ("--binary-file", file, *arguments))
     notes = [f"{tasks.left_out} tasks left out, which the tool cannot score"] if tasks.left_out else []
-    if done < wanted:
-        notes.append(f"{done} of {wanted} tasks: the last lines of the tool were lost")
-    low, high = share_interval(round(accuracy * done / 100), done)
-    return [Figure("accuracy", accuracy, 100 * low, 100 * high, "%", done, note="; ".join(notes))]
+    low, high = share_interval(round(accuracy * wanted / 100), wanted)
+    return [Figure("accuracy", accuracy, 100 * low, 100 * high, "%", wanted, note="; ".join(notes))]
 
 
-def _run(task: Task, mode: str, wanted: int, arguments: Sequence[str | Path]) -> tuple[int, float]:
-    """Tasks done and their accuracy in percent.
-
-    The tool leaves its lines to a thread that it does not wait for: on a busy machine the last are lost, with exit code 0. So it is
-    run again, unless that takes long and nearly all of them are there.
-    """
-    began = time.monotonic()
-    best = (0, 0.0)
-    for attempt in range(_TRIES):
-        run = task.run("llama-perplexity", "--model", task.model.path, *arguments)
-        best = max(best, _score(run.lines))
-        if best[0] == wanted:
-            return best
-        _refuse_errors(task, run.lines)
-        if time.monotonic() - began > _PATIENCE and (attempt or best[0] > _NEARLY * wanted):
-            break
-    if best[0] > _NEARLY * wanted:
-        return best
+def _accuracy(task: Task, mode: str, wanted: int, arguments: Sequence[str | Path]) -> float:
+    """In percent, over all tasks that were wanted. The tool ends with code 0 also where it gave up. Raises ToolFailed."""
+    run = task.run("llama-perplexity", "--model", task.model.path, *arguments)
+    done, accuracy = _score(run.lines)
+    if done == wanted:
+        return accuracy
+    _refuse_errors(task, run.lines)
     tail = "".join(f"\n  | {line}" for line in run.lines[-8:])
-    raise ToolFailed(f"llama-perplexity {mode} printed scores of {best[0]} of {wanted} tasks{tail}")
+    raise ToolFailed(f"llama-perplexity {mode} printed scores of {done} of {wanted} tasks{tail}")
 
 
 def _score(lines: Sequence[str]) -> tuple[int, float]:

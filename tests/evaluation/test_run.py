@@ -128,18 +128,23 @@ def test_without_only_what_cannot_be_run_is_left_out_and_said(tools: Toolset, pl
     assert "size on " in ran.stdout
 
 
-def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(tools: Toolset, place: Path, heldout: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_of_it_and_leaves_no_process(
+    number: signal.Signals, code: int, tools: Toolset, place: Path, heldout: Path
+) -> None:
+    """Within an evaluator, whose other errors let the next go on."""
     command = [
         sys.executable, "-m", "apex_build", "evaluate", str(place / "model.gguf"), "--plugin", str(place / "scales"), "--results",
-        str(place / "r.jsonl"), "--only", "size,perplexity", "--text", str(heldout / "chat.txt"),
+        str(place / "r.jsonl"), "--only", "perplexity,size", "--text", str(heldout / "chat.txt"),
     ]  # fmt: skip
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not _tool_of(place) and time.monotonic() < deadline:
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     _, said = child.communicate(timeout=60)
-    assert child.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert child.returncode == code and "failed" not in said and "Traceback" not in said
+    assert not (place / "ran.txt").exists()
     assert not _tool_of(place)
 
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from policy_kit import SMALL, TIERS
+from policy_kit import SMALL, TIERS, WITH_SMALL_HEAD
 
 from apex_build.gguf_model.catalogue import Model
 from apex_build.native.toolset import Toolset
@@ -72,8 +72,12 @@ def expected(tier: str, name: str) -> str | None:
     return (attention_edge if layer in ATTENTION_EDGE else attention) if part in ATTENTION else None
 
 
-def test_there_are_ten() -> None:
-    assert {name for name, policy in load_plugins().policies().items() if policy.plugin == "apex"} == set(TIERS) == set(EXPECTED)
+def test_there_are_ten_and_six_with_a_small_head() -> None:
+    assert {name for name, policy in load_plugins().policies().items() if policy.plugin == "apex"} == {
+        *TIERS,
+        *WITH_SMALL_HEAD,
+    }
+    assert set(TIERS) == set(EXPECTED)
     for name, policy in load_plugins().policies().items():
         assert policy.calibrated == name.startswith("i-")
 

@@ -26,7 +26,7 @@ SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
             "draft-head-only",
             [{"draft_head": "Q8_0"}, {"draft_head": "Q4_K"}, {"draft_head.routed": "IQ2_XXS", "draft_head.other": "Q6_K"}],
         ),
-        ("i-nano", [SMALL, {**SMALL, "draft_head": "IQ1_M"}]),
+        ("i-compact", [SMALL, {**SMALL, "draft_head": "IQ3_XXS"}]),
     ],
 )
 def test_bit_identical(
