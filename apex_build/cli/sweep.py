@@ -9,8 +9,7 @@ from pathlib import Path
 import click
 
 from apex_build.cli import show
-from apex_build.cli.evaluate import data_files
-from apex_build.cli.evaluate import evaluation_options, names_of, texts_by_domain
+from apex_build.cli.evaluate import data_files, evaluation_options, names_of, texts_by_domain
 from apex_build.errors import DataMissing
 from apex_build.evaluation.run import Inputs, check_settings
 from apex_build.evaluation.sweep import Request, Sweep, plan_sweep
