@@ -119,8 +119,10 @@ class Evaluator:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     timed: bool = False
     description: str = ""
-    # filled in when the plugin is loaded
+    version: int = 1  # to be raised when it gives other figures for the same: what an earlier one recorded is measured again
+    # filled in when the plugin is loaded: its name, and what tells its code from another (empty for a built-in one)
     plugin: str = ""
+    code: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from apex_build.evaluation.task import Task
 
 GROUP = "apex_build"
+_PACKAGE = "package "  # what the origin of an installed plugin begins with
 T = TypeVar("T")
 Read = Callable[[Mapping[str, Any], Path], Iterator[Document]]
 
@@ -71,7 +72,9 @@ class Plugins:
         """Evaluators by name; an error inside one blames its plugin."""
         found = self._named("apex_evaluators", Evaluator)
         return {
-            name: replace(evaluator, plugin=plugin, evaluate=_blaming_evaluator(plugin, evaluator))
+            name: replace(
+                evaluator, plugin=plugin, code=_code_of(self.origins[plugin]), evaluate=_blaming_evaluator(plugin, evaluator)
+            )
             for name, (plugin, evaluator) in sorted(found.items())
         }
 
@@ -135,7 +138,7 @@ def _load(folders: tuple[Path, ...], data: Path) -> Plugins:
         _register(manager, origins, path.parent.name, str(path.parent), functools.partial(_module_of, path.parent))
     for entry in importlib.metadata.entry_points(group=GROUP):
         package = entry.dist.name if entry.dist else entry.value
-        _register(manager, origins, entry.name, f"package {package}", entry.load)
+        _register(manager, origins, entry.name, f"{_PACKAGE}{package}", entry.load)
     for folder in folders:
         if not (folder / "plugin.py").is_file():
             raise PluginFailed(f"no plugin in {folder}: a plugin folder holds a file plugin.py")
@@ -167,6 +170,27 @@ def _module_of(folder: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _code_of(origin: str) -> str:
+    """What tells a plugin's code from what it was before: digest of its Python files, or version of its package.
+
+    Empty for a built-in one, whose evaluators have versions of their own.
+    """
+    if origin.startswith(_PACKAGE):
+        package = origin.removeprefix(_PACKAGE)
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return package
+    folder = Path(origin)
+    if folder.parent == data_root() / "plugins":
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode(errors="surrogateescape") + content)
+    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ from apex_build.evaluation.run import (
     recorded,
     with_report,
 )
-from apex_build.evaluation.task import read_prompts
+from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import Evaluator, Figure
 from apex_build.native.lines import printable
@@ -54,6 +54,14 @@ def evaluation_options(function: Any) -> Any:
         ),
         click.option("--set", "settings", metavar="NAME.PARAMETER=VALUE", multiple=True, help="A parameter of an evaluator."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]"),
+        click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: the tools' own: all that fit]"),
+        click.option(
+            "--tool-argument",
+            "extra",
+            metavar="ARGUMENT",
+            multiple=True,
+            help="A further argument for llama-perplexity and llama-server; llama-bench:ARGUMENT for that tool.",
+        ),
     )
     for option in reversed(options):
         function = option(function)
@@ -87,6 +95,8 @@ def command(
     only: tuple[str, ...],
     settings: tuple[str, ...],
     threads: int | None,
+    gpu_layers: int | None,
+    extra: tuple[str, ...],
     results: Path,
     list_: bool,
     force: bool,
@@ -121,6 +131,7 @@ def command(
         prompts=read_prompts(prompts) if prompts else (),
         data=data_files(data, evaluators),
         settings=parse_settings(settings),
+        options=ToolOptions(gpu_layers, extra),
     )
     check_settings(inputs.settings, evaluators)
     tools = find_toolset(tools_path)
@@ -220,10 +231,13 @@ def _dry_run(works: Sequence[Work], known: Mapping[str, Any], json_: bool) -> No
 def _print(evaluator: str, results: Sequence[Result]) -> None:
     """One table for an evaluator: a row for each figure, a column for each file."""
     rows: dict[tuple[str, str], dict[str, Figure]] = {}
-    names = [result.work.task.model.path.name for result in results if result.error is None]
+    paths = [result.work.task.model.path for result in results if result.error is None]
+    # files of one name in several folders are told apart by where they are
+    labels = {path: path.name if sum(one.name == path.name for one in paths) == 1 else str(path) for path in paths}
+    names = list(labels.values())
     for result in results:
         for figure in result.figures:
-            rows.setdefault((figure.domain, figure.name), {})[result.work.task.model.path.name] = figure
+            rows.setdefault((figure.domain, figure.name), {})[labels[result.work.task.model.path]] = figure
     if not names:
         return
     cells = [

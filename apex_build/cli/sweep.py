@@ -15,7 +15,7 @@ from apex_build.evaluation.run import Inputs, check_settings
 from apex_build.evaluation.sweep import Request, Sweep, plan_sweep
 from apex_build.evaluation.sweep_rows import Row, as_data
 from apex_build.evaluation.sweep_run import Outcome, planned_row, run_sweep
-from apex_build.evaluation.task import read_prompts
+from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.lines import printable
@@ -73,6 +73,8 @@ def command(
     only: tuple[str, ...],
     settings: tuple[str, ...],
     threads: int | None,
+    gpu_layers: int | None,
+    extra: tuple[str, ...],
     scores: tuple[str, ...],
     bound: float | None,
     folder: Path,
@@ -124,6 +126,7 @@ def command(
             prompts=read_prompts(prompts) if prompts else (),
             data=data_files(data, evaluators),
             settings=of_evaluators,
+            options=ToolOptions(gpu_layers, extra),
         ),
         imatrix_without_head=without,
         curves=None if curves is None else (curves == "with",),

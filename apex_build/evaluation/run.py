@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import difflib
 import json
+import math
+import numbers
+import operator
 import os
 import platform
 import time
@@ -14,9 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from apex_build import __version__
-from apex_build.errors import ApexError, EvaluationRefused, EvaluatorUnknown, OutputUnwritable, ParameterUnknown
-from apex_build.evaluation.task import Prompt, Task
+from apex_build.errors import ApexError, EvaluationRefused, EvaluatorUnknown, OutputUnwritable, ParameterUnknown, PluginFailed
+from apex_build.evaluation.task import Prompt, Task, ToolOptions
 from apex_build.evaluation.vocabulary import check_same_vocabulary
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
@@ -24,19 +28,21 @@ from apex_build.hookspecs import Evaluator, Figure
 from apex_build.identity import sha256_file, sha256_json
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
+from apex_build.places import lock_path
 from apex_build.policy.parameters import Value, values_of
 from apex_build.progress import Report, silent
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What evaluators may be given beside the file: each takes only what it needs or uses."""
+    """What evaluators may be given beside the file: each takes only what it needs or uses. `options` are for their tools."""
 
     reference: Model | None = None
     texts: Mapping[str, Path] = field(default_factory=dict, hash=False)  # domain -> UTF-8 text
     prompts: tuple[Prompt, ...] = ()
     data: Mapping[str, Path] = field(default_factory=dict, hash=False)  # evaluator -> its file
     settings: Mapping[str, str] = field(default_factory=dict, hash=False)  # evaluator.parameter -> value
+    options: ToolOptions = field(default_factory=ToolOptions)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,9 @@ def plan_work(
     prompts = inputs.prompts if "prompts" in takes else ()
     data = inputs.data.get(evaluator.name) if "data" in takes else None
     settings = settings_of(evaluator, inputs.settings, tools)
-    task = Task(evaluator.name, model, tools, reference, texts, prompts, data, settings, threads, report)
+    task = Task(
+        evaluator.name, model, tools, reference, texts, prompts, data, settings, threads, report, inputs.options, evaluator.code
+    )
     parts: dict[str, Any] = {
         "evaluator": evaluator.name,
         "model": fingerprint(model),
@@ -108,9 +116,16 @@ def plan_work(
         "data": sha256_file(data) if data else None,
         "settings": settings,
         "tools": tools.identity,
+        **inputs.options.parts,
     }
+    if evaluator.code:
+        parts["code"] = evaluator.code
+    if evaluator.version != 1:
+        parts["version"] = evaluator.version
     if evaluator.timed:
         parts |= {"machine": platform.node(), "cores": len(os.sched_getaffinity(0)), "threads": threads}
+        if devices := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            parts["devices"] = devices
     return Work(evaluator, task, parts, sha256_json(parts))
 
 
@@ -140,11 +155,11 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
     known = {} if force or results is None else recorded(results)
     for work in sorted(works, key=lambda work: work.evaluator.timed):
         if (line := known.get(work.identity)) is not None:
-            yield Result(work, tuple(Figure(**figure) for figure in line["figures"]), line["seconds"], True)
+            yield Result(work, tuple(map(_figure, line["figures"])), line["seconds"], True)
             continue
         began = time.monotonic()
         try:
-            figures = tuple(work.evaluator.evaluate(work.task))
+            figures = _checked(work.evaluator, work.evaluator.evaluate(work.task))
         except ApexError as error:
             yield Result(work, (), time.monotonic() - began, error=error)
             continue
@@ -159,7 +174,6 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     found: dict[str, dict[str, Any]] = {}
-    names = {one.name for one in dataclasses.fields(Figure)}
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # no other line break ends a record
     except (OSError, UnicodeDecodeError) as error:
@@ -167,10 +181,12 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not all(set(figure) <= names for figure in row["figures"]) or not isinstance(row["seconds"], (int, float)):
+            for figure in row["figures"]:
+                _figure(figure)
+            if not isinstance(row["seconds"], (int, float)):
                 raise ValueError
             found[row["identity"]] = row
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
                 raise OutputUnwritable(
                     f"{path}:{number}: not a result of apex evaluate", hint="give another file with --results"
@@ -195,16 +211,44 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    """One line at once, whole or not at all; after a line that a crash cut short, that line goes."""
+    """One line at once, whole or not at all; after a line that a crash cut short, that line goes. Runs may share the file."""
+    # half a character that a plugin gave as text becomes \udcxx, which is how JSON writes it
+    line = json.dumps(row, ensure_ascii=False, sort_keys=True).encode(errors="backslashreplace") + b"\n"
     try:
-        if path.exists() and not (text := path.read_bytes()).endswith(b"\n") and text:
-            path.write_bytes(text[: text.rfind(b"\n") + 1])
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+        with FileLock(lock_path(path)):
+            if path.exists() and not (text := path.read_bytes()).endswith(b"\n") and text:
+                path.write_bytes(text[: text.rfind(b"\n") + 1])
+            with path.open("ab") as file:
+                file.write(line)
     except OSError as error:
         raise OutputUnwritable(
             f"{path}: the results cannot be written: {error.strerror}", hint="give another with --results"
         ) from None
+
+
+def _checked(evaluator: Evaluator, figures: Sequence[Figure]) -> tuple[Figure, ...]:
+    try:
+        return tuple(map(_plain, figures))
+    except (TypeError, ValueError) as error:
+        raise PluginFailed(f"plugin '{evaluator.plugin}': evaluator '{evaluator.name}' gave {error}") from None
+
+
+def _plain(figure: Figure) -> Figure:
+    """The figure in Python's own kinds, NumPy's too being numbers. Raises ValueError for what cannot be recorded or shown."""
+    found: dict[str, Any] = {}
+    for name in ("value", "low", "high"):
+        number = getattr(figure, name)
+        if number is not None and (not isinstance(number, numbers.Real) or not math.isfinite(number)):
+            raise ValueError(f"a figure whose {name} is {number!r:.40}, expected a finite number or None: {figure!r:.200}")
+        found[name] = number if number is None or isinstance(number, (int, float)) else float(number)
+    if not all(isinstance(text, str) for text in (figure.name, figure.unit, figure.domain, figure.note)):
+        raise ValueError(f"a figure whose name, unit, domain or note is no text: {figure!r:.200}")
+    return replace(figure, **found, n=None if figure.n is None else operator.index(figure.n))
+
+
+def _figure(data: Mapping[str, Any]) -> Figure:
+    """As it was recorded. Raises TypeError, ValueError."""
+    return _plain(Figure(**data))
 
 
 def _lacking(evaluator: Evaluator, model: Model, inputs: Inputs) -> tuple[str, str] | None:

@@ -131,7 +131,9 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
         if not jobs:
             raise DataMissing(f"no point of the sweep can be quantized; {points[0].name}: {points[0].refused}")
         trunk_once = len(jobs) > 1 and request.sweeps_head and same_trunk(jobs)
-        room = _check_disk(request, jobs, trunk_once, keep)
+        # a derived imatrix has the same data for the trunk as the one it was made of
+        trunks = (1 if derived else len({point.head_data for point in points if point.job})) if trunk_once else 0
+        room = _check_disk(request, jobs, trunks, keep)
     return Sweep(request, tuple(points), tuple(evaluators), parts, derived, trunk_once, read_rows(request.folder), room)
 
 
@@ -261,10 +263,10 @@ def _check_folder(folder: Path, parts: Mapping[str, Any]) -> None:
         raise OutputUnwritable(f"{folder} holds another sweep, which differs in: {', '.join(other)}", hint=_ELSEWHERE)
 
 
-def _check_disk(request: Request, jobs: Sequence[Job], trunk_once: bool, keep: bool) -> int:
-    """Room for the files that lie there together: the trunk, the baseline, and the largest of the others, or all of them."""
+def _check_disk(request: Request, jobs: Sequence[Job], trunks: int, keep: bool) -> int:
+    """Room for the files that lie there together: the trunks, the baseline, and the largest of the others, or all of them."""
     largest = max(jobs, key=lambda job: job.n_bytes)
-    before = trunk_job(largest, largest.out).n_bytes if trunk_once else 0
+    before = trunks * trunk_job(largest, largest.out).n_bytes if trunks else 0
     before += sum(job.n_bytes for job in jobs) - largest.n_bytes if keep else jobs[0].n_bytes if len(jobs) > 1 else 0
     place = request.folder if request.folder.is_dir() else request.folder.parent
     check_output(place / largest.out.name, largest.inputs, largest.n_bytes, force=True, before=before)

@@ -71,8 +71,9 @@ def read_rows(folder: Path) -> dict[str, Row]:
     if not path.exists():
         return {}
     try:
-        rows = [_row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        lines = path.read_text(encoding="utf-8").split("\n")  # other line breaks may stand in a note
+        rows = [_row(json.loads(line)) for line in lines if line]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OutputUnwritable(f"{path} is damaged: {error}", hint="give another folder with -o") from None
     return {row.identity: row for row in rows if row.measured}
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
-from apex_build.errors import CalibrationSetInvalid
+from apex_build.errors import CalibrationSetInvalid, ParameterUnknown
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.identity import sha256_file, sha256_json, whole_file, write_json
@@ -24,12 +27,54 @@ from apex_build.progress import Report, Step, silent
 
 __all__ = ["Prompt", "Server", "Step", "Task", "read_prompts"]  # what a plugin may rely on
 
+_ALIKE = ("llama-perplexity", "llama-server")  # these take the same arguments
+_OWN = "llama-bench"  # some of this one's are others
+_READY = 600.0  # seconds that a server may take to load a model, beside those of
+_SLOW_DISK = 50e6  # bytes a second
+
 
 @dataclass(frozen=True)
 class Prompt:
     domain: str
     text: str
     origin: str = ""  # file and line, for messages
+
+
+@dataclass(frozen=True)
+class ToolOptions:
+    """What the user adds to the commands of the tools that run a model. By themselves they put on the GPU what fits.
+
+    `arguments` go to llama-perplexity and llama-server; one that begins with a tool's name and a colon, such as
+    `llama-bench:--mmap`, to that tool alone. Raises ParameterUnknown for a tool that evaluators do not run.
+    """
+
+    gpu_layers: int | None = None
+    arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for argument in self.arguments:
+            name, colon, _ = argument.partition(":")
+            if colon and name.startswith("llama-") and name not in (*_ALIKE, _OWN):
+                raise ParameterUnknown(f"--tool-argument {argument}: the tools are {', '.join((*_ALIKE, _OWN))}, not {name}")
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """For identities: where and how a model is evaluated changes its figures a little, and its times. Empty by default."""
+        layers = {} if self.gpu_layers is None else {"gpu_layers": self.gpu_layers}
+        return layers | ({"tool_arguments": list(self.arguments)} if self.arguments else {})
+
+    def of(self, tool: str) -> list[str]:
+        """The arguments for a tool."""
+        if tool not in (*_ALIKE, _OWN):
+            return []
+        found = [] if self.gpu_layers is None else ["--n-gpu-layers", str(self.gpu_layers)]
+        for argument in self.arguments:
+            name, colon, rest = argument.partition(":")
+            if colon and name in (*_ALIKE, _OWN):
+                found += [rest] if name == tool else []
+            elif tool in _ALIKE:
+                found.append(argument)
+        return found
 
 
 @dataclass(frozen=True)
@@ -46,6 +91,8 @@ class Task:
     settings: Mapping[str, Value] = field(default_factory=dict, hash=False)
     threads: int | None = None  # None: as many as the tools take by themselves
     report: Report = silent
+    options: ToolOptions = ToolOptions()
+    code: str = ""  # of the evaluator's plugin: Evaluator.code
 
     def number(self, name: str) -> int:
         """A setting of the kind 'int'."""
@@ -54,26 +101,36 @@ class Task:
     def run(self, tool: str, *arguments: str | Path, what: str = "", log: Path | None = None) -> ToolRun:
         """Run a tool of the build to its end, reporting the chunks that it counts. Raises ToolFailed, ToolKilled."""
         watch = _chunks(f"{self.evaluator}: {what or self.model.path.name}", self.report)
-        command = [str(self.tools.tool(tool)), *(str(argument) for argument in arguments), *self._threads()]
+        command = [str(self.tools.tool(tool)), *(str(argument) for argument in arguments), *self._options(tool)]
         with self._machine():
             return run_tool(command, on_line=watch, explain=output.explain, log=log)
 
     @contextmanager
     def serve(self, *arguments: str) -> Iterator[Server]:
         """llama-server with the model, for a `with` block; on a free port of the loopback, and ended with the block."""
-        with self._machine(), serve(self.tools, self.model.path, arguments=[*arguments, *self._threads()]) as server:
+        options = self._options("llama-server")
+        patience = _READY + sum(path.stat().st_size for path in self.model.files) / _SLOW_DISK
+        with (
+            self._machine(),
+            serve(self.tools, self.model.path, arguments=[*arguments, *options], ready_within=patience) as server,
+        ):
             yield server
 
     def kept(self, name: str, about: Mapping[str, object], make: Callable[[Path], None], *, of: Model | None = None) -> Path:
-        """A file in the cache that is made once: for a model (the task's own, or `of`), these tools, and all that `about` names.
+        """A file in the cache that is made once: for a model (the task's own, or `of`), these tools and how they are run, and all
+        that `about` names.
 
         `make` writes it to the path it is given; nothing that it left half-written is ever found. `about` holds JSON values.
         """
-        parts = {**about, "model": fingerprint(of or self.model), "tools": self.tools.identity, "name": name}
+        parts = {**about, "model": fingerprint(of or self.model), "tools": self.tools.identity, "name": name, **self.options.parts}
+        if self.code:  # not a built-in evaluator: another version of it may write another file, and others may use the same name
+            parts |= {"evaluator": self.evaluator, "code": self.code}
         path = cache_root() / "evaluation" / sha256_json(parts)[:32] / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock_path(path)):
+        with self._alone(FileLock(lock_path(path)), f"for another evaluation that makes {name}"):
             if not path.is_file():
+                for left in path.parent.glob(f".{glob.escape(name)}.*"):  # by a run that was killed: it may be of many GB
+                    left.unlink(missing_ok=True)
                 write_json(path.with_name("made-from.json"), parts)
                 with whole_file(path) as part:
                     make(part)
@@ -82,8 +139,8 @@ class Task:
     def identity_of_text(self, domain: str) -> str:
         return sha256_file(self.texts[domain])
 
-    def _threads(self) -> list[str]:
-        return [] if self.threads is None else ["--threads", str(self.threads)]
+    def _options(self, tool: str) -> list[str]:
+        return [*self.options.of(tool), *([] if self.threads is None else ["--threads", str(self.threads)])]
 
     @contextmanager
     def _machine(self) -> Iterator[None]:
@@ -91,11 +148,18 @@ class Task:
         if self.threads is not None:
             yield
             return
-        lock = FileLock(lock_path(cache_root() / "evaluation" / "machine"))
+        # Machines may share the cache. A singleton, so that an evaluator may run a tool while a server of its own is up.
+        lock = FileLock(lock_path(cache_root() / "evaluation" / f"machine-{platform.node()}"), is_singleton=True)
+        with self._alone(lock, "for another evaluation on this machine (--threads N: do not wait)"):
+            yield
+
+    @contextmanager
+    def _alone(self, lock: BaseFileLock, what: str) -> Iterator[None]:
+        """With the lock; where it has to be waited for, that is said."""
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            self.report(Step("waiting for another evaluation on this machine (--threads N: do not wait)", 0))
+            self.report(Step(f"waiting {what}", 0))
             lock.acquire()
         try:
             yield
@@ -107,7 +171,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """One JSON object a line with `domain` and `prompt`, the text as the model is to get it. Raises CalibrationSetInvalid."""
     hint = 'one object a line: {"domain": "code", "prompt": "..."}'
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line breaks may stand in a prompt
     except FileNotFoundError:
         raise CalibrationSetInvalid(f"{path}: no such file", hint=hint) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -119,7 +183,8 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
         try:
             row = json.loads(line)
             domain, text = row["domain"], row["prompt"]
-        except (ValueError, TypeError, KeyError):
+            f"{domain}{text}".encode()  # JSON can write half a character, which is no text
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise CalibrationSetInvalid(f"{path}:{number}: not a prompt: {line:.80}", hint=hint) from None
         if not isinstance(domain, str) or not isinstance(text, str) or not text:
             raise CalibrationSetInvalid(f"{path}:{number}: domain and prompt must be texts, the prompt not empty", hint=hint)

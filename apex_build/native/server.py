@@ -61,6 +61,7 @@ class Server:
     process: subprocess.Popen[bytes]
     output: Path  # what it prints
     log: Path | None  # the same, where it outlives the server
+    ready_within: float = 600.0  # seconds that it had to load the model
 
     def completion(
         self, prompt: str, *, n_predict: int, temperature: float = 0.0, timeout: float = 600.0, **options: Any
@@ -114,7 +115,7 @@ class Server:
         """A second server of the same model with further arguments, while this one runs."""
         command = self.process.args
         assert isinstance(command, list)
-        with _serve([*map(str, command), *arguments], None, 600.0) as server:
+        with _serve([*map(str, command), *arguments], None, self.ready_within) as server:
             yield server
 
     def get(self, path: str, *, timeout: float = 600.0) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float) -> Ite
         with path.open("wb") as output:  # a file, not a pipe: nobody has to read it for the server to go on
             process = start(command, output=output, env={"LLAMA_TRACE": "1"})  # it then prints what becomes of each draft
         try:
-            yield Server(_wait_ready(process, path, log, ready_within), process, path, log)
+            yield Server(_wait_ready(process, path, log, ready_within), process, path, log, ready_within)
         finally:
             stop(process)
 
@@ -212,7 +213,7 @@ def _wait_ready(process: subprocess.Popen[bytes], output: Path, log: Path | None
         time.sleep(0.05)
     raise ToolTimeout(
         f"llama-server was not ready within {seconds:.1f} s{tail(_lines(output))}{where(log)}",
-        hint="a larger model needs longer to load: allow it more time, or use a smaller context",
+        hint="is the disk slow, or the machine busy? the same command again finds more of the file in memory",
     )
 
 

@@ -12,7 +12,10 @@ TOOLS = ("llama-imatrix", "llama-quantize", "llama-perplexity", "llama-server", 
 _COMMON = {
     "BUILD_SHARED_LIBS": "ON",
     "CMAKE_BUILD_TYPE": "Release",
-    "CMAKE_BUILD_RPATH_USE_ORIGIN": "ON",  # libraries are found beside the tools, so that the folder can be moved
+    # Libraries are found beside the tools, so that the folder can be moved, and nowhere else: CMake's own path for the build folder
+    # ends with an empty element, which is the current folder of whoever runs the tool.
+    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+    "CMAKE_INSTALL_RPATH": "$ORIGIN",
     "FETCHCONTENT_FULLY_DISCONNECTED": "ON",
     "GGML_CCACHE": "OFF",  # we set the compiler's launcher ourselves
     "LLAMA_BUILD_APP": "OFF",
@@ -42,8 +45,6 @@ BACKENDS = {backend.name: backend for backend in (Backend("cpu"),)}  # those tha
 
 # docs/build.md has the reason for each
 _CUDA = {
-    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",  # and no path of this machine in it
-    "CMAKE_INSTALL_RPATH": "$ORIGIN",
     "GGML_BACKEND_DL": "ON",
     "GGML_CUDA": "ON",
     "GGML_CUDA_COMPRESSION_MODE": "size",

@@ -7,10 +7,11 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from apex_build.errors import ParameterUnknown, ToolFailed
+from apex_build.errors import ParameterUnknown, ToolFailed, ToolKilled
 from apex_build.evaluation.intervals import ratio_interval, student
 from apex_build.evaluation.task import Prompt, Server, Step, Task
 from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
@@ -84,10 +85,14 @@ def _end_to_end(task: Task) -> list[Figure]:
     """Both servers up at once, each prompt given to one and then the other, so that what else the machine does meets both alike."""
     n_predict = task.number("generate")
     drafting = ("--spec-type", "draft-mtp", "--spec-draft-n-max", str(task.number("n_max")))
-    with (
-        task.serve("--parallel", "1", "--ctx-size", str(task.number("context"))) as plain,
-        plain.beside(*drafting) as drafted,
-    ):
+    # without --fit off the second server, finding the GPU's memory taken, would quietly put less on it than the first
+    base = ("--parallel", "1", "--ctx-size", str(task.number("context")), "--fit", "off")
+    with task.serve(*base) as plain, ExitStack() as stack:
+        try:
+            drafted = stack.enter_context(plain.beside(*drafting))
+        except (ToolFailed, ToolKilled) as error:
+            hint = f"the model is in memory twice for this comparison; where that is too much: --set {task.evaluator}.n_max=0"
+            raise type(error)(error.message, hint=hint) from None
         plain.check_room(((prompt.origin, prompt.text) for prompt in task.prompts), n_predict)
         for server in (plain, drafted):
             _timed(server, task.prompts[0], n_predict)  # to warm up

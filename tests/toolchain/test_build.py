@@ -58,6 +58,9 @@ def test_the_folder_can_be_moved(source: Path, cache: Path, tmp_path: Path) -> N
     shutil.move(root, moved)
     shutil.rmtree(cache)
     assert run_tool([moved / "bin" / "tool"]).lines == ("42",)
+    dynamic = run_tool(["readelf", "-d", moved / "bin" / "tool"]).lines
+    # an empty element, as CMake appends by itself, would be the current folder of whoever runs the tool
+    assert [line.rpartition("[")[2] for line in dynamic if "RUNPATH" in line] == ["$ORIGIN]"]
 
 
 def test_an_edit_compiles_what_changed_and_keeps_the_old_build(source: Path, cache: Path) -> None:
