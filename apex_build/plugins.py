@@ -187,7 +187,7 @@ def _code_of(origin: str) -> str:
     if folder.parent == data_root() / "plugins":
         return ""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode(errors="surrogateescape") + content)
     return digest.hexdigest()

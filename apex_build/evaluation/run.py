@@ -212,8 +212,7 @@ def record(result: Result) -> dict[str, Any]:
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     """One line at once, whole or not at all; after a line that a crash cut short, that line goes. Runs may share the file."""
-    # half a character that a plugin gave as text becomes \udcxx, which is how JSON writes it
-    line = json.dumps(row, ensure_ascii=False, sort_keys=True).encode(errors="backslashreplace") + b"\n"
+    line = json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n"
     try:
         with FileLock(lock_path(path)):
             if path.exists() and not (text := path.read_bytes()).endswith(b"\n") and text:
@@ -241,8 +240,9 @@ def _plain(figure: Figure) -> Figure:
         if number is not None and (not isinstance(number, numbers.Real) or not math.isfinite(number)):
             raise ValueError(f"a figure whose {name} is {number!r:.40}, expected a finite number or None: {figure!r:.200}")
         found[name] = number if number is None or isinstance(number, (int, float)) else float(number)
-    if not all(isinstance(text, str) for text in (figure.name, figure.unit, figure.domain, figure.note)):
-        raise ValueError(f"a figure whose name, unit, domain or note is no text: {figure!r:.200}")
+    texts = (figure.name, figure.unit, figure.domain, figure.note)
+    if not all(isinstance(text, str) and text == text.encode(errors="replace").decode() for text in texts):
+        raise ValueError(f"a figure whose name, unit, domain or note is no text: {figure!a:.200}")
     return replace(figure, **found, n=None if figure.n is None else operator.index(figure.n))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -115,7 +117,7 @@ class Server:
         """A second server of the same model with further arguments, while this one runs."""
         command = self.process.args
         assert isinstance(command, list)
-        with _serve([*map(str, command), *arguments], None, self.ready_within) as server:
+        with _serve([*map(str, command[len(_bound()) :]), *arguments], None, self.ready_within) as server:
             yield server
 
     def get(self, path: str, *, timeout: float = 600.0) -> dict[str, Any]:
@@ -176,11 +178,23 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float) -> Ite
         path = log or Path(scratch) / "llama-server.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as output:  # a file, not a pipe: nobody has to read it for the server to go on
-            process = start(command, output=output, env={"LLAMA_TRACE": "1"})  # it then prints what becomes of each draft
+            process = start(
+                [*_bound(), *command], output=output, env={"LLAMA_TRACE": "1"}
+            )  # it then prints what becomes of each draft
         try:
             yield Server(_wait_ready(process, path, log, ready_within), process, path, log, ready_within)
         finally:
             stop(process)
+
+
+@functools.cache
+def _bound() -> tuple[str, ...]:
+    """The beginning of a command whose process the kernel kills when we are killed ourselves: else a server would stay for ever,
+    with a model in the GPU's memory. Of util-linux; empty where there is none, or one that cannot do it."""
+    found = shutil.which("setpriv")
+    prefix = (found, "--pdeathsig", "KILL", "--") if found else ()
+    works = prefix and subprocess.run([*prefix, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+    return prefix if works else ()
 
 
 def drafts_printed(lines: Iterable[str]) -> tuple[Draft, ...]:

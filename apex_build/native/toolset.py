@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 from apex_build import places
 from apex_build.errors import BuildMissing
-from apex_build.identity import sha256_file
+from apex_build.identity import sha256_file, sha256_json
 
 _HINT = "make build, or: apex build"
 
@@ -32,8 +33,8 @@ class Toolset:
 
     @property
     def identity(self) -> str:
-        """The build's key; of a build that is not ours, the digest of its library of models."""
-        return str(self.manifest.get("key") or sha256_file(self.library("llama")))
+        """The build's key; of a build that is not ours, the digest of its libraries and tools."""
+        return str(self.manifest.get("key") or _digest(self.library("llama").parent))
 
     def tool(self, name: str) -> Path:
         """Path of a tool such as `llama-imatrix`. Raises BuildMissing."""
@@ -48,6 +49,13 @@ class Toolset:
         if not path.is_file():
             raise BuildMissing(f"the tools in {self.root} have no library lib{name}.so", hint=_HINT)
         return path
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(folder: Path) -> str:
+    """Of what figures depend on: backends lie in libraries of their own, and tools may have been built anew without them."""
+    files = [*sorted(folder.glob("lib*.so")), *(folder / f"llama-{name}" for name in ("bench", "perplexity", "server"))]
+    return sha256_json({path.name: sha256_file(path) for path in files if path.is_file()})
 
 
 def find_toolset(path: Path | None = None) -> Toolset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from apex_build.errors import (
     ParameterUnknown,
     PluginFailed,
 )
+from apex_build.evaluation import run
 from apex_build.native.toolset import Toolset
 
 PLUGIN = """
@@ -37,10 +39,24 @@ def broken(task):
 def odd(task):
     return ["seven"]
 
+def numpy(task):
+    import numpy
+    return [Figure("share", numpy.float32(0.5), numpy.float64(0.25), n=numpy.int64(7))]
+
+def infinite(task):
+    return [Figure("ratio", float("nan"))]
+
+def wordy(task):
+    return [Figure("ratio", "much")]
+
+def half(task):
+    return [Figure("ratio", 1.0, note="half a character: \\udc80")]
+
 @hookimpl
 def apex_evaluators():
     return [
         Evaluator("broken", broken),
+        *(Evaluator(function.__name__, function) for function in (half, infinite, numpy, wordy)),
         Evaluator("head-size", size, needs=("head",), parameters={"times": Parameter(1, "int")}),
         Evaluator("odd", odd),
         Evaluator("size", size, parameters={"times": Parameter(1, "int")}),
@@ -83,6 +99,51 @@ def test_what_is_recorded_is_not_measured_again(tools: Toolset, place: Path) -> 
     evaluate(place, "--only", "size", "--force")
     assert (place / "ran.txt").read_text() == "size\n" * 3
     assert len((place / "r.jsonl").read_text().splitlines()) == 3
+
+
+def test_figures_that_are_no_figures_are_refused_and_numpys_are_taken(tools: Toolset, place: Path) -> None:
+    """They go into JSON and tables: a plugin's NaN or text would end the run there, after the work."""
+    ran = evaluate(place, "--only", "half,infinite,wordy,numpy", code=PluginFailed.exit_code)
+    assert "evaluator 'infinite' gave a figure whose value is nan, expected a finite number" in ran.stderr
+    assert "evaluator 'wordy' gave a figure whose value is 'much'" in ran.stderr and "3 of 4 measurements failed" in ran.stderr
+    assert "evaluator 'half' gave a figure whose name, unit, domain or note is no text" in ran.stderr
+    (row,) = map(json.loads, (place / "r.jsonl").read_text().splitlines())
+    assert row["figures"][0]["value"] == 0.5 and row["figures"][0]["n"] == 7
+    assert json.loads(evaluate(place, "--only", "numpy", "--json").stdout)[0]["measured"]
+
+
+def test_a_plugin_that_was_changed_measures_again(tools: Toolset, place: Path) -> None:
+    evaluate(place, "--only", "size")
+    (place / "scales" / "notes.txt").write_text("no code")
+    evaluate(place, "--only", "size")
+    assert (place / "ran.txt").read_text() == "size\n"
+    (place / "scales" / "plugin.py").write_text(PLUGIN.replace('task.number("times")', 'task.number("times") / 1000'))
+    kilo = json.loads(evaluate(place, "--only", "size", "--json").stdout)
+    assert kilo[0]["figures"][0]["value"] == (place / "model.gguf").stat().st_size / 1000
+    (place / "scales" / "plugin.py").write_text(PLUGIN.replace('Evaluator("size", size,', 'Evaluator("size", size, version=2,'))
+    again = json.loads(evaluate(place, "--only", "size", "--json").stdout)
+    assert again[0]["version"] == 2 and (place / "ran.txt").read_text() == "size\n" * 3
+
+
+def test_files_of_one_name_have_columns_of_their_own(tools: Toolset, place: Path, testbed: Path) -> None:
+    (place / "other").mkdir()
+    gguf_edit.without_head(testbed, place / "other" / "model.gguf")
+    ran = evaluate(place, place / "other" / "model.gguf", "--only", "size")
+    for path in (testbed, place / "other" / "model.gguf"):
+        assert f"{path.stat().st_size} B" in " ".join(ran.stdout.split())
+
+
+def test_runs_may_share_a_file_of_results(tmp_path: Path) -> None:
+    """A line may be longer than one write, and what looks cut short is another run's line."""
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        pool.starmap(_append_many, [(tmp_path / "r.jsonl", name) for name in "abc"])
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert sorted(row["identity"] for row in rows) == sorted(f"{name}{n}" for name in "abc" for n in range(20))
+
+
+def _append_many(path: Path, name: str) -> None:
+    for number in range(20):
+        run._append(path, {"identity": f"{name}{number}", "note": name * 30_000})
 
 
 def test_a_line_that_a_crash_cut_short_goes(tools: Toolset, place: Path) -> None:

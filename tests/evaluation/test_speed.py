@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import servers
 
-from apex_build.errors import EvaluationRefused, ParameterUnknown
+from apex_build.errors import EvaluationRefused, ParameterUnknown, ToolFailed
 from apex_build.evaluation.run import Inputs, Work
 from apex_build.evaluation.task import read_prompts
+from apex_build.native.toolset import Toolset
 from apex_build.progress import Step
 
 WorkOf = Callable[..., Work]
@@ -45,6 +47,28 @@ def test_with_and_without_drafting_side_by_side(work_of: WorkOf, heldout: Path) 
     assert [step.done for step in steps if step.unit == "prompts"] == list(range(1, 13))
     without = work_of("speed", prompts, n_max="0", **QUICK)
     assert len(without.evaluator.evaluate(without.task)) == 2
+
+
+def test_no_memory_for_two_servers(work_of: WorkOf, heldout: Path, tools: Toolset, tmp_path: Path) -> None:
+    """It is said, and not hidden by putting less of the second one on the GPU: both get --fit off."""
+    (tmp_path / "bin").mkdir()
+    for path in tools.bin.iterdir():
+        (tmp_path / "bin" / path.name).symlink_to(path)
+    script = tmp_path / "bin" / "llama-server"
+    script.unlink()
+    given = tmp_path / "given.txt"
+    script.write_text(
+        f'#!/bin/sh\necho "$*" >> {given}\n'
+        'case "$*" in *draft-mtp*) echo "failed to allocate CUDA0 buffer"; exit 1;; esac\n'
+        f'exec "{tools.tool("llama-server")}" "$@"\n'
+    )
+    script.chmod(0o755)
+    prompts = Inputs(prompts=read_prompts(heldout / "prompts.jsonl")[:1])
+    work = work_of("speed", prompts, tools=Toolset(tmp_path), **QUICK)
+    with pytest.raises(ToolFailed, match="memory ran out") as caught:
+        work.evaluator.evaluate(work.task)
+    assert caught.value.hint and "in memory twice" in caught.value.hint and "--set speed.n_max=0" in caught.value.hint
+    assert [" --fit off" in line for line in given.read_text().splitlines()] == [True, True] and not servers()
 
 
 def test_what_is_refused(work_of: WorkOf, heldout: Path) -> None:

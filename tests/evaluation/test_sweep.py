@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,19 @@ def test_the_disk_is_looked_at_before_the_first_file(
     plan_sweep(request)
     with pytest.raises(DiskTooSmall, match="of other files"):
         plan_sweep(request, keep=True)
+
+
+def test_imatrices_of_two_runs_have_a_trunk_each(
+    testbed: Path, calibrated: Path, headless_imatrix: Path, tools: Toolset, scales: Path, tmp_path: Path
+) -> None:
+    plugins = load_plugins((scales,))
+    derived = Request(
+        model=read_model(testbed, plugins.role_of), policy=plugins.policy("draft-head-only"), parameters={},
+        over={"draft_head": ("Q8_0", "Q4_K")}, imatrix=calibrated, folder=tmp_path / "out", tools=tools,
+        evaluators=plugins.evaluators(), only=("weight",), inputs=Inputs(),
+    )  # fmt: skip
+    one, two = plan_sweep(derived), plan_sweep(replace(derived, imatrix_without_head=headless_imatrix))
+    assert one.trunk_once and two.trunk_once and 16_000_000 < two.room - one.room < 20_000_000
 
 
 def _of_another_model(imatrix: Path, out: Path) -> Path:

@@ -135,7 +135,9 @@ def test_not_ready_in_time(tools: Toolset, testbed: Path) -> None:
     assert not servers()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_a_signal_takes_the_server_down(tools: Toolset, testbed: Path, number: signal.Signals, code: int) -> None:
     program = (
         "import signal, sys, time\nfrom pathlib import Path\nfrom apex_build.native.server import serve\n"

@@ -74,3 +74,15 @@ def test_a_build_that_is_not_ours(cache: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_a_folder_without_tools(cache: Path) -> None:
     with pytest.raises(BuildMissing, match="holds no built tools"):
         find_toolset(cache / "empty")
+
+
+def test_a_build_that_is_not_ours_is_another_when_a_part_of_it_is(tmp_path: Path) -> None:
+    """Figures depend on the backend's library and on the tool as much as on the library of models."""
+    found = set()
+    for changed in ("", "libllama.so", "libggml-cuda.so", "llama-perplexity"):
+        root = tmp_path / f"build{changed}" / "bin"
+        root.mkdir(parents=True)
+        for name in ("libllama.so", "libggml-cuda.so", "llama-perplexity", "llama-quantize"):
+            (root / name).write_text(f"{name} {name == changed}")
+        found.add(find_toolset(root).identity)
+    assert len(found) == 4

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from apex_build.errors import EvaluationRefused
-from apex_build.evaluation.sweep_rows import Row
+from apex_build.evaluation.sweep_rows import Row, read_rows, write_rows
 from apex_build.hookspecs import Figure
 from apex_build.report.knee import Loss, find_knees, loss_of
 from apex_build.report.sweep import check_scores, default_score, report_sweep
@@ -125,3 +128,10 @@ def test_scores_that_were_not_measured() -> None:
     check_scores([ROWS[-1]], ["whatever"])  # nothing measured yet: nothing known
     with pytest.raises(EvaluationRefused, match=r"--score depth9\.agreement: .* There are: depth1\.agreement"):
         check_scores(ROWS, ["depth9.agreement"])
+
+
+def test_rows_come_back_whatever_a_note_holds(tmp_path: Path) -> None:
+    """JSON lets other line breaks than the line feed stand in a text."""
+    odd = replace(ROWS[0], figures={"mine": (Figure("score", 1.0, note="two\u2028lines\x85and more"),)})
+    write_rows(tmp_path, [odd, ROWS[1]])
+    assert read_rows(tmp_path) == {row.identity: row for row in (odd, ROWS[1])}
