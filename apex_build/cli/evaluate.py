@@ -14,6 +14,7 @@ from apex_build.evaluation.run import (
     Inputs,
     Result,
     Work,
+    check_results,
     check_settings,
     choose,
     evaluate,
@@ -145,7 +146,7 @@ def command(
     if dry_run:
         _dry_run(works, {} if force else recorded(results), json_)
         return
-    recorded(results)  # refuse a wrong file before hours of work
+    check_results(results)
     done: list[Result] = []
     with show.progress() as report:
         for result in evaluate([with_report(work, report) for work in works], results, force=force):

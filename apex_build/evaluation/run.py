@@ -10,6 +10,7 @@ import numbers
 import operator
 import os
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -167,6 +168,16 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
         if results is not None:
             _append(results, record(result))
         yield result
+
+
+def check_results(path: Path) -> None:
+    """Refuse before hours of work what could not be recorded after them. Raises OutputUnwritable."""
+    recorded(path)
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise OutputUnwritable(f"{folder}: no such folder", hint=f"mkdir -p {shlex.quote(str(folder))}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise OutputUnwritable(f"{path}: the results cannot be written", hint="give another with --results")
 
 
 def recorded(path: Path) -> dict[str, dict[str, Any]]:

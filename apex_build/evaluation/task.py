@@ -148,8 +148,8 @@ class Task:
         if self.threads is not None:
             yield
             return
-        # Machines may share the cache. A singleton, so that an evaluator may run a tool while a server of its own is up.
-        lock = FileLock(lock_path(cache_root() / "evaluation" / f"machine-{platform.node()}"), is_singleton=True)
+        # a singleton, so that an evaluator may run a tool while a server of its own is up
+        lock = FileLock(lock_path(cache_root() / "evaluation" / f"machine-{_this_machine()}"), is_singleton=True)
         with self._alone(lock, "for another evaluation on this machine (--threads N: do not wait)"):
             yield
 
@@ -192,6 +192,14 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     if not prompts:
         raise CalibrationSetInvalid(f"{path}: no prompts in it", hint=hint)
     return tuple(prompts)
+
+
+def _this_machine() -> str:
+    """Machines may share a cache, and containers on one machine have names of their own: the kernel knows which is which."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return platform.node()
 
 
 def _chunks(task: str, report: Report) -> Callable[[str], None]:

@@ -178,9 +178,8 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float) -> Ite
         path = log or Path(scratch) / "llama-server.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as output:  # a file, not a pipe: nobody has to read it for the server to go on
-            process = start(
-                [*_bound(), *command], output=output, env={"LLAMA_TRACE": "1"}
-            )  # it then prints what becomes of each draft
+            # LLAMA_TRACE: it then prints what becomes of each draft
+            process = start([*_bound(), *command], output=output, env={"LLAMA_TRACE": "1"})
         try:
             yield Server(_wait_ready(process, path, log, ready_within), process, path, log, ready_within)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -9,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from apex_build import errors
-from apex_build.cli import VERBS, apex
+from apex_build.cli import VERBS, apex, show
+from apex_build.progress import Step
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,3 +68,10 @@ def test_each_error_has_an_exit_code_of_its_own_and_is_documented() -> None:
 def test_an_unknown_verb() -> None:
     ran = CliRunner().invoke(apex, ["quantise"])
     assert ran.exit_code == 2 and "No such command 'quantise'" in ran.output
+
+
+def test_a_name_in_the_progress_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal rich draws it, and takes what is in square brackets for tags."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with show.progress() as report:
+        report(Step("kld: model[/].gguf on [red]", 1, 2, "chunks"))

@@ -176,6 +176,8 @@ def test_refusals(tools: Toolset, place: Path, testbed: Path) -> None:
     (place / "r.jsonl").write_text("hello\nworld\n")
     assert "r.jsonl:1: not a result" in evaluate(place, "--only", "size", code=OutputUnwritable.exit_code).stderr
     assert (place / "r.jsonl").read_text() == "hello\nworld\n"
+    nowhere = evaluate(place, "--only", "size", "--results", place / "no" / "r.jsonl", code=OutputUnwritable.exit_code)
+    assert "no: no such folder" in nowhere.stderr and not (place / "ran.txt").exists(), "before anything is measured"
     gguf_edit.without_head(testbed, place / "trunk.gguf")
     ran = run_apex(
         "evaluate", place / "trunk.gguf", "--plugin", place / "scales", "--only", "head-size", code=EvaluationRefused.exit_code

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
+from apex_build.progress import Step
 
 WorkOf = Callable[..., Work]
 
@@ -71,6 +74,30 @@ def test_a_tool_beside_a_server_of_the_same_task(work_of: WorkOf, testbed: Path,
     with task.serve("--ctx-size", "256", "--threads", "1", "--no-warmup"):
         ran = task.run("llama-bench", "--model", testbed, "--n-prompt", "8", "--n-gen", "0", "--repetitions", "1", "--threads", "1")
     assert ran.returncode == 0
+
+
+def test_two_evaluations_wait_for_each_other(work_of: WorkOf, cache: Path) -> None:
+    """And the one that waits says so; with a number of threads it does not wait."""
+    said: list[str] = []
+    held, over = threading.Event(), threading.Event()
+    task = replace(work_of("speed").task, threads=None)
+
+    def other() -> None:
+        with task._machine():
+            held.set()
+            over.wait(60)
+
+    def report(step: Step) -> None:
+        said.append(step.task)
+        over.set()
+
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(other)
+        assert held.wait(60)
+        with replace(task, threads=1)._machine():
+            assert not said and not running.done()
+        with replace(task, report=report)._machine():
+            assert said == ["waiting for another evaluation on this machine (--threads N: do not wait)"]
 
 
 def test_a_file_that_is_made_once(work_of: WorkOf, cache: Path) -> None:
