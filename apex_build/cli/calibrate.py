@@ -99,7 +99,7 @@ def command(
         text = compose(load_set(set_name), plugins.calibration_sources(), model, domains=domains, template_file=template)
     out = output or model.path.with_name(f"{model_stem(model.path)}.imatrix.gguf")
     settings = Settings(context, chunks, head, threads, gpu_layers, extra=extra)
-    if write_text is not None:
+    if write_text is not None and not dry_run:
         check_place(write_text, (*model.files, text.path) if text.path else model.files)
         with whole_file(write_text) as part:
             part.write_bytes(text.data)

@@ -16,8 +16,9 @@ from apex_build.report.plot import Chart, Mark, Series, draw
 HERE = Path(__file__).parent
 AGREEMENT = "depth1.agreement"
 Row = dict[str, Any]
-# bytes of the head on the shapes of Qwen3.5/3.6-35B-A3B: apex plan, policy draft-head-only (tests/policy/test_mtp_policies.py)
 QUARTER = "routed IQ2_XXS, rest Q4_K"
+# bytes of the head on the shapes of Qwen3.5/3.6-35B-A3B: apex plan, policy draft-head-only (tests/policy/test_small_head.py)
+ON_35B = {QUARTER: "232 MB on the 35B-A3B", "routed IQ1_S, rest Q4_K": "181 MB"}
 
 
 def read(path: Path) -> list[Row]:
@@ -97,7 +98,7 @@ def types(folder: Path) -> list[Row]:
                 cell(gain.get("depth1.kld.difference"), 4),
             ]
         )
-    table("head | bytes | agreement, % | loss against Q8_0, points | without head data | gain, points | gain, KLD", lines)
+    table("head | bytes | agreement, % | difference from Q8_0, points | without head data | gain, points | gain, KLD", lines)
     return rows
 
 
@@ -126,7 +127,10 @@ def plot_types(rows: list[Row], mixed: list[Row]) -> None:
         Series(name, tuple(mark(row, row["values"][""]) for row in rows if row["head_data"] == data))
         for name, data in (("one type, with head data", True), ("one type, without", False))
     ]
-    marks = tuple(mark(row, row["name"], ring=row["name"] == QUARTER) for row in mixed)
+    marks = tuple(
+        mark(row, f"{row['name']} ({ON_35B[row['name']]})" if row["name"] in ON_35B else row["name"], ring=row["name"] == QUARTER)
+        for row in mixed
+    )
     series.append(Series("mixtures, with head data", marks, joined=False))
     q8 = rows[0]["figures"][AGREEMENT]
     draw(
@@ -140,7 +144,6 @@ def plot_types(rows: list[Row], mixed: list[Row]) -> None:
             inner="95 % of the difference from Q8_0",
         ),
         HERE / "draft-head-types.svg",
-        HERE / "draft-head-types.png",
     )
 
 
@@ -160,11 +163,10 @@ def chunks(folder: Path) -> None:
             marks.append(Mark(number, difference["value"], y_interval=interval(difference)))
             lines.append((name, number, [name, str(number), cell(figures[AGREEMENT]), cell(difference)]))
         series.append(Series(name, tuple(sorted(marks, key=lambda one: one.x))))
-    table("head | chunks of 512 | agreement, % | loss against Q8_0, points", [line[2] for line in sorted(lines)])
+    table("head | chunks of 512 | agreement, % | difference from Q8_0, points", [line[2] for line in sorted(lines)])
     draw(
         Chart("How much text the head needs", "chunks of 512 tokens", "difference from Q8_0 (points)", tuple(series)),
         HERE / "draft-head-chunks.svg",
-        HERE / "draft-head-chunks.png",
     )
 
 
@@ -209,7 +211,6 @@ def acceptance(folder: Path, rows: list[Row], mixed: list[Row]) -> None:
             (Series("", tuple(marks), joined=False),),
         ),
         HERE / "draft-head-acceptance.svg",
-        HERE / "draft-head-acceptance.png",
     )
 
 
