@@ -32,11 +32,9 @@ class Divergence:
     """Of one text. Sums of each chunk over its positions; the mean and error of a whole text are as printed, to six decimals."""
 
     positions: int  # of a chunk
-    log_ratio: Floats
     kld: Floats
     same_top: Floats
-    mean_log_ratio: tuple[float, float]  # with its standard error, taking positions as independent
-    mean_kld: tuple[float, float]
+    mean_kld: tuple[float, float]  # with its standard error, taking positions as independent
     median: float
     p99_9: float
     maximum: float
@@ -70,15 +68,14 @@ def read_divergence(lines: Sequence[str]) -> Divergence | None:
     if plan is None or [row[0] for row in rows] != list(range(1, plan[0] + 1)):
         return None
     table, positions = np.array(rows), scored_positions(plan[1])
-    log_ratio, divergence, same_top = (np.diff(table[:, 0] * table[:, column], prepend=0.0) * positions for column in (3, 5, 9))
-    mean_log_ratio, mean_kld, median, p99_9, maximum, last = (
-        _statistic(lines, label)
-        for label in (r"Mean ln\(PPL\(Q\)/PPL\(base\)\)", "Mean +KLD", "Median +KLD", r"99\.9% +KLD", "Maximum KLD", "Same top p")
+    divergence, same_top = (np.diff(table[:, 0] * table[:, column], prepend=0.0) * positions for column in (5, 9))
+    mean_kld, median, p99_9, maximum, last = (
+        _statistic(lines, label) for label in ("Mean +KLD", "Median +KLD", r"99\.9% +KLD", "Maximum KLD", "Same top p")
     )
-    if not (mean_log_ratio and mean_kld and median and p99_9 and maximum and last):
+    if not (mean_kld and median and p99_9 and maximum and last):
         return None
     exact = np.round(same_top / 100)  # a count: the share's three decimals tell it for 100,000 positions
-    return Divergence(positions, log_ratio, divergence, exact, mean_log_ratio, mean_kld, median[0], p99_9[0], maximum[0])
+    return Divergence(positions, divergence, exact, mean_kld, median[0], p99_9[0], maximum[0])
 
 
 def _statistic(lines: Sequence[str], label: str) -> tuple[float, float] | None:
@@ -103,8 +100,7 @@ def _read(lines: Sequence[str], task: Task) -> Divergence | None:
 
 def _figures(parts: Sequence[Divergence], domain: str) -> list[Figure]:
     n = sum(part.n for part in parts)
-    mean = _mean(parts, "kld")
-    ratio = _mean(parts, "log_ratio").exp()
+    mean = _mean(parts)
     text = np.repeat(np.arange(len(parts)), [len(part.kld) for part in parts])
     chunk = np.concatenate([np.full(len(part.kld), float(part.positions)) for part in parts])
     same = clustered_ratio(np.concatenate([part.same_top for part in parts]), chunk, text).within(0.0, 1.0).times(100)
@@ -115,21 +111,20 @@ def _figures(parts: Sequence[Divergence], domain: str) -> list[Figure]:
     figures += [
         Figure("kld.max", max(part.maximum for part in parts), None, None, "nats", n, domain),
         Figure("top1.agreement", *same, "%", n, domain),
-        Figure("ppl.ratio", *ratio, "", n, domain),
     ]
     return [figure if _finite(figure) else _without_value(figure) for figure in figures]
 
 
-def _mean(parts: Sequence[Divergence], name: str) -> Estimate:
+def _mean(parts: Sequence[Divergence]) -> Estimate:
     """Of all positions; the interval from the scatter of the chunks.
 
     The rows' rounding adds to that scatter, and where files are near to the reference it is all of it: what it adds on average is
     taken off, and the interval is never narrower than the tool's own standard error gives, which takes positions as independent.
     """
     n = sum(part.n for part in parts)
-    printed = [getattr(part, f"mean_{name}") for part in parts]
+    printed = [part.mean_kld for part in parts]
     value = sum(part.n * mean for part, (mean, _) in zip(parts, printed, strict=True)) / n
-    sums = np.concatenate([getattr(part, name) for part in parts])
+    sums = np.concatenate([part.kld for part in parts])
     chunk = np.concatenate([np.full(len(part.kld), float(part.positions)) for part in parts])
     scatter = clustered_ratio(sums, chunk, np.repeat(np.arange(len(parts)), [len(part.kld) for part in parts]))
     if scatter.high is None:
