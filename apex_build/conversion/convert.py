@@ -31,6 +31,7 @@ from apex_build.gguf_model.header import Header, read_header
 from apex_build.identity import sha256_file, sha256_json, write_json
 from apex_build.native.run import run_tool
 from apex_build.progress import Report, Step, silent
+from apex_build.scratch import scratch_folder
 from apex_build.source.tree import tree_identity
 
 OUTTYPES = ("auto", "f16", "bf16", "f32", "q8_0")
@@ -113,8 +114,8 @@ def run(job: Job, report: Report = silent) -> dict[str, Any]:
     os.close(handle)
     part = Path(name)
     try:
-        with tempfile.TemporaryDirectory(prefix="apex-convert-") as scratch:
-            _convert(job, python, part, Path(scratch), log, report)
+        with scratch_folder("convert") as scratch:
+            _convert(job, python, part, scratch, log, report)
         header = _verify(job, part)
         report(Step("hashing", 0))
         manifest = _manifest(job, python, header, sha256_file(part))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from apex_build.quantization.preflight import Allowed, check_output
 from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, prepare
 from apex_build.quantization.trunk_once import same_trunk, trunk_job
+from apex_build.scratch import scratch_folder
 
 BASELINE_TYPE = "Q8_0"
 MANIFEST = "sweep.json"
@@ -117,8 +117,8 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
     if paired:
         first = (baseline, curves[0])
         wanted = [first, *(one for one in wanted if one != first)]
-    with tempfile.TemporaryDirectory(prefix="apex-sweep-") as scratch:
-        imatrices, derived = _imatrices(request, curves, Path(scratch))
+    with scratch_folder("sweep") as scratch:
+        imatrices, derived = _imatrices(request, curves, scratch)
         points = []
         for number, (values, curve) in enumerate(wanted):
             report(Step("planning", number, len(wanted), "files"))

@@ -101,7 +101,7 @@ class Task:
     def run(self, tool: str, *arguments: str | Path, what: str = "", log: Path | None = None) -> ToolRun:
         """Run a tool of the build to its end, reporting the chunks that it counts. Raises ToolFailed, ToolKilled."""
         watch = _chunks(f"{self.evaluator}: {what or self.model.path.name}", self.report)
-        command = [str(self.tools.tool(tool)), *(str(argument) for argument in arguments), *self._options(tool)]
+        command = [self.tools.tool(tool), *arguments, *self._options(tool)]
         with self._machine():
             return run_tool(command, on_line=watch, explain=output.explain, log=log)
 

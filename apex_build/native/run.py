@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +22,9 @@ from typing import IO
 
 from apex_build.errors import OutputUnwritable, Terminated, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.native.lines import Lines, printable
+from apex_build.native.memory import memory_guard
+from apex_build.native.surroundings import bound, environment, is_tool
+from apex_build.scratch import scratch_folder
 
 Explain = Callable[[Sequence[str]], "tuple[str, str | None] | None"]
 
@@ -27,6 +32,7 @@ _KEPT_LINES = 50_000  # enough for any real run; a tool gone mad must not fill o
 _SHOWN_LINES = 15
 _GRACE = 5.0  # seconds between SIGINT, SIGTERM and SIGKILL
 _DRAIN = 0.5  # seconds that a daemon which kept the pipe open may hold us up after the tool itself has ended
+_UNSTARTED = re.compile(r"setpriv: failed to execute .*: (.*)")
 _UNSAID = re.compile(r"[\s=\-#*.]*")
 
 
@@ -49,26 +55,31 @@ def run_tool(
     explain: Explain | None = None,
     timeout: float | None = None,
     check: bool = True,
+    memory: int | None = None,
+    on_death: str = "KILL",
 ) -> ToolRun:
-    """Run a program to its end.
+    """Run a program to its end, in an empty folder of its own unless `cwd` names another: tools look for code where they run.
 
     `on_line` gets each line as soon as it is complete, and before that the unfinished line so far each time it has grown
-    (progress such as `[12]5.3412,`). `env` is added to our own environment, None takes a name out. All output goes to `log`
-    unchanged, under a line with the command. `explain` is given the lines of a failed run and may return (diagnosis, hint).
+    (progress such as `[12]5.3412,`). `env` is added to our own environment (see surroundings.py), None takes a name out. All output
+    goes to `log` unchanged, under a line with the command. `explain` is given the lines of a failed run and may return (diagnosis,
+    hint). `memory`: bytes that it may take, beside the files that it maps. A `Path` among the arguments is made absolute.
 
     Whatever ends this function early (Ctrl-C, SIGTERM, an error in `on_line`) also ends the tool and every process it started:
-    SIGINT, then SIGTERM, then SIGKILL. The tool runs in a session of its own, so the terminal's Ctrl-C reaches only us.
+    SIGINT, then SIGTERM, then SIGKILL. The tool runs in a session of its own, so the terminal's Ctrl-C reaches only us. Where we
+    are killed ourselves the kernel sends it the signal `on_death`.
 
-    Raises ToolFailed (not startable; with `check` also a code other than 0), ToolKilled (with `check`: ended by a signal),
-    ToolTimeout (`timeout` seconds are over); OutputUnwritable (the log).
+    Raises ToolFailed (not startable; with `check` also a code other than 0), ToolKilled (with `check`: ended by a signal; more
+    memory than it may have), ToolTimeout (`timeout` seconds are over); OutputUnwritable (the log).
     """
-    command = [str(argument) for argument in arguments]
+    command = [str(argument.absolute()) if isinstance(argument, Path) else argument for argument in arguments]
     name = Path(command[0]).name
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     began = time.monotonic()
-    with _log_file(log) as write, unwinding_signals():
+    with _log_file(log) as write, unwinding_signals(), _folder(cwd) as folder, ExitStack() as stack:
         write(f"$ {shlex.join(command)}\n".encode(errors="surrogateescape"))
-        child = start(command, cwd=cwd, env=env)
+        child = start(command, cwd=folder, env=env, on_death=on_death)
+        guard = stack.enter_context(memory_guard(child.pid, memory))
         reader = Lines(lines.append, on_line)
         try:
             for block in _output_of(child, None if timeout is None else began + timeout):
@@ -83,32 +94,58 @@ def run_tool(
             ) from None
         finally:
             stop(child)
+    if guard.exceeded:
+        raise guard.error(name, log)
+    if code in (126, 127) and (found := _UNSTARTED.match(lines[0] if lines else "")):
+        raise _unstartable(command[0], found[1])
     if code and check:
         raise failure(name, code, lines, log, explain)
     return ToolRun(code, tuple(lines), time.monotonic() - began)
 
 
 def start(
-    command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str | None] | None = None, output: IO[bytes] | None = None
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str | None] | None = None,
+    output: IO[bytes] | None = None,
+    on_death: str = "KILL",
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, stdout and stderr in one pipe or the file `output`. End it with `stop`."""
-    # Arguments come from us alone: the tools would take others from variables of the user's shell, unseen by any manifest.
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_ARG_", "LLAMA_LOG_", "AIP_"))}
-    inherited.setdefault("GGML_NO_BACKTRACE", "1")  # a debugger's backtrace would push the error itself out of sight
+    """Start a program in a session of its own, stdout and stderr in one pipe or the file `output`. End it with `stop`.
+
+    Of `cwd` it must be known that there is nothing in it but what we put there.
+    """
+    program = shutil.which(command[0])
+    if program is None:
+        there = Path(command[0]).exists()
+        raise _unstartable(command[0], os.strerror(errno.EACCES if there else errno.ENOENT))
+    if is_tool(Path(program)) and (found := next(cwd.glob("libggml-*"), None)):
+        raise ToolFailed(f"{found}: {Path(program).name} would run this file's code", hint="give the file another name")
     try:
         return subprocess.Popen(
-            list(command),
+            [*bound(on_death), program, *command[1:]],
             stdin=subprocess.DEVNULL,
             stdout=output or subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=cwd,
-            env={key: value for key, value in {**inherited, **(env or {})}.items() if value is not None},
+            env=environment(Path(program), env),
             start_new_session=True,
         )
     except OSError as error:
-        raise ToolFailed(
-            f"cannot start {command[0]}: {error.strerror or error}", hint="make build, if it is one of the native tools"
-        ) from None
+        raise _unstartable(command[0], error.strerror or str(error)) from None
+
+
+def _unstartable(program: str, why: str) -> ToolFailed:
+    return ToolFailed(f"cannot start {program}: {why}", hint="make build, if it is one of the native tools")
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield given
+        return
+    with scratch_folder("run") as folder:
+        yield folder
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import functools
+import http.client
 import json
 import re
-import shutil
+import socket
 import subprocess
-import tempfile
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apex_build.errors import EvaluationRefused, ToolFailed, ToolTimeout
+from apex_build.errors import EvaluationRefused, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.native.lines import Lines
+from apex_build.native.memory import memory_guard
 from apex_build.native.output import explain
 from apex_build.native.run import failure, start, stop, tail, unwinding_signals, where
 from apex_build.native.toolset import Toolset
+from apex_build.scratch import scratch_folder
 
 _LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 _DRAFT = re.compile(r"\| accepted +(\d+)/ *(\d+) draft tokens( \(restore checkpoint\))?")
@@ -32,9 +32,6 @@ _LOG_WAIT = 10.0  # seconds that lines of the log, written by a thread of the se
 # The server parses even a plain completion as a chat message, and answers 500 when a (small, or badly quantized) model wrote
 # bytes that are not UTF-8. A parser that matches the empty string prevents it; `content` stays as it is. See common/peg-parser.cpp.
 _NO_PARSER = json.dumps({"parsers": [{"type": "epsilon"}], "rules": {}, "root": 0})
-
-# Never through a proxy: the address is this machine's own.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,8 @@ class Server:
     output: Path  # what it prints
     log: Path | None  # the same, where it outlives the server
     ready_within: float = 600.0  # seconds that it had to load the model
+    command: tuple[str, ...] = ()
+    memory: int | None = None  # bytes that it may take
 
     def completion(
         self, prompt: str, *, n_predict: int, temperature: float = 0.0, timeout: float = 600.0, **options: Any
@@ -115,36 +114,30 @@ class Server:
     @contextmanager
     def beside(self, *arguments: str) -> Iterator[Server]:
         """A second server of the same model with further arguments, while this one runs."""
-        command = self.process.args
-        assert isinstance(command, list)
-        with _serve([*map(str, command[len(_bound()) :]), *arguments], None, self.ready_within) as server:
+        with _serve([*self.command, *arguments], None, self.ready_within, self.memory) as server:
             yield server
 
     def get(self, path: str, *, timeout: float = 600.0) -> dict[str, Any]:
-        """One request without a body, answered by a JSON object."""
-        return self._ask(path, urllib.request.Request(self.address + path), timeout)  # noqa: S310  our own http address
+        """One request without a body, answered by a JSON object within `timeout` seconds, all of it."""
+        return self._ask("GET", path, None, timeout)
 
     def post(self, path: str, body: dict[str, Any], *, timeout: float = 600.0) -> dict[str, Any]:
-        """One request with a JSON body, answered by a JSON object."""
-        request = urllib.request.Request(  # noqa: S310  our own http address
-            self.address + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-        )
-        return self._ask(path, request, timeout)
+        """One request with a JSON body, answered by a JSON object within `timeout` seconds, all of it."""
+        return self._ask("POST", path, json.dumps(body).encode(), timeout)
 
-    def _ask(self, path: str, request: urllib.request.Request, timeout: float) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, body: bytes | None, timeout: float) -> dict[str, Any]:
         try:
-            with _OPENER.open(request, timeout=timeout) as answer:
-                text = answer.read(_LARGEST_ANSWER)
-        except urllib.error.HTTPError as error:
-            said = error.read(2000).decode(errors="replace")
-            raise ToolFailed(f"llama-server answered {path} with {error.code}: {said}{where(self.log)}") from None
+            status, text = request(self.address, method, path, body, timeout)
         except TimeoutError:
             raise ToolTimeout(f"llama-server did not answer {path} within {timeout:.0f} s{where(self.log)}") from None
-        except OSError as error:  # URLError is one; the connection broke
-            raise self._broken(f"llama-server did not answer {path}: {getattr(error, 'reason', error)}") from None
+        except (OSError, http.client.HTTPException) as error:  # the connection broke
+            raise self._broken(f"llama-server did not answer {path}: {error or type(error).__name__}") from None
+        if status >= 400:
+            said = text[:2000].decode(errors="replace")
+            raise ToolFailed(f"llama-server answered {path} with {status}: {said}{where(self.log)}")
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
             raise ToolFailed(f"llama-server answered {path} with something other than a JSON object{where(self.log)}")
@@ -160,40 +153,86 @@ class Server:
 
 @contextmanager
 def serve(
-    toolset: Toolset, model: Path, *, arguments: Sequence[str] = (), log: Path | None = None, ready_within: float = 600.0
+    toolset: Toolset,
+    model: Path,
+    *,
+    arguments: Sequence[str] = (),
+    log: Path | None = None,
+    ready_within: float = 600.0,
+    memory: int | None = None,
 ) -> Iterator[Server]:
     """Start llama-server on `model`, wait until it answers, and end it (its whole process group) when the block ends in any way.
 
-    `arguments`: such as ("--spec-type", "draft-mtp", "--spec-draft-n-max", "2", "-np", "1"). `log` keeps what it prints.
+    `arguments`: such as ("--spec-type", "draft-mtp", "--spec-draft-n-max", "2", "-np", "1"). `log` keeps what it prints. `memory`:
+    bytes that it may take, beside the model's file.
     Raises ToolTimeout where it is not ready within `ready_within` seconds, ToolFailed or ToolKilled where it ends instead.
     """
-    command = [str(toolset.tool("llama-server")), "--model", str(model), "--host", "127.0.0.1", "--port", "0", *arguments]
-    with _serve(command, log, ready_within) as server:
+    command = [
+        str(toolset.tool("llama-server")),
+        "--model",
+        str(model.absolute()),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        *arguments,
+    ]
+    with _serve(command, log, ready_within, memory) as server:
         yield server
 
 
 @contextmanager
-def _serve(command: Sequence[str], log: Path | None, ready_within: float) -> Iterator[Server]:
-    with tempfile.TemporaryDirectory(prefix="apex-server-") as scratch, unwinding_signals():
-        path = log or Path(scratch) / "llama-server.log"
+def _serve(command: Sequence[str], log: Path | None, ready_within: float, memory: int | None) -> Iterator[Server]:
+    with scratch_folder("server") as scratch, scratch_folder("run") as folder, unwinding_signals(), ExitStack() as stack:
+        path = log or scratch / "llama-server.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as output:  # a file, not a pipe: nobody has to read it for the server to go on
             # LLAMA_TRACE: it then prints what becomes of each draft
-            process = start([*_bound(), *command], output=output, env={"LLAMA_TRACE": "1"})
+            process = start(command, cwd=folder, output=output, env={"LLAMA_TRACE": "1"})
+        guard = stack.enter_context(memory_guard(process.pid, memory))
         try:
-            yield Server(_wait_ready(process, path, log, ready_within), process, path, log, ready_within)
+            address = _wait_ready(process, path, log, ready_within)
+            yield Server(address, process, path, log, ready_within, tuple(command), memory)
+        except (ToolFailed, ToolKilled):
+            if guard.exceeded:
+                raise guard.error("llama-server", log) from None
+            raise
         finally:
             stop(process)
 
 
-@functools.cache
-def _bound() -> tuple[str, ...]:
-    """The beginning of a command whose process the kernel kills when we are killed ourselves: else a server would stay for ever,
-    with a model in the GPU's memory. Of util-linux; empty where there is none, or one that cannot do it."""
-    found = shutil.which("setpriv")
-    prefix = (found, "--pdeathsig", "KILL", "--") if found else ()
-    works = prefix and subprocess.run([*prefix, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
-    return prefix if works else ()
+def request(address: str, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, bytes]:
+    """Status and body of an answer. Raises TimeoutError where it is not there as a whole in time, however it comes in drops."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    deadline = time.monotonic() + timeout
+    connection = http.client.HTTPConnection(host, int(port), timeout=timeout)  # never through a proxy: it is this machine's own
+    try:
+        connection.connect()
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            with suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(max(0.0, deadline - time.monotonic()), expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"} if body is not None else {})
+            answer = connection.getresponse()
+            text = answer.read(_LARGEST_ANSWER)
+        except (OSError, http.client.HTTPException):
+            if expired.is_set():
+                raise TimeoutError from None
+            raise
+        finally:
+            timer.cancel()
+        if expired.is_set():
+            raise TimeoutError
+        return answer.status, text
+    finally:
+        connection.close()
 
 
 def drafts_printed(lines: Iterable[str]) -> tuple[Draft, ...]:
@@ -232,9 +271,8 @@ def _wait_ready(process: subprocess.Popen[bytes], output: Path, log: Path | None
 
 def _healthy(address: str) -> bool:
     try:
-        with _OPENER.open(f"{address}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:  # 503 while it loads, refused before
+        return request(address, "GET", "/health", None, 5.0)[0] == 200
+    except (OSError, http.client.HTTPException):  # refused before it listens; 503 while it loads
         return False
 
 

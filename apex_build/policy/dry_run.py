@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import functools
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.native.output import Fallback, TensorLine, explain, fallbacks, quantized_size, tensor_lines
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
+from apex_build.scratch import scratch_folder
 
 _SECONDS = 600.0
 _LISTED_TYPE = re.compile(r"\s*(\d+)\s+or\s+(\w+)\s*:")
@@ -43,12 +43,12 @@ def dry_run(
     Raises TypeUnknown for a base type it does not know, ShapeUnfit, and ToolFailed.
     """
     check_base_type(base_type, tools)
-    with tempfile.TemporaryDirectory(prefix="apex-plan-") as folder:
+    with scratch_folder("plan") as folder:
         arguments: list[str | Path] = [tools.tool("llama-quantize"), "--dry-run"]
         if rules:
-            arguments += ["--tensor-type-file", _written(Path(folder) / "rules.txt", rules)]
+            arguments += ["--tensor-type-file", _written(folder / "rules.txt", rules)]
         if imatrix is None and as_if_calibrated:
-            imatrix = _empty_imatrix(Path(folder) / "imatrix.gguf")
+            imatrix = _empty_imatrix(folder / "imatrix.gguf")
         if imatrix is not None:
             arguments += ["--imatrix", imatrix.absolute()]
         lines = _run([*arguments, model.path.absolute(), base_type])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from apex_build.hookspecs import PolicySpec
 from apex_build.identity import beside, read_json, sha256_file, write_json
 from apex_build.native import output
 from apex_build.native.ggml import Ggml
+from apex_build.native.memory import memory_limit
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
 from apex_build.places import lock_path
@@ -29,6 +29,7 @@ from apex_build.progress import Report, Step, silent
 from apex_build.quantization.preflight import Allowed, check_output, check_plan, check_policy
 from apex_build.quantization.provenance import identity, provenance
 from apex_build.quantization.verify import verify
+from apex_build.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Job:
     n_bytes: int
     warnings: tuple[str, ...]
     tools: Toolset
+
+    @property
+    def memory(self) -> int:
+        """Bytes that llama-quantize may take."""
+        return memory_limit(sum(tensor.n_bytes for tensor in self.model.tensors))
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -89,7 +95,7 @@ def prepare(
 
 
 def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -> list[str]:
-    """llama-quantize's command; to be run in the imatrix's folder, so that the file records its name and not where it lay."""
+    """llama-quantize's command; to be run where the imatrix is found by its name, so that the file records that and no folder."""
     wanted = [str(job.tools.tool("llama-quantize")), "--tensor-type-file", str(rules)]
     if job.imatrix is not None:
         wanted += ["--imatrix", job.imatrix.name]
@@ -124,23 +130,27 @@ def run(job: Job, *, force: bool = False, replace: bool = False, threads: int | 
     try:
         with (
             FileLock(lock_path(out), timeout=0),
-            tempfile.TemporaryDirectory(prefix="apex-quantize-") as scratch,
+            scratch_folder("quantize") as scratch,
             unwinding_signals(),  # also while the file is verified
         ):
             if not force and _recorded(job) and read_json(beside(out, ".json"))["sha256"] == sha256_file(out):
                 return Quantized(out, job.plan, job.n_bytes, 0.0, job.warnings, True)
             check_output(out, job.inputs, job.n_bytes, force=force or replace)
-            rules = Path(scratch) / "rules.txt"
+            rules, folder = scratch / "rules.txt", scratch / "run"
+            folder.mkdir()
+            if job.imatrix is not None:
+                (folder / job.imatrix.name).symlink_to(job.imatrix.absolute())
             rules.write_text(job.plan.rules, encoding="utf-8")
             part = out.with_name(f".{out.name}.part")
             part.unlink(missing_ok=True)  # of a run that was killed
             try:
                 ran = run_tool(
                     arguments(job, rules, part, threads=threads),
-                    cwd=job.imatrix.absolute().parent if job.imatrix else None,
+                    cwd=folder,
                     log=beside(out, ".log"),
                     on_line=progress.line,
                     explain=output.explain,
+                    memory=job.memory,
                 )
                 verify(part, job.plan, job.keys, job.n_bytes, job.tools, report)
                 # The manifest first: hashing takes minutes, and a file in place without its manifest would not be known again.

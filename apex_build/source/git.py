@@ -80,7 +80,7 @@ def run(
             input=b"" if feed is None else feed,
             capture_output=True,
             env=environment(env),
-            cwd=cwd or repository,
+            cwd=cwd or repository or "/",  # never where the user stands: a .git there has settings that name programs
             check=False,
         )
     except FileNotFoundError:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
 
 from apex_build.errors import PatchConflict
+from apex_build.scratch import scratch_folder
 from apex_build.source.contents import sha256
 from apex_build.source.git import git, last_words, run
 
@@ -74,13 +74,13 @@ class ApplyFailed(Exception):
 
 def read_letter(name: str, content: bytes) -> Letter:
     """Raises PatchConflict for a file that is not a letter: no author, no date, no subject or no diff."""
-    with tempfile.TemporaryDirectory(prefix="apex-mail-") as temp:
+    with scratch_folder("mail") as temp:
         arguments = ("mailinfo", "-b", "--encoding=UTF-8", "--no-scissors", "body", "diff")
-        done = run(None, *arguments, feed=content, cwd=Path(temp))
+        done = run(None, *arguments, feed=content, cwd=temp)
         said = done.stdout.decode("utf-8", "replace").splitlines()
         head = dict(line.split(": ", 1) for line in said if ": " in line)
-        body = (Path(temp) / "body").read_text(encoding="utf-8", errors="replace") if done.returncode == 0 else ""
-        diff = (Path(temp) / "diff").read_bytes() if done.returncode == 0 else b""
+        body = (temp / "body").read_text(encoding="utf-8", errors="replace") if done.returncode == 0 else ""
+        diff = (temp / "diff").read_bytes() if done.returncode == 0 else b""
     when = parsedate_tz(head.get("Date", ""))
     lacking = [] if head.get("Author") and head.get("Email") else ["From"]
     lacking += [] if head.get("Subject") else ["Subject"]
@@ -117,9 +117,9 @@ def merges_between(path: Path, base: str, head: str) -> list[str]:
 def write_letters(path: Path, base: str, head: str) -> dict[str, Letter]:
     """Commit -> its letter, for base..head without merges, in order. The letters' content is canonical: no commit names in it."""
     letters: dict[str, Letter] = {}
-    with tempfile.TemporaryDirectory(prefix="apex-letters-") as temp:
+    with scratch_folder("letters") as temp:
         git(path, *_FORMAT, "-o", temp, f"{base}..{head}")
-        for file in sorted(Path(temp).iterdir(), key=lambda file: int(file.name.split("-", 1)[0])):
+        for file in sorted(temp.iterdir(), key=lambda file: int(file.name.split("-", 1)[0])):
             content = file.read_bytes()
             commit = _FROM.match(content)
             assert commit, "git format-patch begins with the commit"
@@ -133,8 +133,8 @@ def commit_letters(path: Path, parent: str, letters: Sequence[Letter]) -> list[s
     The committer is fixed and commits at the author's time, so the same series gives the same hashes everywhere.
     """
     commits: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="apex-index-") as temp:
-        index = {"GIT_INDEX_FILE": str(Path(temp) / "index")}
+    with scratch_folder("index") as temp:
+        index = {"GIT_INDEX_FILE": str(temp / "index")}
         git(path, "read-tree", parent, env=index)
         for letter in letters:
             done = run(path, "apply", "--cached", "--whitespace=nowarn", "-", feed=letter.diff, env=index)

@@ -47,7 +47,14 @@ def read_pip_config() -> PipConfig:
             continue
         try:
             done = subprocess.run(
-                [*command, "config", "list"], capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL
+                [*command, "config", "list"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                cwd="/",  # python -m takes a module of the current folder first
+                env={**os.environ, **_absolute("PIP_CONFIG_FILE")},
             )
         except (OSError, subprocess.TimeoutExpired):
             continue
@@ -58,6 +65,11 @@ def read_pip_config() -> PipConfig:
             raise DownloadFailed(f"pip cannot read its own configuration; it said: {said[0]}", hint="python -m pip config debug")
     variables = ((key[4:].lower().replace("_", "-"), value) for key, value in os.environ.items() if key.startswith("PIP_"))
     return parse_pip_config("\n".join(f":env:.{key}={value!r}" for key, value in variables))
+
+
+def _absolute(variable: str) -> dict[str, str]:
+    given = os.environ.get(variable)
+    return {variable: os.path.abspath(given)} if given else {}  # noqa: PTH100  os.devnull, too, stays what it is
 
 
 def parse_pip_config(listing: str) -> PipConfig:

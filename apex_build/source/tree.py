@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from apex_build.errors import HashMismatch, SourceMissing, TreeEdited
 from apex_build.identity import sha256_json
 from apex_build.places import source_root
 from apex_build.progress import Report, Step, silent
+from apex_build.scratch import scratch_folder
 from apex_build.source.contents import digest_of, is_executable, sha256, tree_digest, wanted
 from apex_build.source.git import command, committed_files, environment, failed, git, missing, run
 from apex_build.source.pins import Pin
@@ -192,8 +192,8 @@ def verify_clean(path: Path) -> None:
     """Raise TreeEdited, naming the files, when any file differs from HEAD. All are read anew, whatever git's index believes."""
     if _content_tree(path, afresh=True) == git(path, "rev-parse", "HEAD^{tree}"):
         return
-    with tempfile.TemporaryDirectory(prefix="apex-index-") as temp:
-        env = {"GIT_INDEX_FILE": str(Path(temp) / "index")}
+    with scratch_folder("index") as temp:
+        env = {"GIT_INDEX_FILE": str(temp / "index")}
         git(path, "read-tree", "HEAD", env=env)
         found = git(path, *_STATUS, env=env).split("\0")
     raise TreeEdited(
@@ -217,9 +217,9 @@ def tree_identity(path: Path) -> str:
 def _content_tree(path: Path, *, afresh: bool = False) -> str:
     """git's tree hash of the folder's present content, by way of a scratch index and object folder: the tree stays untouched."""
     objects = (path / git(path, "rev-parse", "--git-path", "objects")).resolve()
-    with tempfile.TemporaryDirectory(prefix="apex-index-") as temp:
-        index = Path(temp) / "index"
-        scratch = Path(temp) / "objects"
+    with scratch_folder("index") as temp:
+        index = temp / "index"
+        scratch = temp / "objects"
         scratch.mkdir()
         env: Mapping[str, str] = {
             "GIT_INDEX_FILE": str(index),

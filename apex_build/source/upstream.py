@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from apex_build.errors import DownloadFailed, HashMismatch
 from apex_build.progress import Report, Step, silent
+from apex_build.scratch import scratch_folder
 from apex_build.source.git import command, committed_files, environment, git, last_words, missing
 from apex_build.source.pins import Pin
 
@@ -25,8 +25,7 @@ def upstream_files(pin: Pin, repository: str | None, report: Report = silent) ->
     place = repository or pin.repository
     if Path(place).exists():
         place = str(Path(place).resolve())
-    with tempfile.TemporaryDirectory(prefix="apex-upstream-") as name:
-        folder = Path(name)
+    with scratch_folder("upstream") as folder:
         git(None, "init", "--quiet", folder)
         _fetch(folder, place, pin, report)
         # without replace references, which could put another commit under this name

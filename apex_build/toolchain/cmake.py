@@ -107,7 +107,9 @@ def compile_targets(source: Path, work: Path, targets: Sequence[str], jobs: int,
         run_tool([ninja_program, "-C", work, "-t", "clean"], env=env)
     write_json(work / _TIMES, {"began": time.time_ns(), "files": _times(source)})
     log = _log(work, "build")
-    done = run_tool([ninja_program, "-C", work, "-j", str(jobs), *targets], log=log, on_line=progress, env=env, check=False)
+    command: list[str | Path] = [ninja_program, "-C", work, "-j", str(jobs), *targets]
+    # on SIGTERM ninja ends its compilers too
+    done = run_tool(command, log=log, on_line=progress, env=env, check=False, on_death="TERM")
     if done.returncode:
         memory = any("Killed" in line for line in done.lines)
         raise BuildFailed(

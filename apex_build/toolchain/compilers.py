@@ -9,7 +9,6 @@ import platform
 import re
 import shlex
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from apex_build.errors import CompilerMissing, ToolFailed, ToolTimeout
 from apex_build.native.lines import printable
 from apex_build.native.run import ToolRun, run_tool
+from apex_build.scratch import scratch_folder
 
 _OLDEST = {"GNU": 9, "Clang": 10}  # the first whose standard library has <filesystem> without a library of its own
 _PAIRS = (("cc", "c++"), ("gcc", "g++"), ("clang", "clang++"))
@@ -131,9 +131,9 @@ def _probe_once(cc: Path, cxx: Path, *_times: int) -> Compiler:
     version = ".".join(values.get(name, "0") for name in names)
     if int(version.split(".")[0]) < _OLDEST[kind]:
         raise CompilerMissing(f"{cxx} is {kind} {version}; {_OLDEST[kind]} is the oldest that will do", hint=install_hint())
-    with tempfile.TemporaryDirectory(prefix="apex-compiler-") as scratch:
-        _try(cxx, Path(scratch) / "trial.cpp", _TRIAL, ("-std=c++17", "-pthread"))
-        _try(cc, Path(scratch) / "trial.c", "int main(void) { return 0; }\n", ())
+    with scratch_folder("compiler") as scratch:
+        _try(cxx, scratch / "trial.cpp", _TRIAL, ("-std=c++17", "-pthread"))
+        _try(cc, scratch / "trial.c", "int main(void) { return 0; }\n", ())
     target = _run(cxx, "-dumpmachine").lines
     return Compiler(cc, cxx, kind, version, target[0].strip() if target else "unknown")
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from apex_build.errors import CompilerMissing, ToolFailed, ToolTimeout
 from apex_build.native.run import run_tool, start, stop, unwinding_signals
+from apex_build.scratch import scratch_folder
 
 VARIABLE = "APEX_SCCACHE_CONF"
 _LONGEST_SOCKET = 100  # the system's limit is 107
@@ -64,13 +64,13 @@ def launcher(cache: Path, folders: Sequence[Path]) -> Iterator[Launcher]:
         }
         yield Launcher("ccache", Path(found), env) if found else Launcher()
         return
-    with tempfile.TemporaryDirectory(prefix="apex-sccache-") as scratch, unwinding_signals():
-        socket_path = Path(scratch) / "s"
+    with scratch_folder("sccache") as scratch, unwinding_signals():
+        socket_path = scratch / "s"
         if len(str(socket_path)) > _LONGEST_SOCKET:
             yield Launcher()
             return
-        settings = _own_settings() or Path(scratch) / "config"
-        if settings.parent == Path(scratch):
+        settings = _own_settings() or scratch / "config"
+        if settings.parent == scratch:
             settings.touch()
         env = {name: None for name in os.environ if name.startswith("SCCACHE_")} | {
             "SCCACHE_BASEDIRS": os.pathsep.join(str(folder) for folder in folders),
@@ -80,8 +80,10 @@ def launcher(cache: Path, folders: Sequence[Path]) -> Iterator[Launcher]:
             "SCCACHE_IGNORE_SERVER_IO_ERROR": "1",  # a broken cache must not break the build
             "SCCACHE_SERVER_UDS": str(socket_path),
         }
-        with (Path(scratch) / "log").open("wb") as output:
-            server = start([str(program)], env={**env, "SCCACHE_START_SERVER": "1", "SCCACHE_NO_DAEMON": "1"}, output=output)
+        with (scratch / "log").open("wb") as output:
+            server = start(
+                [str(program)], env={**env, "SCCACHE_START_SERVER": "1", "SCCACHE_NO_DAEMON": "1"}, output=output, cwd=scratch
+            )
         try:
             yield Launcher("sccache", program, env) if _listening(socket_path) else Launcher()
         finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from apex_build.errors import EvaluationRefused, ToolFailed
 from apex_build.evaluation.intervals import share_interval
 from apex_build.evaluation.task import Step, Task
 from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+from apex_build.scratch import scratch_folder
 
 from .tasks import Reader, read_hellaswag, read_multiple_choice, read_winogrande
 
@@ -51,8 +51,8 @@ def evaluate(mode: str, read: Reader, task: Task) -> list[Figure]:
     context = -(-task.number("context") // parallel)  # the tool's --ctx-size is that of one sequence
     arguments = (mode, f"{mode}-tasks", str(wanted), "--parallel", str(parallel), "--ctx-size", str(context))
     task.report(Step(f"{task.evaluator}: {task.model.path.name}", 0, wanted, "tasks"))
-    with tempfile.TemporaryDirectory(prefix="apex-tasks-") as scratch:
-        file = Path(scratch) / "tasks"
+    with scratch_folder("tasks") as scratch:
+        file = scratch / "tasks"
         file.write_bytes(tasks.content)
         accuracy = _accuracy(task, mode, wanted, ("--binary-file", file, *arguments))
     notes = [f"{tasks.left_out} tasks left out, which the tool cannot score"] if tasks.left_out else []

@@ -1,0 +1,99 @@
+"""What a program of ours is run in: an environment that adds no code and no options to it, and a bond to our own life."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+# Options and arithmetic that manifests and results would not name; and code that is not of the build.
+_OPTIONS = ("AIP_", "GGML_", "LLAMA_", "MTMD_")
+_CODE = ("CUDA_INJECTION", "GCONV_PATH", "GLIBC_TUNABLES", "HF_", "LD_", "MODEL_ENDPOINT")
+# Where memory lies is the user's to say: it changes no figure.
+_KEPT = frozenset({"GGML_CUDA_ENABLE_UNIFIED_MEMORY", "GGML_CUDA_NO_PINNED", "GGML_CUDA_P2P", "GGML_CUDA_REGISTER_HOST"})
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# For systems whose setpriv cannot bind a process to its parent: the same in Python.
+_BIND = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.Signals['SIG' + sys.argv[1]]); "
+    "os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+def is_tool(program: Path) -> bool:
+    """Whether a program is one of llama.cpp's: they have ggml's library beside them."""
+    return (program.parent / "libggml-base.so").is_file()
+
+
+def environment(program: Path, added: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """The environment for a program: ours, less what would change a tool of llama.cpp unseen: its options, arithmetic or code.
+
+    `added` comes on top; None takes a name out.
+    """
+    given = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_OPTIONS)}
+    if is_tool(program):
+        given = {name: value for name, value in given.items() if not name.startswith(_CODE)}
+        given["GGML_NO_BACKTRACE"] = "1"  # a debugger's backtrace would push the error itself out of sight
+        if folders := library_folders(program.parent):
+            given["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, folders))
+        if not any(name in given for name in _WAITING):
+            # OpenMP's threads spin at each barrier: beside other work on the same cores that slows a tool down a hundred times
+            given["OMP_WAIT_POLICY"] = "passive"
+    return {name: value for name, value in {**given, **(added or {})}.items() if value is not None}
+
+
+def library_folders(bin: Path) -> tuple[Path, ...]:
+    """Folders of LD_LIBRARY_PATH that tools in `bin` cannot do without, such as that of the GPU's driver in a container.
+
+    The build's own libraries come first, so that no other library takes the place of one of them.
+    """
+    given = os.environ.get("LD_LIBRARY_PATH", "")
+    folders = tuple(Path(folder) for folder in given.split(os.pathsep) if folder.startswith("/"))
+    if not folders or not (lacking := _lacking(bin)):
+        return ()
+    needed = tuple(folder for folder in folders if any((folder / name).is_file() for name in lacking))
+    return (bin, *needed) if needed else ()
+
+
+@functools.lru_cache(maxsize=8)
+def _lacking(bin: Path) -> frozenset[str]:
+    """Libraries that the loader does not find by itself for the tools in `bin` and their backends, by the names they ask for."""
+    program = bin / "llama-quantize"
+    if not program.is_file():
+        return frozenset()
+    backends = " ".join(str(path) for path in sorted(bin.glob("libggml-*.so")))
+    try:
+        said = subprocess.run(
+            [program],  # the loader lists the libraries and ends; the program itself is not run
+            env={"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": backends, "LC_ALL": "C"},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return frozenset()
+    text = said.stdout + said.stderr
+    absent = re.findall(r"^\s*(\S+) => not found", text, re.MULTILINE)
+    outdated = re.findall(r"(\S+): version `[^']*' not found", text)
+    return frozenset(Path(name).name for name in (*absent, *outdated))
+
+
+@functools.lru_cache(maxsize=4)
+def bound(signal_name: str = "KILL") -> tuple[str, ...]:
+    """The beginning of a command whose process the kernel sends this signal when we are killed ourselves.
+
+    Else a tool would stay for hours, with a model in memory and all cores at work, and nobody who knows of it.
+    """
+    found = shutil.which("setpriv")
+    prefix = (found, "--pdeathsig", signal_name, "--") if found else ()
+    if prefix and subprocess.run([*prefix, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0:
+        return prefix
+    return (sys.executable, "-I", "-S", "-c", _BIND, signal_name)
