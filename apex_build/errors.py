@@ -277,6 +277,13 @@ class VocabularyMismatch(ApexError):
     exit_code = 78
 
 
+# --- the command line's own file --------------------------------------------------------------------------------------------
+class ConfigInvalid(ApexError):
+    """An apex.toml that is not TOML, or names what there is not."""
+
+    exit_code = 3
+
+
 # --- plugins and the machine --------------------------------------------------------------------------------------------
 class PluginFailed(ApexError):
     """A plugin could not be loaded, or raised."""

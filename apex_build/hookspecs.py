@@ -131,7 +131,8 @@ class GpuTarget:
 
     `architecture` is a value of CMAKE_CUDA_ARCHITECTURES (121a-real); `memory_gib` what its driver reports, rounded, 0 where that
     is not known; `minimum_cuda` the first CUDA toolkit that knows the architecture (12.9), empty where that is not known.
-    `groups`: further names, each of which stands for all targets that have it (all-common).
+    `groups`: further names, each of which stands for all targets that have it (all-common). `aliases`: what else it is called, such
+    as nvidia-smi's name of it (GB10); 'NVIDIA', 'GeForce' and the like need not be in it.
     """
 
     name: str
@@ -140,6 +141,7 @@ class GpuTarget:
     description: str
     minimum_cuda: str
     groups: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
 
 @hookspec

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apex_build.errors import OutputUnwritable
+from apex_build.near import near_folder
 
 _ADDED = len("..json.12345678.part")  # what the longest of the names beside an output adds to its own
 
@@ -55,7 +56,7 @@ def check_place(out: Path, inputs: Iterable[Path]) -> None:
     if out.is_dir():
         raise OutputUnwritable(f"{out} is a folder, expected the name of a file", hint="give a file name with -o")
     if not folder.is_dir():
-        raise OutputUnwritable(f"{folder}: no such folder", hint=f"mkdir -p {shlex.quote(str(folder))}")
+        raise OutputUnwritable(f"{folder}: no such folder{near_folder(folder)}", hint=f"mkdir -p {shlex.quote(str(folder))}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputUnwritable(f"{folder}: the folder cannot be written", hint="give another place with -o")
     if len(os.fsencode(out.name)) + _ADDED > (longest := os.pathconf(folder, "PC_NAME_MAX")):

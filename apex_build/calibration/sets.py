@@ -14,6 +14,7 @@ from apex_build.calibration.chat import ChatTemplate, chat_template, render
 from apex_build.errors import CalibrationSetInvalid
 from apex_build.gguf_model.catalogue import Model
 from apex_build.hookspecs import Document, Source
+from apex_build.near import nearby
 from apex_build.places import data_root
 
 if sys.version_info >= (3, 11):
@@ -74,8 +75,11 @@ def load_set(name: str) -> CalibrationSet:
     """A built-in set by name, or the set of a TOML file. Raises CalibrationSetInvalid."""
     path = Path(name) if name.endswith(".toml") else data_root() / "calibration_sets" / f"{name}.toml"
     if not path.is_file():
+        known = known_sets()
         raise CalibrationSetInvalid(
-            f"no calibration set '{name}'; there are: {', '.join(known_sets())}",
+            f"{path}: no such file"
+            if name.endswith(".toml")
+            else f"no calibration set '{name}'; there are: {', '.join(known)}{nearby(name, known)}",
             hint="apex calibrate --calibration-set FILE.toml, or --text FILE",
         )
     try:
@@ -130,17 +134,22 @@ def compose(
     Conversations are rendered with the model's chat template (or `template_file`). Raises CalibrationSetInvalid,
     ChatTemplateFailed, and PluginFailed for a source that raises.
     """
+    known = sorted({part.domain for part in chosen.parts})
+    for domain in sorted(domains):
+        if domain not in known:
+            raise CalibrationSetInvalid(
+                f"{chosen.path}: no part of the domains {domain}; it has: {', '.join(known)}{nearby(domain, known)}",
+                hint=f"apex calibrate --domain {known[0]}",
+            )
     parts = [part for part in chosen.parts if not domains or part.domain in domains]
-    if not parts:
-        known = ", ".join(sorted({part.domain for part in chosen.parts}))
-        raise CalibrationSetInvalid(f"{chosen.path}: no part of the domains {', '.join(sorted(domains))}; it has: {known}")
     texts: list[list[bytes]] = []
     summaries: list[PartText] = []
     template: ChatTemplate | None = None
     for part in parts:
         if part.source not in sources:
             raise CalibrationSetInvalid(
-                f"{chosen.path}: no source '{part.source}' (domain {part.domain}); there are: {', '.join(sources)}"
+                f"{chosen.path}: no source '{part.source}' (domain {part.domain}); "
+                f"there are: {', '.join(sources)}{nearby(part.source, sources)}"
             )
         where = f"{chosen.path}: the part {part.domain} ({part.source})"
         try:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from apex_build import __version__
+from apex_build.cli import defaults
+from apex_build.cli.groups import Group, listen, with_verbosity
 from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
 from apex_build.native.lines import printable
 
@@ -19,6 +23,8 @@ from apex_build.native.lines import printable
 VERBS = {
     "build": "build",
     "calibrate": "calibrate",
+    "completion": "completion",
+    "config": "config",
     "convert": "convert",
     "demo": "demo",
     "doctor": "doctor",
@@ -31,23 +37,50 @@ VERBS = {
     "source": "source",
     "sweep": "sweep",
 }
+_SUMMARY = re.compile(r'^def command\(.*?^    """(.*?)(?:"""|\n\n)', re.DOTALL | re.MULTILINE)
 
 
-class Verbs(click.Group):
+class Verbs(Group):
     """Imports a verb's module only when it is used, so that `apex --help` and small verbs start fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        from apex_build.plugins import load_plugins
+        from apex_build.plugins import command_summaries
 
-        return sorted({*VERBS, *load_plugins().commands()})
+        return sorted({*VERBS, *command_summaries()})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in VERBS:
             command: click.Command = importlib.import_module(f"apex_build.cli.{VERBS[name]}").command
-            return command
-        from apex_build.plugins import load_plugins
+            return with_verbosity(command)
+        from apex_build.plugins import load_plugins, may_have_commands
 
-        return load_plugins().commands().get(name)
+        found = load_plugins().commands().get(name) if may_have_commands() else None
+        return with_verbosity(found) if found else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's, but without importing the verbs: what they say of themselves is read from their files."""
+        from apex_build.plugins import command_summaries
+
+        others = command_summaries()
+        room = formatter.width - 6 - max(map(len, (*VERBS, *others)))
+        rows = [(name, summary(name) if name in VERBS else others[name]) for name in sorted({*VERBS, *others})]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, click.Command(name, help=text).get_short_help_str(room)) for name, text in rows])
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        listen()
+        if not extra.get("resilient_parsing"):
+            defaults.apply()
+        return super().make_context(info_name, args, parent, **extra)
+
+
+def summary(verb: str) -> str:
+    """The first sentence of a verb's help."""
+    text = Path(__file__).with_name(f"{VERBS[verb]}.py").read_text(encoding="utf-8")
+    found = _SUMMARY.search(text)
+    return " ".join(found[1].split()) if found else ""
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -59,6 +92,8 @@ def apex() -> None:
     """
 
 
+with_verbosity(apex)
+
 # What the machine says no to, wherever it does; any other OSError is a mistake of ours, and shows a traceback.
 _REFUSALS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), DiskTooSmall.exit_code),
@@ -68,17 +103,21 @@ _REFUSALS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `apex`; errors a user can meet become one message and their exit code, never a traceback."""
-    for word in sys.argv[1:] if arguments is None else arguments:
+    words = sys.argv[1:] if arguments is None else arguments
+    printed: dict[str, bool] = {}  # whether a JSON document is on stdout already: there is one at most
+    as_json = "--json" in words
+    for word in words:
         if word != word.encode(errors="replace").decode():
             click.echo(f"error: {os.fsencode(word)!r}: a name that is not UTF-8, which model files cannot record", err=True)
             sys.exit(2)
     try:
-        code: Any = apex.main(args=arguments, prog_name="apex", standalone_mode=False)
+        code: Any = apex.main(args=arguments, prog_name="apex", standalone_mode=False, obj=printed)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
+        _json_error(as_json and not printed, "UsageError", error.exit_code, error.format_message(), None)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
@@ -87,10 +126,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"error: {printable(error.message)}", err=True)  # a model file can put anything into a message
         if error.hint:
             click.echo(f"try:   {printable(error.hint)}", err=True)
+        _json_error(as_json and not printed, type(error).__name__, error.exit_code, error.message, error.hint)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        click.echo(f"error: {error.filename or 'a file'}: {error.strerror}", err=True)
+        said = f"{error.filename or 'a file'}: {error.strerror}"
+        click.echo(f"error: {said}", err=True)
+        _json_error(as_json and not printed, type(error).__name__, _REFUSALS[error.errno], said, None)
         sys.exit(_REFUSALS[error.errno])
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _json_error(wanted: bool, kind: str, code: int, message: str, hint: str | None) -> None:
+    """With --json stdout holds one JSON document also where the verb failed; people have read it on stderr."""
+    if wanted:
+        from apex_build.cli import show
+
+        show.as_json({"error": {"class": kind, "exit_code": code, "message": message, "hint": hint}})

@@ -132,7 +132,7 @@ def command(
     else:
         pin = load_pin(pin_name)
         wanted = _Wanted(_targets(backend, gpus), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
-        find_compiler()  # before anything is fetched
+        _check(wanted)  # before anything is fetched
         with show.progress() as report:
             plan = _plan(ensure_source(pin, report), wanted, pin)
             built = build(plan, jobs=jobs, force=force, report=report)
@@ -158,6 +158,13 @@ def _targets(backend: str, gpus: tuple[str, ...]) -> tuple[GpuTarget, ...]:
         f"no GPU was found ({survey.reason}): building for the CPU. For a GPU: apex build --gpu NAME, make build GPU=NAME", err=True
     )
     return ()
+
+
+def _check(wanted: _Wanted) -> None:
+    """Raises CompilerMissing, ToolkitUnusable: neither needs the source to be seen."""
+    compiler = find_compiler()
+    if wanted.targets:
+        plan_cuda(wanted.targets, compiler, wanted.toolchain, ptx=wanted.ptx)
 
 
 def _plan(source: Path, wanted: _Wanted, pin: Pin) -> BuildPlan:
@@ -190,6 +197,7 @@ def _dry_run(pin: Pin, wanted: _Wanted, jobs: int | None, json_: bool) -> None:
     try:
         plan = _plan(require_tree(pin), wanted, pin)
     except SourceMissing:
+        _check(wanted)
         if json_:
             show.as_json({"pin": pin.name, "source": None, "cached": False})
         else:

@@ -7,12 +7,13 @@ from dataclasses import asdict
 import click
 
 from apex_build.cli import show
+from apex_build.cli.groups import Group
 from apex_build.cli.source import pin_option
 from apex_build.source import series
 from apex_build.source.pins import load_pin
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
     """Apply our patches to the fetched tree, see how they stand, and write commits back as patches.
 

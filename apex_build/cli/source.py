@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from apex_build.cli import show
+from apex_build.cli.groups import Group
 from apex_build.errors import ApexError
 from apex_build.source import fetch as fetching
 from apex_build.source.pins import DEFAULT_PIN, Pin, all_pins, load_pin
@@ -20,7 +21,7 @@ pin_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
     """Fetch llama.cpp at a pinned commit, and check it.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import datetime
-import difflib
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from apex_build.errors import (
 from apex_build.gguf_model.header import Header, read_header
 from apex_build.identity import sha256_file, sha256_json, write_json
 from apex_build.native.run import run_tool
+from apex_build.near import near
 from apex_build.progress import Report, Step, silent
 from apex_build.scratch import scratch_folder
 from apex_build.source.tree import tree_identity
@@ -84,16 +84,16 @@ def prepare(
     checkpoint = read_checkpoint(folder)
     known = architectures(source)
     if checkpoint.architecture not in known:
-        near = difflib.get_close_matches(checkpoint.architecture, known, n=3)
-        hint = f"near it: {', '.join(near)}" if near else "apex convert --pin latest"
+        found = near(checkpoint.architecture, known, cutoff=0.6)
+        hint = f"near it: {', '.join(found)}" if found else "apex convert --pin latest"
         raise CheckpointInvalid(
             f"the converter of {source.name} does not know the architecture {checkpoint.architecture}", hint=hint
         )
     if head:
         require_head(checkpoint)
     if pre_tokenizer is not None and pre_tokenizer not in (names := pre_tokenizers(source)):
-        near = difflib.get_close_matches(pre_tokenizer, names, n=5, cutoff=0.4)
-        raise ParameterUnknown(f"llama.cpp has no pre-tokenizer {pre_tokenizer!r}", hint=f"one of: {', '.join(near or names)}")
+        found = near(pre_tokenizer, names, n=5, cutoff=0.4)
+        raise ParameterUnknown(f"llama.cpp has no pre-tokenizer {pre_tokenizer!r}", hint=f"one of: {', '.join(found or names)}")
     _check_output(out, force)
     n_bytes = int(checkpoint.n_elements * _BYTES.get(outtype, 2.0))
     free = shutil.disk_usage(out.parent).free

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import json
 import math
 import numbers
@@ -29,6 +28,7 @@ from apex_build.hookspecs import Evaluator, Figure
 from apex_build.identity import sha256_file, sha256_json
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
+from apex_build.near import near_folder, nearby
 from apex_build.places import lock_path
 from apex_build.policy.parameters import Value, values_of
 from apex_build.progress import Report, silent
@@ -76,9 +76,10 @@ def choose(
     """
     for name in only:
         if name not in evaluators:
-            near = difflib.get_close_matches(name, evaluators, n=3, cutoff=0.5)
-            nearby = f"; near it: {', '.join(near)}" if near else ""
-            raise EvaluatorUnknown(f"there is no evaluator '{name}'{nearby}. There are: {', '.join(evaluators)}")
+            raise EvaluatorUnknown(
+                f"there is no evaluator '{name}'{nearby(name, evaluators)}. There are: {', '.join(evaluators)}",
+                hint="apex evaluate --list",
+            )
     chosen, left_out = [], []
     for name in dict.fromkeys(only) or evaluators:
         lacking = _lacking(evaluators[name], model, inputs)
@@ -142,7 +143,7 @@ def check_settings(given: Mapping[str, str], evaluators: Mapping[str, Evaluator]
         owner, dot, _ = name.partition(".")
         if not dot or owner not in evaluators:
             raise ParameterUnknown(
-                f"'{name}' is not EVALUATOR.PARAMETER, the evaluator one of {', '.join(evaluators)}",
+                f"'{name}' is not EVALUATOR.PARAMETER{nearby(owner, evaluators)}. The evaluators: {', '.join(evaluators)}",
                 hint="for example: --set draft-head.depth=2",
             )
 
@@ -175,7 +176,7 @@ def check_results(path: Path) -> None:
     recorded(path)
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise OutputUnwritable(f"{folder}: no such folder", hint=f"mkdir -p {shlex.quote(str(folder))}")
+        raise OutputUnwritable(f"{folder}: no such folder{near_folder(folder)}", hint=f"mkdir -p {shlex.quote(str(folder))}")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise OutputUnwritable(f"{path}: the results cannot be written", hint="give another with --results")
 

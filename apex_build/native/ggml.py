@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import gguf
 
 from apex_build.errors import BuildMissing, ShapeUnfit, TypeUnknown
 from apex_build.native.toolset import Toolset
+from apex_build.near import near
 
 # From ggml/include/ggml.h
 _DECLARATIONS = """
@@ -67,8 +67,11 @@ class Ggml:
         """Raises TypeUnknown, which lists names that are near."""
         traits = self._types.get(name.upper())
         if traits is None:
-            near = difflib.get_close_matches(name.upper(), self._types, n=4, cutoff=0.5)
-            hint = f"near it: {', '.join(near)}" if near else f"known: {', '.join(self._types)}"
+            writable = [
+                one for one, traits in self._types.items() if one not in ("Q8_1", "Q8_K") and (traits.quantized or "F" in one)
+            ]
+            found = near(name, writable, n=4)
+            hint = f"near it: {', '.join(found)}" if found else f"known: {', '.join(self._types)}"
             raise TypeUnknown(f"{name!r} is not a tensor type of this build's ggml", hint=hint)
         return traits
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.native.output import Fallback, TensorLine, explain, fallbacks, quantized_size, tensor_lines
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
+from apex_build.near import near
 from apex_build.scratch import scratch_folder
 
 _SECONDS = 600.0
@@ -78,9 +78,9 @@ def check_base_type(name: str, tools: Toolset) -> int:
     """The number (LLAMA_FTYPE, `general.file_type`) of a base type. Raises TypeUnknown with names that are near."""
     known = base_types(tools)
     if name.upper() not in known:
-        near = difflib.get_close_matches(name.upper(), known, n=4, cutoff=0.5) or sorted(known)
+        nearest = near(name, known, n=4) or sorted(known)
         raise TypeUnknown(
-            f"'{name}' is not a base type of llama-quantize; it knows: {', '.join(near)}",
+            f"'{name}' is not a base type of llama-quantize; it knows: {', '.join(nearest)}",
             hint="for example: --set base_type=Q4_K_M",
         )
     return known[name.upper()]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 
 from apex_build.errors import ParameterUnknown, TypeUnknown
 from apex_build.hookspecs import Parameter, PolicySpec
 from apex_build.native.ggml import Ggml
+from apex_build.near import near, nearby
 
 Value = str | int | float | bool
 
@@ -35,10 +35,8 @@ def values_of(
     """A value for each known parameter, given or default. `owner` is for messages: "policy 'i-nano'"."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            nearby = f"; near it: {', '.join(near)}" if near else ""
             raise ParameterUnknown(
-                f"{owner} has no parameter '{name}'{nearby}. It has: {', '.join(sorted(known)) or 'none'}", hint=hint
+                f"{owner} has no parameter '{name}'{nearby(name, known)}. It has: {', '.join(sorted(known)) or 'none'}", hint=hint
             )
     return {
         name: _value(f"parameter '{name}' of {owner}", parameter, given.get(name, parameter.default), ggml)
@@ -78,7 +76,8 @@ def _value(about: str, parameter: Parameter, value: Value, ggml: Ggml) -> Value:
             return writable_type(text, ggml)
         except TypeUnknown as error:
             also = f" (or: {', '.join(parameter.words)})" if parameter.words else ""
-            raise TypeUnknown(f"{about}: {error.message}{also}", hint=error.hint) from None
+            words = near(text, parameter.words, n=1, cutoff=0.7)
+            raise TypeUnknown(f"{about}: {error.message}{also}", hint=f"near it: {words[0]}" if words else error.hint) from None
     return text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from apex_build import places
 from apex_build.errors import PinUnknown
+from apex_build.near import nearby
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,8 +67,8 @@ def load_pin(name: str | None = None) -> Pin:
         return replace(_read(Path(name)), own_file=Path(name))
     path = _folder() / f"{name}.toml"
     if not _NAME.fullmatch(name) or not path.is_file():
-        known = ", ".join(pin.name for pin in all_pins())
-        raise PinUnknown(f"no pin is named {name!r}; there are: {known}", hint="apex source status")
+        known = [pin.name for pin in all_pins()]
+        raise PinUnknown(f"no pin is named {name!r}; there are: {', '.join(known)}{nearby(name, known)}", hint="apex source status")
     return _read(path)
 
 

@@ -15,7 +15,7 @@ from apex_build.toolchain.backends import Backend, cuda_backend, with_ptx
 from apex_build.toolchain.compilers import Compiler, accepts
 from apex_build.toolchain.cuda_binary import make_driver_stub
 from apex_build.toolchain.cuda_toolkit import CudaToolkit, driver_stub
-from apex_build.toolchain.gpus import architectures
+from apex_build.toolchain.gpus import LAST_CUDA_12, architectures, dropped_by
 
 Toolchain = Literal["auto", "system", "pypi"]
 
@@ -36,7 +36,7 @@ class CudaPlan:
         """The toolkit, fetched if it comes from PyPI, and judged by its own files. Raises ToolkitUnusable, or as `install`."""
         toolkit = cuda_wheels.install(report=report) if self.toolkit.origin == "pypi" else self.toolkit
         if reason := cuda_toolkit.unfit(toolkit, self.targets, compiler):
-            raise ToolkitUnusable(reason, hint=_hint(toolkit, compiler))
+            raise ToolkitUnusable(reason, hint=_hint(toolkit, self.targets, compiler))
         return toolkit
 
 
@@ -90,7 +90,8 @@ def _choose(targets: tuple[GpuTarget, ...], compiler: Compiler, toolchain: Toolc
             said = "".join(f"\n  {note}" for note in notes) or ": none was found"
             raise ToolkitUnusable(
                 f"no CUDA toolkit of this machine can build for {', '.join(target.name for target in targets)}{said}",
-                hint=cuda_toolkit.HINT if unfit is None or unfit.missing else _hint(unfit, compiler),
+                hint=_old_hint(targets)
+                or (cuda_toolkit.HINT if unfit is None or unfit.missing else _hint(unfit, targets, compiler)),
             )
     said = "".join(f"\n  {note}" for note in notes)
     try:
@@ -102,14 +103,29 @@ def _choose(targets: tuple[GpuTarget, ...], compiler: Compiler, toolchain: Toolc
         compiler, wheels.newest_host.get(compiler.kind), "the package index", wheels.version
     )
     if reason:
-        raise ToolkitUnusable(reason + said, hint=_hint(toolkit, compiler, wheels.newest_host))
+        raise ToolkitUnusable(reason + said, hint=_hint(toolkit, targets, compiler, wheels.newest_host))
     return toolkit, tuple(notes)
 
 
-def _hint(toolkit: CudaToolkit, compiler: Compiler, limits: Mapping[str, int] | None = None) -> str:
+def _hint(toolkit: CudaToolkit, targets: Sequence[GpuTarget], compiler: Compiler, limits: Mapping[str, int] | None = None) -> str:
     newest = (limits or cuda_toolkit.host_limits(toolkit)).get(compiler.kind)
     if newest and int(compiler.version.split(".")[0]) > newest:
         return cuda_toolkit.older_compiler_hint(newest, compiler.kind)
+    if old := _old_hint(targets):
+        return old
     if toolkit.origin == "pypi":
         return "--cuda-toolchain system with a toolkit that is new enough, which CUDA_HOME=FOLDER names"
     return cuda_toolkit.HINT
+
+
+def _old_hint(targets: Sequence[GpuTarget]) -> str:
+    """For GPUs that today's toolkits no longer compile for, '' where there are none: no newer one, and no wheels, would help."""
+    old = [target for target in targets if dropped_by(target.architecture)]
+    if not old:
+        return ""
+    options = " ".join(f"--gpu {target.name}" for target in old)
+    alone = ", in a build of its own" if len(old) < len(targets) else ""
+    return (
+        f"it takes an older toolkit, CUDA {LAST_CUDA_12} at the newest{alone}: "
+        f"CUDA_HOME=FOLDER apex build {options} --cuda-toolchain system"
+    )

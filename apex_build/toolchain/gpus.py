@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from apex_build.errors import GpuUnknown, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.hookspecs import GpuTarget
 from apex_build.native.lines import printable
 from apex_build.native.run import run_tool
+from apex_build.near import nearby
 from apex_build.plugins import Plugins
 
 # Compute capability, without its dot -> the first CUDA toolkit with a compiler for it (its release notes).
@@ -22,12 +22,18 @@ _FIRST_CUDA = {
     **{100: "12.8", 101: "12.8", 103: "12.9", 110: "13.0", 120: "12.8", 121: "12.9"},
 }
 _OLDEST_OF_CUDA_13 = 75
+LAST_CUDA_12 = "12.9"  # the newest toolkit that compiles for older ones
 _NEWEST = max(_FIRST_CUDA)
 _HOPPER = 90  # from here on, an architecture has a variant `a` with instructions of its own, which llama.cpp uses
 _ARCHITECTURE = re.compile(r"(sm_|compute_)?(\d{2,3})([af]?)(-real|-virtual)?")
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 _QUERY = ("name", "compute_cap", "memory.total", "driver_version")
 _ANSWER = re.compile(r"(?P<name>\S.*), (?P<capability>\d{1,2}\.\d), (?P<memory>\d+|\[[^]]+\]), (?P<driver>\d+(?:\.\d+)*)")
+# What stands around a GPU's name without telling it from another, as far as a compiler sees.
+_AROUND = re.compile(
+    r"nvidia|geforce|tesla|quadro|laptop|mobile|gpu|max|q|d|super|blackwell|workstation|server|edition|generation|founders|nvl\d*|sxm\d*"
+    r"|pcie|hbm\d?e?|ac|\d+gi?b?|nvgpu|developer|kit|superchip"
+)
 _WSL = "/usr/lib/wsl/lib"  # where Windows puts nvidia-smi, outside of most PATHs
 
 
@@ -139,30 +145,38 @@ def targets_of(gpus: Iterable[FoundGpu], plugins: Plugins) -> tuple[GpuTarget, .
     found: dict[str, GpuTarget] = {}
     for gpu in gpus:
         fits = [target for target in known if target.architecture == gpu.architecture]
-        named = sorted((target for target in fits if _plain(target.name) in _runs(gpu.name)), key=lambda target: len(target.name))
-        best = named[-1] if named else fits[0] if len(fits) == 1 else _of_architecture(gpu.architecture)
+        named = _called(gpu.name, {target.name: target for target in fits})
+        best = named or (fits[0] if len(fits) == 1 else _of_architecture(gpu.architecture))
         memory = best.memory_gib if gpu.memory_mib is None else round(gpu.memory_mib / 1024, 1)
         found.setdefault(gpu.architecture, replace(best, description=gpu.name, memory_gib=memory))
     return tuple(found.values())
 
 
-def _runs(name: str) -> set[str]:
-    """NVIDIA GeForce RTX 4090 -> nvidia, ..., rtx4090, ...: neighbouring words, written as one."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    return {"".join(words[start:end]) for start in range(len(words)) for end in range(start + 1, len(words) + 1)}
-
-
 def _split(given: str, known: dict[str, GpuTarget]) -> list[str]:
     """`RTX 4090` is one name, `h100 rtx4090` two."""
     whole = [part.strip() for part in given.split(",") if part.strip()]
-    plain = {_plain(name) for name in known}
-    return [name for part in whole for name in ([part] if _plain(part) in plain else part.split())]
+    return [name for part in whole for name in ([part] if _called(part, known) else part.split())]
+
+
+def _called(given: str, known: dict[str, GpuTarget]) -> GpuTarget | None:
+    """The target of this name or alias, or of a name in the words that nvidia-smi puts around it: NVIDIA H100 80GB HBM3."""
+    names = {_plain(alias): target for target in known.values() for alias in target.aliases}
+    names |= {_plain(name): target for name, target in known.items()}
+    for prefix in ("", "rtx", "gtx"):
+        if target := names.get(prefix + _plain(given)):
+            return target
+    words = re.findall(r"[a-z0-9]+", given.lower())
+    spans = ((start, end) for start in range(len(words)) for end in range(start + 1, len(words) + 1))
+    for start, end in sorted(spans, key=lambda span: span[0] - span[1]):
+        rest = [*words[:start], *words[end:]]
+        if (target := names.get("".join(words[start:end]))) and all(map(_AROUND.fullmatch, rest)):
+            return target
+    return None
 
 
 def _of_name(given: str, known: dict[str, GpuTarget]) -> tuple[GpuTarget, ...]:
-    for name, target in known.items():
-        if _plain(name) == _plain(given):
-            return (target,)
+    if target := _called(given, known):
+        return (target,)
     if group := tuple(target for target in known.values() if given.lower() in target.groups):
         return group
     if _CAPABILITY.fullmatch(given):
@@ -170,11 +184,8 @@ def _of_name(given: str, known: dict[str, GpuTarget]) -> tuple[GpuTarget, ...]:
     if _ARCHITECTURE.fullmatch(given.lower()):
         return (_of_architecture(given.lower(), given),)
     groups = {group for target in known.values() for group in target.groups}
-    spelt = {_plain(name): name for name in (*known, *groups)}
-    near = [spelt[name] for name in difflib.get_close_matches(_plain(given), spelt, n=3, cutoff=0.5)]
-    nearby = f"; near it: {', '.join(near)}" if near else ""
     raise GpuUnknown(
-        f"there is no GPU '{printable(given)}'{nearby}",
+        f"there is no GPU '{printable(given)}'{nearby(given, (*known, *groups))}",
         hint="apex build --list-gpus, which lists the names; or a CUDA architecture such as sm_120",
     )
 

@@ -1,0 +1,65 @@
+"""The values that a shell completes: names of policies, GPUs, evaluators, calibration sets and pins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import click
+from click.shell_completion import CompletionItem
+
+from apex_build.errors import ApexError
+
+Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def _of(names: Callable[[], Iterable[tuple[str, str]]], *, listed: bool = False) -> Complete:
+    """Completion by the names that begin as the word does; `listed`: the word may hold several, with commas between them."""
+
+    def complete(_context: click.Context, _parameter: click.Parameter, word: str) -> list[CompletionItem]:
+        before, comma, last = word.rpartition(",") if listed else ("", "", word)
+        try:
+            found = list(names())
+        except ApexError:  # a broken plugin is no reason to put an error into somebody's command line
+            return []
+        return [CompletionItem(f"{before}{comma}{name}", help=about) for name, about in found if name.startswith(last)]
+
+    return complete
+
+
+def _policies() -> Iterable[tuple[str, str]]:
+    from apex_build.plugins import load_plugins
+
+    return [(name, policy.description) for name, policy in load_plugins().policies().items()]
+
+
+def _gpus() -> Iterable[tuple[str, str]]:
+    from apex_build.plugins import load_plugins
+
+    targets = load_plugins().gpu_targets()
+    groups = sorted({group for target in targets.values() for group in target.groups})
+    return [*((name, target.description) for name, target in targets.items()), *((group, "a group") for group in groups)]
+
+
+def _evaluators() -> Iterable[tuple[str, str]]:
+    from apex_build.plugins import load_plugins
+
+    return [(name, evaluator.description) for name, evaluator in load_plugins().evaluators().items()]
+
+
+def _sets() -> Iterable[tuple[str, str]]:
+    from apex_build.calibration.sets import known_sets
+
+    return [(name, "") for name in known_sets()]
+
+
+def _pins() -> Iterable[tuple[str, str]]:
+    from apex_build.source.pins import all_pins
+
+    return [(pin.name, pin.requirement) for pin in all_pins()]
+
+
+policies = _of(_policies)
+gpus = _of(_gpus, listed=True)
+evaluators = _of(_evaluators, listed=True)
+calibration_sets = _of(_sets)
+pins = _of(_pins)
