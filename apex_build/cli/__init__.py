@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
 import re
 import sys
@@ -95,52 +96,55 @@ def apex() -> None:
 with_verbosity(apex)
 
 # What the machine says no to, wherever it does; any other OSError is a mistake of ours, and shows a traceback.
-_REFUSALS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), DiskTooSmall.exit_code),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR), OutputUnwritable.exit_code),
+_REFUSALS: dict[int, type[ApexError]] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), DiskTooSmall),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR), OutputUnwritable),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `apex`; errors a user can meet become one message and their exit code, never a traceback."""
     words = sys.argv[1:] if arguments is None else arguments
-    printed: dict[str, bool] = {}  # whether a JSON document is on stdout already: there is one at most
     as_json = "--json" in words
     for word in words:
         if word != word.encode(errors="replace").decode():
             click.echo(f"error: {os.fsencode(word)!r}: a name that is not UTF-8, which model files cannot record", err=True)
             sys.exit(2)
     try:
-        code: Any = apex.main(args=arguments, prog_name="apex", standalone_mode=False, obj=printed)
+        code: Any = apex.main(args=arguments, prog_name="apex", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
-        _json_error(as_json and not printed, "UsageError", error.exit_code, error.format_message(), None)
+        if as_json:
+            _json_line("UsageError", error.exit_code, error.format_message(), None)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except ApexError as error:
-        click.echo(f"error: {printable(error.message)}", err=True)  # a model file can put anything into a message
-        if error.hint:
-            click.echo(f"try:   {printable(error.hint)}", err=True)
-        _json_error(as_json and not printed, type(error).__name__, error.exit_code, error.message, error.hint)
+        _say(type(error).__name__, error.exit_code, error.message, error.hint, as_json=as_json)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        said = f"{error.filename or 'a file'}: {error.strerror}"
-        click.echo(f"error: {said}", err=True)
-        _json_error(as_json and not printed, type(error).__name__, _REFUSALS[error.errno], said, None)
-        sys.exit(_REFUSALS[error.errno])
+        refusal = _REFUSALS[error.errno]
+        _say(refusal.__name__, refusal.exit_code, f"{error.filename or 'a file'}: {error.strerror}", None, as_json=as_json)
+        sys.exit(refusal.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _json_error(wanted: bool, kind: str, code: int, message: str, hint: str | None) -> None:
-    """With --json stdout holds one JSON document also where the verb failed; people have read it on stderr."""
-    if wanted:
-        from apex_build.cli import show
+def _say(kind: str, code: int, message: str, hint: str | None, *, as_json: bool) -> None:
+    """Of an error, on stderr: for people, and with --json for scripts too."""
+    click.echo(f"error: {printable(message)}", err=True)  # a model file can put anything into a message
+    if hint:
+        click.echo(f"try:   {printable(hint)}", err=True)
+    if as_json:
+        _json_line(kind, code, message, hint)
 
-        show.as_json({"error": {"class": kind, "exit_code": code, "message": message, "hint": hint}})
+
+def _json_line(kind: str, code: int, message: str, hint: str | None) -> None:
+    """The last line on stderr."""
+    told = {"error": {"class": kind, "exit_code": code, "message": message, "hint": hint}}
+    click.echo(json.dumps(told, ensure_ascii=True), err=True)  # no control character of a file's name reaches a terminal

@@ -96,9 +96,4 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
 
 
 def as_json(value: Any) -> None:
-    """The one JSON document of a run, on stdout."""
-    context = click.get_current_context(silent=True)
-    printed = context.find_root().obj if context else None
-    if isinstance(printed, dict):
-        printed["json"] = True
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))

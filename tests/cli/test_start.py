@@ -131,5 +131,6 @@ def test_verbs_of_an_installed_plugin_are_looked_up_once(tmp_path: Path) -> None
 )
 def test_errors_for_scripts(arguments: tuple[str, ...], code: int, kind: str, tmp_path: Path) -> None:
     ran = run_apex(*arguments, code=code, cwd=tmp_path)
-    said = json.loads(ran.stdout)["error"]
-    assert (said["class"], said["exit_code"]) == (kind, code) and said["message"] in ran.stderr
+    said = json.loads(ran.stderr.splitlines()[-1])["error"]
+    assert (said["class"], said["exit_code"]) == (kind, code) and said["message"] and "hint" in said
+    assert ran.stdout == ""
