@@ -110,6 +110,13 @@ class Plugins:
                 return found
         return None
 
+    def files(self) -> Iterator[Path]:
+        """Code, templates and data of the plugins that are folders: what no output may replace."""
+        for origin in self.origins.values():
+            if not origin.startswith(_PACKAGE):
+                for pattern in ("*.py", "*.jinja", "*.toml", "*.jsonl"):
+                    yield from Path(origin).rglob(pattern)
+
     def _call(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """(plugin, result) of each plugin that has the hook, the last loaded first."""
         for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from apex_build.calibration.sets import CalibrationText
-from apex_build.errors import CalibrationSetInvalid, ImatrixInvalid, OutputUnwritable, VerificationFailed
+from apex_build.errors import CalibrationSetInvalid, DiskTooSmall, ImatrixInvalid, OutputUnwritable, ToolFailed, VerificationFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import Imatrix, check_values, read_imatrix
-from apex_build.identity import beside, check_place, read_json, sha256_file, sha256_json, write_json
+from apex_build.identity import read_json, sha256_file, sha256_json, write_json
 from apex_build.native import output
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
-from apex_build.places import lock_path
+from apex_build.outputs import (
+    LOG,
+    MANIFEST,
+    ROOM,
+    amount,
+    beside,
+    check_apart,
+    check_free,
+    check_place,
+    check_room,
+    locked,
+    put,
+    with_manifest_and_log,
+    writing,
+)
 from apex_build.progress import Report, Step, silent
 
 _LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left
 _NO_SAVES = 1_000_000_000
+_COPIES = 4  # of the imatrix, on the disk together
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,9 @@ def calibrate(
     `force` does neither, and replaces what is there; `replace` replaces only what was made from something else.
     Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then), CalibrationSetInvalid.
     """
-    check_place(out, (*model.files, text.path) if text.path else model.files)
+    work = out.with_name(f".{out.name}.work")
+    check_place(out)
+    check_apart((*with_manifest_and_log(out), *_inside(work)), (*model.files, *text.files, *tools.files()))
     if len(text.data) < _LEAST_CHUNKS * settings.context:  # a token is a byte at the least; llama-imatrix counts them exactly
         raise CalibrationSetInvalid(
             f"{text.name}: the text has {len(text.data)} bytes, and calibration needs at least {_LEAST_CHUNKS} chunks of "
@@ -109,28 +126,52 @@ def calibrate(
         )
     parts = identity(model, text, settings, tools)
     key = sha256_json(parts)
-    work = out.with_name(f".{out.name}.work")
-    try:
-        with FileLock(lock_path(out), timeout=0):
-            if not force and (done := _finished(out, key, model)):
-                shutil.rmtree(work, ignore_errors=True)  # ended between the last two steps
-                return done
-            if out.exists() and not (force or replace):
-                raise OutputUnwritable(
-                    f"{out} exists and was made from something else", hint="give another name with -o, or --force to replace it"
-                )
-            _prepare(work, key, text, fresh=force)
-            manifest = {"identity": key, "from": parts, "text": _text_json(text)}
-            done = _run(model, text, tools, out, settings, work, manifest, report)
-            shutil.rmtree(work)
+    with locked(out):
+        if not force and (done := _finished(out, key, model)):
+            shutil.rmtree(work, ignore_errors=True)  # ended between the last two steps
             return done
-    except Timeout:
-        raise OutputUnwritable(f"{out} is being written by another run of apex") from None
+        check_free(out, "text", force=force, replace=replace)
+        _check_work(work, force=force)
+        _check_disk(work, model, text)
+        with writing(work):
+            _prepare(work, key, text, fresh=force)
+        manifest = {"identity": key, "from": parts, "text": _text_json(text)}
+        done = _run(model, text, tools, out, settings, work, manifest, report)
+        shutil.rmtree(work)
+        return done
+
+
+def _inside(work: Path) -> Iterator[Path]:
+    return (path for path in work.rglob("*") if path.is_file())
+
+
+def _check_work(work: Path, *, force: bool) -> None:
+    """Raises OutputUnwritable for a folder of that name which is no unfinished run's."""
+    if (work.exists() or work.is_symlink()) and not force and not ((work / "identity.json").is_file() and not work.is_symlink()):
+        if work.is_dir() and not work.is_symlink() and not any(work.iterdir()):
+            return
+        raise OutputUnwritable(
+            f"{work} exists, and is no unfinished run's folder", hint="give another name with -o, or --force to replace it"
+        )
+
+
+def imatrix_bytes(model: Model) -> int:
+    """About what an imatrix of the model takes, rather more: 4 bytes for each column of each weight's matrices, names, counts."""
+    weights = [tensor for tensor in model.tensors if len(tensor.shape) > 1]
+    return sum(4 * (tensor.shape[0] + 1) * math.prod(tensor.shape[2:]) + 512 for tensor in weights)
+
+
+def _check_disk(work: Path, model: Model, text: CalibrationText) -> None:
+    """Three periodic copies lie there together at times, beside the last one; what an earlier run left counts as had."""
+    there = sum(path.stat().st_size for path in _inside(work))
+    needed = _COPIES * imatrix_bytes(model) + len(text.data)
+    what = f"the imatrix of {model.path.name}, with its periodic copies,"
+    check_room(work.parent, max(0, needed - there), what, spare=min(ROOM, needed))
 
 
 def _finished(out: Path, key: str, model: Model) -> Calibration | None:
     try:
-        manifest = read_json(beside(out, ".json"))
+        manifest = read_json(beside(out, MANIFEST))
         if manifest.get("identity") != key or manifest.get("sha256") != sha256_file(out):
             return None
         return Calibration(out, key, coverage(read_imatrix(out), model), None, 0.0, 0, True)
@@ -169,15 +210,31 @@ def _run(
     if settings.chunks is not None:
         command += ["--chunks", str(settings.chunks - done)]
     watch = _Watch(work, done, settings, report)
-    log = beside(out, ".log")
-    ran = run_tool(command, cwd=work / "text", log=log, on_line=watch.line, explain=output.explain)
-    _verify(read_imatrix(partial), model, settings)
+    partial.unlink(missing_ok=True)  # of a run that was ended before its last step
+    ran = run_tool(command, cwd=work / "text", log=beside(out, LOG), on_line=watch.line, explain=output.explain)
+    _verify(_written(partial, out, model), model, settings)
     values = [value for line in ran.lines if (value := output.perplexity(line))]
     # The manifest first: a file in place without it would not be known again.
-    write_json(beside(out, ".json"), {**manifest, "sha256": sha256_file(partial)})
-    partial.replace(out)
+    write_json(beside(out, MANIFEST), {**manifest, "sha256": sha256_file(partial), "bytes": partial.stat().st_size})
+    put(partial, out)
     covered = coverage(read_imatrix(out), model)
     return Calibration(out, manifest["identity"], covered, values[-1].value if values else None, ran.seconds, done, False)
+
+
+def _written(partial: Path, out: Path, model: Model) -> Imatrix:
+    """What the tool wrote: it ends with code 0 also where the disk had no room for it. Raises DiskTooSmall, ToolFailed."""
+    try:
+        return read_imatrix(partial)
+    except ImatrixInvalid as error:
+        free = shutil.disk_usage(partial.parent).free
+        size = partial.stat().st_size if partial.exists() else 0
+        said = f"llama-imatrix ended with code 0, but wrote {size} bytes of its imatrix, expected about {imatrix_bytes(model)}"
+        if free < imatrix_bytes(model):
+            raise DiskTooSmall(
+                f"{out}: {said}: {amount(free)} are free in {out.parent}",
+                hint="free some space, then the same command again: it goes on from the last periodic copy",
+            ) from None
+        raise ToolFailed(f"{out}: {said}: {error.message}\n  all of its output: {beside(out, LOG)}") from None
 
 
 def _verify(found: Imatrix, model: Model, settings: Settings) -> None:

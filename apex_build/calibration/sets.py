@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import sys
@@ -55,12 +56,14 @@ class PartText:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The text that llama-imatrix is run over, UTF-8, and what it is made of. `path`: the user's own file."""
+    """The text that llama-imatrix is run over, UTF-8, and what it is made of. `path`: the user's own file; `files`: all that
+    it was made from."""
 
     name: str
     data: bytes
     parts: tuple[PartText, ...]
     path: Path | None = None
+    files: tuple[Path, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -118,7 +121,7 @@ def text_of_file(path: Path) -> CalibrationText:
         raise CalibrationSetInvalid(f"{path}: not UTF-8: byte {error.start} is {data[error.start]:#04x}") from None
     if not data.strip():
         raise CalibrationSetInvalid(f"{path}: the text is empty")
-    return CalibrationText(path.name, data, (PartText("text", path.name, 1, len(data), 0),), path)
+    return CalibrationText(path.name, data, (PartText("text", path.name, 1, len(data), 0),), path, (path,))
 
 
 def compose(
@@ -169,7 +172,20 @@ def compose(
         texts.append(kept)
         summaries.append(PartText(part.domain, part.source, len(kept), sum(map(len, kept)), refused))
     name = re.sub(r"[^\w.-]", "_", "-".join((chosen.name, *sorted(domains))))[:50]
-    return CalibrationText(f"{name}.txt", b"".join(_in_turn(texts)), tuple(summaries))
+    files = (chosen.path, *([template_file] if template_file else []), *_data_files(parts, chosen.path.parent))
+    return CalibrationText(f"{name}.txt", b"".join(_in_turn(texts)), tuple(summaries), files=files)
+
+
+def _data_files(parts: Sequence[Part], folder: Path) -> Iterator[Path]:
+    """Files that the parts' options name, whatever the source: by name, or a folder with a pattern."""
+    for part in parts:
+        pattern = str(part.options.get("pattern", "**/*"))
+        for path in [folder / value for value in part.options.values() if isinstance(value, str) and "\0" not in value]:
+            if path.is_file():
+                yield path
+            elif path.is_dir():
+                with contextlib.suppress(ValueError, NotImplementedError):  # no such pattern
+                    yield from path.glob(pattern)
 
 
 def _limited(documents: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:

@@ -11,7 +11,7 @@ import numpy as np
 from apex_build.errors import ImatrixInvalid
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import HEAD_TOKENS, read_imatrix
-from apex_build.identity import whole_file
+from apex_build.outputs import whole_file
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 

@@ -15,8 +15,8 @@ from apex_build.cli import show
 from apex_build.cli.inspect import print_coverage
 from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.summary import imatrix_json
-from apex_build.identity import check_place, whole_file
 from apex_build.native.toolset import find_toolset
+from apex_build.outputs import check_apart, check_place, check_text_free, whole_file, with_manifest_and_log
 from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
 
@@ -100,11 +100,16 @@ def command(
     out = output or model.path.with_name(f"{model_stem(model.path)}.imatrix.gguf")
     settings = Settings(context, chunks, head, threads, gpu_layers, extra=extra)
     if write_text is not None and not dry_run:
-        check_place(write_text, (*model.files, text.path) if text.path else model.files)
+        another = "give another name with --write-text"
+        check_place(write_text, another)
+        given = find_toolset(tools_path).files() if tools_path else ()
+        check_apart([write_text], (*model.files, *text.files, *plugins.files(), *given), another)
+        check_text_free(write_text, text.data, force=force)
         with whole_file(write_text) as part:
             part.write_bytes(text.data)
         return
     tools = find_toolset(tools_path)
+    check_apart(with_manifest_and_log(out), plugins.files())
     if dry_run:
         wanted = [*arguments(model, settings, tools), "--file", text.name, "--output", str(out)]
         _show_plan(text, wanted if chunks is None else [*wanted, "--chunks", str(chunks)], out, json_)

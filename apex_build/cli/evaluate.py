@@ -133,6 +133,7 @@ def command(
         data=data_files(data, evaluators),
         settings=parse_settings(settings),
         options=ToolOptions(gpu_layers, extra),
+        files=(*([prompts] if prompts else []), *plugins.files()),
     )
     check_settings(inputs.settings, evaluators)
     tools = find_toolset(tools_path)
@@ -143,10 +144,10 @@ def command(
         for line in left_out:
             click.echo(f"{path.name}: left out {line}", err=True)
         works += [plan_work(evaluator, model, inputs, tools, threads=threads) for evaluator in chosen]
+    check_results(results, works, inputs)
     if dry_run:
         _dry_run(works, {} if force else recorded(results), json_)
         return
-    check_results(results)
     done: list[Result] = []
     with show.progress() as report:
         for result in evaluate([with_report(work, report) for work in works], results, force=force):

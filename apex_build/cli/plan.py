@@ -10,17 +10,18 @@ from typing import Any
 import click
 
 from apex_build.cli import show
-from apex_build.errors import OutputUnwritable
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.gguf_model.model import read_model
-from apex_build.identity import whole_file
 from apex_build.native.toolset import find_toolset
+from apex_build.outputs import check_apart, check_place, check_text_free, whole_file
 from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import parse_settings
 from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan, make_plan
+from apex_build.policy.render import template_files
 
 _PATH = click.Path(path_type=Path)
+_ANOTHER = "give another name with --tensor-types"
 
 
 @click.command()
@@ -31,6 +32,7 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--imatrix", type=_PATH, help="Check that it has data for the types that need it.")
 @click.option("--tensor-types", type=_PATH, help="Write the rules to this file, for llama-quantize --tensor-type-file.")
+@click.option("--force", is_flag=True, help="--tensor-types: replace an existing file.")
 @click.option("--tensors/--summary", default=False, help="List every tensor, or (the default) totals by role, type and layers.")
 @click.option(
     "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
@@ -43,6 +45,7 @@ def command(
     settings: tuple[str, ...],
     imatrix: Path | None,
     tensor_types: Path | None,
+    force: bool,
     tensors: bool,
     tools_path: Path | None,
     folders: tuple[Path, ...],
@@ -64,22 +67,22 @@ def command(
     plugins = load_plugins(folders)
     policy = plugins.policy(policy_name)
     model = read_model(model_path, plugins.role_of)
-    covered = coverage(read_imatrix(imatrix), model) if imatrix is not None else None
-    plan = make_plan(model, policy, parse_settings(settings), find_toolset(tools_path), imatrix)
+    tools = find_toolset(tools_path)
     if tensor_types is not None:
-        _write(tensor_types, plan.rules)
+        check_place(tensor_types, _ANOTHER)
+        given = (*model.files, *([imatrix] if imatrix else []), *plugins.files(), *template_files(policy), *tools.files())
+        check_apart([tensor_types], given, _ANOTHER)
+    covered = coverage(read_imatrix(imatrix), model) if imatrix is not None else None
+    plan = make_plan(model, policy, parse_settings(settings), tools, imatrix)
+    if tensor_types is not None:
+        rules = plan.rules.encode()
+        check_text_free(tensor_types, rules, force=force)
+        with whole_file(tensor_types) as part:
+            part.write_bytes(rules)
     if json_:
         show.as_json(_json(plan, covered))
         return
     _print(plan, covered, tensors=tensors)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with whole_file(path) as part:
-            part.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputUnwritable(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _json(plan: Plan, covered: Coverage | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from apex_build.cli import show
 from apex_build.errors import OutputUnwritable
 from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import find_toolset
+from apex_build.outputs import check_apart, with_manifest_and_log
 from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import parse_settings
@@ -93,6 +94,7 @@ def command(
             out = out / f"{model_stem(model.path)}-{policy.name}.gguf"
         jobs.append(prepare(model, policy, dict(parse_settings(settings)), tools, out, imatrix=imatrix, allowed=allowed))
     check_outputs(jobs, force=force)
+    check_apart([path for job in jobs for path in with_manifest_and_log(job.out)], plugins.files())
     if dry_run:
         if json_:
             show.as_json([_job_json(job) for job in jobs])

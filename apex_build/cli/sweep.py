@@ -127,6 +127,7 @@ def command(
             data=data_files(data, evaluators),
             settings=of_evaluators,
             options=ToolOptions(gpu_layers, extra),
+            files=(*([prompts] if prompts else []), *plugins.files()),
         ),
         imatrix_without_head=without,
         curves=None if curves is None else (curves == "with",),

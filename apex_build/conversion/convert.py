@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import datetime
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +16,28 @@ from apex_build.conversion.environment import Python, choose, ensure, versions
 from apex_build.errors import (
     CheckpointInvalid,
     ConversionFailed,
-    DiskTooSmall,
     ModelInvalid,
-    OutputUnwritable,
     ParameterUnknown,
     ToolFailed,
     ToolKilled,
 )
 from apex_build.gguf_model.header import Header, read_header
 from apex_build.identity import sha256_file, sha256_json, write_json
-from apex_build.native.run import run_tool
+from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.near import near
+from apex_build.outputs import (
+    LOG,
+    MANIFEST,
+    beside,
+    check_apart,
+    check_free,
+    check_place,
+    check_room,
+    locked,
+    new_part,
+    put,
+    with_manifest_and_log,
+)
 from apex_build.progress import Report, Step, silent
 from apex_build.scratch import scratch_folder
 from apex_build.source.tree import tree_identity
@@ -63,6 +71,7 @@ class Job:
     head: bool  # keep the draft head; False leaves it out
     python: Python
     n_bytes: int
+    force: bool = False  # replace what is at `out`
 
 
 def prepare(
@@ -94,12 +103,12 @@ def prepare(
     if pre_tokenizer is not None and pre_tokenizer not in (names := pre_tokenizers(source)):
         found = near(pre_tokenizer, names, n=5, cutoff=0.4)
         raise ParameterUnknown(f"llama.cpp has no pre-tokenizer {pre_tokenizer!r}", hint=f"one of: {', '.join(found or names)}")
-    _check_output(out, force)
     n_bytes = int(checkpoint.n_elements * _BYTES.get(outtype, 2.0))
-    free = shutil.disk_usage(out.parent).free
-    if free < n_bytes:
-        raise DiskTooSmall(f"{out.parent} has {free / 1e9:.2f} GB free; the model will take about {n_bytes / 1e9:.2f} GB")
-    return Job(checkpoint, source, out.absolute(), outtype, pre_tokenizer, head, choose(python), n_bytes)
+    check_place(out)
+    check_apart(with_manifest_and_log(out), _files_of(checkpoint.path))
+    check_free(out, "converter", force=force)
+    check_room(out.parent, n_bytes, f"the model of {checkpoint.path.name}, about,")
+    return Job(checkpoint, source, out.absolute(), outtype, pre_tokenizer, head, choose(python), n_bytes, force)
 
 
 def run(job: Job, report: Report = silent) -> dict[str, Any]:
@@ -107,24 +116,27 @@ def run(job: Job, report: Report = silent) -> dict[str, Any]:
 
     Raises ConversionFailed, ToolKilled, EnvironmentUnusable; then nothing but the log is left.
     """
-    log = job.out.with_name(job.out.name + ".log")
-    python = ensure(job.python, log, report)
-    # a name of our own: the converter takes braces in a file's name for a template
-    handle, name = tempfile.mkstemp(prefix=".apex-convert-", suffix=".gguf.part", dir=job.out.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        with scratch_folder("convert") as scratch:
-            _convert(job, python, part, scratch, log, report)
+    log = beside(job.out, LOG)
+    with (
+        locked(job.out),
+        scratch_folder("convert") as scratch,
+        new_part(job.out) as part,
+        unwinding_signals(),
+    ):
+        check_free(job.out, "converter", force=job.force)  # once more: nobody else writes it from here on
+        python = ensure(job.python, log, report)
+        _convert(job, python, part, scratch, log, report)
         header = _verify(job, part)
         report(Step("hashing", 0))
         manifest = _manifest(job, python, header, sha256_file(part))
-        part.chmod(0o644)
-        part.replace(job.out)
-    finally:
-        part.unlink(missing_ok=True)
-    write_json(job.out.with_name(job.out.name + ".json"), manifest)
+        write_json(beside(job.out, MANIFEST), manifest)  # first: a file in place without it would not be known again
+        put(part, job.out)
     return manifest
+
+
+def _files_of(folder: Path) -> Iterator[Path]:
+    """The checkpoint: all in its folder but what was converted there."""
+    return (path for path in folder.rglob("*") if not path.name.endswith((".gguf", f".gguf{MANIFEST}", f".gguf{LOG}")))
 
 
 def architectures(source: Path) -> tuple[str, ...]:
@@ -150,17 +162,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConversionFailed(f"{path} cannot be read: {error.strerror}", hint="apex source verify") from None
-
-
-def _check_output(out: Path, force: bool) -> None:
-    if not out.parent.is_dir():
-        raise OutputUnwritable(f"the folder {out.parent} does not exist", hint=f"mkdir -p {out.parent}")
-    if out.is_dir():
-        raise OutputUnwritable(f"{out} is a folder; give the name of a file", hint=f"-o {out / 'model-f16.gguf'}")
-    if out.exists() and not force:
-        raise OutputUnwritable(f"{out} exists", hint="another name, or --force to replace it once the new one is complete")
-    if not os.access(out.parent, os.W_OK):
-        raise OutputUnwritable(f"{out.parent} cannot be written")
 
 
 def _convert(job: Job, python: Path, part: Path, scratch: Path, log: Path, report: Report) -> None:

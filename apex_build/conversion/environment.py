@@ -23,8 +23,9 @@ from apex_build import places
 from apex_build.errors import EnvironmentUnusable, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.identity import sha256_json, write_json
 from apex_build.native.run import run_tool
+from apex_build.outputs import writing
 from apex_build.progress import Report, Step
-from apex_build.source.folders import locked, writing
+from apex_build.source.folders import locked
 from apex_build.source.pip_config import open_session, read_pip_config
 
 VARIABLE = "APEX_CONVERT_PYTHON"

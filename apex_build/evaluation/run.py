@@ -9,14 +9,11 @@ import numbers
 import operator
 import os
 import platform
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from apex_build import __version__
 from apex_build.errors import ApexError, EvaluationRefused, EvaluatorUnknown, OutputUnwritable, ParameterUnknown, PluginFailed
@@ -28,10 +25,13 @@ from apex_build.hookspecs import Evaluator, Figure
 from apex_build.identity import sha256_file, sha256_json
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
-from apex_build.near import near_folder, nearby
-from apex_build.places import lock_path
+from apex_build.near import nearby
+from apex_build.outputs import check_apart, check_place, check_room, locked, whole_file
 from apex_build.policy.parameters import Value, values_of
 from apex_build.progress import Report, silent
+
+_ELSEWHERE = "give another file with --results"
+_RESULT_ROOM = 4 << 20  # bytes free, for the records of a run
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Inputs:
     data: Mapping[str, Path] = field(default_factory=dict, hash=False)  # evaluator -> its file
     settings: Mapping[str, str] = field(default_factory=dict, hash=False)  # evaluator.parameter -> value
     options: ToolOptions = field(default_factory=ToolOptions)
+    files: tuple[Path, ...] = ()  # further ones that were read: prompts, plugins; no output may replace them
 
 
 @dataclass(frozen=True)
@@ -171,26 +172,49 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
         yield result
 
 
-def check_results(path: Path) -> None:
-    """Refuse before hours of work what could not be recorded after them. Raises OutputUnwritable."""
+def check_results(path: Path, works: Sequence[Work] = (), inputs: Inputs | None = None) -> None:
+    """Refuse before hours of work what could not be recorded after them: an input, another file, a full disk.
+
+    Raises OutputUnwritable, DiskTooSmall.
+    """
+    path = path.absolute()
+    check_place(path, _ELSEWHERE)
+    check_apart([path], _inputs(works, inputs), _ELSEWHERE)
     recorded(path)
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise OutputUnwritable(f"{folder}: no such folder{near_folder(folder)}", hint=f"mkdir -p {shlex.quote(str(folder))}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise OutputUnwritable(f"{path}: the results cannot be written", hint="give another with --results")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputUnwritable(f"{path}: the results cannot be written", hint=_ELSEWHERE)
+    check_room(path.parent, path.stat().st_size if path.exists() else 0, path.name, spare=_RESULT_ROOM, hint=_ELSEWHERE)
+
+
+def _inputs(works: Sequence[Work], inputs: Inputs | None) -> Iterator[Path]:
+    for task in (work.task for work in works):
+        yield from task.model.files
+        yield from task.tools.files()
+    if inputs:
+        yield from inputs.reference.files if inputs.reference else ()
+        yield from (*inputs.texts.values(), *inputs.data.values(), *inputs.files)
 
 
 def recorded(path: Path) -> dict[str, dict[str, Any]]:
-    """Records of a results file by identity. A last line cut short by a crash is passed over. Raises EvaluationRefused."""
+    """Records of a results file by identity; none where there is no file. Raises OutputUnwritable for any other file."""
+    return _records(path)[0]
+
+
+def _records(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
+    """The records, and the file's content with its last line completed; a last one that a crash cut short is left out, where it
+    follows a whole record."""
     if not path.exists():
-        return {}
+        return {}, b""
     found: dict[str, dict[str, Any]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # no other line break ends a record
+        content = path.read_bytes()
+        content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OutputUnwritable(f"{path}: not a file of results: {error}", hint="give another with --results") from None
-    for number, line in enumerate(lines, 1):
+        raise OutputUnwritable(f"{path}: not a file of results: {error}", hint=_ELSEWHERE) from None
+    lines = content.split(b"\n")  # no other line break ends a record
+    unfinished = lines.pop()
+    kept = lines
+    for number, line in enumerate([*lines, unfinished] if unfinished else lines, 1):
         try:
             row = json.loads(line)
             for figure in row["figures"]:
@@ -199,11 +223,12 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError
             found[row["identity"]] = row
         except (ValueError, TypeError, KeyError, RecursionError):
-            if number < len(lines):
-                raise OutputUnwritable(
-                    f"{path}:{number}: not a result of apex evaluate", hint="give another file with --results"
-                ) from None
-    return found
+            if number <= len(lines) or not found or not line.startswith(b"{"):
+                raise OutputUnwritable(f"{path}:{number}: not a result of apex evaluate", hint=_ELSEWHERE) from None
+        else:
+            if number > len(lines):
+                kept = [*lines, unfinished]
+    return found, b"".join(line + b"\n" for line in kept)
 
 
 def record(result: Result) -> dict[str, Any]:
@@ -223,18 +248,11 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    """One line at once, whole or not at all; after a line that a crash cut short, that line goes. Runs may share the file."""
+    """One line more, whole or not at all, whatever ends us. Runs may share the file: each adds to what is there then."""
+    path = path.resolve()  # the file that a link leads to
     line = json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n"
-    try:
-        with FileLock(lock_path(path)):
-            if path.exists() and not (text := path.read_bytes()).endswith(b"\n") and text:
-                path.write_bytes(text[: text.rfind(b"\n") + 1])
-            with path.open("ab") as file:
-                file.write(line)
-    except OSError as error:
-        raise OutputUnwritable(
-            f"{path}: the results cannot be written: {error.strerror}", hint="give another with --results"
-        ) from None
+    with locked(path, wait=True), whole_file(path) as part:
+        part.write_bytes(_records(path)[1] + line)
 
 
 def _checked(evaluator: Evaluator, figures: Sequence[Figure]) -> tuple[Figure, ...]:

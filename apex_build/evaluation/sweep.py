@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from apex_build.calibration.without_head import holds_head, write_without_head
 from apex_build.errors import DataMissing, EvaluationRefused, ImatrixMismatch, OutputUnwritable, ParameterUnknown, ShapeUnfit
 from apex_build.evaluation.run import Inputs, choose, plan_work
-from apex_build.evaluation.sweep_rows import Row, curve_name, point_name, read_rows
+from apex_build.evaluation.sweep_rows import RESULTS, TABLE, Row, curve_name, point_name, read_rows
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import read_imatrix
@@ -21,11 +21,13 @@ from apex_build.hookspecs import Evaluator, PolicySpec
 from apex_build.identity import read_json, sha256_file, sha256_json
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
+from apex_build.outputs import check_apart, check_place, check_room
 from apex_build.places import model_stem
 from apex_build.policy.parameters import Value, resolve
 from apex_build.policy.plan import Plan, make_plan
+from apex_build.policy.render import template_files
 from apex_build.progress import Report, Step, silent
-from apex_build.quantization.preflight import Allowed, check_output
+from apex_build.quantization.preflight import Allowed
 from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, prepare
 from apex_build.quantization.trunk_once import same_trunk, trunk_job
@@ -33,6 +35,8 @@ from apex_build.scratch import scratch_folder
 
 BASELINE_TYPE = "Q8_0"
 MANIFEST = "sweep.json"
+MEASURED = "results.jsonl"  # of the evaluators
+FILES = "files"  # folder of the quantized files
 _LONGEST_NAME = 120
 _ELSEWHERE = "give another folder with -o"
 
@@ -106,6 +110,7 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
     Raises ParameterUnknown, TypeUnknown, EvaluationRefused, EvaluatorUnknown, ImatrixInvalid, ImatrixMismatch, DataMissing (where
     the baseline, or no point at all, can be quantized), OutputUnwritable (also for another sweep's folder), DiskTooSmall.
     """
+    check_apart(_written(request), _inputs(request), _ELSEWHERE)
     request, baseline = _checked(request)
     evaluators = _evaluators(request)
     curves = _curves(request)
@@ -263,11 +268,35 @@ def _check_folder(folder: Path, parts: Mapping[str, Any]) -> None:
         raise OutputUnwritable(f"{folder} holds another sweep, which differs in: {', '.join(other)}", hint=_ELSEWHERE)
 
 
+def check_folder(sweep: Sweep) -> None:
+    """Raises OutputUnwritable where the folder is no longer new, empty, or of this sweep."""
+    _check_folder(sweep.request.folder, sweep.parts)
+
+
+def _written(request: Request) -> Iterator[Path]:
+    """What is there of all that a sweep writes."""
+    folder = request.folder
+    yield from (folder / name for name in (MANIFEST, MEASURED, RESULTS, TABLE, headless_name(request)))
+    for ending in ("png", "svg"):
+        yield from folder.glob(f"sweep*.{ending}")
+    yield from (folder / FILES).glob("*")
+
+
+def _inputs(request: Request) -> Iterator[Path]:
+    given = request.inputs
+    yield from request.model.files
+    yield from given.reference.files if given.reference else ()
+    yield from (request.imatrix, *([request.imatrix_without_head] if request.imatrix_without_head else []))
+    yield from (*given.texts.values(), *given.data.values(), *given.files)
+    yield from template_files(request.policy)
+    yield from request.tools.files()
+
+
 def _check_disk(request: Request, jobs: Sequence[Job], trunks: int, keep: bool) -> int:
     """Room for the files that lie there together: the trunks, the baseline, and the largest of the others, or all of them."""
     largest = max(jobs, key=lambda job: job.n_bytes)
     before = trunks * trunk_job(largest, largest.out).n_bytes if trunks else 0
     before += sum(job.n_bytes for job in jobs) - largest.n_bytes if keep else jobs[0].n_bytes if len(jobs) > 1 else 0
-    place = request.folder if request.folder.is_dir() else request.folder.parent
-    check_output(place / largest.out.name, largest.inputs, largest.n_bytes, force=True, before=before)
+    check_place((request.folder if request.folder.is_dir() else request.folder.parent) / largest.out.name, _ELSEWHERE)
+    check_room(request.folder, largest.n_bytes, largest.out.name, before=before)
     return before + largest.n_bytes

@@ -10,9 +10,10 @@ from typing import Any
 
 from apex_build.errors import OutputUnwritable
 from apex_build.hookspecs import Figure
-from apex_build.identity import whole_file
+from apex_build.outputs import whole_file
 
 RESULTS = "sweep.jsonl"
+TABLE = "table.md"
 
 
 @dataclass(frozen=True)

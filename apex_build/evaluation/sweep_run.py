@@ -10,19 +10,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from apex_build import __version__
 from apex_build.calibration.without_head import write_without_head
-from apex_build.errors import ApexError, OutputUnwritable
+from apex_build.errors import ApexError
 from apex_build.evaluation.run import evaluate, plan_work, with_report
-from apex_build.evaluation.sweep import MANIFEST, Point, Sweep, headless_name
-from apex_build.evaluation.sweep_rows import RESULTS, Row, curve_name, write_rows
+from apex_build.evaluation.sweep import FILES, MANIFEST, MEASURED, Point, Sweep, check_folder, headless_name
+from apex_build.evaluation.sweep_rows import Row, curve_name, write_rows
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
-from apex_build.identity import beside, write_json
+from apex_build.identity import write_json
 from apex_build.native.run import unwinding_signals
-from apex_build.places import lock_path
+from apex_build.outputs import locked, with_manifest_and_log, writing
 from apex_build.progress import Report, silent
 from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, run
@@ -47,13 +45,10 @@ def run_sweep(sweep: Sweep, *, keep: bool = False, progress: Progress = lambda: 
     `progress` is entered for each point. Raises what `quantization.run.run` raises, and OutputUnwritable.
     """
     folder = sweep.request.folder
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(FileLock(lock_path(folder / RESULTS), timeout=0))
-        except Timeout:
-            raise OutputUnwritable(f"{folder} is being written by another sweep") from None
-        stack.enter_context(unwinding_signals())
-        folder.mkdir(exist_ok=True)
+    with locked(folder), unwinding_signals():
+        check_folder(sweep)  # once more: another sweep may have been there since
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         write_json(folder / MANIFEST, sweep.parts)
         done = dict.fromkeys((point.identity for point in sweep.points), None) | dict(sweep.known)
         todo = {point.identity for point in sweep.points if point.job and point.identity not in sweep.known}
@@ -104,7 +99,7 @@ class _Files:
 
     def __post_init__(self) -> None:
         request = self.sweep.request
-        self.folder = request.folder / "files"
+        self.folder = request.folder / FILES
         self.folder.mkdir(exist_ok=True)
         self.imatrices = {True: request.imatrix, False: request.imatrix_without_head or request.imatrix}
         if self.sweep.derived:
@@ -118,7 +113,7 @@ class _Files:
             inputs = replace(inputs, reference=self._file(self.sweep.baseline, report))
         model = self._file(point, report)
         works = [plan_work(one, model, inputs, request.tools, threads=request.threads) for one in self.sweep.evaluators]
-        results = list(evaluate([with_report(work, report) for work in works], request.folder / "results.jsonl"))
+        results = list(evaluate([with_report(work, report) for work in works], request.folder / MEASURED))
         if not keep and not point.baseline:
             _delete(self.made.pop(model.path.name).path)
         errors = tuple(result.error for result in results if result.error)
@@ -163,7 +158,7 @@ class _Files:
 
 
 def _delete(path: Path) -> None:
-    for one in (path, beside(path, ".json"), beside(path, ".log")):
+    for one in with_manifest_and_log(path):
         one.unlink(missing_ok=True)
 
 

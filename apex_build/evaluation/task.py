@@ -16,11 +16,12 @@ from filelock import BaseFileLock, FileLock, Timeout
 from apex_build.errors import CalibrationSetInvalid, ParameterUnknown
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
-from apex_build.identity import sha256_file, sha256_json, whole_file, write_json
+from apex_build.identity import sha256_file, sha256_json, write_json
 from apex_build.native import output
 from apex_build.native.run import ToolRun, run_tool
 from apex_build.native.server import Server, serve
 from apex_build.native.toolset import Toolset
+from apex_build.outputs import whole_file
 from apex_build.places import cache_root, lock_path
 from apex_build.policy.parameters import Value
 from apex_build.progress import Report, Step, silent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ class Toolset:
     @property
     def bin(self) -> Path:
         return self.root / "bin"
+
+    def files(self) -> Iterator[Path]:
+        """All of the build: what no output may replace."""
+        return (path for path in self.root.glob("*/*") if path.is_file())
 
     @property
     def identity(self) -> str:

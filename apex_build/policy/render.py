@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ def render(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantiza
     sources = {file: Path(file).read_text("utf-8").split("\n") for file, _ in answer["places"] if file}
     lines = answer["text"].split("\n")
     return [(line, _where(line, file, number, sources)) for line, (file, number) in zip(lines, answer["places"], strict=False)]
+
+
+def template_files(policy: PolicySpec) -> Iterator[Path]:
+    """A policy's template, and those that it may include."""
+    yield policy.template
+    for folders in policy.library.values():
+        for folder in folders:
+            yield from folder.glob("*.jinja")
 
 
 def catalogue(model: Model, quantizable: Collection[str]) -> dict[str, Any]:

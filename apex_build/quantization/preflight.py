@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from apex_build.errors import AlreadyQuantized, DataMissing, DiskTooSmall, OutputUnwritable, ShapeUnfit
+from apex_build.errors import AlreadyQuantized, DataMissing, ShapeUnfit
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
 from apex_build.hookspecs import PolicySpec
-from apex_build.identity import check_place
 from apex_build.native.ggml import Ggml
+from apex_build.outputs import check_apart, check_free, check_place, check_room, with_manifest_and_log
 from apex_build.places import model_stem
 from apex_build.policy.plan import Entry, Plan
 
-_ROOM = 64 << 20  # bytes beyond the file itself
 # llama-quantize makes no use of calibration data for these (src/llama-quant.cpp: ggml_quantize_chunk passes it on, they ignore it)
 _DATA_UNUSED = frozenset({"F32", "F16", "BF16", "Q8_0"})
 
@@ -98,19 +96,11 @@ def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def check_output(out: Path, inputs: Iterable[Path], n_bytes: int, *, force: bool, before: int = 0) -> None:
-    """Raises OutputUnwritable and DiskTooSmall. `before`: bytes that are to be written there earlier."""
-    check_place(out, inputs)
-    if out.exists() and not force:
-        raise OutputUnwritable(
-            f"{out} exists and was made from something else", hint="give another name with -o, or --force to replace it"
-        )
-    free = shutil.disk_usage(out.parent).free
-    needed = before + n_bytes + _ROOM
-    if free < needed:
-        after = f" after {before / 1e9:.2f} GB of other files" if before else ""
-        raise DiskTooSmall(
-            f"{out.parent}: {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB: "
-            f"{out.name} takes {n_bytes / 1e9:.2f} GB{after}, and {_ROOM / 1e9:.2f} GB are to stay free",
-            hint="free some space, or write to another disk with -o",
-        )
+def check_output(
+    out: Path, inputs: Iterable[Path], n_bytes: int, *, force: bool = False, replace: bool = False, before: int = 0
+) -> None:
+    """Raises OutputUnwritable and DiskTooSmall. `before`: bytes that are to be written there earlier; the rest: `check_free`."""
+    check_place(out)
+    check_apart(with_manifest_and_log(out), inputs)
+    check_free(out, "policy", force=force, replace=replace)
+    check_room(out.parent, n_bytes, out.name, before=before)

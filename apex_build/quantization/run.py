@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from apex_build.errors import ModelInvalid, ModelMissing, OutputUnwritable
+from apex_build.errors import ModelInvalid, ModelMissing
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.header import read_header
 from apex_build.gguf_model.imatrix import check_values, read_imatrix
 from apex_build.hookspecs import PolicySpec
-from apex_build.identity import beside, read_json, sha256_file, write_json
+from apex_build.identity import read_json, sha256_file, write_json
 from apex_build.native import output
 from apex_build.native.ggml import Ggml
 from apex_build.native.memory import memory_limit
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
-from apex_build.places import lock_path
+from apex_build.outputs import LOG, MANIFEST, beside, check_place, locked, new_part, put
 from apex_build.policy.parameters import Value
 from apex_build.policy.plan import Plan, make_plan
+from apex_build.policy.render import template_files
 from apex_build.policy.size import file_size, imatrix_keys
 from apex_build.progress import Report, Step, silent
 from apex_build.quantization.preflight import Allowed, check_output, check_plan, check_policy
@@ -45,6 +44,7 @@ class Job:
     n_bytes: int
     warnings: tuple[str, ...]
     tools: Toolset
+    policy: PolicySpec
 
     @property
     def memory(self) -> int:
@@ -52,8 +52,12 @@ class Job:
         return memory_limit(sum(tensor.n_bytes for tensor in self.model.tensors))
 
     @property
-    def inputs(self) -> tuple[Path, ...]:
-        return (*self.model.files, self.imatrix) if self.imatrix else self.model.files
+    def inputs(self) -> Iterator[Path]:
+        yield from self.model.files
+        if self.imatrix:
+            yield self.imatrix
+        yield from template_files(self.policy)
+        yield from self.tools.files()
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def prepare(
     added: dict[str, str | int | float | bool] = {**keys}
     if covered is not None and imatrix is not None:
         added |= imatrix_keys(Path(imatrix.name), covered.imatrix)
-    return Job(model, plan, covered, imatrix, out, keys, file_size(plan, model, added), tuple(warnings), tools)
+    return Job(model, plan, covered, imatrix, out, keys, file_size(plan, model, added), tuple(warnings), tools, policy)
 
 
 def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -> list[str]:
@@ -127,39 +131,33 @@ def run(job: Job, *, force: bool = False, replace: bool = False, threads: int | 
     out = job.out
     sizes = {tensor.name: tensor.n_bytes for tensor in job.model.tensors}
     progress = _Progress(sizes, report, f"quantizing {out.name}")
-    try:
-        with (
-            FileLock(lock_path(out), timeout=0),
-            scratch_folder("quantize") as scratch,
-            unwinding_signals(),  # also while the file is verified
-        ):
-            if not force and _recorded(job) and read_json(beside(out, ".json"))["sha256"] == sha256_file(out):
-                return Quantized(out, job.plan, job.n_bytes, 0.0, job.warnings, True)
-            check_output(out, job.inputs, job.n_bytes, force=force or replace)
-            rules, folder = scratch / "rules.txt", scratch / "run"
-            folder.mkdir()
-            if job.imatrix is not None:
-                (folder / job.imatrix.name).symlink_to(job.imatrix.absolute())
-            rules.write_text(job.plan.rules, encoding="utf-8")
-            part = out.with_name(f".{out.name}.part")
-            part.unlink(missing_ok=True)  # of a run that was killed
-            try:
-                ran = run_tool(
-                    arguments(job, rules, part, threads=threads),
-                    cwd=folder,
-                    log=beside(out, ".log"),
-                    on_line=progress.line,
-                    explain=output.explain,
-                    memory=job.memory,
-                )
-                verify(part, job.plan, job.keys, job.n_bytes, job.tools, report)
-                # The manifest first: hashing takes minutes, and a file in place without its manifest would not be known again.
-                write_json(beside(out, ".json"), _manifest(job, sha256_file(part)))
-                part.replace(out)
-            finally:
-                part.unlink(missing_ok=True)
-    except Timeout:
-        raise OutputUnwritable(f"{out} is being written by another run of apex") from None
+    check_place(out)  # the lock lies there too
+    with (
+        locked(out),
+        scratch_folder("quantize") as scratch,
+        unwinding_signals(),  # also while the file is verified
+    ):
+        if not force and _recorded(job) and read_json(beside(out, MANIFEST))["sha256"] == sha256_file(out):
+            return Quantized(out, job.plan, job.n_bytes, 0.0, job.warnings, True)
+        check_output(out, job.inputs, job.n_bytes, force=force, replace=replace)
+        rules, folder = scratch / "rules.txt", scratch / "run"
+        folder.mkdir()
+        if job.imatrix is not None:
+            (folder / job.imatrix.name).symlink_to(job.imatrix.absolute())
+        rules.write_text(job.plan.rules, encoding="utf-8")
+        with new_part(out) as part:
+            ran = run_tool(
+                arguments(job, rules, part, threads=threads),
+                cwd=folder,
+                log=beside(out, LOG),
+                on_line=progress.line,
+                explain=output.explain,
+                memory=job.memory,
+            )
+            verify(part, job.plan, job.keys, job.n_bytes, job.tools, report)
+            # The manifest first: hashing takes minutes, and a file in place without its manifest would not be known again.
+            write_json(beside(out, MANIFEST), _manifest(job, sha256_file(part)))
+            put(part, out)
     return Quantized(out, job.plan, job.n_bytes, ran.seconds, job.warnings, False)
 
 
@@ -183,7 +181,7 @@ class _Progress:
 def _recorded(job: Job) -> bool:
     """Whether the output is there with its size, and its manifest says that it was made from the same parts."""
     try:
-        manifest = read_json(beside(job.out, ".json"))
+        manifest = read_json(beside(job.out, MANIFEST))
         same = manifest["identity"] == identity(job.keys) and isinstance(manifest["sha256"], str)
         return same and read_header(job.out).file_size == job.n_bytes
     except (OSError, ValueError, KeyError, TypeError, ModelMissing, ModelInvalid):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apex_build.errors import EvaluationRefused
-from apex_build.evaluation.sweep_rows import Row, curve_name
-from apex_build.identity import whole_file
+from apex_build.evaluation.sweep_rows import TABLE, Row, curve_name
+from apex_build.outputs import whole_file
 from apex_build.report import plot
 from apex_build.report.knee import DIFFERENCE, Knee, find_knees, knee_text, loss_of, lower_is_better, size_of
 from apex_build.report.plot import Chart, Mark, Series
@@ -70,9 +70,9 @@ def report_sweep(
 def write_report(folder: Path, reports: Sequence[Report]) -> list[Path]:
     """table.md, and where matplotlib is there sweep.png and .svg, of a further score sweep-SCORE.png. Gives what was written."""
     text = "\n".join(markdown(one.table) + "".join(f"- {line}\n" for line in one.knees) for one in reports)
-    with whole_file(folder / "table.md") as part:
+    with whole_file(folder / TABLE) as part:
         part.write_text(text, encoding="utf-8")
-    written = [folder / "table.md"]
+    written = [folder / TABLE]
     if plot.available():
         for number, one in enumerate(reports):
             stem = "sweep" if number == 0 else f"sweep-{one.score}"

@@ -17,9 +17,9 @@ from typing import IO, Any
 import zstandard
 
 from apex_build.errors import ApexError, ArchiveUnsafe, DownloadFailed, HashMismatch
+from apex_build.outputs import writing
 from apex_build.places import cache_root
 from apex_build.source.contents import MAX_FILE, check_path, wanted
-from apex_build.source.folders import writing
 
 MAX_MEMBERS = 100_000
 MAX_TOTAL = 4 << 30  # bytes, all members together; the pinned sdists have 0.2 GB

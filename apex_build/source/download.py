@@ -17,10 +17,10 @@ from unearth import Link, PackageFinder
 from unearth.fetchers.sync import PyPIClient
 
 from apex_build.errors import ApexError, DownloadFailed, HashMismatch
-from apex_build.identity import sha256_file, whole_file
+from apex_build.identity import sha256_file
+from apex_build.outputs import whole_file, writing
 from apex_build.places import cache_root
 from apex_build.progress import Report, Step, silent
-from apex_build.source.folders import writing
 from apex_build.source.pins import Pin
 from apex_build.source.pip_config import PipConfig, open_session, read_pip_config
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from apex_build.errors import TreeEdited
+from apex_build.outputs import writing
 from apex_build.progress import Report, silent
 from apex_build.source.archive import read_archive
 from apex_build.source.download import check_sdist, download_sdist
-from apex_build.source.folders import locked, mend, new_folder, put_in_place, writing
+from apex_build.source.folders import locked, mend, new_folder, put_in_place
 from apex_build.source.match import unsaved_work
 from apex_build.source.pins import Pin
 from apex_build.source.series import apply_to, read_series, series_status, verb

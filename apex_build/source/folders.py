@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from apex_build.errors import DiskTooSmall, OutputUnwritable
+from apex_build.outputs import writing
 from apex_build.progress import Report, Step, silent
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn what the system says about a full disk or a read-only folder into errors for a person."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskTooSmall(f"the disk is full: {error.filename or folder}", hint=f"df -h {folder}") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise OutputUnwritable(f"{error.filename or folder} cannot be written: {error.strerror}") from None
-        raise
 
 
 @contextmanager

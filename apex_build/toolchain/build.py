@@ -16,8 +16,9 @@ from typing import Any
 from apex_build.errors import BuildFailed, BuildMissing
 from apex_build.identity import sha256_json, write_json
 from apex_build.native.toolset import Toolset, find_toolset, open_build
+from apex_build.outputs import writing
 from apex_build.progress import Report, Step, silent
-from apex_build.source.folders import locked, new_folder, put_in_place, writing
+from apex_build.source.folders import locked, new_folder, put_in_place
 from apex_build.source.pins import Pin
 from apex_build.source.series import read_series, series_digest
 from apex_build.source.tree import tree_identity

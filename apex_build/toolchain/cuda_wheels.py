@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from apex_build import places
 from apex_build.errors import ArchiveUnsafe, DiskTooSmall, HashMismatch, ToolkitUnusable
 from apex_build.identity import read_json, sha256_json, write_json
+from apex_build.outputs import writing
 from apex_build.progress import Report, Step, silent
 from apex_build.source.download import IndexFile, download
-from apex_build.source.folders import locked, new_folder, put_in_place, writing
+from apex_build.source.folders import locked, new_folder, put_in_place
 from apex_build.source.pip_config import read_pip_config
 from apex_build.toolchain.cuda_toolkit import CudaToolkit, judge
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,15 +19,16 @@ from typing import Any
 import zstandard
 
 from apex_build.errors import BuildMissing, OutputUnwritable
-from apex_build.identity import check_place, sha256_file, whole_file
+from apex_build.identity import sha256_file
 from apex_build.native.toolset import Toolset
+from apex_build.outputs import check_apart, check_place, check_room, locked, whole_file
 from apex_build.progress import Report, Step, silent
-from apex_build.source.folders import writing
 from apex_build.toolchain import cache
 from apex_build.toolchain.licences import licence_texts
 from apex_build.toolchain.machine import cpu_flags
 
 SUFFIX = ".tar.zst"
+_OTHER_NAME = "give another name with --export"
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 _LEVEL = 9  # of zstd: beyond it, seconds become minutes for a hundredth of the size
 _WINDOW = 25  # bits; a library and its copy under another name lie that near to each other
@@ -56,6 +58,8 @@ def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True
     BuildMissing (damaged, or without NVIDIA's licence), OutputUnwritable, DiskTooSmall.
     """
     check_out(out)
+    check_apart([out], toolset.files(), _OTHER_NAME)
+    check_room(out.parent, sum(path.stat().st_size for path in toolset.files()), f"the build {toolset.root.name}, unpacked,")
     report(Step("checking the build", 0))
     cache.verify(toolset)
     manifest, left_out = _manifest_for(toolset, cuda_runtime)
@@ -67,16 +71,32 @@ def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True
     listing = (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
     sums = {name: about["sha256"] for name, about in manifest["files"].items()} | {MANIFEST: hashlib.sha256(listing).hexdigest()}
     text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
-    with writing(out), whole_file(out) as part:
+    with locked(out), whole_file(out) as part:
         _write(part, f"apex-build-{manifest['key'][:12]}", {SUMS: text, MANIFEST: listing, **dict(sorted(files.items()))}, report)
     return Packed(out, sha256_file(out), out.stat().st_size, manifest, left_out)
 
 
 def check_out(out: Path) -> None:
-    """Raises OutputUnwritable where a build could not be packed to this file."""
+    """Raises OutputUnwritable where a build could not be packed to this file: another file than a packed build is not replaced."""
     if not out.name.endswith(SUFFIX):
         raise OutputUnwritable(f"{out}: expected a name that ends with {SUFFIX}", hint=f"--export {out.name}{SUFFIX}")
-    check_place(out, [])
+    check_place(out, _OTHER_NAME)
+    if out.exists() and not _is_packed(out):
+        raise OutputUnwritable(f"{out} exists, and is no packed build", hint=_OTHER_NAME)
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether it begins as `pack` begins a file."""
+    try:
+        with (
+            path.open("rb") as file,
+            zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW).stream_reader(file) as stream,
+            tarfile.open(fileobj=stream, mode="r|") as tar,
+        ):
+            first = tar.next()
+    except (OSError, EOFError, ValueError, tarfile.TarError, zstandard.ZstdError):
+        return False
+    return first is not None and re.fullmatch(rf"apex-build-[0-9a-f]{{12}}/{SUMS}", first.name) is not None
 
 
 def key_of(manifest: Mapping[str, Any]) -> str:

@@ -18,9 +18,10 @@ from apex_build.errors import ArchiveUnsafe, BuildForeign, DiskTooSmall, HashMis
 from apex_build.identity import write_json
 from apex_build.native.run import run_tool, tail
 from apex_build.native.toolset import Toolset, open_build
+from apex_build.outputs import writing
 from apex_build.progress import Report, Step, silent
 from apex_build.source.archive import MAX_MEMBERS, MAX_TOTAL, member_path, open_tar
-from apex_build.source.folders import locked, mend, new_folder, put_in_place, writing
+from apex_build.source.folders import locked, mend, new_folder, put_in_place
 from apex_build.toolchain import cache
 from apex_build.toolchain.machine import cpu_flags
 from apex_build.toolchain.packing import MANIFEST, SUMS, key_of

@@ -143,7 +143,7 @@ def test_runs_may_share_a_file_of_results(tmp_path: Path) -> None:
 
 def _append_many(path: Path, name: str) -> None:
     for number in range(20):
-        run._append(path, {"identity": f"{name}{number}", "note": name * 30_000})
+        run._append(path, {"identity": f"{name}{number}", "note": name * 30_000, "figures": [], "seconds": 0.0})
 
 
 def test_a_line_that_a_crash_cut_short_goes(tools: Toolset, place: Path) -> None:

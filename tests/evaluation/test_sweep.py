@@ -13,7 +13,6 @@ from typing import Any
 import gguf_edit
 import pytest
 from apex_runs import SMALL, run_apex
-from filelock import FileLock
 
 from apex_build.errors import (
     DataMissing,
@@ -31,7 +30,7 @@ from apex_build.evaluation.sweep import Request, plan_sweep
 from apex_build.gguf_model.model import read_model
 from apex_build.identity import sha256_file
 from apex_build.native.toolset import Toolset
-from apex_build.places import lock_path
+from apex_build.outputs import locked
 from apex_build.plugins import load_plugins
 
 # An evaluator that costs nothing: the sweep's own doings are what is looked at.
@@ -327,9 +326,9 @@ def test_a_folder_that_is_not_this_sweep_s(command: list[object], scales: Path, 
 
 
 def test_another_sweep_at_work_in_the_folder(command: list[object], tmp_path: Path) -> None:
-    with FileLock(lock_path(tmp_path / "out" / "sweep.jsonl")):
+    with locked(tmp_path / "out"):
         done = run_apex(*command, "--over", "draft_head=Q8_0", code=OutputUnwritable.exit_code)
-    assert "is being written by another sweep" in done.stderr and not (tmp_path / "out").exists()
+    assert "is being written by another run of apex" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_the_disk_is_looked_at_before_the_first_file(

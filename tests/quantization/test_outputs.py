@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from apex_runs import SMALL, run_apex
-from filelock import FileLock
 
 from apex_build.errors import DiskTooSmall, OutputUnwritable
 from apex_build.gguf_model.header import read_header
 from apex_build.gguf_model.model import read_model
-from apex_build.identity import check_place
 from apex_build.native.toolset import Toolset
+from apex_build.outputs import check_apart, check_place, locked, with_manifest_and_log
 from apex_build.places import lock_path
 from apex_build.plugins import load_plugins
 from apex_build.quantization.run import check_outputs, prepare
@@ -50,15 +49,16 @@ def test_an_input_is_never_overwritten(testbed: Path, calibrated: Path, tmp_path
 
 def test_places_that_cannot_be_written_in_the_end(tmp_path: Path) -> None:
     (tmp_path / "x.log").write_text("the user's")
-    for out, inputs, said in (
-        (tmp_path, (), "is a folder"),
-        (tmp_path / "gone" / "x", (), "no such folder"),
-        (tmp_path / ("a" * 240), (), "name is too long"),
-        (Path(os.devnull), (), "not a regular file"),
-        (tmp_path / "x", (tmp_path / "x.log",), r"x\.log is the input itself"),
+    for out, said in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "gone" / "x", "no such folder"),
+        (tmp_path / ("a" * 240), "name is too long"),
+        (Path(os.devnull), "not a regular file"),
     ):
         with pytest.raises(OutputUnwritable, match=said):
-            check_place(out, inputs)
+            check_place(out)
+    with pytest.raises(OutputUnwritable, match=r"x\.log is the input itself"):
+        check_apart(with_manifest_and_log(tmp_path / "x"), [tmp_path / "x.log"])
 
 
 def test_what_the_last_of_several_files_would_meet_is_said_before_the_first(
@@ -84,7 +84,7 @@ def test_what_the_last_of_several_files_would_meet_is_said_before_the_first(
 
 
 def test_another_run_at_work_on_the_same_output(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
-    with FileLock(lock_path(tmp_path / "x.gguf")):
+    with locked(tmp_path / "x.gguf"):
         assert "is being written by another run" in compact(testbed, tmp_path / "x.gguf", code=71).stderr
     assert list(tmp_path.iterdir()) == []
 

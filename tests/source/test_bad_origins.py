@@ -23,9 +23,9 @@ from apex_build.errors import (
     OutputUnwritable,
 )
 from apex_build.identity import sha256_file
+from apex_build.outputs import writing
 from apex_build.source import archive as archives
 from apex_build.source.fetch import fetch
-from apex_build.source.folders import writing
 
 
 def refused(world: World, apex: Apex, code: int, *words: str, arguments: tuple[str, ...] = ()) -> None:
