@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from apex_build.cli import show
-from apex_build.conversion.convert import OUTTYPES, Job, prepare, run
+from apex_build.conversion.convert import OUTTYPES, Job, account_for, prepare, run
+from apex_build.gguf_model.metadata import parse_meta
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import DEFAULT_PIN, load_pin
 
@@ -22,6 +24,10 @@ from apex_build.source.pins import DEFAULT_PIN, load_pin
     "--pre-tokenizer", metavar="NAME", help="Pre-tokenizer of a tokenizer that the converter does not know, such as qwen35."
 )
 @click.option("--no-head", is_flag=True, help="Convert without a draft head.")
+@click.option("--drop", metavar="PATTERN", multiple=True, help="Leave out tensors of these names, such as 'mtp.*'.")
+@click.option(
+    "--meta", metavar="KEY=VALUE", multiple=True, help="Metadata: name, license, base_model=ORG/NAME, ... (several times)."
+)
 @click.option("--pin", "pin_name", metavar="NAME", default=DEFAULT_PIN, show_default=True, help="Pin whose converter to use.")
 @click.option("--python", type=click.Path(path_type=Path), help="Python with torch and transformers. [env: APEX_CONVERT_PYTHON]")
 @click.option("--force", is_flag=True, help="Replace OUT.gguf, once the new one is complete.")
@@ -33,6 +39,8 @@ def command(
     outtype: str,
     pre_tokenizer: str | None,
     no_head: bool,
+    drop: tuple[str, ...],
+    meta: tuple[str, ...],
     pin_name: str,
     python: Path | None,
     force: bool,
@@ -41,32 +49,57 @@ def command(
 ) -> None:
     """Convert a Hugging Face checkpoint (config.json, tokenizer, safetensors) with the pinned llama.cpp's converter.
 
-    A checkpoint whose config promises a draft head that its tensors lack is refused: fine-tuned models often lose it. No code of
-    the checkpoint is run. The converter needs torch and transformers: it takes them from --python, from the Python that runs apex
-    (pip install 'apex-build[convert]'), or installs them once into an environment in the cache, for CPU only where pip finds that.
+    A checkpoint whose config promises a draft head that its tensors lack is refused: fine-tuned models often lose it. So is one
+    with tensors that would not be in the model, unless they are computed anyway or --drop names them. Name, license and base model
+    are taken from the checkpoint (README.md, config.json), unless --meta says otherwise. No code of the checkpoint is run. The
+    converter needs torch and transformers: it takes them from --python, from the Python that runs apex (pip install
+    'apex-build[convert]'), or installs them once into an environment in the cache, for CPU only where pip finds that.
 
     \b
     Examples:
       apex convert Qwen3.6-35B-A3B -o qwen3.6-35b-a3b-bf16.gguf --outtype bf16
       apex convert my-finetune -o out.gguf --dry-run
+      apex convert my-finetune -o out.gguf --meta license=apache-2.0 --meta base_model=Qwen/Qwen3.6-35B-A3B
+      apex convert my-model -o out.gguf --drop 'value_head.*'
       apex convert tests/hf -o small.gguf --pre-tokenizer qwen35 --python ~/torch/bin/python
     """
     with show.progress() as report:
         source = ensure_source(load_pin(pin_name), report)
         job = prepare(
-            hf_dir, source, out, outtype=outtype, pre_tokenizer=pre_tokenizer, head=not no_head, python=python, force=force
+            hf_dir,
+            source,
+            out,
+            outtype=outtype,
+            pre_tokenizer=pre_tokenizer,
+            head=not no_head,
+            python=python,
+            drop=drop,
+            metadata=parse_meta(meta),
+            force=force,
         )
         manifest = None if dry_run else run(job, report)
+        left_out = account_for(job, report) if manifest is None else manifest["left_out"]
+    for warning in job.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    for reason, names in (left_out or {}).items():
+        click.echo(f"note: {len(names)} tensors are not in the model, {reason}: {_shown(names)}", err=True)
+    if left_out is None:
+        click.echo("note: which tensors would be left out is known once the converter's environment is made", err=True)
     if json_:
-        show.as_json({"path": str(out), **(manifest or {}), "checkpoint": _facts(job)})
+        show.as_json({"path": str(out), **(manifest or {"left_out": left_out}), "checkpoint": _facts(job)})
     elif manifest is None:
         rows = [(name.replace("_", " "), value) for name, value in _facts(job).items()]
         show.table(
             f"{hf_dir} can be converted", ("what", "value"), [*rows, ("would write", f"{out}, about {show.size(job.n_bytes)}")]
         )
     else:
-        head = f"draft head of {manifest['head_layers']} block" if manifest["head_layers"] else "no draft head"
+        n_head = manifest["head_layers"]
+        head = f"draft head of {n_head} block{'s' * (n_head > 1)}" if n_head else "no draft head"
         click.echo(f"{out}: {show.size(manifest['size'])}, {manifest['tensors']} tensors, {head}")
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _facts(job: Job) -> dict[str, object]:
@@ -75,6 +108,7 @@ def _facts(job: Job) -> dict[str, object]:
         "trunk_layers": job.checkpoint.trunk_layers,
         "head_layers": job.checkpoint.head_layers,
         "tensors": len(job.checkpoint.tensors),
+        "quantization": job.checkpoint.quantization or "none",
         "parameters": job.checkpoint.n_elements,
         "outtype": job.outtype,
         "pre_tokenizer": job.pre_tokenizer or "as the converter finds",

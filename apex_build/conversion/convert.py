@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import datetime
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from apex_build.conversion import driver
-from apex_build.conversion.checkpoint import Checkpoint, read_checkpoint, require_head
-from apex_build.conversion.environment import Python, choose, ensure, versions
+from apex_build.conversion.account import Account, dropped, left_out, read_account
+from apex_build.conversion.checkpoint import Checkpoint, read_checkpoint
+from apex_build.conversion.converter import architectures, family, has_other_file, pre_tokenizers, quantizations
+from apex_build.conversion.environment import Python, choose, ensure, is_ready, versions
+from apex_build.conversion.heads import require_head
 from apex_build.errors import (
     CheckpointInvalid,
     ConversionFailed,
@@ -22,6 +25,7 @@ from apex_build.errors import (
     ToolKilled,
 )
 from apex_build.gguf_model.header import Header, read_header
+from apex_build.gguf_model.metadata import Setting
 from apex_build.identity import sha256_file, sha256_json, write_json
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.near import near
@@ -44,7 +48,9 @@ from apex_build.source.tree import tree_identity
 
 OUTTYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 _BYTES = {"f32": 4.0, "q8_0": 34 / 32}  # a value; the others take 2
+_MARK = "apex: every tensor is accounted for"  # said by driver.py before the first byte is written
 _WRITING = re.compile(r"Writing:\s+(\d+)%")
+_METHODS = {"awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "gptq": "GPTQ", "mlx": "MLX", "modelopt": "ModelOpt"}
 _EXPLAINED = (
     (
         "pre-tokenizer was not recognized",
@@ -53,7 +59,11 @@ _EXPLAINED = (
     ),
     ("wants its own code to run", "the checkpoint can only be read by code of its own, and that is not run", None),
     ("execute code", "the checkpoint can only be read by code of its own, and that is not run", None),
-    ("Can not map tensor", "the converter does not know one of the tensors", None),
+    (
+        "Can not map tensor",
+        "the converter does not know one of the tensors",
+        "if the model is right without it: apex convert --drop NAME",
+    ),
     ("No space left on device", "the disk is full", "free some space, or write to another disk"),
     ("No module named", "the converter's Python lacks a package", "apex convert --python PATH, of a Python that has it"),
 )
@@ -61,7 +71,7 @@ _EXPLAINED = (
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion that has been checked and can start. `n_bytes` is about what it will write."""
+    """A conversion that has been checked and can start. `n_bytes` is about what it will write, `drop` names that are left out."""
 
     checkpoint: Checkpoint
     source: Path
@@ -72,6 +82,10 @@ class Job:
     python: Python
     n_bytes: int
     force: bool = False  # replace what is at `out`
+    drop: frozenset[str] = frozenset()
+    metadata: tuple[Setting, ...] = ()
+    warnings: tuple[str, ...] = ()
+    can_omit_head: bool = False
 
 
 def prepare(
@@ -83,12 +97,15 @@ def prepare(
     pre_tokenizer: str | None = None,
     head: bool = True,
     python: Path | None = None,
+    drop: Sequence[str] = (),
+    metadata: Sequence[Setting] = (),
     force: bool = False,
 ) -> Job:
-    """Say no before anything is done. `source` is a pinned tree, `python` the converter's interpreter (see environment.choose).
+    """Say no before anything is done. `source` is a pinned tree, `python` the converter's interpreter (see environment.choose),
+    `drop` patterns of tensors that may be left out, `metadata` keys to set.
 
     Raises CheckpointInvalid (what is missing, an architecture that the converter lacks, a promised head without tensors),
-    ParameterUnknown (pre-tokenizer), OutputUnwritable, DiskTooSmall, EnvironmentUnusable.
+    ParameterUnknown (pre-tokenizer, a pattern), OutputUnwritable, DiskTooSmall, EnvironmentUnusable.
     """
     checkpoint = read_checkpoint(folder)
     known = architectures(source)
@@ -98,8 +115,12 @@ def prepare(
         raise CheckpointInvalid(
             f"the converter of {source.name} does not know the architecture {checkpoint.architecture}", hint=hint
         )
+    warnings = _check_quantization(checkpoint, source)
+    left = dropped(checkpoint, drop)
+    kept = replace(checkpoint, tensors={name: info for name, info in checkpoint.tensors.items() if name not in left})
+    code = family(source, checkpoint.architecture)
     if head:
-        require_head(checkpoint)
+        require_head(kept, code, source.name)
     if pre_tokenizer is not None and pre_tokenizer not in (names := pre_tokenizers(source)):
         found = near(pre_tokenizer, names, n=5, cutoff=0.4)
         raise ParameterUnknown(f"llama.cpp has no pre-tokenizer {pre_tokenizer!r}", hint=f"one of: {', '.join(found or names)}")
@@ -108,7 +129,33 @@ def prepare(
     check_apart(with_manifest_and_log(out), _files_of(checkpoint.path))
     check_free(out, "converter", force=force)
     check_room(out.parent, n_bytes, f"the model of {checkpoint.path.name}, about,")
-    return Job(checkpoint, source, out.absolute(), outtype, pre_tokenizer, head, choose(python), n_bytes, force)
+    return Job(
+        checkpoint,
+        source,
+        out.absolute(),
+        outtype,
+        pre_tokenizer,
+        head,
+        choose(python),
+        n_bytes,
+        force,
+        left,
+        tuple(metadata),
+        warnings,
+        code.can_omit_head,
+    )
+
+
+def account_for(job: Job, report: Report = silent) -> dict[str, list[str]] | None:
+    """What a conversion would leave out, by reason, as `run` finds it; None while the converter's Python is still to be made.
+
+    Raises CheckpointInvalid for tensors that would be lost, ConversionFailed.
+    """
+    if not is_ready(job.python):
+        return None
+    with scratch_folder("convert") as scratch:
+        found = _convert(job, job.python.executable, scratch / "never.gguf", scratch, None, report, stop=True)
+        return _left_out(job, found)
 
 
 def run(job: Job, report: Report = silent) -> dict[str, Any]:
@@ -125,10 +172,10 @@ def run(job: Job, report: Report = silent) -> dict[str, Any]:
     ):
         check_free(job.out, "converter", force=job.force)  # once more: nobody else writes it from here on
         python = ensure(job.python, log, report)
-        _convert(job, python, part, scratch, log, report)
-        header = _verify(job, part)
+        account = _convert(job, python, part, scratch, log, report)
+        header = _verify(job, part, account)
         report(Step("hashing", 0))
-        manifest = _manifest(job, python, header, sha256_file(part))
+        manifest = _manifest(job, python, header, sha256_file(part), _left_out(job, account))
         write_json(beside(job.out, MANIFEST), manifest)  # first: a file in place without it would not be known again
         put(part, job.out)
     return manifest
@@ -139,40 +186,30 @@ def _files_of(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if not path.name.endswith((".gguf", f".gguf{MANIFEST}", f".gguf{LOG}")))
 
 
-def architectures(source: Path) -> tuple[str, ...]:
-    """What the source's converter can convert: the keys of TEXT_MODEL_MAP in conversion/__init__.py, read without running it."""
-    tree = ast.parse(_read(source / "conversion" / "__init__.py"))
-    for node in tree.body:
-        if (
-            isinstance(node, ast.AnnAssign)
-            and getattr(node.target, "id", "") == "TEXT_MODEL_MAP"
-            and isinstance(node.value, ast.Dict)
-        ):
-            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
-    raise ConversionFailed(f"{source} has another converter than this verb knows: no TEXT_MODEL_MAP in conversion/__init__.py")
+def _convert(job: Job, python: Path, part: Path, scratch: Path, log: Path | None, report: Report, *, stop: bool = False) -> Account:
+    """Run the converter, to its end or (`stop`) until all is known but nothing written. A tensor that would be lost ends it."""
+    account: list[Account] = []
 
-
-def pre_tokenizers(source: Path) -> tuple[str, ...]:
-    """Values of `tokenizer.ggml.pre` that the source's llama.cpp understands: src/llama-vocab.cpp."""
-    return tuple(sorted(set(re.findall(r'tokenizer_pre == "([^"]+)"', _read(source / "src" / "llama-vocab.cpp")))))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConversionFailed(f"{path} cannot be read: {error.strerror}", hint="apex source verify") from None
-
-
-def _convert(job: Job, python: Path, part: Path, scratch: Path, log: Path, report: Report) -> None:
     def progress(line: str) -> None:
         if found := _WRITING.search(line):
             report(Step("converting", int(found[1]), 100, "%"))
+        elif line.strip() == _MARK:
+            account.append(read_account(scratch / "account.json"))
+            _left_out(job, account[0])
 
     report(Step("converting", 0, 100, "%"))
     arguments = ["--outfile", str(part), "--outtype", job.outtype]
-    if not job.head and job.checkpoint.architecture.startswith("Qwen3_5"):
+    if not job.head and job.can_omit_head:
         arguments.append("--no-mtp")
+    orders = {
+        "pre_tokenizer": job.pre_tokenizer,
+        "drop": sorted(job.drop),
+        "metadata": [[one.key, one.kind, one.value] for one in job.metadata],
+        "account": str(scratch / "account.json"),
+        "mark": _MARK,
+        "stop": stop,
+    }
+    (scratch / "orders.json").write_text(json.dumps(orders), encoding="utf-8")
     environment = {
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(scratch),
@@ -185,7 +222,7 @@ def _convert(job: Job, python: Path, part: Path, scratch: Path, log: Path, repor
         driver.__file__,
         job.source.resolve(),
         job.checkpoint.path.resolve(),
-        job.pre_tokenizer or "",
+        scratch / "orders.json",
         *arguments,
     ]
     try:
@@ -195,6 +232,32 @@ def _convert(job: Job, python: Path, part: Path, scratch: Path, log: Path, repor
     except ToolFailed as error:
         message = error.message.replace(python.name, "the converter", 1)
         raise ConversionFailed(message, hint=error.hint) from None
+    if not account:
+        raise ConversionFailed("the converter ended without an account of the tensors", hint="apex source verify")
+    return account[0]
+
+
+def _left_out(job: Job, account: Account) -> dict[str, list[str]]:
+    other = has_other_file(job.source, job.checkpoint.architecture)
+    return left_out(job.checkpoint, account, job.drop, head=job.head, other_file=other, source=job.source.name)
+
+
+def _check_quantization(checkpoint: Checkpoint, source: Path) -> tuple[str, ...]:
+    """Raises CheckpointInvalid for a checkpoint quantized in a way that the converter cannot undo; a warning for the others."""
+    method = checkpoint.quantization
+    if method is None:
+        return ()
+    original = "take the original checkpoint in 16 bits"
+    if method not in quantizations(source):
+        raise CheckpointInvalid(
+            f"{checkpoint.path} is quantized already, by {_METHODS.get(method, method)}, which the converter of {source.name} "
+            "cannot undo",
+            hint=original,
+        )
+    return (
+        f"{checkpoint.path} is quantized already, by {_METHODS.get(method, method)}: what that lost stays lost; {original} "
+        "where there is one",
+    )
 
 
 def _explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
@@ -202,8 +265,8 @@ def _explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
     return next(((diagnosis, hint) for words, diagnosis, hint in _EXPLAINED if words in text), None)
 
 
-def _verify(job: Job, part: Path) -> Header:
-    """The written file is a whole model, and has the draft head that was promised."""
+def _verify(job: Job, part: Path, account: Account) -> Header:
+    """The written file is a whole model of the tensors that were accounted for, and has the draft head that was promised."""
     try:
         header = read_header(part)
     except ModelInvalid as error:
@@ -213,6 +276,10 @@ def _verify(job: Job, part: Path) -> Header:
     found = header.metadata.get(f"{architecture}.nextn_predict_layers", 0)
     trunk = int(header.metadata.get(f"{architecture}.block_count", 0)) - found
     names = {tensor.name for tensor in header.tensors}
+    if odd := sorted(names ^ set(account.written)):
+        raise ConversionFailed(
+            f"the converter wrote other tensors than it said: {odd[0]} is {'new' if odd[0] in names else 'missing'}"
+        )
     absent = [
         f"blk.{layer}.{name}"
         for layer in range(trunk, trunk + promised)
@@ -236,7 +303,7 @@ def _verify(job: Job, part: Path) -> Header:
     return header
 
 
-def _manifest(job: Job, python: Path, header: Header, sha256: str) -> dict[str, Any]:
+def _manifest(job: Job, python: Path, header: Header, sha256: str, left: dict[str, list[str]]) -> dict[str, Any]:
     checkpoint = job.checkpoint
     have = versions(python)
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
@@ -255,6 +322,8 @@ def _manifest(job: Job, python: Path, header: Header, sha256: str) -> dict[str, 
         "head_layers": header.metadata.get(f"{header.metadata.get('general.architecture')}.nextn_predict_layers", 0),
         "outtype": job.outtype,
         "pre_tokenizer": job.pre_tokenizer or header.metadata.get("tokenizer.ggml.pre"),
+        "left_out": left,
+        "metadata": {one.key: one.value for one in job.metadata},
         "sha256": sha256,
         "size": header.file_size,
         "tensors": len(header.tensors),

@@ -1,15 +1,18 @@
 """Runs the pinned source's convert_hf_to_gguf.py in the converter's own Python: this file imports nothing of apex_build.
 
-    driver.py SOURCE HF_DIR PRE_TOKENIZER [arguments of convert_hf_to_gguf.py ...]
+    driver.py SOURCE HF_DIR ORDERS.json [arguments of convert_hf_to_gguf.py ...]
 
-Two things are not as upstream has them. No code of the checkpoint runs: upstream loads tokenizers with trust_remote_code=True.
-And PRE_TOKENIZER, where it is not empty, names the pre-tokenizer instead of a hash that knows only the tokenizers of known models.
+Three things are not as upstream has them. No code of the checkpoint runs: upstream loads tokenizers with trust_remote_code=True. A
+pre-tokenizer that the orders name is taken instead of a hash that knows only known models' tokenizers. And an account is kept,
+written before the first byte of the model: for each tensor that will be written, which tensors of the checkpoint its values come
+from, followed through the converter's lazy operations.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import json
 import os
 import runpy
 import sys
@@ -43,13 +46,92 @@ def distrust(module: Any) -> None:
         owner.from_pretrained = from_pretrained
 
 
-def main(source: str, folder: str, pre_tokenizer: str, *arguments: str) -> None:
+def keep_account(model_base: Any, gguf: Any, orders: dict[str, Any]) -> None:
+    """Record what becomes of each tensor of the checkpoint; leave out those that the orders drop; set the metadata they give."""
+    read: set[str] = set()  # tensors whose values were looked at before anything is written: by code that is not lazy
+    written: dict[str, list[str]] = {}
+    drop = set(orders["drop"])
+    index_tensors = model_base.index_tensors
+    add_tensor = gguf.GGUFWriter.add_tensor
+    write_header = gguf.GGUFWriter.write_header_to_file
+
+    def named(name: str, make: Any) -> Any:
+        tensor = make()
+        if not isinstance(tensor, gguf.LazyBase) or tensor._func is None:
+            read.add(name)
+            return tensor
+        load = tensor._func
+
+        def loading(*arguments: Any, **options: Any) -> Any:
+            read.add(name)
+            return load(*arguments, **options)
+
+        tensor._func = loading
+        tensor.__dict__["_apex_name"] = name
+        return tensor
+
+    def index(self: Any, *arguments: Any, **options: Any) -> Any:
+        accept = self.filter_tensors
+
+        def filter_tensors(item: tuple[str, Any]) -> Any:
+            name, make = item
+            return None if name in drop else accept((name, functools.partial(named, name, make)))
+
+        self.filter_tensors = filter_tensors
+        return index_tensors(self, *arguments, **options)
+
+    def add(self: Any, name: str, tensor: Any, *arguments: Any, **options: Any) -> None:
+        written[name] = sorted(sources(tensor, gguf.LazyBase))
+        add_tensor(self, name, tensor, *arguments, **options)
+
+    def begin(self: Any, *arguments: Any, **options: Any) -> None:
+        for key, kind, value in orders["metadata"]:
+            if kind == "ARRAY":
+                self.add_array(key, value)
+            else:
+                self.add_key_value(key, value, gguf.GGUFValueType[kind])
+        with open(orders["account"], "w", encoding="utf-8") as file:  # noqa: PTH123
+            json.dump({"written": written, "read": sorted(read)}, file)
+        print(orders["mark"], flush=True)
+        if orders["stop"]:
+            raise SystemExit(0)
+        write_header(self, *arguments, **options)
+
+    model_base.index_tensors = index
+    gguf.GGUFWriter.add_tensor = add
+    gguf.GGUFWriter.write_header_to_file = begin
+
+
+def sources(tensor: Any, lazy: Any) -> set[str]:
+    """Names of the checkpoint's tensors that a lazy tensor is made of."""
+    names: set[str] = set()
+    seen: set[int] = set()
+    rest = [tensor]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, (list, tuple)):
+            rest.extend(item)
+        elif isinstance(item, dict):
+            rest.extend(item.values())
+        elif isinstance(item, lazy) and id(item) not in seen:
+            seen.add(id(item))
+            if name := item.__dict__.get("_apex_name"):
+                names.add(name)
+            rest += [item._args, item._kwargs]
+    return names
+
+
+def main(source: str, folder: str, orders_file: str, *arguments: str) -> None:
+    with open(orders_file, encoding="utf-8") as file:  # noqa: PTH123
+        orders = json.load(file)
     sys.path[0] = source  # not the folder of this file
     sys.path.insert(1, os.path.join(source, "gguf-py"))  # noqa: PTH118
     transformers = importlib.import_module("transformers")
     distrust(transformers)
-    if pre_tokenizer:
-        importlib.import_module("conversion.base").TextModel.get_vocab_base_pre = lambda _self, _tokenizer: pre_tokenizer
+    base = importlib.import_module("conversion.base")
+    if orders["pre_tokenizer"]:
+        base.TextModel.get_vocab_base_pre = lambda _self, _tokenizer: orders["pre_tokenizer"]
+    keep_account(base.ModelBase, importlib.import_module("gguf"), orders)
     refuse_code(folder)
     sys.argv = ["convert_hf_to_gguf.py", folder, *arguments]
     runpy.run_path(os.path.join(source, "convert_hf_to_gguf.py"), run_name="__main__")  # noqa: PTH118

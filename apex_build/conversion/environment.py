@@ -89,10 +89,15 @@ def choose(python: Path | None) -> Python:
     return Python(_folder(wanted) / "bin" / "python", "an environment of its own", made=True)
 
 
+def is_ready(python: Python) -> bool:
+    """Whether the interpreter is there: an environment of our own may still have to be made."""
+    return not python.made or (python.executable.parent.parent / _COMPLETE).is_file()
+
+
 def ensure(python: Python, log: Path, report: Report) -> Path:
     """Make the environment if it is to be made and is not there. Returns the interpreter. Raises EnvironmentUnusable."""
     folder = python.executable.parent.parent
-    if not python.made or (folder / _COMPLETE).is_file():
+    if is_ready(python):
         return python.executable
     with locked(folder, report), writing(folder):
         if not (folder / _COMPLETE).is_file():

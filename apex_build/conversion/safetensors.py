@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from apex_build.errors import CheckpointInvalid
 
 MAX_HEADER = 100_000_000  # bytes; the reference implementation's own limit
 MAX_INDEX = 64 << 20
+_BLOCK = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     file: str
+    place: tuple[int, int] = (0, 0)  # of its data in the file: first byte, and the one after the last
 
     @property
     def n_elements(self) -> int:
@@ -73,6 +75,19 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def tensor_bytes(folder: Path, tensor: TensorInfo) -> Iterator[bytes]:
+    """The data of a tensor, in blocks."""
+    at, end = tensor.place
+    with (folder / tensor.file).open("rb") as file:
+        file.seek(at)
+        while at < end:
+            block = file.read(min(_BLOCK, end - at))
+            if not block:
+                raise CheckpointInvalid(f"{folder / tensor.file} was cut short while it was read", hint="download it again")
+            at += len(block)
+            yield block
+
+
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes. Raises CheckpointInvalid."""
     try:
@@ -109,7 +124,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     for name, entry in entries.items():
         if not _is_entry(entry):
             raise CheckpointInvalid(f"{path}: the entry of {name!r} is not valid")
-        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), path.name)
+        begin, after = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), path.name, (begin, after))
         end = max(end, entry["data_offsets"][1])
     if 8 + length + end > size:
         raise CheckpointInvalid(f"{path} is cut short: it has {size} bytes of {8 + length + end}", hint="download it again")

@@ -86,6 +86,29 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
+def qwen3_next_shapes() -> dict[str, tuple[int, ...]]:
+    """The same model as Qwen3-Next has it: the delta net's projections in two matrices."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes().items():
+        if "in_proj_qkv." in name:
+            found[name.replace("in_proj_qkv.", "in_proj_qkvz.")] = (192, HIDDEN)
+        elif "in_proj_b." in name:
+            found[name.replace("in_proj_b.", "in_proj_ba.")] = (8, HIDDEN)
+        elif "in_proj_z." not in name and "in_proj_a." not in name:
+            found[name] = shape
+    return found
+
+
+QWEN3_NEXT: dict[str, Any] = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "mtp_num_hidden_layers": 0,
+    "full_attention_interval": 4,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+}
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:
     """F16, every value 0.125: nothing here depends on the values."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
