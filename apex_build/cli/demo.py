@@ -11,16 +11,19 @@ from apex_build import places
 from apex_build.calibration.run import calibrate
 from apex_build.calibration.sets import compose, load_set
 from apex_build.cli import show
+from apex_build.cli.serving import command_line
 from apex_build.errors import ModelMissing, OutputUnwritable
 from apex_build.evaluation.run import Inputs, evaluate, plan_work
 from apex_build.evaluation.task import read_prompts
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
+from apex_build.gguf_model.metadata import who_quantizes
 from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import Plugins, load_plugins
 from apex_build.policy.parameters import Value
 from apex_build.progress import Report
+from apex_build.quantization.naming import TEMPLATE
 from apex_build.quantization.run import prepare, run
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import load_pin
@@ -66,10 +69,19 @@ def command(output: Path, json_: bool) -> None:
         calibrated = calibrate(model, text, tools, output / "testbed.imatrix.gguf", replace=True, report=report)
         rows = [_row("F16", model, None)]
         for name, settings in _FILES:
-            out = output / f"testbed-{name.replace(', head ', '-head-')}.gguf"
-            job = prepare(model, plugins.policy("i-nano"), {**_SMALL, **settings}, tools, out, imatrix=calibrated.path)
+            policy = plugins.policy("i-nano")
+            job = prepare(
+                model,
+                policy,
+                {**_SMALL, **settings},
+                tools,
+                output,
+                imatrix=calibrated.path,
+                metadata=who_quantizes(()),
+                name=TEMPLATE,
+            )
             run(job, replace=True, report=report)
-            rows.append(_row(name, read_model(out, plugins.role_of), calibrated.coverage))
+            rows.append(_row(name, read_model(job.out, plugins.role_of), calibrated.coverage))
         inputs = Inputs(prompts=read_prompts(testbed / "heldout" / "prompts.jsonl"), settings=_DRAFTING)
         for row in rows:
             row["acceptance"] = _acceptance(read_model(Path(row["path"]), plugins.role_of), inputs, tools, plugins, output, report)
@@ -82,6 +94,7 @@ def command(output: Path, json_: bool) -> None:
         [_cells(row) for row in rows],
         right=("bytes", "bits per weight"),
     )
+    click.echo(f"run the last: {command_line(Path(rows[-1]['path']), model, tools)}")
 
 
 def _row(name: str, model: Model, covered: Coverage | None) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from typing import Any
 import click
 
 from apex_build.cli import show
+from apex_build.cli.serving import command_line
 from apex_build.errors import OutputUnwritable
+from apex_build.gguf_model.metadata import parse_meta, who_quantizes
 from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import find_toolset
 from apex_build.outputs import check_apart, with_manifest_and_log
-from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import parse_settings
+from apex_build.quantization.naming import TEMPLATE
 from apex_build.quantization.preflight import Allowed
 from apex_build.quantization.run import Job, Quantized, arguments, check_outputs, prepare, run
 
@@ -33,8 +35,10 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
     "-o",
     "--output",
     type=_PATH,
-    help="The file to write; with several policies a folder.  [default: MODEL's name + policy, beside it]",
+    help="The file to write, or a folder for files named by --name.  [default: MODEL's folder]",
 )
+@click.option("--name", metavar="TEMPLATE", help=f"Names files: {{model}}, {{tag}}, {{type}}, {{policy}}.  [default: {TEMPLATE}]")
+@click.option("--meta", metavar="KEY=VALUE", multiple=True, help="Metadata: name, license, quantized_by, base_model=ORG/NAME, ...")
 @click.option(
     "--allow-uncalibrated", is_flag=True, help="Quantize tensors that the imatrix has no data for, where the type allows."
 )
@@ -56,6 +60,8 @@ def command(
     settings: tuple[str, ...],
     imatrix: Path | None,
     output: Path | None,
+    name: str | None,
+    meta: tuple[str, ...],
     allow_uncalibrated: bool,
     allow_fallback: bool,
     allow_requantize: bool,
@@ -76,6 +82,7 @@ def command(
       apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf -o model-i-nano.gguf
       apex quantize model-F16.gguf --policy i-nano --set draft_head=IQ2_XXS --imatrix model-F16.imatrix.gguf -o small.gguf
       apex quantize model-F16.gguf --policy quality --policy balanced --policy compact -o models/
+      apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf --meta quantized_by=me --name '{model}-{type}'
       apex quantize model-F16.gguf --policy compact --dry-run
     """
     plugins = load_plugins(folders)
@@ -87,12 +94,28 @@ def command(
         raise OutputUnwritable(
             f"{output}: with several policies the output is a folder", hint=f"mkdir -p {shlex.quote(str(output))}"
         )
-    jobs = []
+    if name and output is not None and not output.is_dir():
+        raise click.UsageError(f"--name makes a name in a folder, and -o {output} is one already")
+    metadata = who_quantizes(parse_meta(meta))
+    jobs: list[Job] = []
     for policy in policies:
+        template: str | None = None
         out = output or model.path.parent
         if output is None or output.is_dir():
-            out = out / f"{model_stem(model.path)}-{policy.name}.gguf"
-        jobs.append(prepare(model, policy, dict(parse_settings(settings)), tools, out, imatrix=imatrix, allowed=allowed))
+            template = name or TEMPLATE
+        jobs.append(
+            prepare(
+                model,
+                policy,
+                dict(parse_settings(settings)),
+                tools,
+                out,
+                imatrix=imatrix,
+                allowed=allowed,
+                metadata=metadata,
+                name=template,
+            )
+        )
     check_outputs(jobs, force=force)
     check_apart([path for job in jobs for path in with_manifest_and_log(job.out)], plugins.files())
     if dry_run:
@@ -109,9 +132,9 @@ def command(
         with show.progress() as report:
             done.append(run(job, force=force, threads=threads, report=report))
         if not json_:
-            _print(done[-1])
+            _print(done[-1], job)
     if json_:
-        show.as_json([_json(one) for one in done])
+        show.as_json([_json(one, job) for one, job in zip(done, jobs, strict=True)])
 
 
 def _show(job: Job) -> None:
@@ -128,15 +151,16 @@ def _job_json(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _json(done: Quantized) -> dict[str, Any]:
+def _json(done: Quantized, job: Job) -> dict[str, Any]:
     return {
         "path": str(done.path), "policy": done.plan.policy, "bytes": done.n_bytes, "tensor_bytes": done.plan.n_bytes,
         "bits_per_weight": done.plan.bits_per_weight, "seconds": round(done.seconds, 3), "reused": done.reused,
-        "warnings": list(done.warnings),
+        "warnings": list(done.warnings), "run": command_line(done.path, job.model, job.tools),
     }  # fmt: skip
 
 
-def _print(done: Quantized) -> None:
+def _print(done: Quantized, job: Job) -> None:
     how = "was made before from the same parts" if done.reused else f"written and verified in {done.seconds:.1f} s"
     size = f"{done.n_bytes} bytes, {done.plan.bits_per_weight:.3f} bits per weight"
     click.echo(f"{done.path}: {size}; {how}")
+    click.echo(f"run it: {command_line(done.path, job.model, job.tools)}")

@@ -83,7 +83,7 @@ def planned_row(point: Point, sweep: Sweep) -> Row:
         file_bytes=point.job.n_bytes if point.job else None,
         refused=point.refused,
         uncalibrated=bool(point.job and any("without calibration data" in line for line in point.job.warnings)),
-        imatrix=point.job.keys.get("apex.imatrix", "") if point.job else "",
+        imatrix=str(point.job.keys.get("apex.imatrix", "")) if point.job else "",
         file=file_identity(point.job.keys) if point.job else "",
         tools=sweep.request.tools.identity,
         apex=__version__,

@@ -12,6 +12,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.header import read_header
 from apex_build.gguf_model.imatrix import check_values, read_imatrix
+from apex_build.gguf_model.metadata import Setting
 from apex_build.hookspecs import PolicySpec
 from apex_build.identity import read_json, sha256_file, write_json
 from apex_build.native import output
@@ -25,8 +26,10 @@ from apex_build.policy.plan import Plan, make_plan
 from apex_build.policy.render import template_files
 from apex_build.policy.size import file_size, imatrix_keys
 from apex_build.progress import Report, Step, silent
+from apex_build.quantization.naming import file_name
 from apex_build.quantization.preflight import Allowed, check_output, check_plan, check_policy
-from apex_build.quantization.provenance import identity, provenance
+from apex_build.quantization.provenance import Value as Keyed
+from apex_build.quantization.provenance import description, identity, override, provenance
 from apex_build.quantization.verify import verify
 from apex_build.scratch import scratch_folder
 
@@ -40,7 +43,7 @@ class Job:
     covered: Coverage | None
     imatrix: Path | None
     out: Path
-    keys: dict[str, str]
+    keys: dict[str, Keyed]
     n_bytes: int
     warnings: tuple[str, ...]
     tools: Toolset
@@ -81,8 +84,13 @@ def prepare(
     *,
     imatrix: Path | None = None,
     allowed: Allowed = Allowed(),  # noqa: B008  frozen
+    metadata: Sequence[Setting] = (),
+    name: str | None = None,
 ) -> Job:
-    """Plan a file and refuse what can be refused: see preflight. The output's place is checked by `check_outputs` and `run`."""
+    """Plan a file and refuse what can be refused: see preflight. The output's place is checked by `check_outputs` and `run`.
+
+    `metadata`: keys to set in the file. With `name` (see naming.file_name) `out` is the folder of a file that is named by its plan.
+    """
     check_policy(policy, model, imatrix)
     covered = None
     if imatrix is not None:
@@ -91,7 +99,9 @@ def prepare(
         covered = coverage(found, model)
     plan = make_plan(model, policy, parameters, tools, imatrix)
     warnings = check_plan(plan, model, covered, Ggml(tools), allowed)
-    keys = provenance(plan, policy, model, imatrix, tools)
+    if name is not None:
+        out = out / file_name(model.path, plan, policy, name)
+    keys = {**provenance(plan, policy, model, imatrix, tools), **description(plan, model, metadata, tools)}
     added: dict[str, str | int | float | bool] = {**keys}
     if covered is not None and imatrix is not None:
         added |= imatrix_keys(Path(imatrix.name), covered.imatrix)
@@ -106,7 +116,7 @@ def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -
     if any(Ggml(job.tools).type_traits(entry.from_type).quantized for entry in job.plan.entries):
         wanted.append("--allow-requantize")
     for key, value in job.keys.items():
-        wanted += ["--override-kv", f"{key}=str:{value}"]
+        wanted += ["--override-kv", override(key, value)]
     wanted += [str(job.model.path.absolute()), str(out.absolute()), job.plan.base_type]
     return wanted if threads is None else [*wanted, str(threads)]
 

@@ -16,7 +16,9 @@ from apex_build.progress import Report, Step, silent
 _BLOCK = 64 << 20  # bytes at once, cut to whole rows
 
 
-def verify(path: Path, plan: Plan, keys: Mapping[str, str], n_bytes: int, tools: Toolset, report: Report = silent) -> None:
+def verify(
+    path: Path, plan: Plan, keys: Mapping[str, str | int | float], n_bytes: int, tools: Toolset, report: Report = silent
+) -> None:
     """Raises VerificationFailed, naming the first tensor or key that is not as planned. `n_bytes`: the file's predicted size."""
     try:
         header = read_header(path)
