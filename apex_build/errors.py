@@ -171,6 +171,12 @@ class CheckpointInvalid(ApexError):
     exit_code = 44
 
 
+class HeadRowsMismatch(ApexError):
+    """The imatrix's data for the draft head is of other hidden rows than the head was trained on, or does not say of which."""
+
+    exit_code = 45
+
+
 # --- calibration --------------------------------------------------------------------------------------------------------
 class CalibrationSetInvalid(ApexError):
     """A calibration set, source or text that cannot be used."""
@@ -182,6 +188,12 @@ class ChatTemplateFailed(ApexError):
     """The model's chat template raised, or tried what the sandbox forbids."""
 
     exit_code = 51
+
+
+class HeadRowsDoubtful(ApexError):
+    """The draft head drafts clearly better with other hidden rows than those that it is known to be trained on."""
+
+    exit_code = 52
 
 
 # --- policy -------------------------------------------------------------------------------------------------------------

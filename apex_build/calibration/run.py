@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import Imatrix, check_values, read_imatrix
+from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, tool_arguments, trained_on
 from apex_build.identity import read_json, sha256_file, sha256_json, write_json
 from apex_build.native import output
 from apex_build.native.run import run_tool
@@ -41,6 +42,7 @@ _LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left
 _NO_SAVES = 1_000_000_000
 _COPIES = 4  # of the imatrix, on the disk together
+Check = Callable[[Path], "dict[str, Any] | None"]  # of the text, before the run: what the manifest is to say of it
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Settings:
     context: int = 512
     chunks: int | None = None  # at the most; None for the whole text
     head: bool = True  # run the draft head, where the model has one
+    rows: str = AUTO  # hidden rows that it is fed with: as known of the architecture, or pre or post the final norm
     threads: int | None = None
     gpu_layers: int | None = None
     snapshot_every: int = 10  # chunks
@@ -58,7 +61,8 @@ class Settings:
     @property
     def decisive(self) -> dict[str, Any]:
         """What changes the result, and so may not change between the parts of one run."""
-        return {"context": self.context, "head": self.head, "extra": list(self.extra)}
+        rows = {} if self.rows == AUTO else {"rows": self.rows}
+        return {"context": self.context, "head": self.head, "extra": list(self.extra), **rows}
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,27 @@ def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
     wanted += ["--ctx-size", str(settings.context), "--batch-size", str(settings.context)]
     wanted += ["--output-frequency", str(_NO_SAVES), "--save-frequency", str(settings.snapshot_every)]
     if settings.head and model.head_layers:
-        wanted.append("--mtp")
+        wanted += ["--mtp", *tool_arguments(settings.rows, model.architecture)]
     if settings.threads is not None:
         wanted += ["--threads", str(settings.threads)]
     if settings.gpu_layers is not None:
         wanted += ["--n-gpu-layers", str(settings.gpu_layers)]
     return [*wanted, *settings.extra]
+
+
+# what llama-imatrix alone knows: options without and with a value
+_OWN_FLAGS = {"--process-output", "--no-ppl", "--ppl", "--show-statistics"}
+_OWN_OPTIONS = {"--output-format", "--output-frequency", "-ofreq", "--save-frequency", "--chunk", "--from-chunk", "--in-file"}
+
+
+def without_own_arguments(extra: Sequence[str]) -> tuple[str, ...]:
+    """Of further arguments for llama-imatrix those that llama-perplexity takes too."""
+    kept, value_of_own = [], False
+    for argument in extra:
+        if not value_of_own and argument not in _OWN_FLAGS | _OWN_OPTIONS:
+            kept.append(argument)
+        value_of_own = not value_of_own and argument in _OWN_OPTIONS
+    return tuple(kept)
 
 
 def identity(model: Model, text: CalibrationText, settings: Settings, tools: Toolset) -> dict[str, Any]:
@@ -107,12 +126,14 @@ def calibrate(
     *,
     force: bool = False,
     replace: bool = False,
+    check: Check | None = None,
     report: Report = silent,
 ) -> Calibration:
     """Write the imatrix of `model` over `text` to `out`, with a manifest beside it (`out` + .json) and a log (`out` + .log).
 
     An interrupted run goes on from its last snapshot, if model, text, settings and tools are the same; a finished one is reused.
-    `force` does neither, and replaces what is there; `replace` replaces only what was made from something else.
+    `force` does neither, and replaces what is there; `replace` replaces only what was made from something else. `check` is called
+    with the text's file before the first part of a run, not where it goes on; what it raises ends the run.
     Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then), CalibrationSetInvalid.
     """
     work = out.with_name(f".{out.name}.work")
@@ -135,7 +156,7 @@ def calibrate(
         _check_disk(work, model, text)
         with writing(work):
             _prepare(work, key, text, fresh=force)
-        manifest = {"identity": key, "from": parts, "text": _text_json(text)}
+        manifest = {"identity": key, "from": parts, "text": _text_json(text), "rows_check": _checked(work, text, check)}
         done = _run(model, text, tools, out, settings, work, manifest, report)
         shutil.rmtree(work)
         return done
@@ -192,6 +213,14 @@ def _prepare(work: Path, key: str, text: CalibrationText, *, fresh: bool) -> Non
         write_json(work / "identity.json", key)
 
 
+def _checked(work: Path, text: CalibrationText, check: Check | None) -> dict[str, Any] | None:
+    found = work / "rows-check.json"
+    if check is not None and not found.is_file():
+        write_json(found, check(work / "text" / text.name))
+    result: dict[str, Any] | None = read_json(found) if found.is_file() else None
+    return result
+
+
 def _run(
     model: Model,
     text: CalibrationText,
@@ -212,10 +241,12 @@ def _run(
     watch = _Watch(work, done, settings, report)
     partial.unlink(missing_ok=True)  # of a run that was ended before its last step
     ran = run_tool(command, cwd=work / "text", log=beside(out, LOG), on_line=watch.line, explain=output.explain)
-    _verify(_written(partial, out, model), model, settings)
+    made = _written(partial, out, model)
+    _verify(made, model, settings)
     values = [value for line in ran.lines if (value := output.perplexity(line))]
     # The manifest first: a file in place without it would not be known again.
-    write_json(beside(out, MANIFEST), {**manifest, "sha256": sha256_file(partial), "bytes": partial.stat().st_size})
+    made_of = {**manifest, "head_rows": _rows_json(made, model, settings)}
+    write_json(beside(out, MANIFEST), {**made_of, "sha256": sha256_file(partial), "bytes": partial.stat().st_size})
     put(partial, out)
     covered = coverage(read_imatrix(out), model)
     return Calibration(out, manifest["identity"], covered, values[-1].value if values else None, ran.seconds, done, False)
@@ -245,6 +276,12 @@ def _verify(found: Imatrix, model: Model, settings: Settings) -> None:
             f"{model.path}: the draft head was not run: this llama.cpp cannot evaluate it for {model.architecture}",
             hint="apex calibrate --no-mtp, for an imatrix of the trunk alone",
         )
+    if settings.head and model.head_layers and (asked := tool_arguments(settings.rows, model.architecture)):
+        expected = CHOICES[asked[-1]]
+        if found.head_rows != expected:
+            raise VerificationFailed(
+                f"{model.path}: the draft head was to be run with {expected} rows, and was with {found.head_rows or 'unnamed ones'}"
+            )
     without = [tensor.name for tensor in covered.head if not tensor.has_data]
     if settings.head and without:
         raise VerificationFailed(
@@ -299,6 +336,17 @@ def _snapshot(work: Path) -> tuple[Path | None, int]:
         if found.chunk_count == chunks and total - chunks >= _RESUMABLE:
             return path, chunks
     return None, 0
+
+
+def _rows_json(made: Imatrix, model: Model, settings: Settings) -> dict[str, Any] | None:
+    """Which hidden rows the draft head was fed with, and who said so."""
+    if made.head_tokens is None:
+        return None
+    known = trained_on(model.architecture)
+    source = known.source if known else f"nothing is known of {model.architecture}: the tool's default"
+    if settings.rows != AUTO:
+        source = "given"
+    return {"rows": made.head_rows, "source": source}
 
 
 def _text_json(text: CalibrationText) -> dict[str, Any]:

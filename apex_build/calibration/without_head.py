@@ -10,7 +10,7 @@ import numpy as np
 
 from apex_build.errors import ImatrixInvalid
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.imatrix import HEAD_TOKENS, read_imatrix
+from apex_build.gguf_model.imatrix import HEAD_ROWS, HEAD_TOKENS, read_imatrix
 from apex_build.outputs import whole_file
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -23,7 +23,7 @@ def holds_head(name: str, model: Model) -> bool:
 
 
 def write_without_head(imatrix: Path, model: Model, out: Path) -> None:
-    """Write `imatrix` to `out`, leaving out the entries of the model's appended blocks and the count of the head's tokens.
+    """Write `imatrix` to `out`, leaving out the entries of the model's appended blocks and what is said of the head.
 
     The values of the others are copied bit for bit; the same input gives the same file. Raises ImatrixInvalid, also for the format
     before GGUF.
@@ -37,7 +37,7 @@ def write_without_head(imatrix: Path, model: Model, out: Path) -> None:
     with whole_file(out) as part:
         writer = gguf.GGUFWriter(part, "")
         for name, field in reader.fields.items():
-            if name.startswith("GGUF.") or name in (HEAD_TOKENS, "general.architecture"):
+            if name.startswith("GGUF.") or name in (HEAD_TOKENS, HEAD_ROWS, "general.architecture"):
                 continue
             array = field.types[0] == gguf.GGUFValueType.ARRAY
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1] if array else None)

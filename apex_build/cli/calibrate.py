@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from apex_build.calibration.run import Calibration, Settings, arguments, calibrate
+from apex_build.calibration.run import Calibration, Settings, arguments, calibrate, without_own_arguments
 from apex_build.calibration.sets import CalibrationText, compose, known_sets, load_set, text_of_file
 from apex_build.cli import show
 from apex_build.cli.inspect import print_coverage
+from apex_build.evaluation.rows_check import CHUNKS, check_rows
+from apex_build.evaluation.task import ToolOptions
+from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
+from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, trained_on
 from apex_build.gguf_model.summary import imatrix_json
-from apex_build.native.toolset import find_toolset
+from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.outputs import check_apart, check_place, check_text_free, whole_file, with_manifest_and_log
 from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
+from apex_build.progress import Report
 
 _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 
@@ -48,6 +54,20 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     "--context", type=click.IntRange(min=32), default=512, show_default=True, callback=_whole_rows, help="Tokens of a chunk, by 16."
 )
 @click.option("--mtp/--no-mtp", "head", default=True, show_default=True, help="Run the draft head too, if the model has one.")
+@click.option(
+    "--mtp-rows",
+    "rows",
+    type=click.Choice([AUTO, *CHOICES]),
+    default=AUTO,
+    show_default=True,
+    help="Hidden rows that the draft head is fed with: before or after the final norm. auto: what its kind was trained on.",
+)
+@click.option(
+    "--rows-check/--no-rows-check",
+    default=True,
+    show_default=True,
+    help="With auto, score the head with both rows first, and stop if the other ones are clearly better.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama-imatrix's own]")
 @click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: llama-imatrix's own]")
 @click.option("--tool-argument", "extra", multiple=True, help="A further argument for llama-imatrix (may be given several times).")
@@ -69,6 +89,8 @@ def command(
     chunks: int | None,
     context: int,
     head: bool,
+    rows: str,
+    rows_check: bool,
     threads: int | None,
     gpu_layers: int | None,
     extra: tuple[str, ...],
@@ -98,7 +120,7 @@ def command(
     else:
         text = compose(load_set(set_name), plugins.calibration_sources(), model, domains=domains, template_file=template)
     out = output or model.path.with_name(f"{model_stem(model.path)}.imatrix.gguf")
-    settings = Settings(context, chunks, head, threads, gpu_layers, extra=extra)
+    settings = Settings(context, chunks, head, rows, threads, gpu_layers, extra=extra)
     if write_text is not None and not dry_run:
         another = "give another name with --write-text"
         check_place(write_text, another)
@@ -116,9 +138,17 @@ def command(
         return
     if head and not model.head_layers and not json_:
         click.echo("the model has no draft head: calibrating its trunk", err=True)
+    with_head, known = head and model.head_layers > 0, trained_on(model.architecture)
+    if with_head and rows == AUTO and known is None:
+        click.echo(
+            f"warning: which hidden rows the draft heads of {model.architecture} were trained on is not known: "
+            "the tool's default is taken (--mtp-rows pre or post: others)",
+            err=True,
+        )
     try:
         with show.progress() as report:
-            done = calibrate(model, text, tools, out, settings, force=force, report=report)
+            check = _rows_check(model, settings, tools, report) if with_head and rows == AUTO and rows_check else None
+            done = calibrate(model, text, tools, out, settings, force=force, check=check, report=report)
     except KeyboardInterrupt:
         click.echo("the last snapshot is kept: the same command goes on from there", err=True)
         raise
@@ -126,6 +156,23 @@ def command(
         show.as_json(_json(done))
         return
     _print(done)
+
+
+def _rows_check(model: Model, settings: Settings, tools: Toolset, report: Report) -> Callable[[Path], dict[str, Any] | None]:
+    """Of the text's first chunks: cheap beside the whole of it."""
+    chunks = min(CHUNKS, settings.chunks or CHUNKS)
+    options = ToolOptions(settings.gpu_layers, without_own_arguments(settings.extra))
+
+    def check(text: Path) -> dict[str, Any] | None:
+        found = check_rows(
+            model, text, tools, context=settings.context, chunks=chunks, threads=settings.threads, options=options, report=report
+        )
+        if found is None:
+            return None
+        click.echo(found.said(), err=True)
+        return found.as_data()
+
+    return check
 
 
 def _show_plan(text: CalibrationText, wanted: list[str], out: Path, json_: bool) -> None:

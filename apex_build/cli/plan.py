@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from apex_build.cli import show
+from apex_build.cli.head_rows import mtp_rows_option, rows_of
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.gguf_model.model import read_model
@@ -19,6 +20,7 @@ from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import parse_settings
 from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan, make_plan
 from apex_build.policy.render import template_files
+from apex_build.quantization.preflight import check_head_rows
 
 _PATH = click.Path(path_type=Path)
 _ANOTHER = "give another name with --tensor-types"
@@ -31,6 +33,7 @@ _ANOTHER = "give another name with --tensor-types"
     "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policy (may be given several times)."
 )
 @click.option("--imatrix", type=_PATH, help="Check that it has data for the types that need it.")
+@mtp_rows_option
 @click.option("--tensor-types", type=_PATH, help="Write the rules to this file, for llama-quantize --tensor-type-file.")
 @click.option("--force", is_flag=True, help="--tensor-types: replace an existing file.")
 @click.option("--tensors/--summary", default=False, help="List every tensor, or (the default) totals by role, type and layers.")
@@ -44,6 +47,7 @@ def command(
     policy_name: str,
     settings: tuple[str, ...],
     imatrix: Path | None,
+    mtp_rows: str,
     tensor_types: Path | None,
     force: bool,
     tensors: bool,
@@ -74,6 +78,7 @@ def command(
         check_apart([tensor_types], given, _ANOTHER)
     covered = coverage(read_imatrix(imatrix), model) if imatrix is not None else None
     plan = make_plan(model, policy, parse_settings(settings), tools, imatrix)
+    said = check_head_rows(plan.entries, model, covered, rows_of(mtp_rows)) if covered is not None else []
     if tensor_types is not None:
         rules = plan.rules.encode()
         check_text_free(tensor_types, rules, force=force)
@@ -83,6 +88,8 @@ def command(
         show.as_json(_json(plan, covered))
         return
     _print(plan, covered, tensors=tensors)
+    for warning in said:
+        click.echo(f"warning: {warning}", err=True)
 
 
 def _json(plan: Plan, covered: Coverage | None) -> dict[str, Any]:

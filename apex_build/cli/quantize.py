@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from apex_build.cli import show
+from apex_build.cli.head_rows import mtp_rows_option, rows_of
 from apex_build.cli.serving import command_line
 from apex_build.errors import OutputUnwritable
 from apex_build.gguf_model.metadata import parse_meta, who_quantizes
@@ -45,6 +46,7 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 @click.option(
     "--allow-fallback", is_flag=True, help="Let llama-quantize take another type where a shape cannot hold the planned one."
 )
+@mtp_rows_option
 @click.option("--allow-requantize", is_flag=True, help="Start from a file that is quantized already.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option(
@@ -64,6 +66,7 @@ def command(
     meta: tuple[str, ...],
     allow_uncalibrated: bool,
     allow_fallback: bool,
+    mtp_rows: str,
     allow_requantize: bool,
     threads: int | None,
     tools_path: Path | None,
@@ -89,7 +92,7 @@ def command(
     policies = [plugins.policy(name) for name in dict.fromkeys(names)]
     model = read_model(model_path, plugins.role_of)
     tools = find_toolset(tools_path)
-    allowed = Allowed(allow_uncalibrated, allow_fallback, allow_requantize)
+    allowed = Allowed(allow_uncalibrated, allow_fallback, allow_requantize, rows_of(mtp_rows))
     if len(policies) > 1 and output is not None and not output.is_dir():
         raise OutputUnwritable(
             f"{output}: with several policies the output is a folder", hint=f"mkdir -p {shlex.quote(str(output))}"

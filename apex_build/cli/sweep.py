@@ -10,6 +10,7 @@ import click
 
 from apex_build.cli import show
 from apex_build.cli.evaluate import data_files, evaluation_options, names_of, texts_by_domain
+from apex_build.cli.head_rows import mtp_rows_option, rows_of
 from apex_build.errors import DataMissing
 from apex_build.evaluation.run import Inputs, check_settings
 from apex_build.evaluation.sweep import Request, Sweep, plan_sweep
@@ -44,6 +45,7 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 @click.option("--imatrix-without-head", "without", type=_PATH, help="For the other curve.  [default: made from --imatrix]")
 @click.option("--with-head", "curves", flag_value="with", help="Only with the head's calibration data.")
 @click.option("--without-head", "curves", flag_value="without", help="Only without the head's calibration data.")
+@mtp_rows_option
 @click.option("--baseline", metavar="NAME=VALUE,...", help="What losses are taken against.  [default: Q8_0 for every swept type]")
 @evaluation_options
 @click.option(
@@ -65,6 +67,7 @@ def command(
     imatrix: Path | None,
     without: Path | None,
     curves: str | None,
+    mtp_rows: str,
     baseline: str | None,
     reference: Path | None,
     texts: tuple[Path, ...],
@@ -133,6 +136,7 @@ def command(
         curves=None if curves is None else (curves == "with",),
         baseline=parse_settings(baseline.split(",")) if baseline else {},
         threads=threads,
+        head_rows=rows_of(mtp_rows),
     )
     with show.progress() as report:
         sweep = plan_sweep(request, keep=keep, report=report)

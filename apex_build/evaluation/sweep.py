@@ -17,6 +17,7 @@ from apex_build.evaluation.sweep_rows import RESULTS, TABLE, Row, curve_name, po
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import read_imatrix
+from apex_build.gguf_model.mtp_rows import Rows
 from apex_build.hookspecs import Evaluator, PolicySpec
 from apex_build.identity import read_json, sha256_file, sha256_json
 from apex_build.native.ggml import Ggml
@@ -63,6 +64,7 @@ class Request:
     curves: Sequence[bool] | None = None
     baseline: Mapping[str, str] = field(default_factory=dict)
     threads: int | None = None
+    head_rows: Rows | None = None  # that the draft head was trained on, if not those known of its architecture
 
     @property
     def sweeps_head(self) -> bool:
@@ -107,8 +109,9 @@ class Sweep:
 def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent) -> Sweep:
     """Check all of it, and plan every file; nothing is written. `keep`: the files are to stay.
 
-    Raises ParameterUnknown, TypeUnknown, EvaluationRefused, EvaluatorUnknown, ImatrixInvalid, ImatrixMismatch, DataMissing (where
-    the baseline, or no point at all, can be quantized), OutputUnwritable (also for another sweep's folder), DiskTooSmall.
+    Raises ParameterUnknown, TypeUnknown, EvaluationRefused, EvaluatorUnknown, ImatrixInvalid, ImatrixMismatch, HeadRowsMismatch,
+    DataMissing (where the baseline, or no point at all, can be quantized), OutputUnwritable (also for another sweep's folder),
+    DiskTooSmall.
     """
     check_apart(_written(request), _inputs(request), _ELSEWHERE)
     request, baseline = _checked(request)
@@ -215,7 +218,7 @@ def _point(
         name = f"{name[:_LONGEST_NAME]}-{sha256_json(values)[:8]}"
     out = Path(f"{name}-{curve_name(head_data).replace(' ', '-')}.gguf")
     parameters = {**request.parameters, **values}
-    allowed = Allowed(uncalibrated=not head_data)
+    allowed = Allowed(uncalibrated=not head_data, head_rows=request.head_rows)
     plan, job, refused = None, None, ""
     try:
         job = prepare(request.model, request.policy, parameters, request.tools, out, imatrix=imatrix, allowed=allowed)
@@ -241,6 +244,7 @@ def _parts(request: Request, evaluators: Sequence[Evaluator], baseline: Mapping[
         "imatrix": sha256_file(request.imatrix),
         "imatrix_without_head": sha256_file(without) if without else None,
         "baseline": None if request.inputs.reference else dict(baseline),
+        "head_rows": request.head_rows,
         "tools": request.tools.identity,
         "evaluators": [{key: value for key, value in work.parts.items() if key not in ("model", "tools")} for work in works],
     }

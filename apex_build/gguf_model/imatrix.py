@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from apex_build.gguf_model.foreign import MAGIC, open_file
 from apex_build.gguf_model.header import MAX_TENSORS, Header, TensorEntry, read_header
 from apex_build.gguf_model.model import kind_of
 
-HEAD_TOKENS = "imatrix.mtp_token_count"  # written by our patch of llama-imatrix
+HEAD_TOKENS = "imatrix.mtp_token_count"  # this and the next are written by our patch of llama-imatrix
+HEAD_ROWS = "imatrix.mtp_hidden"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_LEGACY_NAME = 256
 
@@ -68,6 +70,7 @@ class Imatrix:
     chunk_count: int | None
     chunk_size: int | None  # tokens
     head_tokens: int | None  # tokens that the draft head was run over; None: no tool said so
+    head_rows: str | None  # hidden rows that it was fed with, as in mtp_rows; None: not told
     metadata: Mapping[str, Any]
 
 
@@ -137,6 +140,7 @@ def _from_gguf(header: Header) -> Imatrix:
         chunk_count=_whole(header, "imatrix.chunk_count"),
         chunk_size=_whole(header, "imatrix.chunk_size"),
         head_tokens=_whole(header, HEAD_TOKENS) if HEAD_TOKENS in metadata else None,
+        head_rows=_word(header, HEAD_ROWS) if HEAD_ROWS in metadata else None,
         metadata=metadata,
     )
 
@@ -161,6 +165,13 @@ def _whole(header: Header, key: str) -> int:
     value = header.metadata.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ImatrixInvalid(f"{header.path}: {key} is {'missing' if value is None else shown(value)}: expected a whole number")
+    return value
+
+
+def _word(header: Header, key: str) -> str:
+    value = header.metadata.get(key)
+    if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9_]{1,40}", value):
+        raise ImatrixInvalid(f"{header.path}: {key} is {shown(value)}: expected a word such as post_norm")
     return value
 
 
@@ -197,7 +208,7 @@ def _from_legacy(path: Path) -> Imatrix:
             raise ImatrixInvalid(
                 f"{path}: {cursor.limit - cursor.at} bytes follow where the imatrix should end, at byte {cursor.at}"
             )
-    return Imatrix(path, "legacy", entries, (dataset,) if dataset else (), chunk_count, None, None, {})
+    return Imatrix(path, "legacy", entries, (dataset,) if dataset else (), chunk_count, None, None, None, {})
 
 
 def _natural(cursor: Cursor, what: str) -> int:

@@ -158,6 +158,7 @@ def imatrix_json(imatrix: Imatrix, coverage: Coverage | None) -> dict[str, Any]:
         "chunk_size": imatrix.chunk_size,
         "tokens": tokens(imatrix),
         "head_tokens": imatrix.head_tokens,
+        "head_rows": imatrix.head_rows,
         "entries": len(imatrix.entries),
         "coverage": coverage_json(coverage) if coverage else None,
     }

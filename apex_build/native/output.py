@@ -16,6 +16,8 @@ _KLD_ROW = re.compile(r"\s*(\d+)\s+\d+\.\d+ ±\s+\S+\s+-?\d+\.\d+ ±")
 _PASS = re.compile(r"(\d+\.\d+) seconds per pass - ETA")
 _PERPLEXITY = re.compile(r"Final estimate: PPL = (\d+\.\d+) \+/- (\d+\.\d+)")
 
+_HEAD_ROWS = re.compile(r"MTP rows: ([a-z0-9_]+)$")
+
 _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\] (\S+)\s+- \[([\d, ]+)\], type =\s+(\w+), (.*)")
 _SIZES = re.compile(r"size =\s+(\d+\.\d+) MiB(?: ->\s+(\d+\.\d+) MiB)?(?: \((\w+)\))?$")
 _CONVERTING = re.compile(r"converting to (\w+) \.\. ")
@@ -125,6 +127,12 @@ def seconds_per_pass(line: str) -> float | None:
 def perplexity(line: str) -> Perplexity | None:
     found = _PERPLEXITY.search(line)
     return Perplexity(float(found[1]), float(found[2])) if found else None
+
+
+def head_rows(line: str) -> str | None:
+    """The hidden rows that llama-perplexity --mtp fed the draft head with, as gguf_model/mtp_rows.py names them."""
+    found = _HEAD_ROWS.search(line)
+    return found[1] if found else None
 
 
 def tensors_done(line: str) -> tuple[int, int, str] | None:

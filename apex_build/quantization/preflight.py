@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from apex_build.errors import AlreadyQuantized, DataMissing, ShapeUnfit
+from apex_build.errors import AlreadyQuantized, DataMissing, HeadRowsMismatch, ShapeUnfit
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
+from apex_build.gguf_model.mtp_rows import CHOICE_OF, Rows, trained_on
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.outputs import check_apart, check_free, check_place, check_room, with_manifest_and_log
@@ -22,11 +23,12 @@ _DATA_UNUSED = frozenset({"F32", "F16", "BF16", "Q8_0"})
 
 @dataclass(frozen=True)
 class Allowed:
-    """What the user takes upon himself."""
+    """What the user takes upon himself. `head_rows`: that the draft head was trained on these, whatever is known of its kind."""
 
     uncalibrated: bool = False
     fallback: bool = False
     requantize: bool = False
+    head_rows: Rows | None = None
 
 
 def check_policy(policy: PolicySpec, model: Model, imatrix: Path | None) -> None:
@@ -39,7 +41,7 @@ def check_policy(policy: PolicySpec, model: Model, imatrix: Path | None) -> None
 
 
 def check_plan(plan: Plan, model: Model, covered: Coverage | None, ggml: Ggml, allowed: Allowed) -> list[str]:
-    """Raises AlreadyQuantized, ShapeUnfit, DataMissing; returns warnings for what is allowed but deserves a word."""
+    """Raises AlreadyQuantized, ShapeUnfit, DataMissing, HeadRowsMismatch; returns warnings for what is allowed and worth a word."""
     warnings: list[str] = []
     changed = [entry for entry in plan.entries if entry.type != entry.from_type]
     for entry in changed:
@@ -53,7 +55,39 @@ def check_plan(plan: Plan, model: Model, covered: Coverage | None, ggml: Ggml, a
         if not allowed.fallback:
             raise ShapeUnfit(said, hint="give the tensor a type that fits, or accept it with --allow-fallback")
         warnings.append(said)
+    if covered is not None:
+        warnings += check_head_rows(plan.entries, model, covered, allowed.head_rows)
     return warnings + list(_data(plan, changed, model, covered, allowed))
+
+
+def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, given: Rows | None) -> list[str]:
+    """Raises HeadRowsMismatch where data of the draft head would be used that is not of the rows that it was trained on.
+
+    Such data is no gap that a --allow-* could be for: nothing of it shows. `given`: rows that the user knows the head to be trained
+    on, instead of what is known of its architecture. Returns a warning where nothing is.
+    """
+    with_data = {tensor.name for tensor in covered.head if tensor.has_data}
+    used = [entry for entry in entries if entry.name in with_data and entry.type not in (*_DATA_UNUSED, entry.from_type)]
+    if not used:
+        return []
+    known, found = trained_on(model.architecture), covered.imatrix.head_rows
+    expected = given or (known.rows if known else None)
+    what = f"{covered.imatrix.path}: the data of the draft head ({used[0].name} -> {used[0].type})"
+    if expected is None:
+        said = f"is of {found} rows" if found else "does not say of which hidden rows it is"
+        return [f"{what} {said}; what heads of {model.architecture} were trained on is not known"]
+    if found == expected:
+        return []
+    again = f"{_calibrate(model)} --force" + (f" --mtp-rows {CHOICE_OF[given]}" if given in CHOICE_OF else "")
+    if found is None:
+        raise HeadRowsMismatch(
+            f"{what} does not say of which hidden rows of the trunk it is: expected {expected}. Tools that do not record it "
+            "feed the heads of some models with the wrong ones",
+            hint=again,
+        )
+    why = "as --mtp-rows says" if given else f"what heads of {model.architecture} were trained on"
+    trust = f"; or, if this model's head was trained on those: --mtp-rows {CHOICE_OF[found]}" if found in CHOICE_OF else ""
+    raise HeadRowsMismatch(f"{what} is of {found} rows: expected {expected}, {why}", hint=again + trust)
 
 
 def _data(plan: Plan, changed: list[Entry], model: Model, covered: Coverage | None, allowed: Allowed) -> Iterator[str]:

@@ -29,8 +29,10 @@ Value = str | int | float
 _LONGEST = 127  # of a --override-kv text: llama_model_kv_override.val_str in include/llama.h
 
 
-def provenance(plan: Plan, policy: PolicySpec, model: Model, imatrix: Path | None, tools: Toolset) -> dict[str, str]:
-    """Metadata keys and values. Digests are sha256."""
+def provenance(
+    plan: Plan, policy: PolicySpec, model: Model, imatrix: Path | None, tools: Toolset, head_rows: str | None = None
+) -> dict[str, str]:
+    """Metadata keys and values. Digests are sha256. `head_rows`: those of the imatrix's data for the draft head."""
     given = {name: value for name, value in plan.parameters.items() if name in policy.parameters}
     changed = " ".join(f"{name}={value}" for name, value in given.items() if value != policy.parameters[name].default)
     keys = {
@@ -40,6 +42,7 @@ def provenance(plan: Plan, policy: PolicySpec, model: Model, imatrix: Path | Non
         "apex.plan": plan.identity,
         "apex.input": fingerprint(model),
         "apex.imatrix": sha256_file(imatrix) if imatrix else "",
+        "apex.head_rows": head_rows or "",
         "apex.tools": _tools(tools),
     }
     return {key: value for key, value in keys.items() if value}

@@ -101,7 +101,8 @@ def prepare(
     warnings = check_plan(plan, model, covered, Ggml(tools), allowed)
     if name is not None:
         out = out / file_name(model.path, plan, policy, name)
-    keys = {**provenance(plan, policy, model, imatrix, tools), **description(plan, model, metadata, tools)}
+    rows = covered.imatrix.head_rows if covered and any(tensor.has_data for tensor in covered.head) else None
+    keys = {**provenance(plan, policy, model, imatrix, tools, rows), **description(plan, model, metadata, tools)}
     added: dict[str, str | int | float | bool] = {**keys}
     if covered is not None and imatrix is not None:
         added |= imatrix_keys(Path(imatrix.name), covered.imatrix)

@@ -10,6 +10,7 @@ from typing import Any
 from apex_build.errors import ParameterUnknown
 from apex_build.evaluation.intervals import ratio_interval, share_interval
 from apex_build.evaluation.task import Prompt, Server, Step, Task
+from apex_build.gguf_model.mtp_rows import AUTO, CHOICES
 from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
 
 
@@ -25,6 +26,9 @@ def apex_evaluators() -> list[Evaluator]:
                 "temperature": Parameter(0.8, "number", "of the sampled texts, beside the server's other samplers; 0: greedy only"),
                 "seed": Parameter(1, "int", "of the first prompt's sampled text; each prompt has the next one"),
                 "n_predict": Parameter(48, "int", "tokens written after each prompt"),
+                "rows": Parameter(
+                    "auto", "text", "hidden rows that the head is fed with: pre or post the final norm; auto: as the server does it"
+                ),
                 "context": Parameter(2048, "int", "tokens of the context, which holds a prompt and what is written after it"),
             },
             description="llama-server with draft-mtp: tokens drafted and accepted, tokens for each evaluation of the trunk",
@@ -69,14 +73,19 @@ def evaluate(task: Task) -> list[Figure]:
     temperature = float(task.settings["temperature"])
     modes = {"greedy": 0.0, **({"sampled": temperature} if temperature > 0 else {})}
     counter = _counter(task, len(task.prompts) * (1 + len(lengths) * len(modes)))
+    rows = str(task.settings["rows"])
+    if rows not in (AUTO, *CHOICES):
+        raise ParameterUnknown(f"{task.evaluator}.rows takes {AUTO}, {' or '.join(CHOICES)}, not '{rows}'")
     base = ("--parallel", "1", "--ctx-size", str(task.number("context")))
+    # a server without this project's patches does not know the option
+    drafting = ("--spec-type", "draft-mtp", *(() if rows == AUTO else ("--mtp-rows", rows)))
 
     with task.serve(*base) as server:
         server.check_room(((prompt.origin, prompt.text) for prompt in task.prompts), n_predict)
         plain = [_write(server, prompt, n_predict, counter, False) for prompt in task.prompts]
     figures = []
     for length in lengths:
-        with task.serve(*base, "--spec-type", "draft-mtp", "--spec-draft-n-max", str(length)) as server:
+        with task.serve(*base, *drafting, "--spec-draft-n-max", str(length)) as server:
             for mode, heat in modes.items():
                 writings: list[Writing] = []
                 for number, prompt in enumerate(task.prompts):

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from apex_build.errors import EvaluationRefused
 from apex_build.evaluation.intervals import Estimate, clustered_mean
 from apex_build.evaluation.task import Task
+from apex_build.gguf_model.mtp_rows import CHOICES, tool_arguments
 from apex_build.hookspecs import Figure
 
-from .scores import Scores, check_same_positions, scored
+from .scores import Scores, check_same_positions, rows_choice, scored
 
 Values = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -57,11 +58,14 @@ def draft_head(task: Task) -> list[Figure]:
     groups = {"": list(range(len(ours)))}
     if len(ours) > 1:
         groups |= {domain: [number] for number, domain in enumerate(task.texts)}
+    asked = tool_arguments(rows_choice(task), task.model.architecture)
+    note = f"{CHOICES[asked[1]]} rows" if asked else f"the tool's default rows: none are known for {task.model.architecture}"
     figures: list[Figure] = []
     for domain, members in groups.items():
         columns = dict(columns_of([ours[number] for number in members], depth, context))
         reference = dict(columns_of([theirs[number] for number in members], depth, context)) if theirs else {}
-        figures += [_figure(name, column.estimate(), column, domain) for name, column in columns.items()]
+        notes = {} if domain else {"depth1.agreement": note}
+        figures += [_figure(name, column.estimate(), column, domain, notes.get(name, "")) for name, column in columns.items()]
         for name, column in columns.items():
             if column.exponential:
                 continue
@@ -104,8 +108,8 @@ def _by_draft(text: Ints, pos: Ints, depth: Ints, values: Values, deepest: int) 
     return keys.T.astype(np.int64), table
 
 
-def _figure(name: str, estimate: Estimate, column: Column, domain: str, *, difference: bool = False) -> Figure:
+def _figure(name: str, estimate: Estimate, column: Column, domain: str, note: str = "", *, difference: bool = False) -> Figure:
     unit = "points" if difference and column.unit == "%" else column.unit
     if not all(math.isfinite(number) for number in estimate if number is not None):
         return Figure(name, None, unit=unit, n=len(column.values), domain=domain, note="scores that are no finite numbers")
-    return Figure(name, *estimate, unit, len(column.values), domain)
+    return Figure(name, *estimate, unit, len(column.values), domain, note)

@@ -23,6 +23,9 @@ def apex_evaluators() -> list[Evaluator]:
                 "depth": Parameter(3, "int", "tokens drafted from each position"),
                 "context": Parameter(512, "int", "tokens in a chunk; its second half is scored"),
                 "chunks": Parameter(0, "int", "chunks of each text, from its start; 0: all"),
+                "rows": Parameter(
+                    "auto", "text", "hidden rows that the head is fed with: pre or post the final norm; auto: as it was trained"
+                ),
                 "parse_special": Parameter(True, "flag", "the texts hold chat markup (<|im_start|>) that stands for tokens"),
             },
             description="the head's drafts against the trunk's choices, by depth; paired with the reference's where one is given",

@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import re
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from apex_build.errors import ApexError, CalibrationSetInvalid, EvaluationRefused, ParameterUnknown, ToolFailed
+from apex_build.evaluation.head_scores import Scores, read_csv
 from apex_build.evaluation.task import Task
-
-Ints = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
-
-# The tool's CSV: patch 0005 of patches/llama.cpp/pr-22673, tools/perplexity/README.md
-_HEADER = "pos,depth,token,trunk,head,agree,p,kld,nll"
-_COLUMNS = {"pos": (0, np.int32), "depth": (1, np.int32), "token": (2, np.int32), "agree": (5, np.int32)} | {
-    name: (index, np.float32) for index, name in enumerate(("p", "kld", "nll"), 6)
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """One element a position and depth, in the tool's order."""
-
-    pos: Ints  # of the token in the text
-    depth: Ints
-    token: Ints  # of the text
-    agree: Ints  # 1: the head's first choice is the trunk's
-    p: Floats  # probability that the trunk gives to the head's first choice
-    kld: Floats  # nats, of the head from the trunk
-    nll: Floats  # nats, of `token` by the head
+from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, tool_arguments
+from apex_build.native import output
 
 
 def scored(task: Task, domain: str, *, of_reference: bool = False) -> Scores:
@@ -49,6 +29,8 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> Scores:
             f"draft-head.depth={depth} does not fit draft-head.context={context}: "
             f"expected from 1 to {max(1, context - 1 - context // 2)}, the scored positions of a chunk"
         )
+
+    rows = tool_arguments(rows_choice(task), model.architecture)
 
     def make(part: Path) -> None:
         csv = part.with_name(f"{part.name}.csv")
@@ -68,8 +50,13 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> Scores:
         chunks = ["--chunks", str(task.number("chunks"))] if task.number("chunks") else []
         special = ["--parse-special"] if task.settings["parse_special"] else []
         try:
-            task.run("llama-perplexity", *arguments, *chunks, *special, what=f"{model.path.name} on {domain or text.name}")
+            ran = task.run(
+                "llama-perplexity", *arguments, *rows, *chunks, *special, what=f"{model.path.name} on {domain or text.name}"
+            )
             scores = read_csv(csv)
+            used = next(filter(None, map(output.head_rows, reversed(ran.lines))), None)
+            if rows and used != CHOICES[rows[1]]:
+                raise ToolFailed(f"llama-perplexity was asked for {CHOICES[rows[1]]} rows of the draft head and took {used}")
         except ToolFailed as error:
             raise _named(error, model.path, text) from None
         finally:
@@ -83,21 +70,17 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> Scores:
         "chunks": task.number("chunks"),
         "depth": depth,
         "parse_special": bool(task.settings["parse_special"]),
+        "rows": rows,
     }
     return _load(task.kept("draft-head.npz", about, make, of=model))
 
 
-def read_csv(path: Path) -> Scores:
-    """Raises ToolFailed where the file is not what the tool writes."""
-    with path.open(encoding="ascii", errors="replace") as file:
-        header = file.readline().strip()
-        if header != _HEADER:
-            raise ToolFailed(f"llama-perplexity wrote no scores of the draft head: expected '{_HEADER}', found '{header:.80}'")
-        try:
-            table = np.loadtxt(file, delimiter=",", ndmin=2, usecols=[index for index, _ in _COLUMNS.values()])
-        except ValueError as error:
-            raise ToolFailed(f"llama-perplexity wrote scores of the draft head that cannot be read: {error}") from None
-    return Scores(**{name: column.astype(kind) for (name, (_, kind)), column in zip(_COLUMNS.items(), table.T, strict=True)})
+def rows_choice(task: Task) -> str:
+    """Raises ParameterUnknown."""
+    choice = str(task.settings["rows"])
+    if choice not in (AUTO, *CHOICES):
+        raise ParameterUnknown(f"{task.evaluator}.rows takes {AUTO}, {' or '.join(CHOICES)}, not '{choice}'")
+    return choice
 
 
 def check_same_positions(scores: Scores, reference: Scores, task: Task, domain: str) -> None:

@@ -230,7 +230,7 @@ def test_a_reference_of_another_vocabulary(tools: Toolset, testbed: Path, texts:
 
 
 def losing(tools: Toolset, folder: Path) -> Toolset:
-    """The tools, but llama-perplexity loses its last lines, as without patch 0004 it may on a busy machine."""
+    """The tools, but llama-perplexity loses its last lines, as without our patch it may on a busy machine."""
     (folder / "bin").mkdir(parents=True)
     script = f"""#!/bin/sh
 {tools.tool("llama-perplexity")} "$@" 2>&1 | sed '/\\[7\\]/d; / 7  /,$d'

@@ -68,7 +68,7 @@ def test_trunk_and_head_in_numpy_predict_the_held_out_text(tools: Toolset, testb
     reference = Reference(testbed)
     hidden = reference.trunk(ids)
     trunk = reference.logits(hidden)
-    head = reference.logits(reference.head(ids, hidden), "blk.6.nextn.shared_head_norm")
+    head = reference.logits(reference.head(ids, reference.fed(hidden, "post")), "blk.6.nextn.shared_head_norm")
     following = np.array(ids[1:])
     assert (trunk[:-1].argmax(-1) == following).mean() > 0.5
     assert np.log(softmax(trunk[:-1])[np.arange(len(following)), following]).mean() > -3.5, "chance is -7.6"

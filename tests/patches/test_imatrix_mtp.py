@@ -1,4 +1,4 @@
-"""Patches 0001 and 0002: llama-imatrix records the draft head, and its snapshots are of whole batches."""
+"""llama-imatrix records the draft head, and its snapshots are of whole batches."""
 
 from __future__ import annotations
 
@@ -104,17 +104,20 @@ def test_the_trunk_is_untouched_and_the_head_is_counted(
     assert mtp.head_tokens is not None and plain.head_tokens is None and stock.head_tokens is None
 
 
-def test_sums_agree_with_a_forward_pass_in_numpy(tools: Toolset, testbed: Path, text: Path, patched: Run) -> None:
+@pytest.mark.parametrize("rows", ["post", "pre"])
+def test_sums_agree_with_a_forward_pass_in_numpy(rows: str, tools: Toolset, testbed: Path, text: Path, patched: Run) -> None:
     """From outside: tokens from llama-server, the rest from the GGUF file in NumPy."""
     context, chunks = 128, 4
     with serve(tools, testbed, arguments=["--ctx-size", "512"]) as server:
         answer = server.post("/tokenize", {"content": text.read_text()[:8000], "add_special": True, "parse_special": False})
     ids = answer["tokens"]
-    found = patched("--mtp", "-c", context, "-b", context, "--chunks", chunks, "--no-ppl")
+    flags = [] if rows == "post" else ["--mtp-rows", rows]
+    found = patched("--mtp", *flags, "-c", context, "-b", context, "--chunks", chunks, "--no-ppl")
+    assert found.head_rows == f"{rows}_norm"
     reference = Reference(testbed)
     for chunk in range(chunks):
         part = ids[chunk * context : (chunk + 1) * context]
-        reference.head(part, reference.trunk(part))
+        reference.head(part, reference.fed(reference.trunk(part), rows))
     for name in ("nextn.eh_proj", "ffn_down_exps", "ffn_gate_exps", "attn_q", "attn_output", "ffn_down_shexp"):
         entry, sums = found.entries[f"{HEAD}{name}.weight"], reference.recorder.sums[f"{HEAD}{name}.weight"]
         assert np.abs(entry.values() - sums).sum() / sums.sum() < 0.01, name

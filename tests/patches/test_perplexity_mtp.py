@@ -1,4 +1,4 @@
-"""llama-perplexity scores the draft head, and the pre-norm rows that it is fed have the order of the batch."""
+"""llama-perplexity scores the draft head, and the rows that it is fed with have the order of the batch."""
 
 from __future__ import annotations
 
@@ -93,42 +93,47 @@ def test_several_sequences_a_batch_score_as_one_does(run: Run, tmp_path: Path) -
         assert max(abs(a["kld"] - b["kld"]) for a, b in pairs) < 0.05
 
 
-def test_scores_agree_with_numpy(run: Run, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", ["post", "pre"])
+def test_scores_agree_with_numpy(rows: str, run: Run, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
     """Depth 2 is fed the head's own rows, and sees what depth 1 left in the cache for the positions before."""
     context, chunks = 128, 4
     with serve(tools, testbed, arguments=["--ctx-size", "512"]) as server:
         text = (heldout / "code.txt").read_text()[:8000]
         ids = server.post("/tokenize", {"content": text, "add_special": True, "parse_special": False})["tokens"]
     out = tmp_path / "scores.csv"
-    run("--mtp", "--mtp-depth", 2, "-c", context, "-b", 2 * context, "--chunks", chunks, "--mtp-output-file", out)
+    flags = [] if rows == "post" else ["--mtp-rows", rows]
+    ran = run("--mtp", *flags, "--mtp-depth", 2, "-c", context, "-b", 2 * context, "--chunks", chunks, "--mtp-output-file", out)
+    assert f"MTP rows: {rows}_norm\n" in ran.stdout + ran.stderr
     found, reference = scores(out), Reference(testbed)
     norm = f"blk.{reference.trunk_layers}.nextn.shared_head_norm"
     for depth in (1, 2):
-        rows = []
+        table = []
         for start in range(0, chunks * context, context):
             part = ids[start : start + context]
             hidden = reference.trunk(part)
             trunk = log_softmax(reference.logits(hidden))
-            head = log_softmax(reference.logits(drafts(reference, part, hidden, depth), norm))
+            head = log_softmax(reference.logits(drafts(reference, part, hidden, depth, rows), norm))
             for row in range(context // 2 + depth - 1, context - 1):
                 score = found[start + row + 1, depth]
                 p, q = trunk[row], head[row]
                 assert score["token"] == part[row + 1]
                 same = (score["trunk"], score["head"]) == (p.argmax(), q.argmax())
                 here = (np.exp(p) * (p - q)).sum(), -q[part[row + 1]], np.exp(p[q.argmax()])
-                rows.append((same, score["kld"], score["nll"], score["p"], *here))
-        agreed, *figures = np.array(rows, float).T
+                table.append((same, score["kld"], score["nll"], score["p"], *here))
+        agreed, *figures = np.array(table, float).T
         assert agreed.mean() > 0.99, "but for ties"
         for there, here in zip(figures[:3], figures[3:], strict=True):
             assert np.isclose(there.mean(), here.mean(), rtol=0.01)
 
 
-def drafts(reference: Reference, ids: list[int], hidden: Array, depth: int) -> Array:
+def drafts(reference: Reference, ids: list[int], hidden: Array, depth: int, rows: str) -> Array:
     """Hidden states of the head at depth 1 or 2, one for each position of the text."""
-    first = reference.head(ids, hidden)
+    fed = reference.fed(hidden, rows)
+    first = reference.head(ids, fed)
     if depth == 1:
         return first
-    of_trunk, of_head = head_inputs(reference, ids, hidden), head_inputs(reference, ids, first)
+    chained = reference.fed(first, rows, f"blk.{reference.trunk_layers}.nextn.shared_head_norm")
+    of_trunk, of_head = head_inputs(reference, ids, fed), head_inputs(reference, ids, chained)
 
     def attention(_: Array, name: str, positions: npt.NDArray[np.int64]) -> Array:
         """Keys and values of the trunk's rows for the positions before, its own for the last one."""
@@ -144,9 +149,9 @@ def drafts(reference: Reference, ids: list[int], hidden: Array, depth: int) -> A
     return reference.block(of_head, reference.trunk_layers, attention, np.arange(len(ids)))
 
 
-def head_inputs(reference: Reference, ids: list[int], hidden: Array) -> Array:
+def head_inputs(reference: Reference, ids: list[int], rows: Array) -> Array:
     name = f"blk.{reference.trunk_layers}.nextn"
-    before = np.concatenate([np.zeros_like(hidden[:1]), hidden[:-1]])
+    before = np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
     both = [reference.norm(reference.weights["token_embd.weight"][ids], f"{name}.enorm"), reference.norm(before, f"{name}.hnorm")]
     return reference.linear(np.concatenate(both, axis=-1), f"{name}.eh_proj")
 

@@ -158,8 +158,10 @@ def test_an_imatrix_of_the_old_format(testbed: Path, heldout: Path, tmp_path: Pa
     command += ["--output", tmp_path / "old.dat", "--chunks", "8", "--ctx-size", "512", "--batch-size", "512"]
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     out = tmp_path / "x.gguf"
-    more = ["--imatrix", tmp_path / "old.dat", "--set", "draft_head=IQ2_XXS"]
-    run_apex("quantize", testbed, "--policy", "i-nano", *SMALL, *more, "-o", out)
+    common = ["quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", tmp_path / "old.dat", "-o", out]
+    ran = run_apex(*common, "--set", "draft_head=IQ2_XXS", code=45)  # it cannot tell of which hidden rows its data is
+    assert "old.dat: the data of the draft head (blk.6.nextn.eh_proj.weight -> IQ2_XXS) does not say" in ran.stderr
+    run_apex(*common, "--set", "draft_head=Q8_0")
     assert read_header(out).metadata["quantize.imatrix.file"] == "old.dat"
 
 

@@ -57,10 +57,14 @@ class Reference:
             x = self.block(x, layer, mix, np.arange(len(ids)))
         return x
 
-    def head(self, ids: list[int], hidden: Array) -> Array:
-        """The draft head over tokens x(p) with h(p-1), zeros before the first: its hidden states before the norm."""
+    def fed(self, hidden: Array, rows: str, norm: str = "output_norm") -> Array:
+        """What the head is fed with: hidden states as `trunk` or `head` gives them, or these after their norm."""
+        return self.norm(hidden, norm) if rows == "post" else hidden
+
+    def head(self, ids: list[int], rows: Array) -> Array:
+        """The draft head over tokens x(p) with the row of p-1 (see `fed`), zeros before the first: its states before the norm."""
         layer, tokens = self.trunk_layers, self.weights["token_embd.weight"][ids]
-        before = np.concatenate([np.zeros_like(hidden[:1]), hidden[:-1]])
+        before = np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
         both = np.concatenate(
             [self.norm(tokens, f"blk.{layer}.nextn.enorm"), self.norm(before, f"blk.{layer}.nextn.hnorm")], axis=-1
         )
