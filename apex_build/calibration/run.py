@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import Imatrix, check_values, read_imatrix
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, tool_arguments, trained_on
+from apex_build.gguf_model.runnable import check_runnable
 from apex_build.identity import read_json, sha256_file, sha256_json, write_json
 from apex_build.native import output
+from apex_build.native.arguments import resolve
+from apex_build.native.early import warnings_of
+from apex_build.native.memory import memory_limit
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 from apex_build.outputs import (
@@ -57,17 +62,19 @@ class Settings:
     gpu_layers: int | None = None
     snapshot_every: int = 10  # chunks
     extra: tuple[str, ...] = ()  # further arguments of llama-imatrix
+    memory: int | None = None  # bytes that llama-imatrix may take; None: by the model's size
 
-    @property
-    def decisive(self) -> dict[str, Any]:
+    def decisive(self, tools: Toolset) -> dict[str, Any]:
         """What changes the result, and so may not change between the parts of one run."""
         rows = {} if self.rows == AUTO else {"rows": self.rows}
-        return {"context": self.context, "head": self.head, "extra": list(self.extra), **rows}
+        extra = resolve(tools.tool("llama-imatrix"), self.extra)
+        files = {"files": dict(extra.files)} if extra.files else {}
+        return {"context": self.context, "head": self.head, "extra": list(extra.arguments), **files, **rows}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A finished run. `perplexity` is the trunk's over the text, of the part since the last resumption; None if not printed."""
+    """A finished run. `perplexity` is the trunk's over the whole text; None if not printed, or of a part alone (a resumed run)."""
 
     path: Path
     identity: str
@@ -79,7 +86,7 @@ class Calibration:
 
 
 def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
-    """The command of a run, without text, output, chunks and resumption."""
+    """The command of a run, without text, output, chunks and resumption. Raises ParameterUnknown for further arguments of ours."""
     wanted = [str(tools.tool("llama-imatrix")), "--model", str(model.path.absolute()), "--parse-special"]
     wanted += ["--ctx-size", str(settings.context), "--batch-size", str(settings.context)]
     wanted += ["--output-frequency", str(_NO_SAVES), "--save-frequency", str(settings.snapshot_every)]
@@ -89,7 +96,7 @@ def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
         wanted += ["--threads", str(settings.threads)]
     if settings.gpu_layers is not None:
         wanted += ["--n-gpu-layers", str(settings.gpu_layers)]
-    return [*wanted, *settings.extra]
+    return [*wanted, *resolve(tools.tool("llama-imatrix"), settings.extra).arguments]
 
 
 # what llama-imatrix alone knows: options without and with a value
@@ -112,7 +119,7 @@ def identity(model: Model, text: CalibrationText, settings: Settings, tools: Too
     return {
         "model": fingerprint(model),
         "text": text.sha256,
-        "settings": {**settings.decisive, "chunks": settings.chunks},
+        "settings": {**settings.decisive(tools), "chunks": settings.chunks},
         "tools": tools.manifest.get("key") or sha256_file(tools.tool("llama-imatrix")),
     }
 
@@ -134,8 +141,10 @@ def calibrate(
     An interrupted run goes on from its last snapshot, if model, text, settings and tools are the same; a finished one is reused.
     `force` does neither, and replaces what is there; `replace` replaces only what was made from something else. `check` is called
     with the text's file before the first part of a run, not where it goes on; what it raises ends the run.
-    Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then), CalibrationSetInvalid.
+    Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then), CalibrationSetInvalid,
+    ModelInvalid (it cannot be run).
     """
+    check_runnable(model)
     work = out.with_name(f".{out.name}.work")
     check_place(out)
     check_apart((*with_manifest_and_log(out), *_inside(work)), (*model.files, *text.files, *tools.files()))
@@ -156,9 +165,14 @@ def calibrate(
         _check_disk(work, model, text)
         with writing(work):
             _prepare(work, key, text, fresh=force)
-        manifest = {"identity": key, "from": parts, "text": _text_json(text), "rows_check": _checked(work, text, check)}
-        done = _run(model, text, tools, out, settings, work, manifest, report)
-        shutil.rmtree(work)
+        try:
+            manifest = {"identity": key, "from": parts, "text": _text_json(text), "rows_check": _checked(work, text, check, model)}
+            done = _run(model, text, tools, out, settings, work, manifest, report)
+        except BaseException:
+            if not _snapshots(work):  # nothing that a later run could go on from
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
         return done
 
 
@@ -213,10 +227,15 @@ def _prepare(work: Path, key: str, text: CalibrationText, *, fresh: bool) -> Non
         write_json(work / "identity.json", key)
 
 
-def _checked(work: Path, text: CalibrationText, check: Check | None) -> dict[str, Any] | None:
+def _checked(work: Path, text: CalibrationText, check: Check | None, model: Model) -> dict[str, Any] | None:
     found = work / "rows-check.json"
     if check is not None and not found.is_file():
-        write_json(found, check(work / "text" / text.name))
+        try:
+            write_json(found, check(work / "text" / text.name))
+        except ToolFailed as error:
+            if output.HEAD_UNKNOWN in error.message:
+                raise _head_not_run(model) from None
+            raise
     result: dict[str, Any] | None = read_json(found) if found.is_file() else None
     return result
 
@@ -238,12 +257,14 @@ def _run(
         command += ["--in-file", f"../{snapshot.name}", "--chunk", str(done)]
     if settings.chunks is not None:
         command += ["--chunks", str(settings.chunks - done)]
-    watch = _Watch(work, done, settings, report)
+    watch = _Watch(model, work, done, settings, report)
     partial.unlink(missing_ok=True)  # of a run that was ended before its last step
-    ran = run_tool(command, cwd=work / "text", log=beside(out, LOG), on_line=watch.line, explain=output.explain)
+    memory = settings.memory or memory_limit(sum(tensor.n_bytes for tensor in model.tensors))
+    log = beside(out, LOG)
+    ran = run_tool(command, cwd=work / "text", log=log, on_line=watch.line, explain=output.explain, memory=memory)
     made = _written(partial, out, model)
     _verify(made, model, settings)
-    values = [value for line in ran.lines if (value := output.perplexity(line))]
+    values = [] if done else [value for line in ran.lines if (value := output.perplexity(line))]
     # The manifest first: a file in place without it would not be known again.
     made_of = {**manifest, "head_rows": _rows_json(made, model, settings)}
     write_json(beside(out, MANIFEST), {**made_of, "sha256": sha256_file(partial), "bytes": partial.stat().st_size})
@@ -268,14 +289,18 @@ def _written(partial: Path, out: Path, model: Model) -> Imatrix:
         raise ToolFailed(f"{out}: {said}: {error.message}\n  all of its output: {beside(out, LOG)}") from None
 
 
+def _head_not_run(model: Model) -> VerificationFailed:
+    return VerificationFailed(
+        f"{model.path}: the draft head was not run: this llama.cpp cannot evaluate it for {model.architecture}",
+        hint=f"apex calibrate {shlex.quote(str(model.path))} --no-mtp, for an imatrix of the trunk alone",
+    )
+
+
 def _verify(found: Imatrix, model: Model, settings: Settings) -> None:
     check_values(found)
     covered = coverage(found, model)
     if settings.head and model.head_layers and found.head_tokens is None:
-        raise VerificationFailed(
-            f"{model.path}: the draft head was not run: this llama.cpp cannot evaluate it for {model.architecture}",
-            hint="apex calibrate --no-mtp, for an imatrix of the trunk alone",
-        )
+        raise _head_not_run(model)
     if settings.head and model.head_layers and (asked := tool_arguments(settings.rows, model.architecture)):
         expected = CHOICES[asked[-1]]
         if found.head_rows != expected:
@@ -294,14 +319,22 @@ def _verify(found: Imatrix, model: Model, settings: Settings) -> None:
 class _Watch:
     """Turns the tool's output into progress, and removes snapshots that a newer one has made useless."""
 
+    model: Model
     work: Path
     before: int  # chunks done by earlier runs
     settings: Settings
     report: Report
     total: int | None = None
     seen: int = 0
+    warn: Callable[[str], None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.warn = warnings_of(self.report, "llama-imatrix")
 
     def line(self, line: str) -> None:
+        if self.settings.head and self.model.head_layers and output.head_left_out(line):
+            raise _head_not_run(self.model)
+        self.warn(line)
         if plan := output.planned(line):
             self.total = self.before + plan.chunks
             write_json(self.work / "total.json", self.total)

@@ -20,6 +20,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, trained_on
 from apex_build.gguf_model.summary import imatrix_json
+from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.outputs import check_apart, check_place, check_text_free, whole_file, with_manifest_and_log
 from apex_build.places import model_stem
@@ -70,6 +71,7 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama-imatrix's own]")
 @click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: llama-imatrix's own]")
+@click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY)
 @click.option("--tool-argument", "extra", multiple=True, help="A further argument for llama-imatrix (may be given several times).")
 @click.option(
     "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
@@ -93,6 +95,7 @@ def command(
     rows_check: bool,
     threads: int | None,
     gpu_layers: int | None,
+    memory: float | None,
     extra: tuple[str, ...],
     tools_path: Path | None,
     folders: tuple[Path, ...],
@@ -120,7 +123,7 @@ def command(
     else:
         text = compose(load_set(set_name), plugins.calibration_sources(), model, domains=domains, template_file=template)
     out = output or model.path.with_name(f"{model_stem(model.path)}.imatrix.gguf")
-    settings = Settings(context, chunks, head, rows, threads, gpu_layers, extra=extra)
+    settings = Settings(context, chunks, head, rows, threads, gpu_layers, extra=extra, memory=bytes_of(memory))
     if write_text is not None and not dry_run:
         another = "give another name with --write-text"
         check_place(write_text, another)
@@ -203,7 +206,9 @@ def _json(done: Calibration) -> dict[str, Any]:
 
 def _print(done: Calibration) -> None:
     print_coverage(done.coverage)
-    if done.perplexity is not None:
+    if done.resumed_at:
+        click.echo("perplexity: not known of the whole text, since an interrupted run did its first part")
+    elif done.perplexity is not None:
         click.echo(f"perplexity of the trunk on the text: {done.perplexity:.3f}")
     how = "was made before from the same parts" if done.reused else f"written in {done.seconds:.0f} s"
     resumed = f", going on after chunk {done.resumed_at}" if done.resumed_at else ""

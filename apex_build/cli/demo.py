@@ -8,21 +8,19 @@ from typing import Any
 import click
 
 from apex_build import places
-from apex_build.calibration.run import calibrate
+from apex_build.calibration.run import Settings, calibrate
 from apex_build.calibration.sets import compose, load_set
 from apex_build.cli import show
 from apex_build.cli.serving import command_line
 from apex_build.errors import ModelMissing, OutputUnwritable
-from apex_build.evaluation.run import Inputs, evaluate, plan_work
+from apex_build.evaluation.run import Inputs, Work, evaluate, plan_work
 from apex_build.evaluation.task import read_prompts
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
 from apex_build.gguf_model.metadata import who_quantizes
 from apex_build.gguf_model.model import read_model
-from apex_build.native.toolset import Toolset
-from apex_build.plugins import Plugins, load_plugins
+from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import Value
-from apex_build.progress import Report
 from apex_build.quantization.naming import TEMPLATE
 from apex_build.quantization.run import prepare, run
 from apex_build.source.fetch import ensure_source
@@ -39,8 +37,9 @@ _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "he
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder for what is made.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]")
 @click.option("--json", "json_", is_flag=True, help="Print JSON.")
-def command(output: Path, json_: bool) -> None:
+def command(output: Path, threads: int | None, json_: bool) -> None:
     """Build the tools, calibrate the shipped test model with its draft head, quantize it twice, and compare.
 
     The second file has its draft head at IQ2_XXS, which llama-quantize refuses without calibration data of the head. What is there
@@ -66,7 +65,8 @@ def command(output: Path, json_: bool) -> None:
         tools = ensure_tools(ensure_source(pin, report), pin, report=report)
         model = read_model(source_model, plugins.role_of)
         text = compose(load_set("default"), plugins.calibration_sources(), model)
-        calibrated = calibrate(model, text, tools, output / "testbed.imatrix.gguf", replace=True, report=report)
+        how = Settings(threads=threads)
+        calibrated = calibrate(model, text, tools, output / "testbed.imatrix.gguf", how, replace=True, report=report)
         rows = [_row("F16", model, None)]
         for name, settings in _FILES:
             policy = plugins.policy("i-nano")
@@ -80,11 +80,14 @@ def command(output: Path, json_: bool) -> None:
                 metadata=who_quantizes(()),
                 name=TEMPLATE,
             )
-            run(job, replace=True, report=report)
+            run(job, replace=True, threads=threads, report=report)
             rows.append(_row(name, read_model(job.out, plugins.role_of), calibrated.coverage))
         inputs = Inputs(prompts=read_prompts(testbed / "heldout" / "prompts.jsonl"), settings=_DRAFTING)
         for row in rows:
-            row["acceptance"] = _acceptance(read_model(Path(row["path"]), plugins.role_of), inputs, tools, plugins, output, report)
+            drafting = plugins.evaluators()["draft-acceptance"]
+            drafted = read_model(Path(row["path"]), plugins.role_of)
+            work = plan_work(drafting, drafted, inputs, tools, threads=threads, report=report)
+            row["acceptance"] = _acceptance(work, output)
     if json_:
         show.as_json(rows)
         return
@@ -117,11 +120,8 @@ def _types(model: Model, *, head: bool) -> list[str]:
     return sorted(totals, key=lambda name: -totals[name])
 
 
-def _acceptance(
-    model: Model, inputs: Inputs, tools: Toolset, plugins: Plugins, output: Path, report: Report
-) -> dict[str, dict[str, float | None]]:
+def _acceptance(work: Work, output: Path) -> dict[str, dict[str, float | None]]:
     """Tokens drafted and accepted, by domain. Measured once for a file, these prompts and these tools."""
-    work = plan_work(plugins.evaluators()["draft-acceptance"], model, inputs, tools, report=report)
     (result,) = evaluate([work], output / "acceptance.jsonl")
     if result.error:
         raise result.error

@@ -27,6 +27,7 @@ from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import Evaluator, Figure
 from apex_build.native.lines import printable
+from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import find_toolset
 from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import parse_settings
@@ -56,6 +57,7 @@ def evaluation_options(function: Any) -> Any:
         click.option("--set", "settings", metavar="NAME.PARAMETER=VALUE", multiple=True, help="A parameter of an evaluator."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]"),
         click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: the tools' own: all that fit]"),
+        click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY),
         click.option(
             "--tool-argument",
             "extra",
@@ -97,6 +99,7 @@ def command(
     settings: tuple[str, ...],
     threads: int | None,
     gpu_layers: int | None,
+    memory: float | None,
     extra: tuple[str, ...],
     results: Path,
     list_: bool,
@@ -132,7 +135,7 @@ def command(
         prompts=read_prompts(prompts) if prompts else (),
         data=data_files(data, evaluators),
         settings=parse_settings(settings),
-        options=ToolOptions(gpu_layers, extra),
+        options=ToolOptions(gpu_layers, extra, bytes_of(memory)),
         files=(*([prompts] if prompts else []), *plugins.files()),
     )
     check_settings(inputs.settings, evaluators)

@@ -92,7 +92,9 @@ def _print_model(summary: ModelSummary) -> None:
     )
     _line(
         "layers",
-        f"{summary.trunk_layers} in the trunk" + (f", {summary.head_layers} in the draft head" * bool(summary.head_layers)),
+        f"{summary.trunk_layers} in the trunk"
+        + _elsewhere(summary)
+        + (f", {summary.head_layers} in the draft head" * bool(summary.head_layers)),
     )
     if summary.experts:
         _line("experts", f"{summary.experts}, {summary.experts_used} active")
@@ -116,6 +118,12 @@ def _print_model(summary: ModelSummary) -> None:
     ]
     columns = ("part", "role", "type", "tensors", "parameters", "bytes", "bits per weight")
     show.table("Bytes by role and type", columns, rows, right=columns[3:])
+
+
+def _elsewhere(summary: ModelSummary) -> str:
+    if summary.trunk_layers_here == summary.trunk_layers:
+        return ""
+    return f" ({summary.trunk_layers_here or 'none'} of them in this file)"
 
 
 def _head(summary: ModelSummary) -> str:

@@ -42,6 +42,9 @@ def progress() -> Iterator[Report]:
         tasks: dict[str, TaskID] = {}
 
         def report(step: Step) -> None:
+            if step.said:
+                bars.console.print(Text(f"warning: {step.task}"))
+                return
             if step.task not in tasks:
                 tasks[step.task] = bars.add_task(step.task, total=step.total, count="")
             bars.update(tasks[step.task], completed=step.done, total=step.total, count=_count(step))
@@ -54,6 +57,9 @@ def _plain() -> Report:
     shown: dict[str, float] = {}
 
     def report(step: Step) -> None:
+        if step.said:
+            click.echo(f"warning: {step.task}", err=True)
+            return
         now = time.monotonic()
         first, before = began.setdefault(step.task, (now, step.done))
         finished = step.total is not None and step.done >= step.total

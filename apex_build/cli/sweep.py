@@ -20,6 +20,7 @@ from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.lines import printable
+from apex_build.native.memory import bytes_of
 from apex_build.native.toolset import find_toolset
 from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
@@ -77,6 +78,7 @@ def command(
     settings: tuple[str, ...],
     threads: int | None,
     gpu_layers: int | None,
+    memory: float | None,
     extra: tuple[str, ...],
     scores: tuple[str, ...],
     bound: float | None,
@@ -129,7 +131,7 @@ def command(
             prompts=read_prompts(prompts) if prompts else (),
             data=data_files(data, evaluators),
             settings=of_evaluators,
-            options=ToolOptions(gpu_layers, extra),
+            options=ToolOptions(gpu_layers, extra, bytes_of(memory)),
             files=(*([prompts] if prompts else []), *plugins.files()),
         ),
         imatrix_without_head=without,

@@ -21,6 +21,7 @@ from apex_build.evaluation.task import Prompt, Task, ToolOptions
 from apex_build.evaluation.vocabulary import check_same_vocabulary
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
+from apex_build.gguf_model.runnable import check_runnable
 from apex_build.hookspecs import Evaluator, Figure
 from apex_build.identity import sha256_file, sha256_json
 from apex_build.native.ggml import Ggml
@@ -98,7 +99,8 @@ def choose(
 def plan_work(
     evaluator: Evaluator, model: Model, inputs: Inputs, tools: Toolset, *, threads: int | None = None, report: Report = silent
 ) -> Work:
-    """Raises ParameterUnknown, EvaluationRefused (a reference of another vocabulary)."""
+    """Raises ParameterUnknown, EvaluationRefused (a reference of another vocabulary), ModelInvalid (it cannot be run)."""
+    check_runnable(model)
     takes = {*evaluator.needs, *evaluator.uses}
     reference = inputs.reference if "reference" in takes else None
     if reference is not None:
@@ -119,7 +121,7 @@ def plan_work(
         "data": sha256_file(data) if data else None,
         "settings": settings,
         "tools": tools.identity,
-        **inputs.options.parts,
+        **inputs.options.parts(tools),
     }
     if evaluator.code:
         parts["code"] = evaluator.code

@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.identity import sha256_file, sha256_json, write_json
 from apex_build.native import output
+from apex_build.native.arguments import check_no_double, resolve
+from apex_build.native.early import warnings_of
+from apex_build.native.memory import memory_limit
 from apex_build.native.run import ToolRun, run_tool
 from apex_build.native.server import Server, serve
 from apex_build.native.toolset import Toolset
@@ -51,6 +55,7 @@ class ToolOptions:
 
     gpu_layers: int | None = None
     arguments: tuple[str, ...] = ()
+    memory: int | None = None  # bytes that a tool may take; None: by the model's size
 
     def __post_init__(self) -> None:
         for argument in self.arguments:
@@ -58,17 +63,22 @@ class ToolOptions:
             if colon and name.startswith("llama-") and name not in (*_ALIKE, _OWN):
                 raise ParameterUnknown(f"--tool-argument {argument}: the tools are {', '.join((*_ALIKE, _OWN))}, not {name}")
 
-    @property
-    def parts(self) -> dict[str, Any]:
-        """For identities: where and how a model is evaluated changes its figures a little, and its times. Empty by default."""
-        layers = {} if self.gpu_layers is None else {"gpu_layers": self.gpu_layers}
-        return layers | ({"tool_arguments": list(self.arguments)} if self.arguments else {})
+    def parts(self, tools: Toolset) -> dict[str, Any]:
+        """For identities: where and how a model is evaluated changes its figures a little, and its times. Empty by default.
+
+        The files among the arguments count by their contents. Raises ParameterUnknown for an argument that apex sets itself.
+        """
+        found: dict[str, Any] = {} if self.gpu_layers is None else {"gpu_layers": self.gpu_layers}
+        if self.arguments:
+            found["tool_arguments"] = list(self.arguments)
+        files = {path: sha for tool in (*_ALIKE, _OWN) for path, sha in resolve(tools.tool(tool), self.of(tool)).files.items()}
+        return found | ({"tool_argument_files": files} if files else {})
 
     def of(self, tool: str) -> list[str]:
-        """The arguments for a tool."""
+        """The user's own arguments for a tool."""
         if tool not in (*_ALIKE, _OWN):
             return []
-        found = [] if self.gpu_layers is None else ["--n-gpu-layers", str(self.gpu_layers)]
+        found: list[str] = []
         for argument in self.arguments:
             name, colon, rest = argument.partition(":")
             if colon and name in (*_ALIKE, _OWN):
@@ -102,19 +112,27 @@ class Task:
     def run(self, tool: str, *arguments: str | Path, what: str = "", log: Path | None = None) -> ToolRun:
         """Run a tool of the build to its end, reporting the chunks that it counts. Raises ToolFailed, ToolKilled."""
         watch = _chunks(f"{self.evaluator}: {what or self.model.path.name}", self.report)
-        command = [self.tools.tool(tool), *arguments, *self._options(tool)]
+        own = [str(argument.absolute()) if isinstance(argument, Path) else argument for argument in arguments]
+        command: list[str | Path] = [self.tools.tool(tool), *own, *self._options(tool, own)]
         with self._machine():
-            return run_tool(command, on_line=watch, explain=output.explain, log=log)
+            return run_tool(command, on_line=watch, explain=output.explain, log=log, memory=self._memory(own))
 
     @contextmanager
     def serve(self, *arguments: str) -> Iterator[Server]:
         """llama-server with the model, for a `with` block; on a free port of the loopback, and ended with the block."""
-        options = self._options("llama-server")
+        options = self._options("llama-server", arguments)
         patience = _READY + sum(path.stat().st_size for path in self.model.files) / _SLOW_DISK
         with (
             self._machine(),
-            serve(self.tools, self.model.path, arguments=[*arguments, *options], ready_within=patience) as server,
+            serve(
+                self.tools,
+                self.model.path,
+                arguments=[*arguments, *options],
+                ready_within=patience,
+                memory=self._memory(arguments),
+            ) as server,
         ):
+            server.tell(warnings_of(self.report, f"{self.evaluator}: {self.model.path.name}"))
             yield server
 
     def kept(self, name: str, about: Mapping[str, object], make: Callable[[Path], None], *, of: Model | None = None) -> Path:
@@ -123,7 +141,13 @@ class Task:
 
         `make` writes it to the path it is given; nothing that it left half-written is ever found. `about` holds JSON values.
         """
-        parts = {**about, "model": fingerprint(of or self.model), "tools": self.tools.identity, "name": name, **self.options.parts}
+        parts = {
+            **about,
+            "model": fingerprint(of or self.model),
+            "tools": self.tools.identity,
+            "name": name,
+            **self.options.parts(self.tools),
+        }
         if self.code:  # not a built-in evaluator: another version of it may write another file, and others may use the same name
             parts |= {"evaluator": self.evaluator, "code": self.code}
         path = cache_root() / "evaluation" / sha256_json(parts)[:32] / name
@@ -140,8 +164,22 @@ class Task:
     def identity_of_text(self, domain: str) -> str:
         return sha256_file(self.texts[domain])
 
-    def _options(self, tool: str) -> list[str]:
-        return [*self.options.of(tool), *([] if self.threads is None else ["--threads", str(self.threads)])]
+    def _options(self, tool: str, own: Sequence[str]) -> list[str]:
+        """What the user adds to a tool's `own` arguments. Raises ParameterUnknown for what is among those already."""
+        program, given = self.tools.tool(tool), self.options.of(tool)
+        check_no_double(program, own, given)
+        layers = [] if self.options.gpu_layers is None else ["--n-gpu-layers", str(self.options.gpu_layers)]
+        threads = [] if self.threads is None else ["--threads", str(self.threads)]
+        return [*layers, *resolve(program, given).arguments, *threads]
+
+    def _memory(self, arguments: Sequence[str]) -> int:
+        """Bytes that a tool may take beside the files that it maps."""
+        if self.options.memory is not None:
+            return self.options.memory
+        sizes = [tensor.n_bytes for model in (self.model, self.reference) if model for tensor in model.tensors]
+        contexts = [int(value) for name, value in pairwise(arguments) if name in ("-c", "--ctx-size") and value.isdecimal()]
+        vocabulary = max(max(tensor.shape) for tensor in self.model.tensors)
+        return memory_limit(sum(sizes), max(contexts, default=0), vocabulary)
 
     @contextmanager
     def _machine(self) -> Iterator[None]:
@@ -205,8 +243,10 @@ def _this_machine() -> str:
 
 def _chunks(task: str, report: Report) -> Callable[[str], None]:
     total: list[int] = []
+    warn = warnings_of(report, task)
 
     def watch(line: str) -> None:
+        warn(line)
         if plan := output.planned(line):
             total[:] = [plan.chunks]
             report(Step(task, 0, plan.chunks, "chunks"))

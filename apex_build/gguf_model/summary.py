@@ -12,6 +12,7 @@ from gguf.constants import LlamaFileType
 from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.gguf_model.coverage import Coverage, TensorCoverage
 from apex_build.gguf_model.imatrix import Imatrix
+from apex_build.gguf_model.runnable import trunk_blocks
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ModelSummary:
     architecture: str
     file_type: str | None
     trunk_layers: int
+    trunk_layers_here: int  # fewer in a file of the draft head alone
     head_layers: int
     head_tensors: int  # 0 with head_layers > 0: a file that promises a head and lacks it
     experts: int
@@ -88,6 +90,7 @@ def summarize(model: Model) -> ModelSummary:
         architecture=model.architecture,
         file_type=file_type_name(model.file_type),
         trunk_layers=model.trunk_layers,
+        trunk_layers_here=trunk_blocks(model),
         head_layers=model.head_layers,
         head_tensors=sum(tensor.draft_head for tensor in model.tensors),
         experts=model.n_expert,

@@ -17,6 +17,9 @@ from pathlib import Path
 
 from apex_build.errors import ToolKilled
 
+# the option of every verb that runs a model
+MEMORY = "Memory in GB that a tool may take beside the model's file.  [default: twice the model and 8.6]"
+
 _BASE = 8 << 30
 _SHARE = 0.95  # of the machine's memory, which the rest of the system needs some of
 _EVERY = 0.2  # seconds
@@ -36,6 +39,10 @@ class Guard:
             f"{name} took {self.exceeded / 1e9:.1f} GB of memory, and was ended: it may have {self.limit / 1e9:.1f} GB{where}",
             hint=f"--memory {max(1, round(2 * self.limit / 1e9))} gives it more, in GB; is the file whole? apex inspect MODEL",
         )
+
+
+def bytes_of(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 1e9)
 
 
 def memory_limit(n_bytes: int, context: int = 0, vocabulary: int = 0) -> int:

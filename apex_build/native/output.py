@@ -49,8 +49,38 @@ _DIAGNOSES = tuple(
             "download or convert it again, then: apex inspect FILE",
         ),
         (r"you need at least (\d+) tokens", "the text is too short: {0} tokens are needed", "give more text, or a smaller context"),
+        (
+            r"the MTP head of this architecture can not be evaluated$",
+            "the MTP head of this architecture can not be evaluated",
+            "leave the head out: --only perplexity,kld,speed, or calibrate with --no-mtp",
+        ),
+        (
+            r"unknown pre-tokenizer type: '([^']*)'",
+            "the pinned llama.cpp does not know the pre-tokenizer {0!r}",
+            "apex build --pin latest; or convert again with: apex convert FOLDER --pre-tokenizer NAME",
+        ),
         (r"couldn't bind HTTP server socket", "the server's port is taken", None),
         (r"error loading model: (.*)", "the model could not be loaded: {0}", None),
+    )
+)
+
+
+# What a tool says in its first seconds and then goes on: pattern, what to tell.
+_WARNINGS = tuple(
+    (re.compile(pattern), words)
+    for pattern, words in (
+        (
+            r"no usable GPU found, --gpu-layers option will be ignored",
+            "no usable GPU was found: --gpu-layers is ignored, the CPU does all",
+        ),
+        (r"ggml_cuda_init: failed to initialize CUDA: (.*)", "CUDA cannot be used, the CPU does all: {0}"),
+        (
+            r"missing pre-tokenizer type, using: '([^']*)'",
+            "the model names no pre-tokenizer: {0} is used, and words may be split wrongly",
+        ),
+        (r"GENERATION QUALITY WILL BE DEGRADED", "the model names no pre-tokenizer: words may be split wrongly; convert it again"),
+        (r"warning: failed to (mlock \d+-byte buffer[^:]*)", "the tool could not {0}"),
+        (r"(lora for '[^']*' cannot use .*, fallback to CPU)", "{0}"),
     )
 )
 
@@ -187,6 +217,22 @@ def tensor_without_data(lines: Sequence[str]) -> str | None:
     for line in lines:
         if found := _MISSING_DATA.search(line):
             return found[1] or found[2]
+    return None
+
+
+HEAD_UNKNOWN = "the MTP head of this architecture can not be evaluated"
+
+
+def head_left_out(line: str) -> bool:
+    """Whether llama-imatrix says, before its first chunk, that it runs the trunk alone."""
+    return "ignoring --mtp" in line
+
+
+def warning(line: str) -> str | None:
+    """What a tool's line warns of and a person should know at once, in our words; None for a line that warns of nothing."""
+    for pattern, words in _WARNINGS:
+        if found := pattern.search(line):
+            return words.format(*found.groups())
     return None
 
 

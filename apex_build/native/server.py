@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +93,11 @@ class Server:
         if not found:
             return None
         raise ToolFailed(f"llama-server counted {counted} drafted tokens and printed {total}{where(self.log)}")
+
+    def tell(self, watch: Callable[[str], None]) -> None:
+        """Give each line that it has printed so far to `watch`."""
+        for line in _lines(self.output):
+            watch(line)
 
     def printed(self) -> int:
         """How many bytes it has printed so far."""

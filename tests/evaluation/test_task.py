@@ -29,13 +29,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_arguments_for_the_tools() -> None:
+def test_arguments_for_the_tools(tools: Toolset) -> None:
     options = ToolOptions(99, ("--no-mmap", "-ot", "exps=CPU", "llama-bench:-mmp", "llama-bench:0", "llama-server:--no-warmup"))
-    assert options.of("llama-perplexity") == ["--n-gpu-layers", "99", "--no-mmap", "-ot", "exps=CPU"]
+    assert options.of("llama-perplexity") == ["--no-mmap", "-ot", "exps=CPU"]
     assert options.of("llama-server") == [*options.of("llama-perplexity"), "--no-warmup"]
-    assert options.of("llama-bench") == ["--n-gpu-layers", "99", "-mmp", "0"]
+    assert options.of("llama-bench") == ["-mmp", "0"]
     assert options.of("llama-tokenize") == [] == ToolOptions().of("llama-server")
-    assert options.parts["gpu_layers"] == 99 and ToolOptions().parts == {}
+    assert options.parts(tools)["gpu_layers"] == 99 and ToolOptions().parts(tools) == {}
     with pytest.raises(ParameterUnknown, match="llama-perplexity, llama-server, llama-bench, not llama-quantize"):
         ToolOptions(None, ("llama-quantize:--pure",))
 

@@ -1,0 +1,21 @@
+"""Telling at once what a tool warns of in its first seconds, and once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from apex_build.native import output
+from apex_build.native.lines import printable
+from apex_build.progress import Report, Step
+
+
+def warnings_of(report: Report, name: str) -> Callable[[str], None]:
+    """A watch over a tool's lines: each warning is reported once, as soon as its line is there."""
+    told: set[str] = set()
+
+    def watch(line: str) -> None:
+        if (words := output.warning(line)) and words not in told:
+            told.add(words)
+            report(Step(f"{name}: {printable(words)}", 0, said=True))
+
+    return watch
