@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_BYTES = 1 << 30
+ANSWER_CHARACTERS = 128 << 20
 
 
 class OutOfBounds(Exception):
@@ -49,4 +50,7 @@ def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]], *, cpu_seconds:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes to pipes only
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    json.dump(answer(json.load(sys.stdin)), sys.stdout)
+    text = json.dumps(answer(json.load(sys.stdin)))
+    if len(text) > ANSWER_CHARACTERS:
+        sys.exit(f"it gives more than {ANSWER_CHARACTERS >> 20} MiB")
+    sys.stdout.write(text)

@@ -21,6 +21,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from apex_build import confined
 
 CPU_SECONDS = 120
+# What all conversations together may become: templates add a few words to each message, and some repeat the tools.
+_BASE_CHARACTERS = 8 << 20
+_TIMES_GIVEN = 8
 DATE = datetime(2026, 1, 1)
 
 
@@ -60,11 +63,18 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _refuse, "strftime_now": DATE.strftime}
     results: list[dict[str, str]] = []
+    left = _BASE_CHARACTERS + _TIMES_GIVEN * len(json.dumps(request["conversations"], ensure_ascii=False))
     try:
         template = environment.from_string(request["template"])
         for conversation in request["conversations"]:
             try:
-                results.append({"text": template.render(**request["variables"], **conversation)})
+                pieces = []
+                for piece in template.generate(**request["variables"], **conversation):
+                    left -= len(piece)
+                    if left < 0:
+                        return {"error": "it renders many times what it is given", "at": len(results)}
+                    pieces.append(piece)
+                results.append({"text": "".join(pieces)})
             except _Refused as error:
                 results.append({"refused": str(error)})
     except SecurityError as error:

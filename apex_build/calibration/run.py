@@ -357,7 +357,7 @@ def _snapshot(work: Path) -> tuple[Path | None, int]:
     """The newest snapshot to go on from, and the chunks it holds: whole, and with enough left for llama-imatrix to start."""
     try:
         total = int(read_json(work / "total.json"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError):
         return None, 0
     for path, chunks in reversed(_snapshots(work)):
         try:

@@ -187,7 +187,7 @@ def _show(built: Built, packed: Packed | None, json_: bool) -> None:
     counts = f", compiler cache: {', '.join(f'{count} {name}' for name, count in built.counts.items())}" if built.counts else ""
     how = "already built" if built.reused else f"built in {built.seconds:.0f} s{counts}"
     click.echo(f"{toolset.bin}: {how}")
-    if toolset.manifest["pin"]["name"] != DEFAULT_PIN:
+    if (toolset.manifest.get("pin") or {}).get("name") != DEFAULT_PIN:
         click.echo(f"to use these tools: APEX_TOOLS={toolset.root}")
     if packed:
         carried.show_packed(packed)
@@ -251,12 +251,12 @@ def _list(json_: bool) -> None:
         (
             "*" if item.current else "",
             item.key,
-            (item.manifest["pin"] or {}).get("name", "-"),
-            item.manifest["backend"],
-            f"{item.manifest['compiler']['kind']} {item.manifest['compiler']['version']}",
-            len(item.manifest["patches"]),
-            item.manifest["built"],
-            f"{item.manifest['seconds']:.0f} s",
+            (item.manifest.get("pin") or {}).get("name", "-"),
+            item.manifest.get("backend", "-"),
+            " ".join(str(item.manifest.get("compiler", {}).get(name, "-")) for name in ("kind", "version")),
+            len(item.manifest.get("patches", ())),
+            item.manifest.get("built", "-"),
+            f"{item.manifest.get('seconds', 0):.0f} s",
             show.size(sum(path.stat().st_size for path in item.root.rglob("*") if path.is_file() and not path.is_symlink())),
         )
         for item in builds

@@ -43,7 +43,7 @@ def read_account(path: Path) -> Account:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         written = {str(name): tuple(sources) for name, sources in found["written"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionFailed(f"the converter's account of the tensors cannot be read: {error}") from None
     return Account(written, frozenset(found["read"]).union(*written.values()))
 

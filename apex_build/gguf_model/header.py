@@ -24,6 +24,8 @@ MAX_KEYS = 1 << 16
 MAX_NAME = 63  # bytes of a tensor name: GGML_MAX_NAME less its terminator
 MAX_KEY = 255  # bytes
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+MAX_ELEMENTS = 1 << 17  # of all arrays that are kept, together
+MAX_STRINGS = 1 << 22  # of all arrays of strings; a vocabulary with its merges has under a million
 SMALL_ARRAY = 1024  # elements; longer arrays are left in the file as an ArrayValue
 INT64_MAX = (1 << 63) - 1
 
@@ -109,13 +111,14 @@ def _parse(cursor: Cursor) -> Header:
             raise cursor.invalid(f"damaged: the header says that there are {count} {what}; no real file has more than {most}")
 
     metadata: dict[str, Any] = {}
+    counted = _Counted()
     alignment = GGUF_DEFAULT_ALIGNMENT
     for index in range(n_keys):
         key = cursor.word(f"key {index + 1} of {n_keys}", longest=MAX_KEY, blanks=True)
         if key in metadata:
             raise cursor.invalid(f"the key {key} is there twice")
         type_ = _value_type(cursor, f"the key {key}")
-        metadata[key] = _value(cursor, type_, f"the key {key}")
+        metadata[key] = _value(cursor, type_, f"the key {key}", counted)
         if key == "general.alignment":
             alignment = _alignment(cursor, type_, metadata[key])
 
@@ -133,7 +136,24 @@ def _value_type(cursor: Cursor, what: str) -> GGUFValueType:
         raise cursor.invalid(f"{what}: unknown value type {number}") from None
 
 
-def _value(cursor: Cursor, type_: GGUFValueType, what: str) -> Any:
+@dataclass
+class _Counted:
+    """Elements of arrays so far: a file of many small arrays costs as much as one of a few absurd ones."""
+
+    kept: int = 0
+    strings: int = 0
+
+    def add(self, cursor: Cursor, what: str, *, kept: int, strings: int) -> None:
+        self.kept += kept
+        self.strings += strings
+        if self.kept > MAX_ELEMENTS or self.strings > MAX_STRINGS:
+            raise cursor.invalid(
+                f"{what}: with it the arrays of the header hold more than {MAX_ELEMENTS} elements, or {MAX_STRINGS} strings: "
+                "no real file has as many"
+            )
+
+
+def _value(cursor: Cursor, type_: GGUFValueType, what: str, counted: _Counted) -> Any:
     if type_ == GGUFValueType.STRING:
         return cursor.string(what)
     if type_ != GGUFValueType.ARRAY:
@@ -142,8 +162,10 @@ def _value(cursor: Cursor, type_: GGUFValueType, what: str) -> Any:
     count = cursor.scalar(U64, what)
     if element == GGUFValueType.ARRAY:
         raise cursor.invalid(f"{what}: an array of arrays, which llama.cpp does not read")
+    small = count <= SMALL_ARRAY
     cursor.need(count * (U64.size if element == GGUFValueType.STRING else SCALARS[element].size), what)
-    if count <= SMALL_ARRAY:
+    counted.add(cursor, what, kept=count if small else 0, strings=count if element == GGUFValueType.STRING else 0)
+    if small:
         return cursor.elements(element, count, what)
     start = cursor.at
     cursor.skip(element, count, what)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,13 @@ from apex_build import places
 from apex_build.errors import BuildMissing
 from apex_build.identity import sha256_file, sha256_json
 
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **{"backend": str, "built": str, "host": str, "key": str, "source": str, "compiler_cache": str},
+    **{"compiler": dict, "cuda": dict, "files": dict, "options": dict, "environment": dict},
+    **{"patches": list, "targets": list, "cpu_flags": list, "left_out": list},
+    **{"pin": (dict, type(None)), "seconds": (int, float), "recipe": int},
+}
+_MOST_TYPES = 1024  # llama.cpp has some forty
 _HINT = "make build, or: apex build"
 
 
@@ -74,24 +82,53 @@ def find_toolset(path: Path | None = None) -> Toolset:
         return _given(path)
     current = current_build()
     if current is None:
-        raise BuildMissing("the native tools have not been built", hint=_HINT)
+        wrong = _pointers()[1]
+        raise BuildMissing("; ".join(wrong) or "the native tools have not been built", hint=_HINT)
     return open_build(current)
 
 
 def current_build() -> Path | None:
     """The folder of the build in use, if there is one. Each backend has a pointer; the one that was last asked for counts."""
-    builds = places.cache_root() / "builds"
-    pointers = [_json(path) for path in sorted(builds.glob("current-*.json"))]
-    if not pointers:
-        return None
-    return builds / str(max(pointers, key=lambda pointer: float(pointer.get("at", 0))).get("key", ""))
+    pointers = _pointers()[0]
+    return places.cache_root() / "builds" / max(pointers)[1] if pointers else None
+
+
+def _pointers() -> tuple[list[tuple[float, str]], list[str]]:
+    """When each build in use was asked for last, with its key; and what is wrong with pointers that are damaged."""
+    found, wrong = [], []
+    for path in sorted((places.cache_root() / "builds").glob("current-*.json")):
+        try:
+            pointer = _json(path)
+            at, key = pointer.get("at", 0), pointer.get("key")
+            if not isinstance(at, (int, float)) or not isinstance(key, str) or not re.fullmatch(r"[\w-]{1,64}", key):
+                raise BuildMissing(f"{path} is damaged: it names no build")
+            found.append((float(at), key))
+        except (BuildMissing, OverflowError) as error:
+            wrong.append(getattr(error, "message", f"{path} is damaged"))
+    return found, wrong
+
+
+def misshapen(manifest: Mapping[str, Any]) -> str:
+    """What is wrong about the kinds of a manifest's values, of those that are there; empty where nothing is."""
+    for name, kinds in _KINDS.items():
+        if name in manifest and not isinstance(manifest[name], kinds):
+            return f"'{name}' is of another kind"
+    count = manifest.get("ggml_type_count")
+    if count is not None and (type(count) is not int or not 0 < count <= _MOST_TYPES):
+        return f"ggml_type_count is {count!r:.40}"
+    for name, about in manifest.get("files", {}).items():
+        if not isinstance(about, dict) or type(about.get("size")) is not int or ".." in name.split("/") or name.startswith("/"):
+            return f"what it says of {name!r:.80}"
+    return ""
 
 
 def open_build(root: Path) -> Toolset:
     """A build that `apex build` made, checked cheaply: every file of its manifest is there with its size."""
     manifest = _json(root / "manifest.json")
+    if wrong := misshapen(manifest):
+        raise BuildMissing(f"{root / 'manifest.json'} is damaged: {wrong}", hint=_HINT)
     files = manifest.get("files")
-    if not isinstance(files, dict) or not files:
+    if not files:
         raise BuildMissing(f"{root / 'manifest.json'} lists no files", hint=_HINT)
     for name, about in files.items():
         try:
@@ -118,7 +155,7 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise BuildMissing(f"the build in {path.parent} is not complete: no {path.name}", hint=_HINT) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BuildMissing(f"{path} is damaged: not JSON", hint=_HINT) from None
     if not isinstance(value, dict):
         raise BuildMissing(f"{path} is damaged: not a JSON object", hint=_HINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ def render(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantiza
         error = TemplateUnsafe if answer["error"] == "unsafe" else TemplateFailed
         where = f"{answer['file']}:{answer['line']}" if answer["file"] else str(policy.template)
         raise error(f"template of policy '{policy.name}', {where}: {printable(answer['message'])}")
-    sources = {file: Path(file).read_text("utf-8").split("\n") for file, _ in answer["places"] if file}
+    literal = {file: _lines_of(Path(file)) for file in {file for file, _ in answer["places"] if file}}
     lines = answer["text"].split("\n")
-    return [(line, _where(line, file, number, sources)) for line, (file, number) in zip(lines, answer["places"], strict=False)]
+    return [(line, _where(line, file, number, literal)) for line, (file, number) in zip(lines, answer["places"], strict=False)]
 
 
 def template_files(policy: PolicySpec) -> Iterator[Path]:
@@ -91,9 +92,18 @@ def _run(request: Mapping[str, Any], about: str) -> dict[str, Any]:
         raise TemplateFailed(f"{about}: {printable(str(error))}") from None
 
 
-def _where(line: str, file: str, number: int, sources: Mapping[str, Sequence[str]]) -> str:
+def _lines_of(file: Path) -> dict[str, list[int]]:
+    """Each line of a template without the blanks around it, and the numbers it stands at."""
+    found: dict[str, list[int]] = {}
+    for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
+        found.setdefault(line.strip(), []).append(number)
+    return found
+
+
+def _where(line: str, file: str, number: int, literal: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
     """Jinja knows the statement a line came from; for a line that stands in the template as it is, its own number is better."""
     if line.strip() and file:
-        literal = (index for index, given in enumerate(sources[file], 1) if index >= number and given.strip() == line.strip())
-        number = next(literal, number)
+        numbers = literal[file].get(line.strip(), ())
+        at = bisect.bisect_left(numbers, number)
+        number = numbers[at] if at < len(numbers) else number
     return f"{file}:{number}"

@@ -23,6 +23,9 @@ from apex_build.source.contents import MAX_FILE, check_path, wanted
 
 MAX_MEMBERS = 100_000
 MAX_TOTAL = 4 << 30  # bytes, all members together; the pinned sdists have 0.2 GB
+_MAX_EXTENSIONS = 16 << 20  # bytes of pax headers and long names, all members together; they become a multiple of that in memory
+_MAX_GLOBAL = 64 << 10  # bytes of those that hold for all members after them: each member gets a copy
+_DIGITS = re.compile(rb"\d{100}")  # tarfile's own patterns take time by the square of such a run
 _MAX_WINDOW = 128 << 20  # bytes that a zstd stream may ask us to keep
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, OSError)
 
@@ -48,17 +51,30 @@ _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7z
 
 
 class _Bounded:
-    """A decompressed stream that hands out no huge block: tarfile reads extension headers whole, whatever size they claim."""
+    """A decompressed stream that hands out no huge block: tarfile reads extension headers whole, whatever size they claim.
+
+    `in_headers`: all that is read belongs to headers, and is bounded in sum.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.seek = file.seek
         self.tell = file.tell
+        self.in_headers = True
+        self._left = _MAX_EXTENSIONS + tarfile.BLOCKSIZE * (MAX_MEMBERS + 2)
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > MAX_FILE:
             raise tarfile.TarError(f"a header that claims {size} bytes")
-        return self._file.read(size)
+        if not self.in_headers:
+            return self._file.read(size)
+        self._left -= size
+        if self._left < 0 or size > _MAX_EXTENSIONS:
+            raise tarfile.TarError(f"more than {_MAX_EXTENSIONS >> 20} MiB of extension headers")
+        data = self._file.read(size)
+        if _DIGITS.search(data):
+            raise tarfile.TarError("a header with a number of a hundred digits")
+        return data
 
 
 def read_archive(archive: Path, folder: str, commit: str) -> Iterator[tuple[str, bytes]]:
@@ -71,13 +87,13 @@ def read_archive(archive: Path, folder: str, commit: str) -> Iterator[tuple[str,
     with open_tar(archive) as tar:
         members: list[tuple[str, tarfile.TarInfo]] = []
         total = 0
-        for member in tar:
+        for member in members_of(archive, tar):
             total += max(member.size, 0)
             if len(members) >= MAX_MEMBERS or total > MAX_TOTAL or member.size < 0:
                 limits = f"more than {MAX_MEMBERS} members or {MAX_TOTAL} bytes, or a negative size"
-                raise ArchiveUnsafe(f"{archive.name}: refused at {member.name!r}: {limits}")
+                raise ArchiveUnsafe(f"{archive.name}: refused at {member.name!r:.200}: {limits}")
             members.append((member_path(archive, member), member))
-        _check_commit(archive, tar.pax_headers.get("comment", ""), commit)
+        _check_commit(archive, str(tar.pax_headers.get("comment", "")), commit)
         top = _top(archive, [path for path, member in members if member.isfile()], folder)
         chosen = _choose(archive, members, top)
         for path, member in chosen.items():
@@ -98,7 +114,7 @@ def open_tar(archive: Path) -> Iterator[tarfile.TarFile]:
             opener = next((opener for start, opener in _OPENERS.items() if magic.startswith(start)), None)
             with raw if opener is None else opener(raw) as file:
                 bounded: Any = _Bounded(file)
-                with tarfile.open(fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+                with _opened(bounded) as tar:
                     yield tar
     except ApexError:
         raise
@@ -112,6 +128,38 @@ def open_tar(archive: Path) -> Iterator[tarfile.TarFile]:
         if isinstance(error, OSError) and error.errno:
             raise DownloadFailed(f"{archive} cannot be read: {error.strerror}") from None
         raise DownloadFailed(f"{archive} is cut short or damaged: {error}", hint="copy or download it again") from None
+
+
+def _opened(bounded: Any) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape")
+    except (tarfile.TarError, *_DAMAGED):
+        raise
+    except Exception as error:  # it reads the first header
+        raise tarfile.TarError(f"a header that cannot be read: {type(error).__name__}") from None
+
+
+def members_of(archive: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members' headers. After the last of them contents may be read. Raises ArchiveUnsafe for absurd headers, and for sparse
+    files, which no archive of ours has."""
+    bounded: Any = tar.fileobj
+    while (member := _next(tar)) is not None:
+        if sum(len(key) + len(str(value)) for key, value in tar.pax_headers.items()) > _MAX_GLOBAL:
+            raise ArchiveUnsafe(f"{archive.name}: refused at {member.name!r:.200}: more than {_MAX_GLOBAL} bytes of global headers")
+        if member.sparse is not None:
+            raise ArchiveUnsafe(f"{archive.name}: the member {member.name!r:.200} is a sparse file")
+        member.pax_headers = {}  # a copy of all global ones
+        yield member
+    bounded.in_headers = False
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    try:
+        return tar.next()
+    except (tarfile.TarError, *_DAMAGED):
+        raise
+    except Exception as error:  # numbers and texts of headers reach int(), float() and recursion unchecked
+        raise tarfile.TarError(f"a header that cannot be read: {type(error).__name__}") from None
 
 
 def member_path(archive: Path, member: tarfile.TarInfo) -> str:

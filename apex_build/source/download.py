@@ -16,6 +16,7 @@ import httpx2
 from unearth import Link, PackageFinder
 from unearth.fetchers.sync import PyPIClient
 
+from apex_build.deadline import OutOfTime, deadline
 from apex_build.errors import ApexError, DownloadFailed, HashMismatch
 from apex_build.identity import sha256_file
 from apex_build.outputs import whole_file, writing
@@ -28,6 +29,8 @@ _NETWORK = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
 # As pip does: a server that would compress the file once more on the way must not, what is hashed is the file itself.
 _AS_IT_IS = {"Accept-Encoding": "identity"}
 _ELSEWHERE = "apex source fetch --from git, or --archive FILE with a copy of the sdist or of the tree"
+_PATIENCE = 4.0  # times pip's timeout, which is that of a single read: for an answer that comes in drops
+_SLOWEST = 4e3  # bytes a second; with less, a download is given up
 _LIMIT = 1 << 30  # bytes of a download whose pin names no size
 
 
@@ -95,7 +98,7 @@ def download(wanted: IndexFile, report: Report = silent, config: PipConfig | Non
         target.parent.mkdir(parents=True, exist_ok=True)
         for link in _candidates(wanted, config, session, warnings):
             try:
-                _fetch(link, wanted, session, config.retries, target, report)
+                _fetch(link, wanted, session, config, target, report)
                 return target
             except ApexError as error:
                 problems.append(error)
@@ -110,7 +113,11 @@ def _candidates(wanted: IndexFile, config: PipConfig, session: PyPIClient, warni
     for finder in _finders(config, session, warnings, wheels=wanted.file.endswith(".whl")):
         for attempt in range(config.retries + 1):
             try:
-                matches = list(finder.find_matches(wanted.requirement, allow_yanked=True, allow_prereleases=True))
+                with deadline(_PATIENCE * config.timeout):
+                    matches = list(finder.find_matches(wanted.requirement, allow_yanked=True, allow_prereleases=True))
+            except OutOfTime:
+                warnings.append(f"an index did not answer within {_PATIENCE * config.timeout:.0f} s")
+                break
             except _NETWORK as error:
                 if attempt == config.retries:
                     warnings.append(_say(error))
@@ -141,39 +148,52 @@ def _finders(config: PipConfig, session: PyPIClient, warnings: list[str], *, whe
             yield finder(index_urls=(url,))
 
 
-def _fetch(link: Link, wanted: IndexFile, session: PyPIClient, retries: int, target: Path, report: Report) -> None:
+def _fetch(link: Link, wanted: IndexFile, session: PyPIClient, config: PipConfig, target: Path, report: Report) -> None:
     offered = (link.hash_option or {}).get("sha256", [])
     if offered and wanted.sha256 not in offered:
         raise HashMismatch(
             f"{link.redacted} is offered with sha256 {offered[0]}, but {wanted.named_by} expects {wanted.sha256}",
             hint=wanted.elsewhere,
         )
-    for attempt in range(retries + 1):
+    patience = _PATIENCE * config.timeout
+    for attempt in range(config.retries + 1):
         try:
             with whole_file(target) as part:
-                _receive(link, wanted, session, part, report)
+                _receive(link, wanted, session, part, patience, report)
             return
+        except OutOfTime:
+            raise DownloadFailed(
+                f"{link.redacted}: given up: nothing came for {patience:.0f} s, or under {_SLOWEST / 1e3:.0f} kB a second",
+                hint=wanted.elsewhere,
+            ) from None
         except DownloadFailed:
-            if attempt == retries or link.is_file:
+            if attempt == config.retries or link.is_file:
                 raise
-            _pause(attempt, retries)
+            _pause(attempt, config.retries)
 
 
-def _receive(link: Link, wanted: IndexFile, session: PyPIClient, part: Path, report: Report) -> None:
-    """Download to `part` and verify it. DownloadFailed is worth another try, HashMismatch is not."""
-    digest, done = hashlib.sha256(), 0
+def _receive(link: Link, wanted: IndexFile, session: PyPIClient, part: Path, patience: float, report: Report) -> None:
+    """Download to `part` and verify it. DownloadFailed is worth another try, HashMismatch and OutOfTime are not."""
+    digest, done, began = hashlib.sha256(), 0, time.monotonic()
     limit = wanted.size or _LIMIT
     task = f"downloading {wanted.file}"
     try:
-        with session.get_stream(link.normalized, headers=_AS_IT_IS) as response, part.open("wb") as file:
+        with (
+            deadline(patience) as again,
+            session.get_stream(link.normalized, headers=_AS_IT_IS) as response,
+            part.open("wb") as file,
+        ):
             if response.status_code >= 400:
                 raise DownloadFailed(
                     f"{link.redacted}: the server answers {response.status_code} {response.reason_phrase}", hint=wanted.elsewhere
                 )
             length = response.headers.get("Content-Length", "")
             total = wanted.size or (int(length) if length.isdecimal() else None)
-            for block in response.iter_raw(1 << 18):
+            for block in response.iter_raw():  # as it comes: in blocks of a size, drops would gather unseen
+                again()
                 done += len(block)
+                if time.monotonic() - began > patience + done / _SLOWEST:
+                    raise OutOfTime
                 if done > limit:
                     raise HashMismatch(
                         f"{link.redacted} is larger than the {limit} bytes that {wanted.named_by} names", hint=wanted.elsewhere

@@ -77,7 +77,7 @@ def record(path: Path) -> Record:
     try:
         data = json.loads(_record_file(path).read_text(encoding="utf-8"))
         return Record({str(commit): str(patch) for commit, patch in data["made"].items()}, frozenset(map(str, data["had"])))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Record()  # without it nothing is lost: commits are then matched by what they say
 
 

@@ -68,7 +68,7 @@ def make_current(toolset: Toolset, *, prefer: bool = True) -> None:
     pointer = builds_root() / f"current-{manifest['backend']}.json"
     try:
         at = time.time() if prefer else float(read_json(pointer).get("at", 0))
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError):
         at = 0.0
     write_json(pointer, {"key": manifest["key"], "pin": DEFAULT_PIN, "at": at})
 

@@ -167,6 +167,7 @@ def _times(source: Path) -> dict[str, int]:
 def _turned_back(source: Path, work: Path) -> bool:
     try:
         seen = read_json(work / _TIMES)
-    except (OSError, ValueError):
+        before, began = dict(seen["files"]), int(seen["began"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return False
-    return any(time_ns != seen["files"].get(path) and time_ns < seen["began"] for path, time_ns in _times(source).items())
+    return any(time_ns != before.get(path) and time_ns < began for path, time_ns in _times(source).items())

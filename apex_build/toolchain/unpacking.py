@@ -17,10 +17,10 @@ from typing import IO, Any
 from apex_build.errors import ArchiveUnsafe, BuildForeign, DiskTooSmall, HashMismatch, ToolFailed, ToolTimeout
 from apex_build.identity import write_json
 from apex_build.native.run import run_tool, tail
-from apex_build.native.toolset import Toolset, open_build
+from apex_build.native.toolset import Toolset, misshapen, open_build
 from apex_build.outputs import writing
 from apex_build.progress import Report, Step, silent
-from apex_build.source.archive import MAX_MEMBERS, MAX_TOTAL, member_path, open_tar
+from apex_build.source.archive import MAX_MEMBERS, MAX_TOTAL, member_path, members_of, open_tar
 from apex_build.source.folders import locked, mend, new_folder, put_in_place
 from apex_build.toolchain import cache
 from apex_build.toolchain.machine import cpu_flags
@@ -84,7 +84,7 @@ def _members(archive: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
     members: dict[str, tarfile.TarInfo] = {}
     tops = set()
     total = 0
-    for member in tar:
+    for member in members_of(archive, tar):
         top, _, name = member_path(archive, member).partition("/")
         if member.isdir():
             continue
@@ -116,7 +116,7 @@ def _manifest(archive: Path, tar: tarfile.TarFile, members: Mapping[str, tarfile
         if wrong := _misshapen(manifest):
             raise ValueError(wrong)
         key = key_of(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HashMismatch(f"{archive}: its {MANIFEST} is not one of a build: {error}") from None
     if manifest["recipe"] != cache.RECIPE:
         raise BuildForeign(
@@ -167,6 +167,8 @@ def _misshapen(manifest: Any) -> str:
     for name, about in manifest["files"].items():
         if not isinstance(about, dict) or type(about.get("size")) is not int or not isinstance(about.get("sha256"), str):
             return f"what it says of {name!r:.80}"
+    if wrong := misshapen(manifest):
+        return wrong
     if any(not leaf.isprintable() for leaf in _texts(manifest)):
         return "control characters"
     return ""

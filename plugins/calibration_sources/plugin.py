@@ -82,6 +82,8 @@ def _parsed(line: str, where: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise CalibrationSetInvalid(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise CalibrationSetInvalid(f"{where}: not JSON that can be read: nested too deeply") from None
 
 
 def _document(row: Any, origin: str) -> Document:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,13 @@ def test_a_model_without_a_template_needs_one(testbed: Path, tmp_path: Path) -> 
     assert "--chat-template FILE" in str(caught.value.hint)
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}!")
     assert render(chat_template(model, tmp_path / "mine.jinja"), [HELLO]) == ["hello!"]
+
+
+def test_a_template_that_writes_without_end_is_ended() -> None:
+    began = time.process_time()
+    with pytest.raises(ChatTemplateFailed, match="many times what it is given"):
+        rendered(
+            "{% for n in range(90000) %}{{ 'x' * 2000 }}{% endfor %}",
+            *[Document("a", messages=({"role": "user", "content": "b"},))] * 3,
+        )
+    assert time.process_time() - began < 3

@@ -280,3 +280,29 @@ def test_damage_anywhere_gives_a_valid_parse_or_model_invalid(tmp_path: Path) ->
             assert str(path) in error.message
             assert error.message.isprintable() or "\n" not in error.message
     assert refused > 200
+
+
+def test_many_small_arrays_cost_as_little_as_few(tmp_path: Path) -> None:
+    """240 MB of arrays of strings, each below the length that is left in the file."""
+    strings = struct.pack("<Q", 0) * 1024
+    path = tmp_path / "arrays.gguf"
+    with path.open("wb") as file:
+        file.write(gguf_bytes(n_keys=29_000, rest=0))
+        for number in range(29_000):
+            key = f"k{number}".encode()
+            file.write(struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 8, 1024) + strings)
+    began = time.process_time()
+    with pytest.raises(ModelInvalid, match="no real file has as many"):
+        read_header(path)
+    assert time.process_time() - began < 2
+
+
+def test_long_arrays_of_empty_strings_are_counted_too(tmp_path: Path) -> None:
+    path = tmp_path / "strings.gguf"
+    with path.open("wb") as file:
+        file.write(gguf_bytes(n_keys=1, rest=0) + struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 23))
+        file.write(b"\0" * (8 << 23))
+    began = time.process_time()
+    with pytest.raises(ModelInvalid, match="no real file has as many"):
+        read_header(path)
+    assert time.process_time() - began < 2

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from apex_runs import run_apex
 
 from apex_build.errors import BuildMissing
-from apex_build.native.toolset import find_toolset
+from apex_build.native.toolset import Toolset, current_build, find_toolset, open_build
+from apex_build.source.pins import DEFAULT_PIN
+from apex_build.toolchain.cache import all_builds, look_up, make_current
 
 
 @pytest.fixture
@@ -86,3 +90,48 @@ def test_a_build_that_is_not_ours_is_another_when_a_part_of_it_is(tmp_path: Path
             (root / name).write_text(f"{name} {name == changed}")
         found.add(find_toolset(root).identity)
     assert len(found) == 4
+
+
+DAMAGED = ("null", '"x"', "[]", "3", "", "{", "[" * 100_000, '{"key": 3}', '{"key": "../.."}', '{"key": "abc", "at": "x"}', "\xff")
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_pointer_is_none(content: str, cache: Path) -> None:
+    pointer = cache / "builds" / "current-cpu.json"
+    root = make_build(cache / "builds" / "abc")
+    pointer.write_text(content, encoding="latin-1")
+    with pytest.raises(BuildMissing, match=r"current-cpu\.json is damaged"):
+        find_toolset()
+    assert current_build() is None
+    assert [build.key for build in all_builds()] == ["abc"]
+    (cache / "builds" / "current-cuda.json").write_text('{"key": "abc"}')
+    assert find_toolset().root == root
+    make_current(Toolset(root, {"key": "abc", "backend": "cpu", "pin": {"name": DEFAULT_PIN}}))
+    for verb in (("doctor",), ("build", "--list")) if content in ("null", '"x"', "[" * 100_000) else ():
+        run_apex(*verb, env={**os.environ, "APEX_CACHE_DIR": str(cache)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"bin/llama-quantize": None}},
+        {"files": {"bin/llama-quantize": {"size": "x"}}},
+        {"files": {"../../x": {"size": 1}}},
+        {"files": []},
+        {"pin": "x"},
+        {"cuda": 3},
+        {"key": []},
+        {"patches": 7},
+        {"ggml_type_count": "x"},
+        {"ggml_type_count": 10**9},
+        {"ggml_type_count": -1},
+        {"ggml_type_count": True},
+    ],
+)
+def test_a_manifest_of_other_kinds_is_a_damaged_build(change: dict[str, object], cache: Path) -> None:
+    root = make_build(cache / "builds" / "abc")
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(BuildMissing, match=r"manifest\.json is damaged"):
+        open_build(root)
+    assert look_up("abc") is None and all_builds() == []

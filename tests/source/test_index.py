@@ -107,7 +107,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
         mode, content = self.server.mode, self.server.content
-        if not self.path.endswith(".tar.gz"):
+        if mode == "drops of a header" or mode == f"drops of {'a file' if self.path.endswith('.tar.gz') else 'a page'}":
+            self.drops(mode, content)
+        elif not self.path.endswith(".tar.gz"):
             digest = "0" * 64 if mode == "other hash" else hashlib.sha256(content).hexdigest()
             page = f'<a href="../../files/{quote(self.server.name)}#sha256={digest}">{self.server.name}</a>'.encode()
             self.answer(200, page, "text/html")
@@ -125,6 +127,22 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
         else:
             self.answer(200, content, "application/gzip")
+
+    def drops(self, mode: str, content: bytes) -> None:
+        """A byte now and then: no single read of the other side takes long."""
+        if mode != "drops of a header":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+        else:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        try:
+            for _ in range(300):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.1)
+        except OSError:
+            return
 
     def answer(self, code: int, content: bytes, kind: str, length: int | None = None, hold: bool = False) -> None:
         self.send_response(code)
@@ -179,6 +197,21 @@ def test_bad_index(world: World, apex: Apex, server: Server, code: int, words: s
     assert "Traceback" not in said.err
     assert world.left_over() == []
     assert not world.tree.exists()
+
+
+@pytest.mark.parametrize("server", ["drops of a header", "drops of a page", "drops of a file"], indirect=True)
+def test_a_server_that_answers_in_drops_is_given_up(
+    world: World, apex: Apex, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_TIMEOUT", "0.5")
+    monkeypatch.setenv("PIP_RETRIES", "2")
+    began = time.monotonic()
+    said = apex("source", "fetch")
+    assert time.monotonic() - began < 12
+    assert said.code == DownloadFailed.exit_code
+    assert "did not answer within 2 s" in said.err or "given up: nothing came for 2 s" in said.err
+    assert "Traceback" not in said.err
+    assert world.left_over() == []
 
 
 @pytest.mark.parametrize("server", ["good"], indirect=True)

@@ -110,6 +110,8 @@ def moved(to: str) -> Edit:
         (moved("bin/lib\x1bpart.so"), True, HashMismatch, "control characters"),
         (manifested(backend="../../x"), True, HashMismatch, r"not one of a build: the backend '\.\./\.\./x'"),
         (manifested(seconds="x"), True, HashMismatch, "'seconds' is missing, or of another kind"),
+        (manifested(ggml_type_count="x"), True, HashMismatch, "not one of a build: ggml_type_count is 'x'"),
+        (manifested(ggml_type_count=10**9), True, HashMismatch, "not one of a build: ggml_type_count is 1000000000"),
         (manifested(pin=3), True, HashMismatch, "'pin' is missing, or of another kind"),
         (manifested(pin={"name": 3}), True, HashMismatch, "not one of a build: the pin"),
         (manifested(compiler={}), True, HashMismatch, "not one of a build: the compiler"),
