@@ -53,6 +53,7 @@ DIALOGUE = {"messages": [{"role": "user", "content": "What is two and two?"}, {"
 FILES = (
     "model.gguf", "reference.gguf", "imatrix.gguf", "imatrix2.json", "text.txt", "text.log", "chat.jinja", "set.toml", "data.jsonl",
     "notes/one.txt", "prompts.jsonl", "winogrande.csv", "scales/plugin.py", "scales/mine.jinja", "scales/part.py",
+    "types.txt",
 )  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, testbed: Path, calibrated: P
     for name in ("text.txt", "text.log", "notes/one.txt"):
         (root / name).write_text("Some words about nothing, over and over. " * 200)
     (root / "chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    (root / "types.txt").write_text("token_embd=q8_0\n")
     (root / "set.toml").write_text(SET)
     (root / "data.jsonl").write_text((json.dumps(DIALOGUE) + "\n") * 40)
     (root / "prompts.jsonl").write_text('{"domain": "chat", "prompt": "Hello"}\n')
@@ -82,15 +84,16 @@ def world(tmp_path_factory: pytest.TempPathFactory, testbed: Path, calibrated: P
 
 # verb and output -> its command, {} being where the output goes. The inputs of a command are those that stand in it.
 COMMON = "--plugin scales --tools tools"
+MINE = "--policy mine --imatrix imatrix.gguf --tensor-types types.txt"
 CALIBRATE = f"calibrate model.gguf --chat-template chat.jinja --calibration-set set.toml {COMMON}"
 EVALUATED = "--reference reference.gguf --text text.txt --prompts prompts.jsonl --data winogrande=winogrande.csv --only weight"
 COMMANDS = {
-    "plan --tensor-types": f"plan model.gguf --policy mine --imatrix imatrix.gguf {COMMON} --tensor-types {{}}",
+    "plan --write-rules": f"plan model.gguf {MINE} {COMMON} --write-rules {{}}",
     "calibrate -o": f"{CALIBRATE} -o {{}}",
     "calibrate --text -o": f"calibrate model.gguf --text text.txt {COMMON} -o {{}}",
     "calibrate --text log": f"calibrate model.gguf --text text.log {COMMON} -o {{}}",
     "calibrate --write-text": f"{CALIBRATE} --write-text {{}}",
-    "quantize -o": f"quantize model.gguf --policy mine --imatrix imatrix.gguf {COMMON} -o {{}}",
+    "quantize -o": f"quantize model.gguf {MINE} {COMMON} -o {{}}",
     "quantize json": f"quantize model.gguf --policy mine --imatrix imatrix2.json {COMMON} -o {{}}",
     "evaluate --results": f"evaluate model.gguf {EVALUATED} {COMMON} --results {{}}",
 }
@@ -183,7 +186,7 @@ def test_a_file_that_is_not_ours_is_not_replaced(
     assert [path.name for path in tmp_path.iterdir()] == [foreign.name] and foreign.read_text() == '{"mine": true}'
 
 
-@pytest.mark.parametrize("name", ["plan --tensor-types", "calibrate --write-text"])
+@pytest.mark.parametrize("name", ["plan --write-rules", "calibrate --write-text"])
 def test_a_text_is_replaced_with_force_and_left_alone_where_it_is_the_same(
     name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +247,7 @@ def test_every_option_that_writes_is_in_these_tests() -> None:
     here = {
         (name.split()[0], {"-o": "--output"}.get(word, word)) for name in COMMANDS for word in name.split()[1:] if word[0] == "-"
     }
-    writing = re.compile(r"--(output|results|export|write-.*|tensor-types|rules|log|save.*)")
+    writing = re.compile(r"--(output|results|export|write-.*|rules|log|save.*)")
     found = set()
     for verb in VERBS:
         command = apex.get_command(click.Context(apex), verb)

@@ -11,31 +11,36 @@ import click
 
 from apex_build.cli import show
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
+from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.gguf_model.model import read_model
+from apex_build.hookspecs import PolicySpec
+from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import find_toolset
 from apex_build.outputs import check_apart, check_place, check_text_free, whole_file
-from apex_build.plugins import load_plugins
+from apex_build.plugins import Plugins, load_plugins
+from apex_build.policy.lists import TypeList, apply_list, own_types, read_list
 from apex_build.policy.parameters import parse_settings
 from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan, make_plan
 from apex_build.policy.render import template_files
 from apex_build.quantization.preflight import check_head_rows
 
 _PATH = click.Path(path_type=Path)
-_ANOTHER = "give another name with --tensor-types"
+_ANOTHER = "give another name with --write-rules"
 
 
 @click.command()
 @click.argument("model_path", metavar="MODEL", type=_PATH)
-@click.option("--policy", "policy_name", metavar="NAME", required=True, help="A policy: apex policies lists them.")
+@click.option("--policy", "policy_name", metavar="NAME", help="A policy: apex policies lists them.")
 @click.option(
     "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policy (may be given several times)."
 )
 @click.option("--imatrix", type=_PATH, help="Check that it has data for the types that need it.")
 @mtp_rows_option
-@click.option("--tensor-types", type=_PATH, help="Write the rules to this file, for llama-quantize --tensor-type-file.")
-@click.option("--force", is_flag=True, help="--tensor-types: replace an existing file.")
+@click.option("--tensor-types", type=_PATH, metavar="FILE", help="A list of regex=type, before the policy's rules or alone.")
+@click.option("--write-rules", type=_PATH, metavar="FILE", help="Write the rules, for llama-quantize --tensor-type-file.")
+@click.option("--force", is_flag=True, help="--write-rules: replace an existing file.")
 @click.option("--tensors/--summary", default=False, help="List every tensor, or (the default) totals by role, type and layers.")
 @click.option(
     "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
@@ -44,11 +49,12 @@ _ANOTHER = "give another name with --tensor-types"
 @click.option("--json", "json_", is_flag=True, help="Print JSON, every tensor in it.")
 def command(
     model_path: Path,
-    policy_name: str,
+    policy_name: str | None,
     settings: tuple[str, ...],
     imatrix: Path | None,
     mtp_rows: str,
     tensor_types: Path | None,
+    write_rules: Path | None,
     force: bool,
     tensors: bool,
     tools_path: Path | None,
@@ -65,24 +71,29 @@ def command(
       apex plan model-F16.gguf --policy i-nano
       apex plan model-F16.gguf --policy i-nano --set draft_head=IQ2_XXS --tensors
       apex plan model-F16.gguf --policy i-mini --set draft_head.routed=IQ2_XXS --set draft_head.other=Q4_K --imatrix imatrix.gguf
-      apex plan model-F16.gguf --policy quality --tensor-types types.txt
+      apex plan model-F16.gguf --policy quality --write-rules rules.txt
+      apex plan model-F16.gguf --tensor-types recipe.txt --set base_type=Q4_K_M
       apex plan model-F16.gguf --policy mine --plugin my-plugin/ --json | jq .bytes
     """
     plugins = load_plugins(folders)
-    policy = plugins.policy(policy_name)
+    policy = policy_of(plugins, policy_name, tensor_types)
     model = read_model(model_path, plugins.role_of)
     tools = find_toolset(tools_path)
-    if tensor_types is not None:
-        check_place(tensor_types, _ANOTHER)
-        given = (*model.files, *([imatrix] if imatrix else []), *plugins.files(), *template_files(policy), *tools.files())
-        check_apart([tensor_types], given, _ANOTHER)
+    if write_rules is not None:
+        check_place(write_rules, _ANOTHER)
+        lists = [path for path in (imatrix, tensor_types) if path]
+        given = (*model.files, *lists, *plugins.files(), *template_files(policy), *tools.files())
+        check_apart([write_rules], given, _ANOTHER)
+    types = read_list(tensor_types, Ggml(tools)) if tensor_types else None
     covered = coverage(read_imatrix(imatrix), model) if imatrix is not None else None
-    plan = make_plan(model, policy, parse_settings(settings), tools, imatrix)
+    plan = make_plan(model, policy, parse_settings(settings), tools, imatrix, types)
     said = check_head_rows(plan.entries, model, covered, rows_of(mtp_rows)) if covered is not None else []
-    if tensor_types is not None:
+    if types is not None:
+        tell_of_list(types, plan, model)
+    if write_rules is not None:
         rules = plan.rules.encode()
-        check_text_free(tensor_types, rules, force=force)
-        with whole_file(tensor_types) as part:
+        check_text_free(write_rules, rules, force=force)
+        with whole_file(write_rules) as part:
             part.write_bytes(rules)
     if json_:
         show.as_json(_json(plan, covered))
@@ -90,6 +101,30 @@ def command(
     _print(plan, covered, tensors=tensors)
     for warning in said:
         click.echo(f"warning: {warning}", err=True)
+
+
+def policy_of(plugins: Plugins, name: str | None, tensor_types: Path | None) -> PolicySpec:
+    """The policy by name; with a list of types alone that of the list. Raises UsageError where there is neither."""
+    if name is not None:
+        return plugins.policy(name)
+    if tensor_types is None:
+        raise click.UsageError("give a policy (apex policies lists them), or a list of types: --policy NAME, --tensor-types FILE")
+    return own_types()
+
+
+def tell_of_list(types: TypeList, plan: Plan, model: Model) -> None:
+    """What a list does not do here, on stderr: rules that find no tensor, and tensors that it leaves to the rest of the plan."""
+    deciding, idle = apply_list(types, model.tensors)
+    if idle:
+        shown = ", ".join(f"{rule.line} (line {rule.where.rpartition(':')[2]})" for rule in idle[:3])
+        more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+        count = f"{len(idle)} of the {len(types.rules)} rules of {types.path}"
+        click.echo(f"note: {count} find no tensor of the model: {shown}{more}", err=True)
+    left = [entry for entry in plan.entries if entry.source != KEPT and entry.name not in deciding]
+    if left:
+        share = sum(entry.n_bytes for entry in left) / plan.n_bytes
+        by = f"the base type, {plan.base_type}" if plan.policy == own_types().name else f"policy '{plan.policy}'"
+        click.echo(f"note: {len(left)} tensors, {share:.1%} of the bytes, are not in {types.path}: {by} decides", err=True)
 
 
 def _json(plan: Plan, covered: Coverage | None) -> dict[str, Any]:

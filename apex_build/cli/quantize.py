@@ -10,13 +10,16 @@ import click
 
 from apex_build.cli import show
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
+from apex_build.cli.plan import policy_of, tell_of_list
 from apex_build.cli.serving import command_line
 from apex_build.errors import OutputUnwritable
 from apex_build.gguf_model.metadata import parse_meta, who_quantizes
 from apex_build.gguf_model.model import read_model
+from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import find_toolset
 from apex_build.outputs import check_apart, with_manifest_and_log
 from apex_build.plugins import load_plugins
+from apex_build.policy.lists import read_list
 from apex_build.policy.parameters import parse_settings
 from apex_build.quantization.naming import TEMPLATE
 from apex_build.quantization.preflight import Allowed
@@ -27,10 +30,11 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 
 @click.command()
 @click.argument("model_path", metavar="MODEL", type=_PATH)
-@click.option("--policy", "names", metavar="NAME", multiple=True, required=True, help="A policy (may be given several times).")
+@click.option("--policy", "names", metavar="NAME", multiple=True, help="A policy (may be given several times).")
 @click.option(
     "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policies (may be given several times)."
 )
+@click.option("--tensor-types", type=_PATH, metavar="FILE", help="A list of regex=type, before the policy's rules or alone.")
 @click.option("--imatrix", type=_PATH, help="Calibration data: apex calibrate makes it.")
 @click.option(
     "-o",
@@ -60,6 +64,7 @@ def command(
     model_path: Path,
     names: tuple[str, ...],
     settings: tuple[str, ...],
+    tensor_types: Path | None,
     imatrix: Path | None,
     output: Path | None,
     name: str | None,
@@ -86,12 +91,14 @@ def command(
       apex quantize model-F16.gguf --policy i-nano --set draft_head=IQ2_XXS --imatrix model-F16.imatrix.gguf -o small.gguf
       apex quantize model-F16.gguf --policy quality --policy balanced --policy compact -o models/
       apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf --meta quantized_by=me --name '{model}-{type}'
+      apex quantize model-F16.gguf --tensor-types recipe.txt --set base_type=Q4_K_M --imatrix model-F16.imatrix.gguf
       apex quantize model-F16.gguf --policy compact --dry-run
     """
     plugins = load_plugins(folders)
-    policies = [plugins.policy(name) for name in dict.fromkeys(names)]
+    policies = [policy_of(plugins, name, tensor_types) for name in dict.fromkeys(names or (None,))]
     model = read_model(model_path, plugins.role_of)
     tools = find_toolset(tools_path)
+    types = read_list(tensor_types, Ggml(tools)) if tensor_types else None
     allowed = Allowed(allow_uncalibrated, allow_fallback, allow_requantize, rows_of(mtp_rows))
     if len(policies) > 1 and output is not None and not output.is_dir():
         raise OutputUnwritable(
@@ -117,8 +124,11 @@ def command(
                 allowed=allowed,
                 metadata=metadata,
                 name=template,
+                types=types,
             )
         )
+    if types is not None:
+        tell_of_list(types, jobs[0].plan, model)
     check_outputs(jobs, force=force)
     check_apart([path for job in jobs for path in with_manifest_and_log(job.out)], plugins.files())
     if dry_run:

@@ -14,11 +14,13 @@ from apex_build.identity import sha256_json
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
 from apex_build.policy.dry_run import DryRun, dry_run, quantizable_tensors
+from apex_build.policy.lists import TypeList, apply_list
 from apex_build.policy.parameters import BASE_TYPE, Value, resolve
 from apex_build.policy.render import render
 from apex_build.policy.rules import Rule, apply_rules, parse_rules, rules_text
 
 MIXTURE = "mixture"
+TYPE_LIST = "tensor_types"  # among a plan's parameters: the digest of a user's list
 KEPT = "kept"
 
 
@@ -94,12 +96,17 @@ class Plan:
 
 
 def make_plan(
-    model: Model, policy: PolicySpec, parameters: Mapping[str, Value], tools: Toolset, imatrix: Path | None = None
+    model: Model,
+    policy: PolicySpec,
+    parameters: Mapping[str, Value],
+    tools: Toolset,
+    imatrix: Path | None = None,
+    types: TypeList | None = None,
 ) -> Plan:
     """Render the policy for the model and have llama-quantize say what it would do with it.
 
     `parameters`: values given by the user, as text or typed; the others take their defaults. For a calibrated policy the plan holds
-    for a run with an imatrix, also while there is none yet.
+    for a run with an imatrix, also while there is none yet. `types`: a user's list, whose rules come before the policy's.
 
     Raises ParameterUnknown, TypeUnknown, TemplateFailed, TemplateUnsafe, ShapeUnfit, ToolFailed; PlanMismatch where llama-quantize
     would not do what the rules say.
@@ -110,6 +117,10 @@ def make_plan(
     quantizable = quantizable_tensors(model, tools)
     rules = parse_rules(render(policy, values, model, quantizable), ggml)
     deciding = apply_rules(rules, model.tensors)
+    if types is not None:
+        rules = (*types.rules, *rules)
+        deciding |= apply_list(types, model.tensors)[0]
+        values[TYPE_LIST] = sha256_json(rules_text(types.rules))
     calibrated = imatrix is not None or policy.calibrated
     run = dry_run(model, base_type, rules_text(rules), tools, imatrix=imatrix, as_if_calibrated=calibrated)
     entries = tuple(

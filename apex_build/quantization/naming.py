@@ -18,7 +18,7 @@ from apex_build.identity import sha256_json
 from apex_build.near import nearby
 from apex_build.places import model_stem
 from apex_build.policy.parameters import BASE_TYPE
-from apex_build.policy.plan import Plan
+from apex_build.policy.plan import TYPE_LIST, Plan
 
 TEMPLATE = "{model}-{tag}"
 # llama.cpp's file types: what parsers look for. A tensor type that is none of them goes by its usual mixture: Q4_K by Q4_K_M.
@@ -64,6 +64,8 @@ def changed_parameters(plan: Plan, policy: PolicySpec) -> dict[str, str]:
     usual = re.sub(r"\{([\w.]+)\}", lambda found: str(plan.parameters.get(found[1], found[0])), policy.base_type)
     if plan.base_type != usual.upper():
         changed[BASE_TYPE] = plan.base_type
+    if TYPE_LIST in plan.parameters:
+        changed[TYPE_LIST] = str(plan.parameters[TYPE_LIST])
     return changed
 
 

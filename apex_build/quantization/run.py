@@ -21,6 +21,7 @@ from apex_build.native.memory import memory_limit
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
 from apex_build.outputs import LOG, MANIFEST, beside, check_place, locked, new_part, put
+from apex_build.policy.lists import TypeList
 from apex_build.policy.parameters import Value
 from apex_build.policy.plan import Plan, make_plan
 from apex_build.policy.render import template_files
@@ -48,6 +49,7 @@ class Job:
     warnings: tuple[str, ...]
     tools: Toolset
     policy: PolicySpec
+    types: TypeList | None = None
 
     @property
     def memory(self) -> int:
@@ -59,6 +61,8 @@ class Job:
         yield from self.model.files
         if self.imatrix:
             yield self.imatrix
+        if self.types:
+            yield self.types.path
         yield from template_files(self.policy)
         yield from self.tools.files()
 
@@ -86,10 +90,12 @@ def prepare(
     allowed: Allowed = Allowed(),  # noqa: B008  frozen
     metadata: Sequence[Setting] = (),
     name: str | None = None,
+    types: TypeList | None = None,
 ) -> Job:
     """Plan a file and refuse what can be refused: see preflight. The output's place is checked by `check_outputs` and `run`.
 
     `metadata`: keys to set in the file. With `name` (see naming.file_name) `out` is the folder of a file that is named by its plan.
+    `types`: a list of types that goes before the policy's rules.
     """
     check_policy(policy, model, imatrix)
     covered = None
@@ -97,7 +103,7 @@ def prepare(
         found = read_imatrix(imatrix)
         check_values(found)
         covered = coverage(found, model)
-    plan = make_plan(model, policy, parameters, tools, imatrix)
+    plan = make_plan(model, policy, parameters, tools, imatrix, types)
     warnings = check_plan(plan, model, covered, Ggml(tools), allowed)
     if name is not None:
         out = out / file_name(model.path, plan, policy, name)
@@ -106,7 +112,7 @@ def prepare(
     added: dict[str, str | int | float | bool] = {**keys}
     if covered is not None and imatrix is not None:
         added |= imatrix_keys(Path(imatrix.name), covered.imatrix)
-    return Job(model, plan, covered, imatrix, out, keys, file_size(plan, model, added), tuple(warnings), tools, policy)
+    return Job(model, plan, covered, imatrix, out, keys, file_size(plan, model, added), tuple(warnings), tools, policy, types)
 
 
 def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -> list[str]:

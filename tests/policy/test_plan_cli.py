@@ -63,7 +63,7 @@ def test_an_imatrix_without_the_head(apex, testbed: Path, trunk_imatrix: Path) -
 
 def test_the_rules_as_a_file(apex, testbed: Path, tools: Toolset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     out = tmp_path / "types for it.txt"
-    ran = apex("plan", testbed, "--policy", "i-nano", *SMALL, "--tensor-types", out)
+    ran = apex("plan", testbed, "--policy", "i-nano", *SMALL, "--write-rules", out)
     total = ran.stdout.split("tensors: ")[1].split(" ")[0]
     command = [tools.tool("llama-quantize"), "--dry-run", "--tensor-type-file", out, testbed, "IQ2_XXS"]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -83,7 +83,7 @@ def test_the_rules_as_a_file(apex, testbed: Path, tools: Toolset, tmp_path: Path
         (("--policy", "i-nano", "--set", "edge"), 61, "'edge' is not of the form name=value"),
         (("--policy", "i-nano", "--set", "draft_head=IQ2XXS"), 62, "'IQ2XXS' is not a tensor type"),
         (("--policy", "i-nano", "--set", "base_type=Q4KM"), 62, "'Q4KM' is not a base type"),
-        (("--policy", "i-nano", "--tensor-types", "gone/types.txt"), 71, "gone/types.txt: cannot be written"),
+        (("--policy", "i-nano", "--write-rules", "gone/types.txt"), 71, "gone/types.txt: cannot be written"),
         (("--policy", "i-nano", "--plugin", "gone"), 80, "no plugin in"),
     ],
 )
@@ -111,7 +111,7 @@ def test_bad_templates(apex, testbed: Path, tmp_path: Path, text: str, code: int
         "from pathlib import Path\nfrom apex_build.hookspecs import PolicySpec, hookimpl\n"
         "@hookimpl\ndef apex_policies():\n    return [PolicySpec('mine', Path(__file__).with_name('mine.jinja'), 'Q8_0')]\n"
     )
-    ran = apex("plan", testbed, "--policy", "mine", "--plugin", folder, "--tensor-types", tmp_path / "types.txt")
+    ran = apex("plan", testbed, "--policy", "mine", "--plugin", folder, "--write-rules", tmp_path / "types.txt")
     assert ran.returncode == code and says in ran.stderr and "Traceback" not in ran.stderr
     assert not (tmp_path / "types.txt").exists()
 
