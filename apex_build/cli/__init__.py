@@ -30,6 +30,7 @@ VERBS = {
     "demo": "demo",
     "doctor": "doctor",
     "evaluate": "evaluate",
+    "imatrix": "imatrix",
     "inspect": "inspect",
     "patch": "patch",
     "plan": "plan",
