@@ -18,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from apex_build.errors import ImatrixInvalid, ImatrixMismatch
-from apex_build.gguf_model.imatrix import HEAD_TOKENS, Entry, Imatrix, check_values, read_imatrix
+from apex_build.gguf_model.imatrix import HEAD_ROWS, HEAD_TOKENS, Entry, Imatrix, check_values, read_imatrix
 from apex_build.identity import read_json
 from apex_build.outputs import MANIFEST, beside
 
-HEAD_ROWS = "imatrix.mtp_hidden"  # which of the trunk's rows the head was run over
 _CHUNK_SIZE = 512  # llama-imatrix's default, for a format that does not tell it
 _MAX_COUNT = 1 << 24  # whole numbers up to here are exact in the counts' F32
 
@@ -180,7 +179,7 @@ def _differences(found: Sequence[Imatrix]) -> Iterator[str]:
 
 
 def _head_rows(heads: Sequence[Imatrix]) -> Any:
-    rows = {one.metadata.get(HEAD_ROWS): one.path for one in heads}
+    rows = {one.head_rows: one.path for one in heads}
     if len(rows) > 1:
         said = ", ".join(f"{path}: {row or 'not told'}" for row, path in rows.items())
         raise ImatrixMismatch(

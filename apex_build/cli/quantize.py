@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from apex_build.gguf_model.metadata import parse_meta, who_quantizes
 from apex_build.gguf_model.model import read_model
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import find_toolset
-from apex_build.outputs import check_apart, with_manifest_and_log
+from apex_build.outputs import check_apart, check_room, with_manifest_and_log
 from apex_build.plugins import load_plugins
 from apex_build.policy.lists import read_list
 from apex_build.policy.parameters import parse_settings
+from apex_build.progress import Report
 from apex_build.quantization.naming import TEMPLATE
 from apex_build.quantization.preflight import Allowed
+from apex_build.quantization.provenance import identity
 from apex_build.quantization.run import Job, Quantized, arguments, check_outputs, prepare, run
+from apex_build.quantization.split import parse_size, recorded_shards, shards_of, split
 
 _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 
@@ -43,6 +47,7 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
     help="The file to write, or a folder for files named by --name.  [default: MODEL's folder]",
 )
 @click.option("--name", metavar="TEMPLATE", help=f"Names files: {{model}}, {{tag}}, {{type}}, {{policy}}.  [default: {TEMPLATE}]")
+@click.option("--split-size", metavar="SIZE", help="Write shards of at most SIZE, such as 40G.")
 @click.option("--meta", metavar="KEY=VALUE", multiple=True, help="Metadata: name, license, quantized_by, base_model=ORG/NAME, ...")
 @click.option(
     "--allow-uncalibrated", is_flag=True, help="Quantize tensors that the imatrix has no data for, where the type allows."
@@ -68,6 +73,7 @@ def command(
     imatrix: Path | None,
     output: Path | None,
     name: str | None,
+    split_size: str | None,
     meta: tuple[str, ...],
     allow_uncalibrated: bool,
     allow_fallback: bool,
@@ -92,6 +98,7 @@ def command(
       apex quantize model-F16.gguf --policy quality --policy balanced --policy compact -o models/
       apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf --meta quantized_by=me --name '{model}-{type}'
       apex quantize model-F16.gguf --tensor-types recipe.txt --set base_type=Q4_K_M --imatrix model-F16.imatrix.gguf
+      apex quantize model-F16.gguf --policy i-quality --imatrix model-F16.imatrix.gguf --split-size 40G
       apex quantize model-F16.gguf --policy compact --dry-run
     """
     plugins = load_plugins(folders)
@@ -129,6 +136,8 @@ def command(
         )
     if types is not None:
         tell_of_list(types, jobs[0].plan, model)
+    if split_size is not None:
+        parse_size(split_size)
     check_outputs(jobs, force=force)
     check_apart([path for job in jobs for path in with_manifest_and_log(job.out)], plugins.files())
     if dry_run:
@@ -143,11 +152,24 @@ def command(
         for warning in job.warnings:
             click.echo(f"warning: {warning}", err=True)
         with show.progress() as report:
-            done.append(run(job, force=force, threads=threads, report=report))
+            done.append(_made(job, split_size, force=force, threads=threads, report=report))
         if not json_:
             _print(done[-1], job)
     if json_:
         show.as_json([_json(one, job) for one, job in zip(done, jobs, strict=True)])
+
+
+def _made(job: Job, split_size: str | None, *, force: bool, threads: int | None, report: Report) -> Quantized:
+    """The file, or the first of its shards."""
+    if split_size and not force and (shards := recorded_shards(job.out, identity(job.keys), split_size)):
+        return Quantized(shards[0], job.plan, job.n_bytes, 0.0, job.warnings, True)
+    if split_size and not force and (there := shards_of(job.out)):
+        raise OutputUnwritable(f"{there[0]} exists and was made from something else", hint="another name, or --force")
+    done = run(job, force=force, threads=threads, report=report)
+    if split_size is None:
+        return done
+    check_room(job.out.parent, job.n_bytes, f"shards of {job.out.name}, beside it until they are verified,")
+    return replace(done, path=split(job.out, split_size, job.tools, force=force, report=report)[0])
 
 
 def _show(job: Job) -> None:

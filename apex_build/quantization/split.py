@@ -1,0 +1,145 @@
+"""A finished file as shards of a bounded size, by llama-gguf-split: all of them in place, or the whole file as it was."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from apex_build.errors import OutputUnwritable, ParameterUnknown, VerificationFailed
+from apex_build.gguf_model.header import ArrayValue, Header, read_header
+from apex_build.identity import read_json, sha256_file, write_json
+from apex_build.native.run import run_tool, unwinding_signals
+from apex_build.native.toolset import Toolset
+from apex_build.outputs import MANIFEST, beside, locked, put
+from apex_build.progress import Report, Step, silent
+
+_SIZE = re.compile(r"([1-9]\d{0,5})([MG])")
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+_BLOCK = 64 << 20
+
+
+def parse_size(text: str) -> int:
+    """Bytes of 500M or 40G, in powers of 1000 as llama-gguf-split counts. Raises ParameterUnknown."""
+    found = _SIZE.fullmatch(text.strip().upper())
+    if found is None:
+        raise ParameterUnknown(f"--split-size {text}: expected a number of M or G", hint="--split-size 40G")
+    return int(found[1]) * {"M": 10**6, "G": 10**9}[found[2]]
+
+
+def shards_of(out: Path) -> list[Path]:
+    """Shards of `out` that are there, of whatever count."""
+    pattern = re.compile(re.escape(out.stem) + r"-\d{5}-of-\d{5}\.gguf")
+    return sorted(path for path in out.parent.glob("*.gguf") if pattern.fullmatch(path.name))
+
+
+def recorded_shards(out: Path, identity: str, size: str) -> tuple[Path, ...] | None:
+    """The shards of an earlier run, if the manifest says that they are of the same parts and size and they are all there."""
+    try:
+        manifest = read_json(beside(out, MANIFEST))
+        if manifest["identity"] != identity or manifest["split_size"] != size.upper():
+            return None
+        shards = [(out.with_name(one["name"]), one["sha256"]) for one in manifest["shards"]]
+        same = all(sha256_file(path) == sha256 for path, sha256 in shards)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(path for path, _ in shards) if same else None
+
+
+def split(out: Path, size: str, tools: Toolset, *, force: bool = False, report: Report = silent) -> tuple[Path, ...]:
+    """Replace the finished file `out` by its shards; the manifest beside it names them. One that is small enough stays whole.
+
+    Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed; then `out` is as it was.
+    """
+    if out.stat().st_size <= parse_size(size):
+        return (out,)
+    with locked(out), unwinding_signals(), _folder_beside(out) as folder:
+        report(Step(f"splitting {out.name}", 0))
+        command: list[str | Path] = [tools.tool("llama-gguf-split"), "--split", "--split-max-size", size.upper()]
+        command += [out.absolute(), folder / out.stem]
+        run_tool(command, cwd=folder)
+        made = sorted(folder.glob("*.gguf"))
+        _verify(out, made, report)
+        places = [out.with_name(path.name) for path in made]
+        if not force and (there := shards_of(out)):
+            raise OutputUnwritable(f"{there[0]} exists", hint="another name, or --force to replace it")
+        shards = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in made]
+        manifest: dict[str, Any] = {**read_json(beside(out, MANIFEST)), "split_size": size.upper(), "shards": shards}
+        placed: list[Path] = []
+        try:
+            for path, place in reversed(list(zip(made, places, strict=True))):  # the first last: nothing loads the others without
+                put(path, place)
+                placed.append(place)
+            write_json(beside(out, MANIFEST), manifest)
+        except BaseException:
+            for place in placed:
+                place.unlink(missing_ok=True)
+            raise
+        for old in set(shards_of(out)) - set(places):  # with --force: of another count
+            old.unlink()
+        out.unlink()
+    return tuple(places)
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """On the disk of the output, so that files are renamed and not copied."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.stem[:64]}.split-", dir=out.parent)).absolute()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verify(whole: Path, shards: list[Path], report: Report) -> None:
+    """Every tensor and every key of the whole file is in the shards, once and with the same bytes."""
+    before = read_header(whole)
+    headers = [read_header(path) for path in shards]
+    if not headers or [one.metadata.get("split.count") for one in headers] != [len(headers)] * len(headers):
+        raise VerificationFailed(f"{whole}: llama-gguf-split left {len(headers)} files, and they name another number")
+    if _told(headers[0]) != _told(before):
+        raise VerificationFailed(f"{shards[0]}: other metadata than {whole}")
+    there = [(header, tensor.name) for header in headers for tensor in header.tensors]
+    if sorted(name for _, name in there) != sorted(tensor.name for tensor in before.tensors):
+        raise VerificationFailed(f"{whole}: its shards hold {len(there)} tensors, expected {len(before.tensors)}")
+    done = 0
+    for header in headers:
+        with _mapped(header) as ours, _mapped(before) as theirs:
+            places = {tensor.name: tensor for tensor in before.tensors}
+            for tensor in header.tensors:
+                other = places[tensor.name]
+                same = (tensor.type, tensor.shape, tensor.n_bytes) == (other.type, other.shape, other.n_bytes)
+                if not same or not _equal(
+                    ours, header.data_offset + tensor.offset, theirs, before.data_offset + other.offset, tensor.n_bytes
+                ):
+                    raise VerificationFailed(f"{header.path}: {tensor.name} is not as in {whole}")
+                done += tensor.n_bytes
+                report(Step(f"comparing shards of {whole.name}", done / 1e6, before.file_size / 1e6, "MB"))
+
+
+def _told(header: Header) -> dict[str, Any]:
+    """The metadata but for the split itself; long arrays by their bytes."""
+    with _mapped(header) as data:
+        return {
+            key: bytes(data[value.offset : value.offset + value.n_bytes]) if isinstance(value, ArrayValue) else value
+            for key, value in header.metadata.items()
+            if key not in _SPLIT_KEYS
+        }
+
+
+def _equal(one: mmap.mmap, at: int, two: mmap.mmap, other: int, n_bytes: int) -> bool:
+    return all(
+        one[at + done : at + min(done + _BLOCK, n_bytes)] == two[other + done : other + min(done + _BLOCK, n_bytes)]
+        for done in range(0, n_bytes, _BLOCK)
+    )
+
+
+@contextmanager
+def _mapped(header: Header) -> Iterator[mmap.mmap]:
+    with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
