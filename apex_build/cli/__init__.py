@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import click
 
 from apex_build import __version__
-from apex_build.cli import defaults
+from apex_build.cli import defaults, streams
 from apex_build.cli.groups import Group, listen, with_verbosity
 from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
 from apex_build.native.lines import printable
@@ -105,6 +107,7 @@ _REFUSALS: dict[int, type[ApexError]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `apex`; errors a user can meet become one message and their exit code, never a traceback."""
+    streams.prepare()
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     for word in words:
@@ -113,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(2)
     try:
         code: Any = apex.main(args=arguments, prog_name="apex", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
@@ -127,13 +131,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ApexError as error:
         _say(type(error).__name__, error.exit_code, error.message, error.hint, as_json=as_json)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever read what we print has had enough; as click ends then
+        streams.discard()
+        sys.exit(1)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
+        streams.discard()
         refusal = _REFUSALS[error.errno]
-        _say(refusal.__name__, refusal.exit_code, f"{error.filename or 'a file'}: {error.strerror}", None, as_json=as_json)
+        _say(refusal.__name__, refusal.exit_code, f"{error.filename or _file_of(error)}: {error.strerror}", None, as_json=as_json)
         sys.exit(refusal.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _file_of(error: OSError) -> str:
+    """The file whose writing failed, which the system does not name: the one that was open where it happened."""
+    name = "a file"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            found = getattr(value, "name", None) if isinstance(value, io.IOBase) else None
+            name = os.fsdecode(found) if isinstance(found, (str, bytes)) else name
+    return name
 
 
 def _say(kind: str, code: int, message: str, hint: str | None, *, as_json: bool) -> None:

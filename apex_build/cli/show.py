@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from apex_build.native.lines import HARMFUL
 from apex_build.progress import Report, Step
 
 _PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to redraw
@@ -102,4 +103,5 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
 
 
 def as_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    click.echo(HARMFUL.sub(lambda found: json.dumps(found[0])[1:-1], text))  # such characters stand in strings alone

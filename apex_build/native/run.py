@@ -24,6 +24,7 @@ from apex_build.errors import OutputUnwritable, Terminated, ToolFailed, ToolKill
 from apex_build.native.lines import Lines, printable
 from apex_build.native.memory import memory_guard
 from apex_build.native.surroundings import bound, environment, is_tool
+from apex_build.outputs import writing
 from apex_build.scratch import scratch_folder
 
 Explain = Callable[[Sequence[str]], "tuple[str, str | None] | None"]
@@ -265,8 +266,13 @@ def _log_file(path: Path | None) -> Iterator[Callable[[bytes], object]]:
         file = path.open("wb", buffering=0)
     except OSError as error:
         raise OutputUnwritable(f"cannot write the log {path}: {error.strerror or error}") from None
+
+    def write(block: bytes) -> None:
+        with writing(path):
+            file.write(block)
+
     with file:
-        yield file.write
+        yield write
 
 
 def failure(name: str, code: int, lines: Sequence[str], log: Path | None, explain: Explain | None) -> ToolFailed | ToolKilled:

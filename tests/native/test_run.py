@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from apex_build.errors import OutputUnwritable, ToolFailed, ToolKilled, ToolTimeout
+from apex_build.errors import DiskTooSmall, OutputUnwritable, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.native.run import run_tool
 
 
@@ -169,3 +169,8 @@ def test_the_environment_is_added_to_and_taken_from(monkeypatch: pytest.MonkeyPa
     )
     assert run_tool(python(code), env={"APEX_TEST_GONE": None, "APEX_TEST_NEW": "2"}).lines == ("None 2 None",)
     assert os.environ["LLAMA_ARG_CTX_SIZE"] == "32"
+
+
+def test_a_log_for_which_there_is_no_room_is_named() -> None:
+    with pytest.raises(DiskTooSmall, match=r"^/dev/full: the disk is full"):
+        run_tool(python("print()"), log=Path("/dev/full"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,7 +16,7 @@ import pytest
 from children import servers
 
 from apex_build.errors import EvaluationRefused, ToolFailed, ToolKilled, ToolTimeout
-from apex_build.native.server import Draft, Server, drafts_printed, serve
+from apex_build.native.server import Draft, Server, drafts_printed, request, serve
 from apex_build.native.toolset import Toolset
 
 ARGUMENTS = ("--ctx-size", "512", "--threads", "1", "--parallel", "1", "--no-warmup")
@@ -156,3 +158,22 @@ def test_a_signal_takes_the_server_down(tools: Toolset, testbed: Path, number: s
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "])
+def test_an_answer_in_drops_ends_at_the_deadline(start: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(start)
+                for _ in range(200):
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            request(f"http://127.0.0.1:{listening.getsockname()[1]}", "GET", "/health", None, 1.0)
+        assert time.monotonic() - began < 3
