@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from apex_build.native.surroundings import bound
+
 MEMORY_BYTES = 1 << 30
 ANSWER_CHARACTERS = 128 << 20
 
@@ -25,7 +27,7 @@ def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict
     """Run `python -m module`, which calls `serve`, and give its answer. Raises OutOfBounds."""
     try:
         child = subprocess.run(
-            [sys.executable, "-m", module],
+            [*bound(), sys.executable, "-m", module],
             input=json.dumps(request),
             capture_output=True,
             text=True,

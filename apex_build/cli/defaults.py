@@ -46,7 +46,7 @@ _VARIABLES = {"tools": "APEX_TOOLS", "python": "APEX_CONVERT_PYTHON"}
 _USERS_OWN = {
     *("cache-dir", "source-dir", "tools", "plugin", "python", "tool-argument", "repository", "archive", "from", "import"),
     *("force", "make-current", "allow-uncalibrated", "allow-fallback", "allow-requantize", "no-load-check", "folders"),
-    *("output", "export", "write-text"),
+    *("output", "export", "write-text", "memory"),
 }  # fmt: skip
 
 

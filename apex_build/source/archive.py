@@ -26,20 +26,19 @@ MAX_TOTAL = 4 << 30  # bytes, all members together; the pinned sdists have 0.2 G
 _MAX_EXTENSIONS = 16 << 20  # bytes of pax headers and long names, all members together; they become a multiple of that in memory
 _MAX_GLOBAL = 64 << 10  # bytes of those that hold for all members after them: each member gets a copy
 _DIGITS = re.compile(rb"\d{100}")  # tarfile's own patterns take time by the square of such a run
-_MAX_WINDOW = 128 << 20  # bytes that a zstd stream may ask us to keep
+_MAX_WINDOW = 128 << 20  # bytes that a zstd or xz stream may ask us to keep
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, OSError)
 
 
 @contextmanager
-def _unzstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
-    """Decompressed into a file without a name: tarfile goes back and forth, which a zstd stream cannot."""
+def _unpacked(raw: IO[bytes], blocks: Iterator[bytes]) -> Iterator[IO[bytes]]:
+    """Decompressed into a file without a name: tarfile goes back and forth, which these streams cannot."""
     with writing(cache_root()):
         cache_root().mkdir(parents=True, exist_ok=True)
         unnamed = tempfile.TemporaryFile(dir=cache_root())  # noqa: SIM115  its block is below
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
     with unnamed as file:
-        with writing(cache_root()), decompressor.stream_reader(raw, closefd=False) as stream:
-            while block := stream.read(1 << 20):
+        with writing(cache_root()):
+            for block in blocks:
                 if file.tell() + len(block) > MAX_TOTAL:
                     raise ArchiveUnsafe(f"{raw.name}: refused: decompressed it has more than {MAX_TOTAL} bytes")
                 file.write(block)
@@ -47,7 +46,33 @@ def _unzstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
         yield file
 
 
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x28\xb5\x2f\xfd": _unzstd}
+@contextmanager
+def _unzstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    with decompressor.stream_reader(raw, closefd=False) as stream, _unpacked(raw, iter(lambda: stream.read(1 << 20), b"")) as file:
+        yield file
+
+
+@contextmanager
+def _unxz(raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    with _unpacked(raw, _xz_blocks(raw)) as file:
+        yield file
+
+
+def _xz_blocks(raw: IO[bytes]) -> Iterator[bytes]:
+    """As lzma.open reads it, several streams too, but with a bound on the memory that a stream may ask for."""
+    given = raw.read(1 << 16)
+    while given:
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_WINDOW)
+        while not decompressor.eof:
+            if decompressor.needs_input and not given and not (given := raw.read(1 << 16)):
+                raise EOFError("the xz stream ends before its end")
+            block, given = decompressor.decompress(given, 1 << 20), b""
+            yield block
+        given = (decompressor.unused_data or raw.read(1 << 16)).lstrip(b"\0")
+
+
+_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": _unxz, b"\x28\xb5\x2f\xfd": _unzstd}
 
 
 class _Bounded:

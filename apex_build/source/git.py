@@ -38,6 +38,8 @@ _SETTINGS = {
     "core.hooksPath": os.devnull,
     "core.quotePath": "false",
     "gc.auto": "0",
+    "http.lowSpeedLimit": "1000",  # bytes a second; git gives up a server that is slower for the time below
+    "http.lowSpeedTime": "60",
     "i18n.commitEncoding": "UTF-8",
     "i18n.logOutputEncoding": "UTF-8",
     "log.showSignature": "false",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import lzma
+import os
 import resource
 import subprocess
 import sys
@@ -14,8 +17,8 @@ from pathlib import Path
 import pytest
 from apex_runs import run_apex
 
-from apex_build.errors import ApexError, ArchiveUnsafe, HashMismatch
-from apex_build.source.archive import read_archive
+from apex_build.errors import ApexError, ArchiveUnsafe, DownloadFailed, HashMismatch
+from apex_build.source.archive import members_of, open_tar, read_archive
 from apex_build.toolchain.unpacking import take_in
 
 
@@ -66,8 +69,6 @@ BAD: dict[str, Callable[[], bytes]] = {
 def test_refused_soon_and_by_an_error_of_ours(kind: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
     archive = tmp_path / "bad.tar.gz"
-    import gzip
-
     archive.write_bytes(gzip.compress(BAD[kind]() + b"\0" * 1024, 1))
     began = time.process_time()
     with pytest.raises(ApexError) as caught:
@@ -94,9 +95,33 @@ def test_global_headers_take_little_memory(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 22
 
 
-def test_a_member_of_an_ordinary_archive_keeps_its_long_name(tmp_path: Path) -> None:
-    from apex_build.source.archive import members_of, open_tar
+def test_an_xz_stream_may_not_ask_for_all_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
+    archive = tmp_path / "bad.tar.xz"
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 512 << 20}]
+    archive.write_bytes(lzma.compress(member("f", b"x") + b"\0" * 1024, filters=filters))
+    with pytest.raises(DownloadFailed, match=r"bad\.tar\.xz is cut short or damaged: Memory usage limit"):
+        list(read_archive(archive, "llama.cpp", "0" * 40))
 
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_an_xz_file_of_several_streams_is_read_whole(streams: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
+    content = os.urandom(300_000)
+    whole = member("f", content) + b"\0" * 1024
+    size = -(-len(whole) // streams)
+    archive = tmp_path / "good.tar.xz"
+    archive.write_bytes(b"".join(lzma.compress(whole[at : at + size]) for at in range(0, len(whole), size)))
+    with open_tar(archive) as tar:
+        (found,) = members_of(archive, tar)
+        file = tar.extractfile(found)
+        assert file is not None and file.read() == content
+    archive.write_bytes(archive.read_bytes()[:-40])
+    with pytest.raises(DownloadFailed), open_tar(archive) as tar:
+        list(members_of(archive, tar))
+
+
+def test_a_member_of_an_ordinary_archive_keeps_its_long_name(tmp_path: Path) -> None:
     archive, long = tmp_path / "good.tar", "a/" * 80 + "file"
     with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "f" * 40}) as tar:
         info = tarfile.TarInfo(long)
