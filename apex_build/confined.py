@@ -6,7 +6,6 @@ Jinja's sandbox keeps a template from Python's internals and from files. It boun
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apex_build.native.surroundings import bound
+from apex_build.system import require_linux, unsupported
 
 MEMORY_BYTES = 1 << 30
 ANSWER_CHARACTERS = 128 << 20
@@ -24,7 +24,8 @@ class OutOfBounds(Exception):
 
 
 def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict[str, Any]:
-    """Run `python -m module`, which calls `serve`, and give its answer. Raises OutOfBounds."""
+    """Run `python -m module`, which calls `serve`, and give its answer. Raises OutOfBounds, SystemUnsupported."""
+    require_linux("rendering a template within bounds")
     try:
         child = subprocess.run(
             [*bound(), sys.executable, "-m", module],
@@ -43,15 +44,23 @@ def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict
     if child.returncode:
         raise OutOfBounds(f"stopped: {child.stderr.strip()[-2000:]}")
     answer: dict[str, Any] = json.loads(child.stdout)
+    if "unbounded" in answer:
+        raise unsupported(f"this system cannot bound the time and memory of a template: {answer['unbounded']}")
     return answer
 
 
 def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]], *, cpu_seconds: int) -> None:
     """The child's side: one request from stdin, one answer to stdout, under limits."""
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes to pipes only
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        import resource  # not everywhere
+
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes to pipes only
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, AttributeError, OSError, ValueError) as error:  # as on macOS
+        json.dump({"unbounded": f"setrlimit: {error}"}, sys.stdout)
+        return
     text = json.dumps(answer(json.load(sys.stdin)))
     if len(text) > ANSWER_CHARACTERS:
         sys.exit(f"it gives more than {ANSWER_CHARACTERS >> 20} MiB")

@@ -301,3 +301,9 @@ class PluginFailed(ApexError):
     """A plugin could not be loaded, or raised."""
 
     exit_code = 80
+
+
+class SystemUnsupported(ApexError):
+    """The operating system lacks what is needed: apex-build runs on Linux."""
+
+    exit_code = 81

@@ -79,10 +79,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from. `read` gets the options that a calibration set gives it and the folder of that set's file."""
+    """Where documents come from. `read` gets the options that a calibration set gives it and the folder of that set's file.
+
+    `options`: their names, so that others are refused; None for a source that takes any.
+    """
 
     name: str
     read: Callable[[Mapping[str, Any], Path], Iterator[Document]]
+    options: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

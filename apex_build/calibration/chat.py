@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from apex_build.gguf_model.header import ArrayValue
 from apex_build.hookspecs import Document
 
 _WALL_SECONDS = 300.0
+_HINT = "apex calibrate MODEL --chat-template FILE, with a template that works"
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,29 @@ def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
     return ChatTemplate(text, f"{model.path}: tokenizer.chat_template", variables)
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation's `text`; None where the template refused it with these `words`, or failed, which `words` says then."""
+
+    text: str | None
+    words: str = ""
+    failed: bool = False
+
+
 def render(template: ChatTemplate, documents: Sequence[Document]) -> list[str | None]:
     """The text of each conversation, None for one that the template refuses (a role or tools it does not know).
 
     Raises ChatTemplateFailed for a template that fails, leaves the sandbox, or does not come to an end.
     """
+    found = try_render(template, documents)
+    for one, document in zip(found, documents, strict=True):
+        if one.failed:
+            raise ChatTemplateFailed(f"chat template of {template.origin}: {one.words}, in {document.origin}", hint=_HINT)
+    return [one.text for one in found]
+
+
+def try_render(template: ChatTemplate, documents: Sequence[Document]) -> list[Rendered]:
+    """The same, but one conversation that the template fails on is no reason to give up the others."""
     conversations = [_conversation(document) for document in documents]
     request = {"template": template.text, "variables": template.variables, "conversations": conversations}
     try:
@@ -60,9 +79,23 @@ def render(template: ChatTemplate, documents: Sequence[Document]) -> list[str | 
         at = f", in {documents[answer['at']].origin}" if "at" in answer and answer["at"] < len(documents) else ""
         raise ChatTemplateFailed(
             f"chat template of {template.origin}: {answer['error']}{at}",
-            hint="apex calibrate --chat-template FILE with a mended one",
+            hint=_HINT,
         )
-    return [result.get("text") for result in answer["results"]]
+    return [
+        Rendered(result.get("text"), str(result.get("refused") or result.get("failed") or ""), "failed" in result)
+        for result in answer["results"]
+    ]
+
+
+def without_system(document: Document) -> Document | None:
+    """The conversation with its system message put before what the user says first; None where it has none, or no user."""
+    first, *rest = document.messages
+    if first.get("role") != "system" or not rest or rest[0].get("role") != "user":
+        return None
+    if not all(isinstance(message.get("content"), str) for message in (first, rest[0])):
+        return None
+    user = {**rest[0], "content": f"{first['content']}\n\n{rest[0]['content']}"}
+    return replace(document, messages=(user, *rest[1:]))
 
 
 def _conversation(document: Document) -> dict[str, Any]:

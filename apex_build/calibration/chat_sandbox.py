@@ -56,7 +56,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """One answer for each conversation: `text`, or `refused` with the template's own words; or an error for all of them."""
+    """For each conversation `text`, `refused` with the template's own words, or `failed`; or an error for all of them."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
@@ -77,6 +77,10 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
                 results.append({"text": "".join(pieces)})
             except _Refused as error:
                 results.append({"refused": str(error)})
+            except (SecurityError, MemoryError):
+                raise
+            except Exception as error:
+                results.append({"failed": f"{type(error).__name__}: {error}"})
     except SecurityError as error:
         return {"error": f"it tried what the sandbox forbids: {error}", "at": len(results)}
     except MemoryError:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apex_build.calibration.chat import ChatTemplate, chat_template, render
-from apex_build.errors import CalibrationSetInvalid
+from apex_build.calibration.chat import ChatTemplate, Rendered, chat_template, try_render, without_system
+from apex_build.errors import CalibrationSetInvalid, ChatTemplateFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.hookspecs import Document, Source
 from apex_build.near import nearby
@@ -57,13 +57,15 @@ class PartText:
 @dataclass(frozen=True)
 class CalibrationText:
     """The text that llama-imatrix is run over, UTF-8, and what it is made of. `path`: the user's own file; `files`: all that
-    it was made from."""
+    it was made from; `warnings`: what is not in it, or not as its source has it, because the chat template does not take it.
+    """
 
     name: str
     data: bytes
     parts: tuple[PartText, ...]
     path: Path | None = None
     files: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -147,6 +149,8 @@ def compose(
     parts = [part for part in chosen.parts if not domains or part.domain in domains]
     texts: list[list[bytes]] = []
     summaries: list[PartText] = []
+    warnings: list[str] = []
+    left_out: list[tuple[str, str, bool]] = []  # domain, why, and whether the template failed
     template: ChatTemplate | None = None
     for part in parts:
         if part.source not in sources:
@@ -154,6 +158,7 @@ def compose(
                 f"{chosen.path}: no source '{part.source}' (domain {part.domain}); "
                 f"there are: {', '.join(sources)}{nearby(part.source, sources)}"
             )
+        _check_options(chosen, part, sources[part.source])
         where = f"{chosen.path}: the part {part.domain} ({part.source})"
         try:
             documents = list(_limited(sources[part.source].read(part.options, chosen.path.parent), part.max_bytes))
@@ -161,19 +166,39 @@ def compose(
             raise CalibrationSetInvalid(f"{where}: {error.message}", hint=error.hint) from None
         if template is None and any(document.messages for document in documents):
             template = chat_template(model, template_file)
-        rendered = _rendered(documents, template)
-        refused = sum(text is None for text in rendered)
-        kept = [_encoded(text, document, where) for text, document in zip(rendered, documents, strict=True) if text]
+        rendered, folded = _rendered(documents, template)
+        lost = [one for one in rendered if one.text is None]
+        kept = [_encoded(one.text, document, where) for one, document in zip(rendered, documents, strict=True) if one.text]
+        if folded:
+            warnings.append(
+                f"{folded.text} conversations of the part {part.domain} have their system message put before the user's first: the "
+                f"chat template takes none ({folded.words!r})"
+            )
         if not kept:
-            why = f": the chat template refused all of its {refused} conversations" if refused else ""
-            raise CalibrationSetInvalid(f"{where} gave no text{why}")
+            if not lost:
+                raise CalibrationSetInvalid(f"{where} gave no text")
+            said = f"the chat template refused all of its {len(lost)} conversations: {lost[0].words!r}"
+            left_out.append((part.domain, f"{where} gave no text: {said}", lost[0].failed))
+            continue
+        if lost:
+            warnings.append(
+                f"{len(lost)} of the {len(documents)} conversations of the part {part.domain} are left out: the chat template "
+                f"refused them: {lost[0].words!r}"
+            )
         if part.max_bytes is not None:
             kept = _cut(kept, part.max_bytes)
         texts.append(kept)
-        summaries.append(PartText(part.domain, part.source, len(kept), sum(map(len, kept)), refused))
+        summaries.append(PartText(part.domain, part.source, len(kept), sum(map(len, kept)), len(lost)))
+    if not texts:
+        _, message, failed = left_out[0]
+        hint = "apex calibrate MODEL --chat-template FILE, with a template that works"
+        raise (ChatTemplateFailed if failed else CalibrationSetInvalid)(message, hint=hint)
+    for domain, message, _ in left_out:
+        others = " ".join(f"--domain {one.domain}" for one in summaries)
+        warnings.append(f"{message}. The part {domain} is left out; {others} does that without this warning")
     name = re.sub(r"[^\w.-]", "_", "-".join((chosen.name, *sorted(domains))))[:50]
     files = (chosen.path, *([template_file] if template_file else []), *_data_files(parts, chosen.path.parent))
-    return CalibrationText(f"{name}.txt", b"".join(_in_turn(texts)), tuple(summaries), files=files)
+    return CalibrationText(f"{name}.txt", b"".join(_in_turn(texts)), tuple(summaries), files=files, warnings=tuple(warnings))
 
 
 def _data_files(parts: Sequence[Part], folder: Path) -> Iterator[Path]:
@@ -188,6 +213,17 @@ def _data_files(parts: Sequence[Part], folder: Path) -> Iterator[Path]:
                     yield from path.glob(pattern)
 
 
+def _check_options(chosen: CalibrationSet, part: Part, source: Source) -> None:
+    """Raises CalibrationSetInvalid for a key that neither a part nor its source has: a misspelt limit would be none."""
+    for name in part.options if source.options is not None else ():
+        if name not in (known := source.options or ()):
+            number = next(number for number, one in enumerate(chosen.parts, 1) if one is part)
+            raise CalibrationSetInvalid(
+                f"{chosen.path}: part {number} has no key '{name}'{nearby(name, (*_PART_KEYS, *known))}. "
+                f"The source '{source.name}' takes: {', '.join(known)}; any part: {', '.join(sorted(_PART_KEYS))}"
+            )
+
+
 def _limited(documents: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
     """No more documents than can be needed: a template never writes less than the content of the messages."""
     total = 0
@@ -198,11 +234,22 @@ def _limited(documents: Iterator[Document], max_bytes: int | None) -> Iterator[D
             return
 
 
-def _rendered(documents: Sequence[Document], template: ChatTemplate | None) -> list[str | None]:
+def _rendered(documents: Sequence[Document], template: ChatTemplate | None) -> tuple[list[Rendered], Rendered | None]:
+    """What each document gives; and where system messages had to be moved, of how many, with the words of the first refusal."""
     conversations = [document for document in documents if document.messages]
-    texts = iter(render(template, conversations) if template else ())
+    found = try_render(template, conversations) if template else []
+    moved = 0
+    words = ""
+    if template and any(one.text is None for one in found):  # some templates take no system message: its text need not be lost
+        again = [(at, other) for at, one in enumerate(found) if one.text is None and (other := without_system(conversations[at]))]
+        for (at, _), one in zip(again, try_render(template, [other for _, other in again]), strict=True):
+            if one.text is not None:
+                moved, words = moved + 1, words or found[at].words
+                found[at] = one
+    texts = iter(found)
     plain = (f"{text}\n\n" if (text := (document.text or "").strip()) else "" for document in documents)
-    return [next(texts) if document.messages else text for document, text in zip(documents, plain, strict=True)]
+    rendered = [next(texts) if document.messages else Rendered(text) for document, text in zip(documents, plain, strict=True)]
+    return rendered, Rendered(str(moved), words) if moved else None
 
 
 def _encoded(text: str, document: Document, where: str) -> bytes:

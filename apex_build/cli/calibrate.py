@@ -20,6 +20,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, trained_on
 from apex_build.gguf_model.summary import imatrix_json
+from apex_build.native.lines import printable
 from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.outputs import check_apart, check_place, check_text_free, whole_file, with_manifest_and_log
@@ -122,6 +123,8 @@ def command(
         text = text_of_file(text_path)
     else:
         text = compose(load_set(set_name), plugins.calibration_sources(), model, domains=domains, template_file=template)
+    for warning in text.warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
     out = output or model.path.with_name(f"{model_stem(model.path)}.imatrix.gguf")
     settings = Settings(context, chunks, head, rows, threads, gpu_layers, extra=extra, memory=bytes_of(memory))
     if write_text is not None and not dry_run:

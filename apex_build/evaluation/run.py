@@ -30,6 +30,7 @@ from apex_build.near import nearby
 from apex_build.outputs import check_apart, check_place, check_room, locked, whole_file
 from apex_build.policy.parameters import Value, values_of
 from apex_build.progress import Report, silent
+from apex_build.system import cpus
 
 _ELSEWHERE = "give another file with --results"
 _RESULT_ROOM = 4 << 20  # bytes free, for the records of a run
@@ -128,7 +129,7 @@ def plan_work(
     if evaluator.version != 1:
         parts["version"] = evaluator.version
     if evaluator.timed:
-        parts |= {"machine": platform.node(), "cores": len(os.sched_getaffinity(0)), "threads": threads}
+        parts |= {"machine": platform.node(), "cores": cpus(), "threads": threads}
         if devices := os.environ.get("CUDA_VISIBLE_DEVICES"):
             parts["devices"] = devices
     return Work(evaluator, task, parts, sha256_json(parts))

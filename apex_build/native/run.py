@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import select
@@ -26,7 +27,9 @@ from apex_build.native.memory import memory_guard
 from apex_build.native.surroundings import bound, environment, is_tool
 from apex_build.outputs import writing
 from apex_build.scratch import scratch_folder
+from apex_build.system import require_linux
 
+_log = logging.getLogger("apex_build")
 Explain = Callable[[Sequence[str]], "tuple[str, str | None] | None"]
 
 _KEPT_LINES = 50_000  # enough for any real run; a tool gone mad must not fill our memory
@@ -116,6 +119,8 @@ def start(
 
     Of `cwd` it must be known that there is nothing in it but what we put there.
     """
+    require_linux(f"running {Path(command[0]).name}")
+    _log.debug("$ %s", shlex.join(command))
     program = shutil.which(command[0])
     if program is None:
         there = Path(command[0]).exists()

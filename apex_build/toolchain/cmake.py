@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from apex_build import system
 from apex_build.errors import BuildFailed, CompilerMissing
 from apex_build.identity import read_json, write_json
 from apex_build.native.lines import printable
@@ -22,7 +23,7 @@ _MEMORY_PER_JOB = 1.5 * (1 << 30)  # bytes; the largest of llama.cpp's files nee
 
 def default_jobs() -> int:
     """As many compilers as there are CPUs for us, and memory."""
-    cpus = len(os.sched_getaffinity(0))
+    cpus = system.cpus()
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

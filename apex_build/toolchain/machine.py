@@ -15,6 +15,7 @@ from apex_build import places
 from apex_build.errors import ApexError, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.native.lines import printable
 from apex_build.native.run import run_tool
+from apex_build.system import cpus
 from apex_build.toolchain import cache, cmake
 from apex_build.toolchain.compilers import Compiler, find_compiler
 from apex_build.toolchain.launcher import sccache
@@ -81,7 +82,7 @@ def examine() -> Machine:
         platform.machine(),
         _system(),
         _cpu_name(),
-        len(os.sched_getaffinity(0)),
+        cpus(),
         memory.get("MemTotal", 0),
         memory.get("MemAvailable", 0),
         compilers_in_path(),

@@ -17,10 +17,10 @@ _PIECE = 6000  # characters of a long file in one piece, so that domains take tu
 @hookimpl
 def apex_calibration_sources() -> list[Source]:
     return [
-        Source("jsonl", read_jsonl),
-        Source("files", read_files),
-        Source("python-stdlib", read_standard_library),
-        Source("datasets", read_datasets),
+        Source("jsonl", read_jsonl, ("file",)),
+        Source("files", read_files, ("folder", "pattern")),
+        Source("python-stdlib", read_standard_library, ("modules",)),
+        Source("datasets", read_datasets, ("dataset", "name", "split", "revision", "column")),
     ]
 
 

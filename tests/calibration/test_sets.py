@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from apex_runs import run_apex
 
-from apex_build.calibration.sets import compose, load_set, text_of_file
+from apex_build.calibration.sets import CalibrationText, compose, load_set, text_of_file
 from apex_build.errors import CalibrationSetInvalid
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
@@ -139,6 +141,88 @@ def test_a_domain_is_no_path(model: Model, tmp_path: Path) -> None:
     (tmp_path / "ok.jsonl").write_text('{"text": "plain words"}\n')
     chosen = load_set(make(tmp_path, '[[part]]\ndomain = "../a/b"\nsource = "jsonl"\nfile = "ok.jsonl"'))
     assert compose(chosen, load_plugins().calibration_sources(), model, domains=("../a/b",)).name == "mine-.._a_b.txt"
+
+
+# What fine-tunes of these families carry, in short.
+GEMMA = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}
+<start_of_turn>{{ m.role }}
+{{ m.content | trim }}<end_of_turn>
+{% endfor %}"""
+CARELESS = "{% for m in messages %}[{{ m.role }}] {{ m.content + '!' }}{% endfor %}"  # fails where there is no content
+TOOLS = (
+    '{"messages": [{"role": "user", "content": "now?"}, {"role": "assistant", "content": null}, {"role": "tool", "content": "1"}]}'
+)
+
+
+def one_with_tools(model: Model, folder: Path, template: str, *, system: bool = False) -> CalibrationText:
+    """The text of a set of two parts, one of which holds tools."""
+    (folder / "template.jinja").write_text(template)
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    if system:
+        messages.insert(0, {"role": "system", "content": "be good"})
+    (folder / "talk.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (folder / "tools.jsonl").write_text(TOOLS + "\n")
+    parts = "".join(f'[[part]]\ndomain="{name}"\nsource="jsonl"\nfile="{name}.jsonl"\n' for name in ("talk", "tools"))
+    return compose(
+        load_set(make(folder, parts)), load_plugins().calibration_sources(), model, template_file=folder / "template.jinja"
+    )
+
+
+@pytest.mark.parametrize(("template", "words"), [(GEMMA, "Conversation roles must alternate"), (CARELESS, "TypeError")])
+def test_a_template_that_knows_no_tools_costs_that_part_alone(template: str, words: str, model: Model, tmp_path: Path) -> None:
+    text = one_with_tools(model, tmp_path, template)
+    assert [part.domain for part in text.parts] == ["talk"] and b"hello" in text.data
+    (warning,) = text.warnings
+    assert words in warning and "The part tools is left out; --domain talk does that without this warning" in warning
+
+
+def test_a_system_message_goes_before_the_users_words_where_the_template_takes_none(model: Model, tmp_path: Path) -> None:
+    text = one_with_tools(model, tmp_path, GEMMA, system=True)
+    assert b"user\nbe good\n\nhello<end_of_turn>" in text.data
+    assert "1 conversations of the part talk" in text.warnings[0] and "'System role not supported'" in text.warnings[0]
+
+
+def test_a_template_that_takes_nothing_is_quoted(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationSetInvalid, match="refused all of its 1 conversations: 'not today'") as caught:
+        one_with_tools(model, tmp_path, "{{ raise_exception('not today') }}")
+    assert "--chat-template FILE" in str(caught.value.hint)
+
+
+def test_the_whole_default_set_with_a_template_that_knows_neither(testbed: Path, tmp_path: Path) -> None:
+    """As `apex calibrate` meets it in fine-tunes of Gemma 2."""
+    (tmp_path / "gemma.jinja").write_text(GEMMA)
+    ran = run_apex("calibrate", testbed, "--chat-template", tmp_path / "gemma.jinja", "--write-text", tmp_path / "text.txt")
+    assert "warning: " in ran.stderr and "the part tool-calling" in ran.stderr and "--domain chat" in ran.stderr
+    assert (tmp_path / "text.txt").read_text().count("<start_of_turn>user") > 50
+
+
+def test_a_system_that_cannot_bound_a_template(testbed: Path, tmp_path: Path) -> None:
+    """macOS has no sched_getaffinity, and refuses the limit of memory: the template is not to blame."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, resource\ndel os.sched_getaffinity\n"
+        "def refuse(*_): raise ValueError('current limit exceeds maximum limit')\nresource.setrlimit = refuse\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    ran = run_apex("calibrate", testbed, "--write-text", tmp_path / "text.txt", env=environment, code=81)
+    assert "this system cannot bound the time and memory of a template: setrlimit" in ran.stderr
+    assert "try:   apex-build runs on Linux" in ran.stderr and "chat template of" not in ran.stderr
+    run_apex("inspect", testbed, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("byts=3", "part 1 has no key 'byts'; near it: bytes"),
+        ('fiel="talk.jsonl"', "part 1 has no key 'fiel'; near it: file"),
+        ('pattern="*.py"', "part 1 has no key 'pattern'.*The source 'jsonl' takes: file"),
+    ],
+)
+def test_a_key_that_no_part_has(line: str, said: str, model: Model, tmp_path: Path) -> None:
+    (tmp_path / "talk.jsonl").write_text('{"text": "hello"}\n')
+    chosen = load_set(make(tmp_path, f'[[part]]\ndomain="talk"\nsource="jsonl"\nfile="talk.jsonl"\n{line}\n'))
+    with pytest.raises(CalibrationSetInvalid, match=said):
+        compose(chosen, load_plugins().calibration_sources(), model)
 
 
 def test_an_unknown_set_lists_the_known_ones() -> None:
