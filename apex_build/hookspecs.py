@@ -123,6 +123,12 @@ class Evaluator:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     timed: bool = False
     description: str = ""
+    # what stands for it in a table of a line a file: the name of a figure, or a pattern (greedy.n*.acceptance), and its heading;
+    # of those with one heading the first that is there counts. Without any it is the evaluator's first figure
+    headline: tuple[tuple[str, str], ...] = ()
+    # for the time left: the tasks that it will report (Step.task), in order, and about how many tokens the model reads in each (one
+    # that it writes counts as apex_build.pace.GENERATED of them)
+    runs: Callable[[Task], Mapping[str, float]] | None = None
     version: int = 1  # to be raised when it gives other figures for the same: what an earlier one recorded is measured again
     # filled in when the plugin is loaded: its name, and what tells its code from another (empty for a built-in one)
     plugin: str = ""

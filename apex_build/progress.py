@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -11,6 +12,8 @@ class Step:
     """Where a long piece of work stands. `total` is None while it is not known; `unit` names what is counted.
 
     `said`: no work, but a warning to be shown at once and to stay.
+    `detail`: what is being done just now, where the task is made of several pieces; `left`: seconds to its end, where whoever
+    reports it knows better than a straight line does.
     """
 
     task: str
@@ -18,6 +21,8 @@ class Step:
     total: float | None = None
     unit: str = ""
     said: bool = False
+    detail: str = ""
+    left: float | None = None
 
 
 Report = Callable[[Step], None]
@@ -25,3 +30,139 @@ Report = Callable[[Step], None]
 
 def silent(_step: Step) -> None:
     """A `Report` that shows nothing."""
+
+
+_TELLING = 0.02  # of a piece: less says nothing of its pace
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a whole. `runs`: the tasks that it will report, one after the other, and the work in each, in units of `kind`.
+
+    Work of one kind takes time in proportion; `expected` is the seconds for all of it, as far as that is known before.
+    """
+
+    kind: str
+    runs: Mapping[str, float]
+    expected: float
+
+    @property
+    def units(self) -> float:
+        return sum(self.runs.values()) or 1.0
+
+
+@dataclass
+class Whole:
+    """One bar for several pieces of work: from what each says of itself, how far the whole is and when it will end."""
+
+    task: str
+    report: Report
+    pieces: Sequence[Piece]
+    clock: Callable[[], float] = time.monotonic
+    finished: dict[int, float] = field(default_factory=dict)  # piece -> seconds that it took, 0 where its result was there already
+    current: int | None = None
+    began: float = 0.0
+    seen: dict[str, float] = field(default_factory=dict)  # of the current piece: run -> share done
+    over: set[str] = field(default_factory=set)  # runs of finished pieces: what another names too is in a cache by then
+    paces: dict[str, tuple[float, float]] = field(default_factory=dict)  # kind -> seconds and units of finished pieces
+
+    def of(self, number: int) -> Report:
+        """The report to give to a piece."""
+
+        def take(step: Step) -> None:
+            if step.said:
+                self.report(step)
+                return
+            if self.current != number:
+                self.current, self.began, self.seen = number, self.clock(), {}
+            if step.total:
+                self.seen[step.task] = min(1.0, step.done / step.total)
+            self._tell(step)
+
+        return take
+
+    def finish(self, number: int, *, reused: bool = False) -> tuple[float, float]:
+        """The piece is done. `reused`: its result was there before, so it says nothing of how long others take.
+
+        Gives the share of it that had to be done, and the seconds.
+        """
+        taken = self.clock() - self.began if self.current == number else 0.0
+        self.finished[number] = 0.0 if reused else taken
+        share = 0.0
+        if self.current == number and not reused:
+            piece = self.pieces[number]
+            done = self._to_do(piece, self.seen)
+            share = done / piece.units
+            seconds, units = self.paces.get(piece.kind, (0.0, 0.0))
+            self.paces[piece.kind] = (seconds + taken, units + done)
+            self.over |= set(self.seen)
+        self.current, self.seen = None, {}
+        self._tell(None)
+        return share, taken
+
+    def left(self) -> float:
+        """Seconds to the end."""
+        rest = sum(self._expected(piece) for number, piece in enumerate(self.pieces) if number not in self.finished)
+        if self.current is None:
+            return rest
+        piece = self.pieces[self.current]
+        return max(0.0, rest - self._expected(piece) + self._rest_of(piece))
+
+    def _rest_of(self, piece: Piece) -> float:
+        """Of the current piece: from its own pace as soon as that tells something."""
+        units, done = self._to_do(piece, self.seen), self._done()
+        taken = self.clock() - self.began
+        before = max(0.0, self._expected(piece) * units / self._to_do(piece, {}) - taken)
+        if done / units < _TELLING:
+            return before
+        trust = min(1.0, done / units * 10)  # from a tenth of it on, nothing else counts
+        return trust * taken / done * (units - done) + (1 - trust) * before
+
+    def _done(self) -> float:
+        """Units of the current piece that are done."""
+        if self.current is None:
+            return 0.0
+        runs = self.pieces[self.current].runs
+        return sum(share * runs.get(run, 0.0) for run, share in self.seen.items())
+
+    def _to_do(self, piece: Piece, seen: Mapping[str, float]) -> float:
+        """Units of the runs that are not passed over: one before the last that was seen, and itself not seen, was not needed."""
+        names = list(piece.runs)
+        last = max((names.index(run) for run in seen if run in piece.runs), default=-1)
+        wanted = (run in seen or (at > last and not self._elsewhere(run, piece)) for at, run in enumerate(names))
+        return sum(piece.runs[run] for run, needed in zip(names, wanted, strict=True) if needed) or piece.units
+
+    def _elsewhere(self, run: str, piece: Piece) -> bool:
+        """Whether another piece does it before: the reference's scores are made once for all files."""
+        if run in self.over:
+            return True
+        return next((one for one in self.pieces if run in one.runs), piece) is not piece
+
+    def _expected(self, piece: Piece) -> float:
+        """By work of its kind that was done just now; else as foreseen, scaled by how right that was for other kinds."""
+        seconds, units = self.paces.get(piece.kind, (0.0, 0.0))
+        current = self.pieces[self.current] if self.current is not None else None
+        taken, done = self.clock() - self.began, self._done()
+        telling = current is not None and done / current.units >= _TELLING
+        if current is not None and telling and current.kind == piece.kind and current is not piece:
+            seconds, units = seconds + taken, units + done
+        if units and seconds:
+            return seconds / units * self._to_do(piece, {})
+        known = [number for number, spent in self.finished.items() if spent]
+        foreseen = sum(self.pieces[number].expected for number in known)
+        spent = sum(self.finished[number] for number in known)
+        if current is not None and telling and current is not piece:
+            foreseen, spent = foreseen + current.expected * done / current.units, spent + taken
+        return piece.expected * (spent / foreseen if foreseen and spent else 1.0)
+
+    def _tell(self, step: Step | None) -> None:
+        rest = self.left()
+        seconds = sum(self.finished.values()) + (self.clock() - self.began if self.current is not None else 0.0)
+        everything = seconds + rest
+        share = seconds / everything if everything else float(len(self.finished) == len(self.pieces))
+        detail = f"{min(len(self.finished) + 1, len(self.pieces))} of {len(self.pieces)}"
+        if step is not None:
+            counted = f" {step.done:.0f}/{step.total:.0f} {step.unit}".rstrip() if step.total else ""
+            detail += f", {step.task}{counted}"
+        ended = len(self.finished) == len(self.pieces)
+        self.report(Step(self.task, 100.0 if ended else min(99.0, 100 * share), 100, "%", "" if ended else detail, rest))

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import click
 
-from apex_build.cli import carried, show
+from apex_build.cli import carried, show, values
 from apex_build.errors import SourceMissing
 from apex_build.hookspecs import GpuTarget
 from apex_build.native.toolset import find_toolset
@@ -39,7 +39,15 @@ class _Wanted:
 
 
 @click.command()
-@click.option("--pin", "pin_name", metavar="NAME", default=DEFAULT_PIN, show_default=True, help="Pin, or a pin's TOML file.")
+@click.option(
+    "--pin",
+    "pin_name",
+    metavar="NAME",
+    shell_complete=values.pins,
+    default=DEFAULT_PIN,
+    show_default=True,
+    help="Pin, or a pin's TOML file.",
+)
 @click.option(
     "--backend",
     type=click.Choice(("auto", "cpu", "cuda")),
@@ -47,7 +55,14 @@ class _Wanted:
     show_default=True,
     help="auto: CUDA where a GPU is found.",
 )
-@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="Build for this GPU, found here or not; may be repeated.")
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=values.gpus,
+    help="Build for this GPU, found here or not; may be repeated.",
+)
 @click.option(
     "--cuda-toolchain",
     type=click.Choice(("auto", "system", "pypi")),

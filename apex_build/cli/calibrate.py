@@ -12,7 +12,7 @@ import click
 
 from apex_build.calibration.run import Calibration, Settings, arguments, calibrate, without_own_arguments
 from apex_build.calibration.sets import CalibrationText, compose, known_sets, load_set, text_of_file
-from apex_build.cli import show
+from apex_build.cli import show, values
 from apex_build.cli.inspect import print_coverage
 from apex_build.evaluation.rows_check import CHUNKS, check_rows
 from apex_build.evaluation.task import ToolOptions
@@ -24,6 +24,7 @@ from apex_build.native.lines import printable
 from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.outputs import check_apart, check_place, check_text_free, whole_file, with_manifest_and_log
+from apex_build.pace import active_parameters, expect, remember, tokens_of
 from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
 from apex_build.progress import Report
@@ -44,6 +45,7 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 @click.option(
     "--calibration-set",
     "set_name",
+    shell_complete=values.calibration_sets,
     default="default",
     show_default=True,
     help=f"A calibration set ({', '.join(known_sets())}) or TOML file.",
@@ -143,7 +145,7 @@ def command(
         _show_plan(text, wanted if chunks is None else [*wanted, "--chunks", str(chunks)], out, json_)
         return
     if head and not model.head_layers and not json_:
-        click.echo("the model has no draft head: calibrating its trunk", err=True)
+        show.note("the model has no draft head: calibrating its trunk")
     with_head, known = head and model.head_layers > 0, trained_on(model.architecture)
     if with_head and rows == AUTO and known is None:
         click.echo(
@@ -151,6 +153,9 @@ def command(
             "the tool's default is taken (--mtp-rows pre or post: others)",
             err=True,
         )
+    tokens = tokens_of(len(text.data)) if chunks is None else min(tokens_of(len(text.data)), chunks * context)
+    work = tokens * active_parameters(model)
+    show.note(f"about {max(2, round(tokens / context))} chunks of {context} tokens: {expect('calibrate', work)}")
     try:
         with show.progress() as report:
             check = _rows_check(model, settings, tools, report) if with_head and rows == AUTO and rows_check else None
@@ -158,6 +163,9 @@ def command(
     except KeyboardInterrupt:
         click.echo("the last snapshot is kept: the same command goes on from there", err=True)
         raise
+    covered = done.coverage.imatrix
+    if not done.reused and not done.resumed_at and covered.chunk_count and covered.chunk_size:
+        remember("calibrate", covered.chunk_count * covered.chunk_size * active_parameters(model), done.seconds)
     if json_:
         show.as_json(_json(done))
         return

@@ -8,8 +8,11 @@ from typing import Any
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import show, values
+from apex_build.cli.groups import VERBOSE, verbosity
+from apex_build.cli.headline import labels_of, print_headline
 from apex_build.errors import ApexError, CalibrationSetInvalid, ParameterUnknown
+from apex_build.evaluation.pieces import piece_of, remember
 from apex_build.evaluation.run import (
     Inputs,
     Result,
@@ -29,8 +32,10 @@ from apex_build.hookspecs import Evaluator, Figure
 from apex_build.native.lines import printable
 from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import find_toolset
+from apex_build.pace import Estimate
 from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import parse_settings
+from apex_build.progress import Whole
 
 _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 
@@ -52,7 +57,11 @@ def evaluation_options(function: Any) -> Any:
         ),
         click.option("--data", metavar="NAME=FILE", multiple=True, help="The data file of an evaluator: --data hellaswag=FILE."),
         click.option(
-            "--only", metavar="NAME,NAME", multiple=True, help="These evaluators.  [default: all that have what they need]"
+            "--only",
+            metavar="NAME,NAME",
+            multiple=True,
+            shell_complete=values.evaluators,
+            help="These evaluators.  [default: all that have what they need]",
         ),
         click.option("--set", "settings", metavar="NAME.PARAMETER=VALUE", multiple=True, help="A parameter of an evaluator."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]"),
@@ -81,6 +90,7 @@ def evaluation_options(function: Any) -> Any:
     show_default=True,
     help="Where each result goes, one JSON object a line.",
 )
+@click.option("--all", "all_", is_flag=True, help="Every figure with its interval, by domain; -v does the same.")
 @click.option("--list", "list_", is_flag=True, help="List the evaluators with their parameters.")
 @click.option("--force", is_flag=True, help="Measure again what is in the results file.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and say what would be run.")
@@ -102,6 +112,7 @@ def command(
     memory: float | None,
     extra: tuple[str, ...],
     results: Path,
+    all_: bool,
     list_: bool,
     force: bool,
     dry_run: bool,
@@ -141,28 +152,48 @@ def command(
     check_settings(inputs.settings, evaluators)
     tools = find_toolset(tools_path)
     works: list[Work] = []
+    without: dict[tuple[str, ...], list[str]] = {}
     for path in dict.fromkeys(files):
         model = read_model(path, plugins.role_of)
         chosen, left_out = choose(evaluators, names_of(only), model, inputs)
-        for line in left_out:
-            click.echo(f"{path.name}: left out {line}", err=True)
+        if left_out:
+            without.setdefault(tuple(left_out), []).append(path.name)
         works += [plan_work(evaluator, model, inputs, tools, threads=threads) for evaluator in chosen]
+    for lines, names in without.items():
+        show.note(f"{', '.join(names)}: left out {'; '.join(lines)}")
     check_results(results, works, inputs)
     if dry_run:
         _dry_run(works, {} if force else recorded(results), json_)
         return
     done: list[Result] = []
+    known = {} if force else recorded(results)
+    pieces = [piece_of([work]) for work in works]
+    place = {work.identity: number for number, work in enumerate(works)}
+    to_do = [estimate for work, (_, estimate) in zip(works, pieces, strict=True) if work.identity not in known]
+    if to_do:
+        takes = Estimate(sum(one.seconds for one in to_do), all(one.measured for one in to_do))
+        show.note(f"{len(to_do)} of {len(works)} measurements to do: {takes}")
     with show.progress() as report:
-        for result in evaluate([with_report(work, report) for work in works], results, force=force):
+        whole = Whole("evaluating", report, [piece for piece, _ in pieces])
+        reporting = [with_report(work, whole.of(number)) for number, work in enumerate(works)]
+        for result in evaluate(reporting, results, force=force):
             done.append(result)
+            share, seconds = whole.finish(place[result.work.identity], reused=result.reused or result.error is not None)
+            remember(result.work, share, seconds)
             if result.error is not None:
                 task = result.work.task
                 click.echo(f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}", err=True)
     if json_:
         show.as_json([record(result) for result in done if result.error is None])
     else:
-        for evaluator_name in dict.fromkeys(result.work.evaluator.name for result in done):
-            _print(evaluator_name, [result for result in done if result.work.evaluator.name == evaluator_name])
+        if all_ or verbosity() == VERBOSE:
+            for evaluator_name in dict.fromkeys(result.work.evaluator.name for result in done):
+                _print(evaluator_name, [result for result in done if result.work.evaluator.name == evaluator_name])
+        if any(result.error is None for result in done):
+            print_headline(done)
+    good, reused = sum(result.error is None for result in done), sum(result.reused for result in done)
+    before = f", {reused} of them from before" if reused else ""
+    show.note(f"{_counted(good, 'result')} in {results}{before}" + ("" if all_ or json_ else "; --all shows every figure"))
     if failed := [result.error for result in done if result.error is not None]:
         raise _summed_up(failed, len(done))
 
@@ -237,8 +268,7 @@ def _print(evaluator: str, results: Sequence[Result]) -> None:
     """One table for an evaluator: a row for each figure, a column for each file."""
     rows: dict[tuple[str, str], dict[str, Figure]] = {}
     paths = [result.work.task.model.path for result in results if result.error is None]
-    # files of one name in several folders are told apart by where they are
-    labels = {path: path.name if sum(one.name == path.name for one in paths) == 1 else str(path) for path in paths}
+    labels = labels_of(paths)
     names = list(labels.values())
     for result in results:
         for figure in result.figures:
@@ -283,4 +313,8 @@ def _digits(figure: Figure) -> int:
 def _summed_up(failed: Sequence[ApexError], total: int) -> ApexError:
     """The first failure, said once more at the end with the exit code that is its own."""
     first = failed[0]
-    return type(first)(f"{len(failed)} of {total} measurements failed; the first: {first.message}", hint=first.hint)
+    return type(first)(f"{len(failed)} of {_counted(total, 'measurement')} failed; the first: {first.message}", hint=first.hint)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

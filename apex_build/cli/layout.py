@@ -18,7 +18,9 @@ def shorten(text: str, width: int) -> str:
     return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
 
 
-def lay_out(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = (), width: int | None = None) -> list[str]:
+def lay_out(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = (), width: int | None = None
+) -> list[str]:
     """Lines of a table, its header first. `right`: columns to align right. `width` None: no bound.
 
     Columns that are too wide are wrapped between words; then long words are shortened in their middle; and where even that does not
@@ -27,7 +29,7 @@ def lay_out(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
     table = [[str(cell).split("\n") for cell in row] for row in (columns, *rows)]
     widths = [max(len(line) for row in table for line in row[at]) for at in range(len(columns))]
     if width is not None and _total(widths) > width:
-        words = [max((len(word) for row in table for line in row[at] for word in line.split(" ")), default=1) for at in range(len(widths))]
+        words = [max(len(word) for row in table for line in row[at] for word in line.split(" ")) for at in range(len(widths))]
         least = [max(1, min(found, one)) for found, one in zip(widths, words, strict=True)]
         if _total(least) > width:
             least = _narrowed(least, [min(_LEAST, one) for one in least], width)

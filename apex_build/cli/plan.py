@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import show, values
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
@@ -32,7 +32,7 @@ _ANOTHER = "give another name with --write-rules"
 
 @click.command()
 @click.argument("model_path", metavar="MODEL", type=_PATH)
-@click.option("--policy", "policy_name", metavar="NAME", help="A policy: apex policies lists them.")
+@click.option("--policy", "policy_name", metavar="NAME", shell_complete=values.policies, help="A policy: apex policies lists them.")
 @click.option(
     "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policy (may be given several times)."
 )

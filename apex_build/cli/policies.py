@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import show, values
 from apex_build.hookspecs import PolicySpec
 from apex_build.plugins import load_plugins
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=values.policies)
 @click.option("--plugin", "folders", multiple=True, type=click.Path(path_type=Path), help="Load a plugin from this folder.")
 @click.option("--json", "json_", is_flag=True, help="Print JSON.")
 def command(name: str | None, folders: tuple[Path, ...], json_: bool) -> None:

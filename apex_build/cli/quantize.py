@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import show, values
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
 from apex_build.cli.plan import policy_of, tell_of_list
 from apex_build.cli.serving import command_line
@@ -34,7 +34,14 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 
 @click.command()
 @click.argument("model_path", metavar="MODEL", type=_PATH)
-@click.option("--policy", "names", metavar="NAME", multiple=True, help="A policy (may be given several times).")
+@click.option(
+    "--policy",
+    "names",
+    metavar="NAME",
+    shell_complete=values.policies,
+    multiple=True,
+    help="A policy (may be given several times).",
+)
 @click.option(
     "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policies (may be given several times)."
 )

@@ -1,60 +1,100 @@
-"""What the verbs share for showing things: a progress line with an ETA, tables, sizes."""
+"""What the verbs share for showing things: progress with the time left, tables, sizes."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from apex_build.native.lines import HARMFUL
+from apex_build.cli.groups import QUIET, verbosity
+from apex_build.cli.layout import lay_out, shorten
+from apex_build.native.lines import HARMFUL, printable
 from apex_build.progress import Report, Step
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 _PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to redraw
+_BAR = 14  # characters
+_NARROWEST = 40
 
 
 def console() -> Console:
     """For people: stderr, so that stdout holds only what was asked for."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """A remark for people, on stderr; -q leaves it out."""
+    if verbosity() != QUIET:
+        click.echo(text, err=True)
 
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """A `Report` that draws bars with an ETA on a terminal, and prints a line now and then elsewhere."""
-    if not sys.stderr.isatty():
+    """A `Report` that draws a bar on a terminal, and prints a line now and then elsewhere; nothing with -q."""
+    if verbosity() == QUIET:
+        yield _warnings
+    elif not sys.stderr.isatty():
         yield _plain()
-        return
+    else:
+        with _bars() as report:
+            yield report
+
+
+def _warnings(step: Step) -> None:
+    """With -q: what has to be said nevertheless."""
+    if step.said:
+        click.echo(f"warning: {printable(step.task)}", err=True)
+
+
+@contextmanager
+def _bars() -> Iterator[Report]:
+    """One line a task; a task that is done makes room for the next."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
     columns = (
         TextColumn("{task.description}", markup=False),  # names of files are in it
-        BarColumn(),
-        TextColumn("{task.fields[count]}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=_BAR),
+        TextColumn("{task.fields[after]}", markup=False),
     )
-    with Progress(*columns, console=console(), transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
+    clocks: dict[str, Callable[[Step], tuple[float, float | None]]] = {}
+    tasks: dict[str, TaskID] = {}
+    screen = console()
+    with Progress(*columns, console=screen, transient=True) as bars:
 
         def report(step: Step) -> None:
             if step.said:
-                bars.console.print(Text(f"warning: {step.task}"))
+                bars.console.print(f"warning: {printable(step.task)}", markup=False)
                 return
             if step.task not in tasks:
-                tasks[step.task] = bars.add_task(step.task, total=step.total, count="")
-            bars.update(tasks[step.task], completed=step.done, total=step.total, count=_count(step))
+                for old in tasks.values():
+                    bars.remove_task(old)
+                tasks.clear()
+                tasks[step.task] = bars.add_task("", total=step.total, after="")
+            elapsed, left = clocks.setdefault(step.task, _clock())(step)
+            after = " ".join(
+                part for part in (_count(step), _time(elapsed), _time(left) + " left" if left is not None else "") if part
+            )
+            room = max(_NARROWEST, screen.width) - _BAR - len(after) - 3
+            text = f"{step.task}: {step.detail}" if step.detail else step.task
+            bars.update(
+                tasks[step.task], completed=step.done, total=step.total, description=shorten(printable(text), room), after=after
+            )
 
         yield report
 
 
 def _plain() -> Report:
-    began: dict[str, tuple[float, float]] = {}  # time, and what was done by then: a resumed run does not begin at 0
+    clocks: dict[str, Callable[[Step], tuple[float, float | None]]] = {}
     shown: dict[str, float] = {}
 
     def report(step: Step) -> None:
@@ -62,24 +102,51 @@ def _plain() -> Report:
             click.echo(f"warning: {step.task}", err=True)
             return
         now = time.monotonic()
-        first, before = began.setdefault(step.task, (now, step.done))
+        elapsed, left = clocks.setdefault(step.task, _clock())(step)
         finished = step.total is not None and step.done >= step.total
         if now - shown.get(step.task, -_PLAIN_EVERY) < _PLAIN_EVERY and not finished:
             return
         if finished and shown.get(step.task) == float("inf"):
             return
         shown[step.task] = float("inf") if finished else now
-        left = ""
-        if step.total and step.done > before and not finished:
-            left = f", {(now - first) / (step.done - before) * (step.total - step.done):.0f} s left"
-        click.echo(f"{step.task}: {_count(step)} ({now - first:.0f} s{left})", err=True)
+        rest = f", {left:.0f} s left" if left is not None and not finished else ""
+        detail = f" ({printable(step.detail)})" if step.detail else ""
+        click.echo(f"{printable(step.task)}: {_count(step)}{detail} ({elapsed:.0f} s{rest})", err=True)
 
     return report
 
 
+def _clock() -> Callable[[Step], tuple[float, float | None]]:
+    """Seconds since the first step of a task, and those left: as the step says, or on a straight line from where it began."""
+    began: list[tuple[float, float]] = []  # time, and what was done by then: a resumed run does not begin at 0
+
+    def read(step: Step) -> tuple[float, float | None]:
+        now = time.monotonic()
+        if not began:
+            began.append((now, step.done))
+        first, before = began[0]
+        if step.left is not None:
+            return now - first, step.left
+        if not step.total or step.done <= before:
+            return now - first, None
+        return now - first, (now - first) / (step.done - before) * (step.total - step.done)
+
+    return read
+
+
 def _count(step: Step) -> str:
+    if step.unit == "%":
+        return f"{step.done:.0f} %"
     total = f"/{step.total:.0f}" if step.total is not None else ""
     return f"{step.done:.0f}{total} {step.unit}".strip()
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def size(n_bytes: float) -> str:
@@ -92,14 +159,19 @@ def size(n_bytes: float) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
-    """Print a table to stdout; columns named in `right` are aligned right."""
-    out = Table(title=Text(title, style="italic"), title_justify="left", header_style="bold")
-    for column in columns:
-        out.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        out.add_row(*(Text(str(cell)) for cell in row))  # never as markup: names come from files
-    width = None if sys.stdout.isatty() else 160
-    Console(highlight=False, width=width).print(out)
+    """Print a table to stdout; columns named in `right` are aligned right. On a terminal it fits the width."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    lines = lay_out(columns, cells, [at for at, column in enumerate(columns) if column in right], width)
+    click.echo(click.style(printable(title), italic=True))
+    for number, line in enumerate(lines):
+        click.echo(click.style(line, bold=True) if not number else line)
+    click.echo()
+
+
+def _cell(value: Any) -> str:
+    """Without what a file's name could do to a terminal."""
+    return "\n".join(printable(line) for line in str(value).split("\n"))
 
 
 def as_json(value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import show, values
 from apex_build.cli.groups import Group
 from apex_build.errors import ApexError
 from apex_build.source import fetch as fetching
@@ -17,7 +17,13 @@ from apex_build.source.series import series_status
 from apex_build.source.tree import status as tree_status
 
 pin_option = click.option(
-    "--pin", "pin_name", metavar="NAME", default=DEFAULT_PIN, show_default=True, help="Pin, or a pin's TOML file."
+    "--pin",
+    "pin_name",
+    metavar="NAME",
+    shell_complete=values.pins,
+    default=DEFAULT_PIN,
+    show_default=True,
+    help="Pin, or a pin's TOML file.",
 )
 
 
@@ -102,7 +108,9 @@ def verify(pin_name: str, as_json: bool) -> None:
 
 
 @command.command()
-@click.option("--pin", "pin_name", metavar="NAME", help="Only this pin, or this pin's TOML file. [default: all]")
+@click.option(
+    "--pin", "pin_name", metavar="NAME", shell_complete=values.pins, help="Only this pin, or this pin's TOML file. [default: all]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(pin_name: str | None, as_json: bool) -> None:
     """Show the pins, whether they are fetched, and what was changed in their trees.

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import show, values
 from apex_build.cli.evaluate import data_files, evaluation_options, names_of, texts_by_domain
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
-from apex_build.errors import DataMissing
+from apex_build.evaluation.pieces import piece_of
 from apex_build.evaluation.run import Inputs, check_settings
 from apex_build.evaluation.sweep import Request, Sweep, plan_sweep
-from apex_build.evaluation.sweep_rows import Row, as_data
-from apex_build.evaluation.sweep_run import Outcome, planned_row, run_sweep
+from apex_build.evaluation.sweep_rows import RESULTS, Row, as_data, read_rows
+from apex_build.evaluation.sweep_run import Outcome, planned_row, planned_works, run_sweep
 from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.lines import printable
 from apex_build.native.memory import bytes_of
 from apex_build.native.toolset import find_toolset
+from apex_build.pace import Estimate
 from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import parse_settings
+from apex_build.progress import Whole
 from apex_build.report import plot
 from apex_build.report.knee import mb
 from apex_build.report.sweep import Report, check_scores, default_score, report_sweep, write_report
@@ -41,7 +44,15 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
     required=True,
     help="A parameter and its values; given twice: every combination.",
 )
-@click.option("--policy", "policy_name", metavar="NAME", default="draft-head-only", show_default=True, help="The policy.")
+@click.option(
+    "--policy",
+    "policy_name",
+    metavar="NAME",
+    shell_complete=values.policies,
+    default="draft-head-only",
+    show_default=True,
+    help="The policy.",
+)
 @click.option("--imatrix", type=_PATH, help="Calibration data of the whole model: apex calibrate makes it.")
 @click.option("--imatrix-without-head", "without", type=_PATH, help="For the other curve.  [default: made from --imatrix]")
 @click.option("--with-head", "curves", flag_value="with", help="Only with the head's calibration data.")
@@ -111,10 +122,6 @@ def command(
     of_evaluators, of_policy = _divided(parse_settings(settings), policy, set(evaluators))
     check_settings(of_evaluators, evaluators)
     model = read_model(model_path, plugins.role_of)
-    if imatrix is None:
-        raise DataMissing(
-            "a sweep needs an imatrix of the model: none was given", hint=f"apex calibrate {model_path}, then --imatrix"
-        )
     request = Request(
         model=model,
         policy=policy,
@@ -145,6 +152,8 @@ def command(
     if dry_run:
         _dry_run(sweep, json_)
         return
+    if not plot.available():
+        click.echo(plot.MISSING, err=True)  # now, when it can still be installed before the hours of work
     outcomes = _run(sweep, scores, keep)
     rows = [outcome.row for outcome in outcomes]
     by_head = request.sweeps_head
@@ -160,10 +169,9 @@ def command(
         show.as_json({"points": [as_data(row) for row in rows], "knees": [line for one in reports for line in one.knees]})
     else:
         _print(reports, written)
-    if not plot.available():
-        click.echo(plot.MISSING, err=True)
     if failed := [error for outcome in outcomes for error in outcome.errors]:
-        raise type(failed[0])(f"{len(failed)} measurements failed; the first: {failed[0].message}", hint=failed[0].hint)
+        counted = "1 measurement" if len(failed) == 1 else f"{len(failed)} measurements"
+        raise type(failed[0])(f"{counted} failed; the first: {failed[0].message}", hint=failed[0].hint)
 
 
 for _option in command.params:  # shared with apex evaluate, where they say less
@@ -177,8 +185,8 @@ for _option in command.params:  # shared with apex evaluate, where they say less
 def values_of_sweep(over: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """`NAME=VALUE,VALUE` options as parameter -> values. Raises UsageError where there is no value, or a parameter comes twice."""
     found: dict[str, tuple[str, ...]] = {}
-    for name, values in ((name.strip(), values) for name, _, values in (one.partition("=") for one in over)):
-        given = tuple(dict.fromkeys(value.strip() for value in values.split(",") if value.strip()))
+    for name, listed in ((name.strip(), listed) for name, _, listed in (one.partition("=") for one in over)):
+        given = tuple(dict.fromkeys(value.strip() for value in listed.split(",") if value.strip()))
         if not name or not given:
             raise click.UsageError(f"--over {name or '?'}: expected NAME=VALUE,VALUE,..., found no value")
         if name in found:
@@ -194,24 +202,44 @@ def _divided(settings: dict[str, str], policy: PolicySpec, evaluators: set[str])
 
 
 def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
-    """Run it, with a line and the time left after each point."""
+    """Run it, with one bar for the whole, and a line after each point."""
     outcomes: list[Outcome] = []
-    left = sum(1 for point in sweep.points if point.job and point.identity not in sweep.known)
-    began, done = time.monotonic(), 0
+    pieces = [piece_of(works) for works in planned_works(sweep)]
+    if pieces:
+        takes = Estimate(sum(one.seconds for _, one in pieces), all(one.measured for _, one in pieces))
+        show.note(f"{len(pieces)} of {len(sweep.points)} points to do: {takes}, beside the time that quantizing takes")
     try:
-        for outcome in run_sweep(sweep, keep=keep, progress=show.progress):
-            outcomes.append(outcome)
-            ours = bool(outcome.row.measured or outcome.errors) and not outcome.reused
-            done, left = done + ours, left - ours
-            eta = f", {(time.monotonic() - began) / done * left:.0f} s left" if ours and left else ""
-            click.echo(f"[{len(outcomes)}/{len(sweep.points)}] {outcome.row.name}: {_said(outcome, scores)}{eta}", err=True)
-            check_scores([outcome.row], scores)  # after the first point, not after hours
-            if outcome.errors and outcome.row.baseline:
-                raise outcome.errors[0]  # there would be nothing to compare the others with
+        with show.progress() as report:
+            whole = Whole("sweep", report, [piece for piece, _ in pieces])
+            numbers = iter(range(len(pieces)))
+
+            @contextmanager
+            def point() -> Iterator[Any]:
+                number = next(numbers)
+                yield whole.of(number)
+                whole.finish(number)
+
+            for outcome in run_sweep(sweep, keep=keep, progress=point):
+                outcomes.append(outcome)
+                eta = f", {whole.left():.0f} s left" if not outcome.reused and whole.left() >= 1 else ""
+                show.note(f"[{len(outcomes)}/{len(sweep.points)}] {outcome.row.name}: {_said(outcome, scores)}{eta}")
+                check_scores([outcome.row], scores)  # after the first point, not after hours
+                if outcome.errors and outcome.row.baseline:
+                    raise outcome.errors[0]  # there would be nothing to compare the others with
     except KeyboardInterrupt:
-        click.echo("the points that were measured are kept: the same command goes on from there", err=True)
+        click.echo(_kept(sweep), err=True)
         raise
     return outcomes
+
+
+def _kept(sweep: Sweep) -> str:
+    """What an interrupted sweep leaves, for the same command to go on with."""
+    folder = sweep.request.folder
+    measured = len(read_rows(folder)) if folder.is_dir() else 0
+    files = [path for path in (folder / "files").glob("*.gguf") if path.is_file()]
+    total = sum(path.stat().st_size for path in files)
+    held = f", and {show.size(total)} of files in {folder / 'files'}: {', '.join(path.name for path in files)}" if files else ""
+    return f"kept: {measured} measured points in {folder / RESULTS}{held}; the same command goes on from there"
 
 
 def _said(outcome: Outcome, scores: Sequence[str]) -> str:

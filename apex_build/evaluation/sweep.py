@@ -54,7 +54,7 @@ class Request:
     policy: PolicySpec
     parameters: Mapping[str, Value]
     over: Mapping[str, Sequence[str]]
-    imatrix: Path
+    imatrix: Path | None  # None: no type of the sweep needs data
     folder: Path
     tools: Toolset
     evaluators: Mapping[str, Evaluator]
@@ -146,6 +146,7 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
 
 
 def headless_name(request: Request) -> str:
+    assert request.imatrix is not None  # nothing is derived of none
     return f"{request.imatrix.name.removesuffix('.gguf')}-without-head.gguf"
 
 
@@ -184,7 +185,13 @@ def _evaluators(request: Request) -> list[Evaluator]:
 
 def _curves(request: Request) -> list[bool]:
     """Raises DataMissing, ImatrixMismatch."""
-    curves = list(request.curves or ((True, False) if request.sweeps_head else (True,)))
+    both = (True, False) if request.imatrix is not None or request.imatrix_without_head is not None else (False,)
+    curves = list(request.curves or (both if request.sweeps_head else (True,)))
+    if True in curves and request.sweeps_head and request.imatrix is None:
+        raise DataMissing(
+            f"a curve with data for the draft head of {request.model.path} needs an imatrix: none was given",
+            hint=f"apex calibrate {request.model.path}, then --imatrix; or --without-head",
+        )
     if True in curves and request.sweeps_head and not _has_head(request.imatrix, request.model):
         raise DataMissing(
             f"{request.imatrix} holds nothing for the draft head of {request.model.path}",
@@ -196,22 +203,22 @@ def _curves(request: Request) -> list[bool]:
     return curves
 
 
-def _has_head(imatrix: Path, model: Model) -> bool:
-    return any(holds_head(name, model) for name in read_imatrix(imatrix).entries)
+def _has_head(imatrix: Path | None, model: Model) -> bool:
+    return imatrix is not None and any(holds_head(name, model) for name in read_imatrix(imatrix).entries)
 
 
-def _imatrices(request: Request, curves: Sequence[bool], scratch: Path) -> tuple[dict[bool, Path], bool]:
+def _imatrices(request: Request, curves: Sequence[bool], scratch: Path) -> tuple[dict[bool, Path | None], bool]:
     """Curve -> imatrix, and whether that without the head was derived."""
-    found = {True: request.imatrix, False: request.imatrix_without_head or request.imatrix}
+    found: dict[bool, Path | None] = {True: request.imatrix, False: request.imatrix_without_head or request.imatrix}
     derived = False in curves and not request.imatrix_without_head and _has_head(request.imatrix, request.model)
-    if derived:
-        found[False] = scratch / headless_name(request)
-        write_without_head(request.imatrix, request.model, found[False])
+    if derived and request.imatrix is not None:
+        found[False] = made = scratch / headless_name(request)
+        write_without_head(request.imatrix, request.model, made)
     return found, derived
 
 
 def _point(
-    request: Request, values: Mapping[str, str], head_data: bool, imatrix: Path, parts: Mapping[str, Any], *, baseline: bool
+    request: Request, values: Mapping[str, str], head_data: bool, imatrix: Path | None, parts: Mapping[str, Any], *, baseline: bool
 ) -> Point:
     name = "-".join([model_stem(request.model.path), *(f"{key}-{value}" for key, value in values.items())])
     if len(name) > _LONGEST_NAME:
@@ -224,10 +231,13 @@ def _point(
         job = prepare(request.model, request.policy, parameters, request.tools, out, imatrix=imatrix, allowed=allowed)
         plan = job.plan
     except (DataMissing, ShapeUnfit) as error:
-        refused = error.message.replace(str(imatrix), imatrix.name)
+        if imatrix is None and isinstance(error, DataMissing):
+            hint = f"apex calibrate {request.model.path}, then --imatrix"
+            raise DataMissing(f"this sweep needs an imatrix, and none was given: {error.message}", hint=hint) from None
+        refused = error.message.replace(str(imatrix), imatrix.name) if imatrix else error.message
         with contextlib.suppress(ShapeUnfit):  # for the bytes that it would have
             plan = make_plan(request.model, request.policy, parameters, request.tools, imatrix)
-    file = file_identity(job.keys) if job else sha256_file(imatrix)
+    file = file_identity(job.keys) if job else sha256_file(imatrix) if imatrix else ""
     identity = sha256_json({"sweep": parts, "values": values, "head_data": head_data, "file": file})
     return Point(values, head_data, baseline, plan, job, refused, identity)
 
@@ -241,7 +251,7 @@ def _parts(request: Request, evaluators: Sequence[Evaluator], baseline: Mapping[
         "policy": request.policy.name,
         "parameters": {name: str(value) for name, value in request.parameters.items()},
         "over": list(request.over),
-        "imatrix": sha256_file(request.imatrix),
+        "imatrix": sha256_file(request.imatrix) if request.imatrix else None,
         "imatrix_without_head": sha256_file(without) if without else None,
         "baseline": None if request.inputs.reference else dict(baseline),
         "head_rows": request.head_rows,
@@ -290,7 +300,7 @@ def _inputs(request: Request) -> Iterator[Path]:
     given = request.inputs
     yield from request.model.files
     yield from given.reference.files if given.reference else ()
-    yield from (request.imatrix, *([request.imatrix_without_head] if request.imatrix_without_head else []))
+    yield from (path for path in (request.imatrix, request.imatrix_without_head) if path)
     yield from (*given.texts.values(), *given.data.values(), *given.files)
     yield from template_files(request.policy)
     yield from request.tools.files()

@@ -13,7 +13,7 @@ from pathlib import Path
 from apex_build import __version__
 from apex_build.calibration.without_head import write_without_head
 from apex_build.errors import ApexError
-from apex_build.evaluation.run import evaluate, plan_work, with_report
+from apex_build.evaluation.run import Work, evaluate, plan_work, with_report
 from apex_build.evaluation.sweep import FILES, MANIFEST, MEASURED, Point, Sweep, check_folder, headless_name
 from apex_build.evaluation.sweep_rows import Row, curve_name, write_rows
 from apex_build.gguf_model.catalogue import Model
@@ -69,6 +69,21 @@ def run_sweep(sweep: Sweep, *, keep: bool = False, progress: Progress = lambda: 
             files.clear(keep)
 
 
+def planned_works(sweep: Sweep) -> list[list[Work]]:
+    """Of each point that is to be measured: what its evaluators have before them, for the time that it takes."""
+    request = sweep.request
+    works = [plan_work(one, request.model, request.inputs, request.tools, threads=request.threads) for one in sweep.evaluators]
+    paired = sweep.baseline and any("reference" in (*one.needs, *one.uses) for one in sweep.evaluators)
+
+    def file(point: Point) -> Model:
+        assert point.job is not None
+        return replace(request.model, path=request.folder / "files" / point.job.out.name)
+
+    reference = file(sweep.baseline) if sweep.baseline and paired else request.inputs.reference
+    todo = [point for point in sweep.points if point.job and point.identity not in sweep.known]
+    return [[replace(work, task=replace(work.task, model=file(point), reference=reference)) for work in works] for point in todo]
+
+
 def planned_row(point: Point, sweep: Sweep) -> Row:
     """The row before anything is measured."""
     entries = point.plan.entries if point.plan else ()
@@ -101,10 +116,10 @@ class _Files:
         request = self.sweep.request
         self.folder = request.folder / FILES
         self.folder.mkdir(exist_ok=True)
-        self.imatrices = {True: request.imatrix, False: request.imatrix_without_head or request.imatrix}
-        if self.sweep.derived:
-            self.imatrices[False] = request.folder / headless_name(request)
-            write_without_head(request.imatrix, request.model, self.imatrices[False])
+        self.imatrices: dict[bool, Path | None] = {True: request.imatrix, False: request.imatrix_without_head or request.imatrix}
+        if self.sweep.derived and request.imatrix is not None:
+            self.imatrices[False] = made = request.folder / headless_name(request)
+            write_without_head(request.imatrix, request.model, made)
 
     def measure(self, point: Point, keep: bool, report: Report) -> Outcome:
         request, began = self.sweep.request, time.monotonic()

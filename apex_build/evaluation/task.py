@@ -26,6 +26,7 @@ from apex_build.native.run import ToolRun, run_tool
 from apex_build.native.server import Server, serve
 from apex_build.native.toolset import Toolset
 from apex_build.outputs import whole_file
+from apex_build.pace import tokens_of
 from apex_build.places import cache_root, lock_path
 from apex_build.policy.parameters import Value
 from apex_build.progress import Report, Step, silent
@@ -160,6 +161,12 @@ class Task:
                 with whole_file(path) as part:
                     make(part)
         return path
+
+    def tokens_of_text(self, domain: str) -> float:
+        """About how many a run over this text reads, `chunks` of `context` at the most where the evaluator has these settings."""
+        found = tokens_of(self.texts[domain].stat().st_size)
+        chunks, context = (self.settings.get(name) for name in ("chunks", "context"))
+        return min(found, float(chunks) * float(context)) if chunks and context else found
 
     def identity_of_text(self, domain: str) -> str:
         return sha256_file(self.texts[domain])

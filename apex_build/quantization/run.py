@@ -171,6 +171,7 @@ def run(job: Job, *, force: bool = False, replace: bool = False, threads: int | 
                 explain=output.explain,
                 memory=job.memory,
             )
+            progress.end()
             verify(part, job.plan, job.keys, job.n_bytes, job.tools, report)
             # The manifest first: hashing takes minutes, and a file in place without its manifest would not be known again.
             write_json(beside(out, MANIFEST), _manifest(job, sha256_file(part)))
@@ -187,6 +188,10 @@ class _Progress:
     task: str
     done: int = 0
     current: str = ""
+
+    def end(self) -> None:
+        total = sum(self.sizes.values()) / 1e6
+        self.report(Step(self.task, total, total, "MB"))
 
     def line(self, line: str) -> None:
         if (found := output.tensors_done(line)) and found[2] != self.current:

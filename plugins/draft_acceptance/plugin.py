@@ -12,6 +12,7 @@ from apex_build.evaluation.intervals import ratio_interval, share_interval
 from apex_build.evaluation.task import Prompt, Server, Step, Task
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES
 from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+from apex_build.pace import GENERATED, tokens_of
 
 
 @hookimpl
@@ -31,9 +32,19 @@ def apex_evaluators() -> list[Evaluator]:
                 ),
                 "context": Parameter(2048, "int", "tokens of the context, which holds a prompt and what is written after it"),
             },
+            headline=(("greedy.n2.acceptance", "acceptance"), ("greedy.n*.acceptance", "acceptance")),
+            runs=_runs,
             description="llama-server with draft-mtp: tokens drafted and accepted, tokens for each evaluation of the trunk",
         )
     ]
+
+
+def _runs(task: Task) -> dict[str, float]:
+    modes = 2 if float(task.settings["temperature"]) > 0 else 1
+    passes = 1 + len(_lengths(str(task.settings["lengths"]))) * modes
+    read = sum(tokens_of(len(prompt.text.encode())) for prompt in task.prompts)
+    written = len(task.prompts) * task.number("n_predict")
+    return {f"{task.evaluator}: {task.model.path.name}": passes * (read + written * GENERATED)}
 
 
 @dataclass(frozen=True)

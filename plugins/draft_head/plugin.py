@@ -28,9 +28,18 @@ def apex_evaluators() -> list[Evaluator]:
                 ),
                 "parse_special": Parameter(True, "flag", "the texts hold chat markup (<|im_start|>) that stands for tokens"),
             },
+            headline=(("depth1.agreement", "agreement"),),
+            runs=_runs,
             description="the head's drafts against the trunk's choices, by depth; paired with the reference's where one is given",
         )
     ]
+
+
+def _runs(task: Task) -> dict[str, float]:
+    """The reference's are passed over where they are kept in the cache."""
+    models = [task.model, *([task.reference] if task.reference and task.reference.head_layers else [])]
+    names = [model.path.name for model in models]
+    return {f"{task.evaluator}: {name} on {domain}": task.tokens_of_text(domain) for domain in task.texts for name in names}
 
 
 def _draft_head(task: Task) -> Sequence[Figure]:

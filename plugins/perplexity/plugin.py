@@ -25,7 +25,9 @@ def apex_evaluators() -> list[Evaluator]:
             evaluate=_perplexity,
             needs=("text",),
             parameters=_PARAMETERS,
-            description="how well the model foretells the texts",
+            description="how well the model predicts the texts",
+            headline=(("ppl", "perplexity"),),
+            runs=_runs,
         ),
         Evaluator(
             name="kld",
@@ -33,8 +35,21 @@ def apex_evaluators() -> list[Evaluator]:
             needs=("text", "reference"),
             parameters=_PARAMETERS,
             description="how far the model's probabilities are from the reference's; the reference's are kept in the cache",
+            headline=(("kld.mean", "KLD"), ("top1.agreement", "top-1")),
+            runs=_runs_of_both,
         ),
     ]
+
+
+def _runs(task: Task) -> dict[str, float]:
+    return {f"{task.evaluator}: {task.model.path.name} on {domain}": task.tokens_of_text(domain) for domain in task.texts}
+
+
+def _runs_of_both(task: Task) -> dict[str, float]:
+    """The reference's are passed over where they are kept in the cache."""
+    assert task.reference is not None
+    names = (f"reference {task.reference.path.name}", task.model.path.name)
+    return {f"{task.evaluator}: {name} on {domain}": task.tokens_of_text(domain) for domain in task.texts for name in names}
 
 
 def _perplexity(task: Task) -> Sequence[Figure]:

@@ -15,6 +15,7 @@ from apex_build.errors import ParameterUnknown, ToolFailed, ToolKilled
 from apex_build.evaluation.intervals import ratio_interval, student
 from apex_build.evaluation.task import Prompt, Server, Step, Task
 from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+from apex_build.pace import GENERATED, tokens_of
 
 _UNIT = "tokens/s"
 
@@ -34,9 +35,20 @@ def apex_evaluators() -> list[Evaluator]:
                 "n_max": Parameter(2, "int", "tokens drafted at a time; 0: no comparison with drafting"),
                 "context": Parameter(2048, "int", "the servers' context: a prompt and what is written after it"),
             },
+            headline=(("generation", "speed"), ("end_to_end.drafting", "drafting")),
+            runs=_runs,
             description="llama-bench; and, for a file with a draft head and prompts, llama-server with and without drafting",
         )
     ]
+
+
+def _runs(task: Task) -> dict[str, float]:
+    name, written = f"{task.evaluator}: {task.model.path.name}", task.number("generate") * GENERATED
+    runs = {f"{name}, llama-bench": (task.number("repetitions") + 1) * (task.number("prompt") + written)}
+    if task.prompts and task.model.head_layers and task.number("n_max"):
+        read = sum(tokens_of(len(prompt.text.encode())) for prompt in task.prompts)
+        runs[name] = 2 * (read + len(task.prompts) * written)
+    return runs
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def apex(tools: Toolset, tmp_path: Path):  # type: ignore[no-untyped-def]
 def test_the_table_the_total_and_the_note(apex, testbed: Path) -> None:  # type: ignore[no-untyped-def]
     ran = apex("plan", testbed, "--policy", "i-nano", *SMALL, "--set", "draft_head=IQ2_XXS", "--tensors")
     assert ran.returncode == 0
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ran.stdout.splitlines()]
+    rows = [re.split(r" {2,}", line.strip()) for line in ran.stdout.splitlines()]
     assert ["trunk", "routed", "IQ2_XXS", "2-3", "6", "811.01 kB", "2.06"] in rows
     assert ["draft head", "routed", "IQ2_XXS", "6", "3", "405.50 kB", "2.06"] in rows
     assert ["blk.6.nextn.eh_proj.weight", "nextn", "head", "F16", "IQ2_XXS", "33.79 kB", "rule"] in rows

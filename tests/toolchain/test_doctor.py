@@ -36,7 +36,7 @@ def said() -> str:
     """All of its text, in one line whatever the tables make of it."""
     ran = CliRunner().invoke(apex, ["doctor"], catch_exceptions=False)
     assert ran.exit_code == 0
-    return " ".join(ran.stdout.replace("│", " ").split())
+    return " ".join(ran.stdout.split())
 
 
 def judged(told: dict[str, Any], root: Path) -> dict[str, Any]:

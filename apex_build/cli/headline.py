@@ -1,0 +1,73 @@
+"""The table of an evaluation: a line a file, with its size and one column for what each evaluator says first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from apex_build.cli import show
+from apex_build.evaluation.run import Result
+from apex_build.gguf_model.catalogue import Model
+from apex_build.hookspecs import Evaluator, Figure
+
+
+def print_headline(results: Sequence[Result]) -> None:
+    models = {result.work.task.model.path: result.work.task.model for result in results}
+    labels = labels_of(list(models))
+    columns: dict[str, dict[Path, Figure]] = {}
+    failed: dict[str, set[Path]] = {}
+    for result in results:
+        for title, figure in _figures(result.work.evaluator, result.figures).items():
+            columns.setdefault(title, {})[result.work.task.model.path] = figure
+        if result.error is not None:
+            failed.setdefault(result.work.evaluator.name, set()).add(result.work.task.model.path)
+    names = [title + _unit(title, figures) for title, figures in columns.items()]
+    rows = []
+    for path, model in models.items():
+        cells = [value_of(figures.get(path), unit=not _unit(title, figures)) for title, figures in columns.items()]
+        rows.append([labels[path], show.size(sum(file.stat().st_size for file in model.files)), f"{_bits(model):.2f}", *cells])
+    show.table("Results", ("file", "size", "bpw", *names), rows, right=("size", "bpw", *names))
+
+
+def labels_of(paths: Sequence[Path]) -> dict[Path, str]:
+    """Names to show: files of one name in several folders are told apart by where they are."""
+    return {path: path.name if sum(one.name == path.name for one in paths) == 1 else str(path) for path in paths}
+
+
+def value_of(figure: Figure | None, *, unit: bool = True) -> str:
+    """The value alone, to as many digits as its interval bears."""
+    if figure is None:
+        return ""
+    if figure.value is None:
+        return "-"
+    if figure.value == int(figure.value) and figure.low is None:
+        text = f"{figure.value:.0f}"
+    else:
+        width = (figure.high - figure.low) if figure.low is not None and figure.high is not None else abs(figure.value) / 20
+        digits = 1
+        while digits < 5 and 0 < width < 10**-digits * 5:
+            digits += 1
+        text = f"{figure.value:.{digits}f}"
+    return f"{text} {figure.unit}".rstrip() if unit else text
+
+
+def _figures(evaluator: Evaluator, figures: Sequence[Figure]) -> dict[str, Figure]:
+    """Heading -> figure over all texts or prompts, as the evaluator wants it; its first figure where it wants nothing."""
+    whole = [figure for figure in figures if not figure.domain] or list(figures)
+    found: dict[str, Figure] = {}
+    for pattern, title in evaluator.headline:
+        figure = next((figure for figure in whole if fnmatchcase(figure.name, pattern)), None)
+        if figure is not None:
+            found.setdefault(title, figure)
+    return found or ({evaluator.name: whole[0]} if whole else {})
+
+
+def _unit(title: str, figures: Mapping[Path, Figure]) -> str:
+    """' (nats)' for the heading; per cent, and what stands in figures of several units, goes with the value."""
+    units = {figure.unit for figure in figures.values()}
+    return f" ({unit})" if len(units) == 1 and (unit := next(iter(units))) not in ("", "%", "B") else ""
+
+
+def _bits(model: Model) -> float:
+    return sum(tensor.n_bytes for tensor in model.tensors) * 8 / (sum(tensor.n_elements for tensor in model.tensors) or 1)
