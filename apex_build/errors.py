@@ -11,11 +11,12 @@ class ApexError(Exception):
     """Base of all errors that are reported without a traceback."""
 
     exit_code = 1
+    advice: str | None = None  # the hint where whoever raises it has none that fits the case better
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.advice
 
 
 class Terminated(SystemExit):
@@ -45,6 +46,7 @@ class ArchiveUnsafe(ApexError):
     """An archive holds what must not be extracted: a link, a device, a path that escapes."""
 
     exit_code = 13
+    advice = "get the archive again from where it comes from, and compare its sha256; apex source fetch needs none"
 
 
 class TreeEdited(ApexError):
@@ -145,6 +147,7 @@ class ModelMissing(ApexError):
     """No such model file."""
 
     exit_code = 40
+    advice = "check the path; apex inspect FILE shows what a model file holds"
 
 
 class ModelInvalid(ApexError):
@@ -225,6 +228,7 @@ class TemplateUnsafe(ApexError):
     """A policy's template tried what the sandbox forbids."""
 
     exit_code = 64
+    advice = "a template sees data alone, no files and no Python: docs/policies.md; apex policies lists those that are there"
 
 
 class PlanMismatch(ApexError):

@@ -28,6 +28,10 @@ def in_checkout() -> bool:
     return data_root() == _PACKAGE.parent
 
 
+# A checkout has a Makefile, an installed package has none.
+BUILD_HINT = "make build, or: apex build" if in_checkout() else "apex build"
+
+
 def cache_root() -> Path:
     """The user's cache: everything in it can be deleted and will be made again."""
     given = os.environ.get("APEX_CACHE_DIR")

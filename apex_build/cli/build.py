@@ -12,6 +12,7 @@ from apex_build.cli import carried, show, values
 from apex_build.errors import SourceMissing
 from apex_build.hookspecs import GpuTarget
 from apex_build.native.toolset import find_toolset
+from apex_build.places import in_checkout
 from apex_build.plugins import load_plugins
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import DEFAULT_PIN, Pin, load_pin
@@ -140,7 +141,10 @@ def command(
     elif verify:
         toolset = find_toolset()
         count = cache.verify(toolset)
-        click.echo(f"{count} files of {toolset.root} are as they were built")
+        if json_:
+            show.as_json({"root": str(toolset.root), "key": toolset.manifest.get("key"), "files": count, "verified": True})
+        else:
+            click.echo(f"{count} files of {toolset.root} are as they were built")
     elif dry_run:
         wanted = _Wanted(_targets(backend, gpus), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
         _dry_run(load_pin(pin_name), wanted, jobs, json_)
@@ -169,9 +173,8 @@ def _targets(backend: str, gpus: tuple[str, ...]) -> tuple[GpuTarget, ...]:
         return targets_of(survey.gpus, plugins)
     if backend == "cuda":
         raise click.UsageError(f"no GPU was found ({survey.reason}): name one with --gpu; apex build --list-gpus lists the names")
-    click.echo(
-        f"no GPU was found ({survey.reason}): building for the CPU. For a GPU: apex build --gpu NAME, make build GPU=NAME", err=True
-    )
+    or_make = ", make build GPU=NAME" if in_checkout() else ""
+    show.note(f"no GPU was found ({survey.reason}): building for the CPU. For a GPU: apex build --gpu NAME{or_make}")
     return ()
 
 

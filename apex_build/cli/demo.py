@@ -42,6 +42,9 @@ _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "he
 def command(output: Path, threads: int | None, json_: bool) -> None:
     """Build the tools, calibrate the shipped test model with its draft head, quantize it twice, and compare.
 
+    The model comes with a checkout of the project alone: an installed package has none, and its demo is apex calibrate and
+    apex quantize on a model of your own.
+
     The second file has its draft head at IQ2_XXS, which llama-quantize refuses without calibration data of the head. What is there
     already is used again.
 
@@ -53,7 +56,10 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
     testbed = places.data_root() / "tests" / "testbed"
     source_model = testbed / "testbed-f16.gguf"
     if not source_model.is_file():
-        raise ModelMissing(f"{source_model}: the demo's model comes with a checkout of the project, not with the installed package")
+        raise ModelMissing(
+            f"{source_model}: the demo's model comes with a checkout of the project, not with the installed package",
+            hint="apex calibrate MODEL, with a model of your own; or apex demo in a checkout",
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

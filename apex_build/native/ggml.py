@@ -15,6 +15,7 @@ import gguf
 from apex_build.errors import BuildMissing, ShapeUnfit, TypeUnknown
 from apex_build.native.toolset import Toolset
 from apex_build.near import near
+from apex_build.places import BUILD_HINT
 
 # From ggml/include/ggml.h
 _DECLARATIONS = """
@@ -109,7 +110,7 @@ def _load(library: Path, type_count: int | None) -> Mapping[str, TypeTraits]:
             quantized = bool(lib.ggml_is_quantized(number))
             types[name] = TypeTraits(name, block_size, type_size, quantized, needed or name in _REFUSED_WITHOUT_IMATRIX, needed)
     except (OSError, AttributeError) as error:
-        raise BuildMissing(f"{library} cannot be used: {error}", hint="make build") from None
+        raise BuildMissing(f"{library} cannot be used: {error}", hint=BUILD_HINT) from None
     return MappingProxyType(types)
 
 

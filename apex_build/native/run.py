@@ -26,6 +26,7 @@ from apex_build.native.lines import Lines, printable
 from apex_build.native.memory import memory_guard
 from apex_build.native.surroundings import bound, environment, is_tool
 from apex_build.outputs import writing
+from apex_build.places import BUILD_HINT
 from apex_build.scratch import scratch_folder
 from apex_build.system import require_linux
 
@@ -142,7 +143,7 @@ def start(
 
 
 def _unstartable(program: str, why: str) -> ToolFailed:
-    return ToolFailed(f"cannot start {program}: {why}", hint="make build, if it is one of the native tools")
+    return ToolFailed(f"cannot start {program}: {why}", hint=f"{BUILD_HINT}, if it is one of the native tools")
 
 
 @contextmanager

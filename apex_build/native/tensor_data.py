@@ -10,6 +10,7 @@ import gguf
 
 from apex_build.errors import BuildMissing
 from apex_build.native.toolset import Toolset
+from apex_build.places import BUILD_HINT
 
 _DECLARATIONS = "bool ggml_validate_row_data(int type, const void * data, size_t nbytes);"  # ggml/include/ggml.h
 
@@ -22,7 +23,7 @@ def validator(toolset: Toolset) -> Callable[[str, memoryview], bool]:
     try:
         lib: Any = ffi.dlopen(str(library))
     except OSError as error:
-        raise BuildMissing(f"{library} cannot be used: {error}", hint="make build") from None
+        raise BuildMissing(f"{library} cannot be used: {error}", hint=BUILD_HINT) from None
 
     def is_valid(type_name: str, data: memoryview) -> bool:
         number = int(gguf.GGMLQuantizationType[type_name])

@@ -22,7 +22,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     **{"pin": (dict, type(None)), "seconds": (int, float), "recipe": int},
 }
 _MOST_TYPES = 1024  # llama.cpp has some forty
-_HINT = "make build, or: apex build"
+_HINT = places.BUILD_HINT
 
 
 @dataclass(frozen=True)

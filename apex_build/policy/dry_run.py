@@ -17,6 +17,7 @@ from apex_build.native.output import Fallback, TensorLine, explain, fallbacks, q
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 from apex_build.near import near
+from apex_build.places import BUILD_HINT
 from apex_build.scratch import scratch_folder
 
 _SECONDS = 600.0
@@ -95,7 +96,7 @@ def base_types(tools: Toolset) -> Mapping[str, int]:
     listed = (_LISTED_TYPE.match(line) for line in lines)
     types = {found[2].upper(): int(found[1]) for found in listed if found}
     if not types:
-        raise ToolFailed(f"{tools.tool('llama-quantize')} --help lists no types", hint="make build")
+        raise ToolFailed(f"{tools.tool('llama-quantize')} --help lists no types", hint=BUILD_HINT)
     return types
 
 

@@ -147,7 +147,7 @@ def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
     except ApplyFailed as error:
         raise PatchConflict(
             f"{pin.patches_folder / error.letter.name} does not apply to {path}: {error.reason}",
-            hint=f"{fetch_command(pin)} --no-patches, mend it there with git am --reject, commit, then {verb(pin, 'save')}",
+            hint=f"{fetch_command(pin)} --no-patches, apply it there with git am --reject, commit, then {verb(pin, 'save')}",
         ) from None
     remember(path, made={commit: letter.sha256 for commit, letter in zip(made, todo, strict=True)})
     _switch(path, found.head, made[-1] if made else start)
