@@ -11,8 +11,8 @@ from apex_build.calibration.sets import load_set
 from apex_build.cli import apex
 from apex_build.errors import ApexError, CalibrationSetInvalid, EvaluatorUnknown, PinUnknown, PolicyUnknown
 from apex_build.evaluation.run import check_settings
-from apex_build.identity import check_place
 from apex_build.near import near, near_folder, nearby
+from apex_build.outputs import check_place
 from apex_build.plugins import load_plugins
 from apex_build.source.pins import load_pin
 

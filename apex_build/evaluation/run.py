@@ -83,7 +83,8 @@ def choose(
                 f"there is no evaluator '{name}'{nearby(name, evaluators)}. There are: {', '.join(evaluators)}",
                 hint="apex evaluate --list",
             )
-    chosen, left_out = [], []
+    chosen: list[Evaluator] = []
+    lacks: list[tuple[tuple[bool, int], str]] = []
     for name in dict.fromkeys(only) or evaluators:
         lacking = _lacking(evaluators[name], model, inputs)
         if lacking is None:
@@ -91,7 +92,9 @@ def choose(
         elif only:
             raise EvaluationRefused(f"{name} cannot be run on {model.path}: {lacking[0]}", hint=lacking[1])
         else:
-            left_out.append(f"{name}: {lacking[0]}")
+            needs = evaluators[name].needs  # what is had most easily comes first
+            lacks.append((("data" in needs, len(needs)), f"{name}: {lacking[0]}"))
+    left_out = [line for _, line in sorted(lacks, key=lambda one: one[0])]
     if not chosen:
         raise EvaluationRefused(f"nothing to measure {model.path} with: {'; '.join(left_out)}", hint="apex evaluate --help")
     return chosen, left_out

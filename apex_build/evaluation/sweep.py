@@ -290,7 +290,9 @@ def check_folder(sweep: Sweep) -> None:
 def _written(request: Request) -> Iterator[Path]:
     """What is there of all that a sweep writes."""
     folder = request.folder
-    yield from (folder / name for name in (MANIFEST, MEASURED, RESULTS, TABLE, headless_name(request)))
+    yield from (folder / name for name in (MANIFEST, MEASURED, RESULTS, TABLE))
+    if request.imatrix is not None:
+        yield folder / headless_name(request)
     for ending in ("png", "svg"):
         yield from folder.glob(f"sweep*.{ending}")
     yield from (folder / FILES).glob("*")

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def test_an_interrupted_sweep_goes_on(how: signal.Signals, command: list[object]
     for line in child.stderr:
         if line.startswith("[1/3]"):
             (scales / "slow").touch()
-        if line.startswith("verifying") and (scales / "slow").exists():
+            time.sleep(1.5)  # into the next point
             break
     child.send_signal(how)
     _, said = child.communicate(timeout=60)
@@ -198,7 +199,7 @@ def test_a_point_that_failed_is_named_and_measured_when_asked_again(command: lis
     (scales / "broken").touch()
     wanted = [*command, "--over", "draft_head=Q8_0,Q3_K,Q6_K", "--with-head"]
     failed = run_apex(*wanted, code=PluginFailed.exit_code)
-    assert "1 measurements failed; the first: plugin 'scales': ValueError: no such luck" in failed.stderr
+    assert "1 measurement failed; the first: plugin 'scales': ValueError: no such luck" in failed.stderr
     assert "failed" in failed.stdout and "Q6_K" in failed.stdout
     assert [row["values"]["draft_head"] for row in rows(tmp_path / "out")] == ["Q8_0", "Q6_K"]
     (scales / "broken").unlink()
@@ -272,7 +273,10 @@ def test_imatrices_that_will_not_do(
         given = [*command[:at], *(["--imatrix", imatrix] if imatrix else []), *command[at + 2 :]]
         return run_apex(*given, "--over", "draft_head=Q8_0,Q4_K", *more, code=code).stderr
 
-    assert "needs an imatrix of the model: none was given" in sweep(None, code=DataMissing.exit_code)
+    said = sweep(None, "--over", "trunk=IQ2_XXS", code=DataMissing.exit_code)
+    assert "needs an imatrix, and none was given" in said and "apex calibrate" in said
+    said = sweep(None, "--with-head", code=DataMissing.exit_code)
+    assert "a curve with data for the draft head" in said and "--without-head" in said
     assert "no such file" in sweep(tmp_path / "gone.gguf", code=ImatrixInvalid.exit_code)
     assert "not an imatrix" in sweep(testbed, code=ImatrixInvalid.exit_code)
     said = sweep(headless_imatrix, code=DataMissing.exit_code)
