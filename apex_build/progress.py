@@ -165,4 +165,6 @@ class Whole:
             counted = f" {step.done:.0f}/{step.total:.0f} {step.unit}".rstrip() if step.total else ""
             detail += f", {step.task}{counted}"
         ended = len(self.finished) == len(self.pieces)
-        self.report(Step(self.task, 100.0 if ended else min(99.0, 100 * share), 100, "%", "" if ended else detail, rest))
+        self.report(
+            Step(self.task, 100.0 if ended else min(99.0, 100 * share), 100, "%", detail="" if ended else detail, left=rest)
+        )
