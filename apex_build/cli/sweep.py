@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from apex_build import __version__
 from apex_build.cli import show, values
 from apex_build.cli.evaluate import data_files, evaluation_options, names_of, texts_by_domain
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
@@ -162,7 +163,8 @@ def command(
     counted = "positions" if all("text" in one.needs for one in sweep.evaluators) else ""
     name = model_stem(model.path)
     reports = [
-        report_sweep(rows, score, name, by_head=by_head, bound=bound, reference=against, counted=counted) for score in chosen
+        report_sweep(rows, score, name, by_head=by_head, bound=bound, reference=against, counted=counted, about=_about(sweep))
+        for score in chosen
     ]
     written = write_report(folder, reports)
     if json_:
@@ -230,6 +232,20 @@ def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
         click.echo(_kept(sweep), err=True)
         raise
     return outcomes
+
+
+def _about(sweep: Sweep) -> str:
+    """For a chart: what the swept values do not say."""
+    trunk: dict[str, int] = {}
+    planned = next((point.plan for point in sweep.points if point.plan), None)
+    for entry in planned.entries if planned else ():
+        if not entry.draft_head and entry.type != "F32":
+            trunk[entry.type] = trunk.get(entry.type, 0) + entry.n_bytes
+    mostly = f"trunk {max(trunk, key=lambda name: trunk[name])}{' and others' if len(trunk) > 1 else ''}, " if trunk else ""
+    manifest = sweep.request.tools.manifest
+    pin = (manifest.get("pin") or {}).get("name", "llama.cpp")
+    of_head = mostly if sweep.request.sweeps_head else ""
+    return f"{of_head}policy {sweep.request.policy.name}, tools {pin} {sweep.request.tools.identity[:8]}, apex {__version__}"
 
 
 def _kept(sweep: Sweep) -> str:

@@ -10,7 +10,7 @@ from apex_build.errors import EvaluationRefused
 from apex_build.evaluation.sweep_rows import TABLE, Row, curve_name
 from apex_build.outputs import whole_file
 from apex_build.report import plot
-from apex_build.report.knee import DIFFERENCE, Knee, find_knees, knee_text, loss_of, lower_is_better, size_of
+from apex_build.report.knee import DIFFERENCE, Knee, find_knees, knee_text, loss_of, lower_is_better, plain_name, size_of
 from apex_build.report.plot import Chart, Mark, Series
 from apex_build.report.table import Table, markdown, sweep_table
 
@@ -50,9 +50,11 @@ def report_sweep(
     bound: float | None = None,
     reference: str = "",
     counted: str = "",
+    about: str = "",
 ) -> Report:
     """`by_head`: the bytes that count are those of the draft head. `bound` None: half a point for a score in per cent, and no knee
-    for any other. `reference` names the file that losses are taken against, where that is no point; `counted` what n counts.
+    for any other. `reference` names the file that losses are taken against, where that is no point; `counted` what n counts;
+    `about` stands under the chart's title: the trunk's type, the tools.
     """
     figures = [figure for row in rows if (figure := row.figure(score)) and figure.value is not None]
     unit = next((figure.unit for figure in figures), "")
@@ -64,7 +66,14 @@ def report_sweep(
     title = f"{model}: {score}{n}".rstrip()
     table = sweep_table(rows, score, title, by_head=by_head, reference=reference)
     words = tuple(knee_text(knee, score, unit, by_head=by_head) for knee in knees)
-    return Report(score, table, words, _chart(rows, score, title, unit, knees, by_head) if figures else None)
+    return Report(
+        score,
+        table,
+        words,
+        _chart(rows, score, f"{model}: {plain_name(score)}{n}".rstrip() + (f"\n{about}" if about else ""), unit, knees, by_head)
+        if figures
+        else None,
+    )
 
 
 def write_report(folder: Path, reports: Sequence[Report]) -> list[Path]:
@@ -111,7 +120,7 @@ def _chart(rows: Sequence[Row], score: str, title: str, unit: str, knees: Sequen
     return Chart(
         title=title,
         x_label=f"bytes of the {'draft head' if by_head else 'file'} (MB)",
-        y_label=f"{score}{f' ({unit})' if unit else ''}, 95 % intervals",
+        y_label=f"{plain_name(score)}{f' ({unit})' if unit else ''}, 95 % intervals",
         series=tuple(series),
         lines=tuple(lines),
         inner="of the difference from the baseline" if baseline else "of the difference from the reference",

@@ -18,6 +18,8 @@ from gguf_edit import without_head
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.native.toolset import Toolset
 
+pytestmark = pytest.mark.usefixtures("tools")  # every test here runs llama-imatrix
+
 
 def running(fragment: str) -> list[str]:
     """Command lines of processes that mention a path of this test."""
