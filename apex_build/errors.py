@@ -180,6 +180,12 @@ class HeadRowsMismatch(ApexError):
     exit_code = 45
 
 
+class LoadFailed(ApexError):
+    """The built tools cannot load the model: tensors or keys are missing, or its vocabulary or architecture is unknown to them."""
+
+    exit_code = 46
+
+
 # --- calibration --------------------------------------------------------------------------------------------------------
 class CalibrationSetInvalid(ApexError):
     """A calibration set, source or text that cannot be used."""
@@ -235,6 +241,12 @@ class PlanMismatch(ApexError):
     """llama-quantize would do something other than the plan says."""
 
     exit_code = 65
+
+
+class PolicyUnfit(ApexError):
+    """The policy is about a part that the model does not have."""
+
+    exit_code = 66
 
 
 # --- quantization -------------------------------------------------------------------------------------------------------

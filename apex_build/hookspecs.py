@@ -52,7 +52,10 @@ class PolicySpec:
 
     The template renders `pattern=type`, one a line; `base_type` is llama-quantize's own type argument, whose mixture decides
     for every tensor that no line names (`{name}` stands for the value of a parameter); `calibrated` says that the policy is
-    meant for use with an imatrix.
+    meant for use with an imatrix; `fit` that a tensor whose rows cannot hold its type gets the nearest that they can, instead of
+    a refusal; `needs` what a model must have: 'head'.
+
+    A line `# warning: TEXT` of the rendered rules is shown to the user.
     """
 
     name: str
@@ -61,6 +64,8 @@ class PolicySpec:
     calibrated: bool = False
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     description: str = ""
+    fit: bool = False
+    needs: tuple[str, ...] = ()
     # filled in when the plugin is loaded: its name, and where the templates of all plugins lie, for include and extends
     plugin: str = ""
     library: Mapping[str, tuple[Path, ...]] = field(default_factory=dict, repr=False)

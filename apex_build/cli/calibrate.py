@@ -211,7 +211,7 @@ def _json(done: Calibration) -> dict[str, Any]:
     return {
         "path": str(done.path), "identity": done.identity, "reused": done.reused, "resumed_at": done.resumed_at,
         "seconds": round(done.seconds, 3), "perplexity": done.perplexity,
-        "imatrix": imatrix_json(done.coverage.imatrix, done.coverage),
+        "imatrix": imatrix_json(done.coverage.imatrix, done.coverage, done.coverage.examined),
     }  # fmt: skip
 
 

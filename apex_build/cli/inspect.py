@@ -8,13 +8,18 @@ from pathlib import Path
 import click
 
 from apex_build.cli import show
+from apex_build.errors import BuildMissing
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.coverage import FEW, Coverage, coverage
+from apex_build.gguf_model.coverage import FEW, Coverage, coverage, disagreements
+from apex_build.gguf_model.examine import Examined, examine
+from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.header import Header, read_header
-from apex_build.gguf_model.imatrix import Imatrix, check_values, looks_legacy, read_imatrix
+from apex_build.gguf_model.imatrix import Imatrix, looks_legacy, read_imatrix
 from apex_build.gguf_model.model import kind_of, model_of, read_model
 from apex_build.gguf_model.summary import ModelSummary, by_role, imatrix_json, model_json, summarize, tensors_json, tokens
+from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.plugins import load_plugins
+from apex_build.quantization.load_check import doubts
 
 _LISTED = 12  # names shown before "and N more"
 
@@ -54,14 +59,19 @@ def command(file: Path, model_path: Path | None, tensors: bool, few: float, fold
             raise click.UsageError(f"--model goes with an imatrix; {file} is not one")
         _show_model(model_of(found, plugins.role_of), tensors=tensors, json_=json_)
         return
-    check_values(found)
-    against = coverage(found, read_model(model_path, plugins.role_of), few) if model_path is not None else None
+    against = None
+    if model_path is not None:
+        model = read_model(model_path, plugins.role_of)
+        against = coverage(crossed(found, model)[0], model, few)
+    examined = against.examined if against else examine(found)
     if json_:
-        show.as_json(imatrix_json(found, against))
+        show.as_json(imatrix_json(found, against, examined))
         return
     _print_imatrix(found, against)
     if against is not None:
         print_coverage(against, everything=tensors)
+    else:
+        _print_examined(examined)
 
 
 def _imatrix_or_header(file: Path) -> Imatrix | Header:
@@ -73,16 +83,27 @@ def _imatrix_or_header(file: Path) -> Imatrix | Header:
 
 def _show_model(model: Model, *, tensors: bool, json_: bool) -> None:
     summary = summarize(model)
+    reasons = doubts(model, _tools())
     if json_:
-        show.as_json({**model_json(summary), **({"tensor_list": tensors_json(model)} if tensors else {})})
+        show.as_json({**model_json(summary), "unsound": reasons, **({"tensor_list": tensors_json(model)} if tensors else {})})
         return
     _print_model(summary)
+    for reason in reasons:
+        click.echo(f"warning: it cannot be loaded by llama.cpp: {reason}")
     if tensors:
         rows = [
             (_plain(t.name), t.role, "head" if t.draft_head else "", t.type, " x ".join(map(str, t.shape)), show.size(t.n_bytes))
             for t in model.tensors
         ]
         show.table("Tensors", ("name", "role", "part", "type", "shape", "bytes"), rows, right=("shape", "bytes"))
+
+
+def _tools() -> Toolset | None:
+    """The built tools, if there are any: what is in a file can be seen without."""
+    try:
+        return find_toolset()
+    except BuildMissing:
+        return None
 
 
 def _print_model(summary: ModelSummary) -> None:
@@ -183,10 +204,19 @@ def print_coverage(against: Coverage, *, everything: bool = False) -> None:
     limit = None if everything else _LISTED
     _names("without data", against.missing, limit)
     for tensor in against.partial[:limit]:
-        parts = [("no tokens", tensor.without_tokens), (f"under {against.threshold:.2%} of the even share", tensor.few_tokens)]
+        few = f"under {against.threshold:.2%} of the even share ({tensor.fewest:.0f} tokens the least)"
+        parts = [("no tokens", tensor.without_tokens), (few, tensor.few_tokens), ("tokens, but all sums zero", tensor.empty)]
         _line(tensor.name, "; ".join(f"{what}: experts {_numbers(experts, limit)}" for what, experts in parts if experts))
     _more(len(against.partial), limit, "tensors with experts that saw few tokens or none")
     _names("entries that no weight of the model uses", against.unused, limit)
+    _print_examined(against.examined)
+    for line in disagreements(against):
+        click.echo(f"warning: {line}")
+
+
+def _print_examined(examined: Examined) -> None:
+    for line in examined.lines():
+        click.echo(f"warning: {line}")
 
 
 def _names(title: str, names: Sequence[str], limit: int | None) -> None:

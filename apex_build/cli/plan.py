@@ -13,6 +13,7 @@ from apex_build.cli import show, values
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
+from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import PolicySpec
@@ -23,6 +24,7 @@ from apex_build.plugins import Plugins, load_plugins
 from apex_build.policy.lists import TypeList, apply_list, own_types, read_list
 from apex_build.policy.parameters import parse_settings
 from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan, make_plan
+from apex_build.policy.remarks import left_to_base_type, remarks
 from apex_build.policy.render import template_files
 from apex_build.quantization.preflight import check_head_rows
 
@@ -84,8 +86,9 @@ def command(
         lists = [path for path in (imatrix, tensor_types) if path]
         given = (*model.files, *lists, *plugins.files(), *template_files(policy), *tools.files())
         check_apart([write_rules], given, _ANOTHER)
-    types = read_list(tensor_types, Ggml(tools)) if tensor_types else None
-    covered = coverage(read_imatrix(imatrix), model) if imatrix is not None else None
+    ggml = Ggml(tools)
+    types = read_list(tensor_types, ggml) if tensor_types else None
+    covered = coverage(crossed(read_imatrix(imatrix), model)[0], model) if imatrix is not None else None
     plan = make_plan(model, policy, parse_settings(settings), tools, imatrix, types)
     said = check_head_rows(plan.entries, model, covered, rows_of(mtp_rows)) if covered is not None else []
     if types is not None:
@@ -96,9 +99,9 @@ def command(
         with whole_file(write_rules) as part:
             part.write_bytes(rules)
     if json_:
-        show.as_json(_json(plan, covered))
+        show.as_json(_json(plan, covered, ggml))
         return
-    _print(plan, covered, tensors=tensors)
+    _print(plan, covered, ggml, tensors=tensors)
     for warning in said:
         click.echo(f"warning: {warning}", err=True)
 
@@ -127,7 +130,7 @@ def tell_of_list(types: TypeList, plan: Plan, model: Model) -> None:
         click.echo(f"note: {len(left)} tensors, {share:.1%} of the bytes, are not in {types.path}: {by} decides", err=True)
 
 
-def _json(plan: Plan, covered: Coverage | None) -> dict[str, Any]:
+def _json(plan: Plan, covered: Coverage | None, ggml: Ggml) -> dict[str, Any]:
     return {
         "policy": plan.policy,
         "parameters": dict(plan.parameters),
@@ -138,13 +141,15 @@ def _json(plan: Plan, covered: Coverage | None) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "bytes_by_role": dict(plan.bytes_by_role),
         "fallbacks": [entry.name for entry in plan.fallbacks],
+        "warnings": [*plan.warnings, *remarks(plan, ggml)],
+        "left_to_base_type": [entry.name for entry in plan.entries if entry.source == MIXTURE],
         "needing_data": [entry.name for entry in plan.needing_data],
         "without_data": _without_data(plan, covered) if covered else None,
         "tensors": [asdict(entry) for entry in plan.entries],
     }
 
 
-def _print(plan: Plan, covered: Coverage | None, *, tensors: bool) -> None:
+def _print(plan: Plan, covered: Coverage | None, ggml: Ggml, *, tensors: bool) -> None:
     if tensors:
         rows = [
             (e.name, e.role, "head" if e.draft_head else "", e.from_type, _type(e), show.size(e.n_bytes), _source(e))
@@ -164,14 +169,14 @@ def _print(plan: Plan, covered: Coverage | None, *, tensors: bool) -> None:
     head = plan.bytes_by_role.get("draft head", 0)
     of_head = f", {show.size(head)} of them the draft head's" if head else ""
     click.echo(f"tensors: {plan.n_bytes} bytes ({show.size(plan.n_bytes)}), {plan.bits_per_weight:.3f} bits per weight{of_head}")
-    _warn(plan, covered)
+    if left := left_to_base_type(plan):
+        click.echo(left)
+    _warn(plan, covered, ggml)
 
 
-def _warn(plan: Plan, covered: Coverage | None) -> None:
-    for entry in plan.fallbacks:
-        click.echo(
-            f"warning: {entry.name} has rows of {entry.shape[0]}: {entry.fallback} does not fit, {entry.type} is taken", err=True
-        )
+def _warn(plan: Plan, covered: Coverage | None, ggml: Ggml) -> None:
+    for line in (*plan.warnings, *remarks(plan, ggml)):
+        click.echo(f"warning: {line}", err=True)
     if covered is None:
         if plan.needing_data:
             in_head = sum(entry.draft_head for entry in plan.needing_data)
@@ -190,8 +195,7 @@ def _warn(plan: Plan, covered: Coverage | None) -> None:
 
 
 def _without_data(plan: Plan, covered: Coverage) -> list[str]:
-    missing = set(covered.missing)
-    return [entry.name for entry in plan.needing_data if entry.name in missing]
+    return [entry.name for entry in plan.needing_data if not covered.has_data(entry.name)]
 
 
 def _type(entry: Entry) -> str:

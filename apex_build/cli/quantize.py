@@ -22,7 +22,9 @@ from apex_build.outputs import check_apart, check_room, with_manifest_and_log
 from apex_build.plugins import load_plugins
 from apex_build.policy.lists import read_list
 from apex_build.policy.parameters import parse_settings
+from apex_build.policy.remarks import left_to_base_type
 from apex_build.progress import Report
+from apex_build.quantization.load_check import check_input
 from apex_build.quantization.naming import TEMPLATE
 from apex_build.quantization.preflight import Allowed
 from apex_build.quantization.provenance import identity
@@ -64,6 +66,12 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 )
 @mtp_rows_option
 @click.option("--allow-requantize", is_flag=True, help="Start from a file that is quantized already.")
+@click.option(
+    "--load-check/--no-load-check",
+    default=True,
+    show_default=True,
+    help="See that llama.cpp can load MODEL, and the file before it is put in place; no weights are read for it.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option(
     "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
@@ -86,6 +94,7 @@ def command(
     allow_fallback: bool,
     mtp_rows: str,
     allow_requantize: bool,
+    load_check: bool,
     threads: int | None,
     tools_path: Path | None,
     folders: tuple[Path, ...],
@@ -147,6 +156,8 @@ def command(
         parse_size(split_size)
     check_outputs(jobs, force=force)
     check_apart([path for job in jobs for path in with_manifest_and_log(job.out)], plugins.files())
+    if load_check:
+        check_input(model, tools)
     if dry_run:
         if json_:
             show.as_json([_job_json(job) for job in jobs])
@@ -159,20 +170,21 @@ def command(
         for warning in job.warnings:
             click.echo(f"warning: {warning}", err=True)
         with show.progress() as report:
-            done.append(_made(job, split_size, force=force, threads=threads, report=report))
+            done.append(_made(job, split_size, force=force, threads=threads, load_check=load_check, report=report))
         if not json_:
             _print(done[-1], job)
+            _print_left(job)
     if json_:
         show.as_json([_json(one, job) for one, job in zip(done, jobs, strict=True)])
 
 
-def _made(job: Job, split_size: str | None, *, force: bool, threads: int | None, report: Report) -> Quantized:
+def _made(job: Job, split_size: str | None, *, force: bool, threads: int | None, load_check: bool, report: Report) -> Quantized:
     """The file, or the first of its shards."""
     if split_size and not force and (shards := recorded_shards(job.out, identity(job.keys), split_size)):
         return Quantized(shards[0], job.plan, job.n_bytes, 0.0, job.warnings, True)
     if split_size and not force and (there := shards_of(job.out)):
         raise OutputUnwritable(f"{there[0]} exists and was made from something else", hint="another name, or --force")
-    done = run(job, force=force, threads=threads, report=report)
+    done = run(job, force=force, threads=threads, load_check=load_check, report=report)
     if split_size is None:
         return done
     check_room(job.out.parent, job.n_bytes, f"shards of {job.out.name}, beside it until they are verified,")
@@ -183,7 +195,13 @@ def _show(job: Job) -> None:
     for warning in job.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(f"{job.out}: {job.n_bytes} bytes ({show.size(job.n_bytes)}), {job.plan.bits_per_weight:.3f} bits per weight")
+    _print_left(job)
     click.echo(f"command: {shlex.join(arguments(job, Path('RULES'), job.out))}")
+
+
+def _print_left(job: Job) -> None:
+    if left := left_to_base_type(job.plan):
+        click.echo(left)
 
 
 def _job_json(job: Job) -> dict[str, Any]:

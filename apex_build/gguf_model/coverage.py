@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from apex_build.errors import ImatrixMismatch
 from apex_build.gguf_model.catalogue import Model, Tensor
+from apex_build.gguf_model.examine import Examined, examine
 from apex_build.gguf_model.imatrix import Entry, Imatrix
 from apex_build.gguf_model.quantizable import quantizable
 
 FEW = 0.01  # of the even share: an expert that saw less has hardly any data
 # looked up by token, never multiplied with: no run can record inputs for it
 _ROWS_ONLY = "nextn.embed_tokens.weight"
+# of the tokens that most of a layer's weights saw: llama-imatrix drops a batch's last rows at some of them, never so many
+_AGREE = 0.98
+# of these a run records as many rows as tokens
+_ALL_TOKENS = ("routed", "shared", "dense", "attention", "ssm", "nextn")
+_FEWER_ROWS = re.compile(r"indexer|compressor|vis_|_chexps")
 _HARDLY_ANY = 0.1  # of the model's weights; an imatrix of the same model has all that were run
 
 
@@ -28,10 +35,16 @@ class TensorCoverage:
     counts: tuple[float, ...]
     without_tokens: tuple[int, ...]  # experts
     few_tokens: tuple[int, ...]  # experts with some, but less than the threshold
+    empty: tuple[int, ...] = ()  # experts that count tokens, but whose sums are all zero
 
     @property
     def has_data(self) -> bool:
-        return bool(self.counts) and len(self.without_tokens) < self.experts
+        return bool(self.counts) and len({*self.without_tokens, *self.empty}) < self.experts
+
+    @property
+    def fewest(self) -> float:
+        """Tokens of the expert that saw fewest, of those that saw some."""
+        return min((count for count in self.counts if count), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -43,15 +56,47 @@ class Coverage:
     tensors: tuple[TensorCoverage, ...]
     unused: tuple[str, ...]  # entries that belong to no weight of the model
     threshold: float  # of the even share
+    examined: Examined
 
     @property
     def missing(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.tensors if not tensor.has_data)
 
+    def has_data(self, name: str) -> bool:
+        """Whether llama-quantize finds data for a tensor, also for one that no run records any for, such as token_embd."""
+        for tensor in self.tensors:
+            if tensor.name == name:
+                return tensor.has_data
+        entry, finding = self.imatrix.entries.get(name), self.examined.findings.get(name)
+        return entry is not None and not (finding and len(finding.empty) == finding.matrices) and any(entry.counts)
+
+    @property
+    def disagreeing(self) -> tuple[tuple[TensorCoverage, float, float], ...]:
+        """Weights that saw far fewer tokens than others of their layer, with their tokens and the others'."""
+        if self.imatrix.format == "legacy":  # it counts calls
+            return ()
+        layers: dict[int, list[tuple[TensorCoverage, float]]] = {}
+        for tensor in self.tensors:
+            if tensor.has_data and tensor.role in _ALL_TOKENS and not _FEWER_ROWS.search(tensor.name):
+                layers.setdefault(tensor.layer, []).append((tensor, self._tokens(tensor)))
+        return tuple(
+            (tensor, tokens, most)
+            for seen in layers.values()
+            for most in (max(tokens for _, tokens in seen),)
+            for tensor, tokens in seen
+            if tokens < _AGREE * most
+        )
+
+    def _tokens(self, tensor: TensorCoverage) -> float:
+        routed = tensor.role == "routed" and tensor.experts > 1 and len(tensor.counts) == tensor.experts
+        return sum(tensor.counts) / max(1, self.model.n_expert_used) if routed else max(tensor.counts)
+
     @property
     def partial(self) -> tuple[TensorCoverage, ...]:
         """Tensors with data, but with experts that have none or little."""
-        return tuple(tensor for tensor in self.tensors if tensor.has_data and (tensor.without_tokens or tensor.few_tokens))
+        return tuple(
+            tensor for tensor in self.tensors if tensor.has_data and (tensor.without_tokens or tensor.few_tokens or tensor.empty)
+        )
 
     @property
     def head(self) -> tuple[TensorCoverage, ...]:
@@ -78,7 +123,8 @@ def coverage(imatrix: Imatrix, model: Model, threshold: float = FEW) -> Coverage
     another model.
     """
     weights = [tensor for tensor in model.tensors if wants_data(tensor)]
-    covered = tuple(_covered(tensor, imatrix, threshold) for tensor in weights)
+    examined = examine(imatrix, matrices_of(model))
+    covered = tuple(_covered(tensor, imatrix, examined, threshold) for tensor in weights)
     unused = tuple(sorted(set(imatrix.entries) - {tensor.name for tensor in model.tensors}))
     matched = sum(bool(tensor.counts) for tensor in covered)
     # a file of the head alone uses few of the whole model's entries, but has one for each of its weights
@@ -89,15 +135,34 @@ def coverage(imatrix: Imatrix, model: Model, threshold: float = FEW) -> Coverage
             f"and {len(unused)} of its {len(imatrix.entries)} entries are of tensors that the model lacks{example}",
             hint=f"apex calibrate {model.path}",
         )
-    return Coverage(imatrix, model, covered, unused, threshold)
+    return Coverage(imatrix, model, covered, unused, threshold, examined)
+
+
+def matrices_of(model: Model) -> Mapping[str, int]:
+    """How many matrices the tensors of several have: experts, or heads."""
+    return {tensor.name: tensor.shape[2] for tensor in model.tensors if len(tensor.shape) > 2}
+
+
+def disagreements(covered: Coverage) -> list[str]:
+    """One line for weights that saw fewer tokens than their layer."""
+    found = covered.disagreeing
+    if not found:
+        return []
+    tensor, tokens, most = min(found, key=lambda item: item[1] / item[2])
+    others = f" (and {len(found) - 1} other weights saw fewer than their layer)" if len(found) > 1 else ""
+    return [f"{tensor.name} saw {tokens:.0f} tokens, other weights of its layer {most:.0f}{others}: was the imatrix put together?"]
 
 
 def wants_data(tensor: Tensor) -> bool:
     """Whether llama-imatrix can record data for this tensor and llama-quantize would use it: the matrices of the blocks."""
-    return tensor.layer is not None and quantizable(tensor.name, tensor.shape) and not tensor.name.endswith(_ROWS_ONLY)
+    return can_have_data(tensor.name, tensor.shape, tensor.layer)
 
 
-def _covered(tensor: Tensor, imatrix: Imatrix, threshold: float) -> TensorCoverage:
+def can_have_data(name: str, shape: Sequence[int], layer: int | None) -> bool:
+    return layer is not None and quantizable(name, shape) and not name.endswith(_ROWS_ONLY)
+
+
+def _covered(tensor: Tensor, imatrix: Imatrix, examined: Examined, threshold: float) -> TensorCoverage:
     experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
     entry = imatrix.entries.get(tensor.name)
     if entry is not None:
@@ -114,7 +179,10 @@ def _covered(tensor: Tensor, imatrix: Imatrix, threshold: float) -> TensorCovera
         if len(counts) < experts and without:  # one count stands for all matrices
             without = tuple(range(experts))
     assert tensor.layer is not None  # wants_data
-    return TensorCoverage(tensor.name, tensor.role, tensor.layer, tensor.draft_head, experts, counts, without, few)
+    finding = examined.findings.get(tensor.name)
+    return TensorCoverage(
+        tensor.name, tensor.role, tensor.layer, tensor.draft_head, experts, counts, without, few, finding.empty if finding else ()
+    )
 
 
 def _fits(tensor: Tensor, entry: Entry, experts: int, imatrix: Imatrix) -> None:

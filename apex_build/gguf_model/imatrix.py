@@ -89,16 +89,22 @@ def read_imatrix(path: Path) -> Imatrix:
 def check_values(imatrix: Imatrix) -> None:
     """Read all values: none may be negative, infinite or not a number. Raises ImatrixInvalid naming the first that is."""
     for entry in imatrix.entries.values():
-        values = entry.values()
-        # minimum and maximum carry a NaN along, and a comparison with NaN is false
-        if not (values.min() >= 0 and values.max() < np.inf):
-            bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
-            matrix, column = (int(index) for index in bad[0])
-            raise ImatrixInvalid(
-                f"{imatrix.path}: {len(bad)} of the {values.size} values of {entry.name} are no sums of squares: "
-                f"matrix {matrix}, column {column} is {values[matrix, column]}",
-                hint="calibrate again: apex calibrate MODEL",
-            )
+        checked_values(entry)
+
+
+def checked_values(entry: Entry) -> npt.NDArray[np.float32]:
+    """The entry's values, seen to be sums of squares. Raises ImatrixInvalid."""
+    values = entry.values()
+    # minimum and maximum carry a NaN along, and a comparison with NaN is false
+    if not (values.min() >= 0 and values.max() < np.inf):
+        bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
+        matrix, column = (int(index) for index in bad[0])
+        raise ImatrixInvalid(
+            f"{entry.path}: {len(bad)} of the {values.size} values of {entry.name} are no sums of squares: "
+            f"matrix {matrix}, column {column} is {values[matrix, column]}",
+            hint="calibrate again: apex calibrate MODEL",
+        )
+    return values
 
 
 def looks_legacy(path: Path) -> bool:

@@ -11,6 +11,7 @@ from gguf.constants import LlamaFileType
 
 from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.gguf_model.coverage import Coverage, TensorCoverage
+from apex_build.gguf_model.examine import Examined
 from apex_build.gguf_model.imatrix import Imatrix
 from apex_build.gguf_model.runnable import trunk_blocks
 
@@ -150,7 +151,7 @@ def tensors_json(model: Model) -> list[dict[str, Any]]:
     return [{**vars(tensor), "shape": list(tensor.shape)} for tensor in model.tensors]
 
 
-def imatrix_json(imatrix: Imatrix, coverage: Coverage | None) -> dict[str, Any]:
+def imatrix_json(imatrix: Imatrix, coverage: Coverage | None, examined: Examined) -> dict[str, Any]:
     """For `--json`. What needs a model (the draft head's state among it) is under 'coverage', None without one."""
     return {
         "kind": "imatrix",
@@ -163,6 +164,7 @@ def imatrix_json(imatrix: Imatrix, coverage: Coverage | None) -> dict[str, Any]:
         "head_tokens": imatrix.head_tokens,
         "head_rows": imatrix.head_rows,
         "entries": len(imatrix.entries),
+        "examined": {"low_values": examined.low, "findings": [vars(finding) for finding in examined.findings.values()]},
         "coverage": coverage_json(coverage) if coverage else None,
     }
 
@@ -180,9 +182,16 @@ def coverage_json(coverage: Coverage) -> dict[str, Any]:
         "head_weights_with_data": sum(tensor.has_data for tensor in coverage.head),
         "head_tokens": coverage.head_tokens,
         "experts_incomplete": [
-            {"tensor": tensor.name, "without_tokens": list(tensor.without_tokens), "few_tokens": list(tensor.few_tokens)}
+            {
+                "tensor": tensor.name,
+                "without_tokens": list(tensor.without_tokens),
+                "few_tokens": list(tensor.few_tokens),
+                "fewest": tensor.fewest,
+                "empty": list(tensor.empty),
+            }
             for tensor in coverage.partial
         ],
+        "disagreeing": [{"tensor": t.name, "tokens": own, "layer": most} for t, own, most in coverage.disagreeing],
         "roles": [vars(role) for role in by_role(coverage)],
     }
 

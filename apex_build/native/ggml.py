@@ -84,13 +84,14 @@ class Ggml:
         return ne0 // traits.block_size * traits.type_size
 
     def needs_imatrix(self, name: str, tensor: str, file_type: str = "") -> bool:
-        """Whether llama-quantize refuses type `name` for `tensor` without calibration data, in a file of base type `file_type`.
+        """Whether type `name` cannot be written for `tensor` without calibration data, in a file of base type `file_type`.
 
-        Follows tensor_requires_imatrix() in src/llama-quant.cpp: never for token_embd and output; for Q2_K only in a Q2_K_S file.
+        Follows tensor_requires_imatrix() in src/llama-quant.cpp: it makes an exception of token_embd and output, which the library
+        does not (ggml_quantize_chunk aborts); Q2_K is refused in a Q2_K_S file only.
         """
         traits = self.type_traits(name)
         if tensor in ("token_embd.weight", "per_layer_token_embd.weight", "output.weight"):
-            return False
+            return traits.library_requires_imatrix
         return traits.requires_imatrix or (traits.name == "Q2_K" and file_type.upper() == "Q2_K_S")
 
 

@@ -1,32 +1,106 @@
-"""Checking tensor data with this build's libggml."""
+"""Tensor data by this build's libggml: is it valid, what numbers does it hold, and what would the library make of given numbers?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import cffi
 import gguf
+import numpy as np
+import numpy.typing as npt
 
 from apex_build.errors import BuildMissing
 from apex_build.native.toolset import Toolset
 from apex_build.places import BUILD_HINT
 
-_DECLARATIONS = "bool ggml_validate_row_data(int type, const void * data, size_t nbytes);"  # ggml/include/ggml.h
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+# ggml/include/ggml.h
+_DECLARATIONS = """
+bool   ggml_validate_row_data(int type, const void * data, size_t nbytes);
+size_t ggml_quantize_chunk(int type, const float * src, void * dst, int64_t start, int64_t nrows, int64_t n_per_row,
+                           const float * imatrix);
+bool   ggml_quantize_requires_imatrix(int type);
+size_t ggml_row_size(int type, int64_t ne);
+"""
+_PLAIN = {"F32": "<f4", "F16": "<f2"}
 
 
 def validator(toolset: Toolset) -> Callable[[str, memoryview], bool]:
     """A function (type name, whole rows of a tensor's data) -> whether every value and every block's scale is a number."""
-    ffi = cffi.FFI()
-    ffi.cdef(_DECLARATIONS)
-    library = toolset.library("ggml-base")
-    try:
-        lib: Any = ffi.dlopen(str(library))
-    except OSError as error:
-        raise BuildMissing(f"{library} cannot be used: {error}", hint=BUILD_HINT) from None
+    ffi, lib = _open(toolset)
 
     def is_valid(type_name: str, data: memoryview) -> bool:
         number = int(gguf.GGMLQuantizationType[type_name])
         return bool(lib.ggml_validate_row_data(number, ffi.from_buffer(data), len(data)))
 
     return is_valid
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Rows of numbers from a tensor's bytes, and bytes from numbers, as llama-quantize makes them."""
+
+    ffi: cffi.FFI
+    lib: Any
+
+    def decode(self, type_name: str, rows: Bytes, n_columns: int) -> Floats | None:
+        """The numbers of whole rows, shape [rows, columns]; None for a type that the library does not decode."""
+        if type_name in _PLAIN:
+            return np.ascontiguousarray(rows).view(_PLAIN[type_name]).astype(np.float32)
+        if type_name == "BF16":
+            return (np.ascontiguousarray(rows).view("<u2").astype(np.uint32) << 16).view(np.float32)
+        function = self._decoder(type_name)
+        if function is None:
+            return None
+        data = np.ascontiguousarray(rows)
+        out = np.empty((len(rows), n_columns), dtype=np.float32)
+        function(self._pointer("void *", data), self._pointer("float *", out), out.size)
+        return out
+
+    def encode(self, type_name: str, rows: Floats, weights: Floats | None) -> Bytes:
+        """What ggml_quantize_chunk makes of rows that share one row of importance `weights`. It aborts on what is no number."""
+        number = int(gguf.GGMLQuantizationType[type_name])
+        if weights is None and self.lib.ggml_quantize_requires_imatrix(number):
+            weights = np.ones(rows.shape[1], dtype=np.float32)
+        data = np.ascontiguousarray(rows, dtype=np.float32)
+        given = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
+        out = np.zeros((len(rows), self.lib.ggml_row_size(number, rows.shape[1])), dtype=np.uint8)
+        importance = self.ffi.NULL if given is None else self._pointer("float *", given)
+        source, target = self._pointer("float *", data), self._pointer("void *", out)
+        self.lib.ggml_quantize_chunk(number, source, target, 0, len(rows), rows.shape[1], importance)
+        return out
+
+    def _decoder(self, type_name: str) -> Any:
+        # ggml/src/ggml-quants.h: dequantize_row_q4_K, dequantize_row_iq2_xxs
+        kind = type_name.lower()
+        name = f"dequantize_row_{kind[:-2]}_K" if kind.endswith("_k") else f"dequantize_row_{kind}"
+        try:
+            return getattr(self.lib, name)
+        except AttributeError:
+            pass
+        try:
+            self.ffi.cdef(f"void {name}(const void * x, float * y, int64_t k);")
+            return getattr(self.lib, name)
+        except (AttributeError, cffi.CDefError):
+            return None
+
+    def _pointer(self, kind: str, array: npt.NDArray[Any]) -> Any:
+        return self.ffi.cast(kind, array.ctypes.data)
+
+
+def codec(toolset: Toolset) -> Codec:
+    return Codec(*_open(toolset))
+
+
+def _open(toolset: Toolset) -> tuple[cffi.FFI, Any]:
+    ffi = cffi.FFI()
+    ffi.cdef(_DECLARATIONS)
+    library = toolset.library("ggml-base")
+    try:
+        return ffi, ffi.dlopen(str(library))
+    except OSError as error:
+        raise BuildMissing(f"{library} cannot be used: {error}", hint=BUILD_HINT) from None

@@ -63,6 +63,7 @@ class Plan:
     rules: str  # the text for --tensor-type-file, exactly as llama-quantize reads it
     entries: tuple[Entry, ...]
     identity: str
+    warnings: tuple[str, ...] = ()  # of the policy itself, and of settings that touch nothing
 
     @property
     def n_bytes(self) -> int:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from apex_build.errors import AlreadyQuantized, DataMissing, HeadRowsMismatch, ShapeUnfit
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.coverage import Coverage
+from apex_build.gguf_model.coverage import Coverage, can_have_data, disagreements
 from apex_build.gguf_model.mtp_rows import CHOICE_OF, Rows, trained_on
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.outputs import check_apart, check_free, check_place, check_room, with_manifest_and_log
 from apex_build.places import model_stem
 from apex_build.policy.plan import Entry, Plan
+from apex_build.policy.remarks import remarks
 
 # llama-quantize makes no use of calibration data for these (src/llama-quant.cpp: ggml_quantize_chunk passes it on, they ignore it)
 _DATA_UNUSED = frozenset({"F32", "F16", "BF16", "Q8_0"})
@@ -40,9 +41,19 @@ def check_policy(policy: PolicySpec, model: Model, imatrix: Path | None) -> None
         )
 
 
-def check_plan(plan: Plan, model: Model, covered: Coverage | None, ggml: Ggml, allowed: Allowed) -> list[str]:
+def check_data(covered: Coverage, borrowed: Sequence[str]) -> list[str]:
+    """What is odd about the calibration data, and what is done about it. `borrowed`: tensors that use data of others."""
+    words = covered.examined.lines()
+    if borrowed:
+        many = f" and {len(borrowed) - 1} others" if len(borrowed) > 1 else ""
+        words.append(
+            f"{borrowed[0]}{many}: the imatrix has the experts fused where the model has them separate, or the reverse; used"
+        )
+    return words + disagreements(covered)
+
+
+def check_plan(plan: Plan, model: Model, covered: Coverage | None, policy: PolicySpec, ggml: Ggml, allowed: Allowed) -> list[str]:
     """Raises AlreadyQuantized, ShapeUnfit, DataMissing, HeadRowsMismatch; returns warnings for what is allowed and worth a word."""
-    warnings: list[str] = []
     changed = [entry for entry in plan.entries if entry.type != entry.from_type]
     for entry in changed:
         if ggml.type_traits(entry.from_type).quantized and not allowed.requantize:
@@ -50,14 +61,14 @@ def check_plan(plan: Plan, model: Model, covered: Coverage | None, ggml: Ggml, a
                 f"{model.path} is quantized already: {entry.name} is {entry.from_type}, and the plan wants {entry.type}",
                 hint="start from the F16 or BF16 file, or accept the loss with --allow-requantize",
             )
-    for entry in plan.fallbacks:
-        said = f"{entry.name}: rows of {entry.shape[0]} cannot be {entry.fallback}; llama-quantize would write {entry.type}"
-        if not allowed.fallback:
-            raise ShapeUnfit(said, hint="give the tensor a type that fits, or accept it with --allow-fallback")
-        warnings.append(said)
-    if covered is not None:
-        warnings += check_head_rows(plan.entries, model, covered, allowed.head_rows)
-    return warnings + list(_data(plan, changed, model, covered, allowed))
+    if plan.fallbacks and not (allowed.fallback or policy.fit):
+        entry = plan.fallbacks[0]
+        raise ShapeUnfit(
+            f"{entry.name}: rows of {entry.shape[0]} cannot be {entry.fallback}; llama-quantize would write {entry.type}",
+            hint=f"accept that with --allow-fallback (it concerns {len(plan.fallbacks)} tensors), or plan another type",
+        )
+    rows = check_head_rows(plan.entries, model, covered, allowed.head_rows) if covered is not None else []
+    return [*plan.warnings, *remarks(plan, ggml), *rows, *_data(changed, model, covered, policy, allowed)]
 
 
 def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, given: Rows | None) -> list[str]:
@@ -90,36 +101,61 @@ def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, g
     raise HeadRowsMismatch(f"{what} is of {found} rows: expected {expected}, {why}", hint=again + trust)
 
 
-def _data(plan: Plan, changed: list[Entry], model: Model, covered: Coverage | None, allowed: Allowed) -> Iterator[str]:
-    missing = set(covered.missing) if covered else {entry.name for entry in changed}
+def _data(changed: list[Entry], model: Model, covered: Coverage | None, policy: PolicySpec, allowed: Allowed) -> Iterator[str]:
     for entry in changed:
-        if entry.needs_data and entry.name in missing:
-            raise _refusal(entry, model, covered, f"its type {entry.type} cannot be written without")
+        if entry.needs_data and not (covered and covered.has_data(entry.name)):
+            raise _refusal(entry, model, covered, policy, f"its type {entry.type} cannot be written without")
     if covered is None:
         return
+    missing = set(covered.missing)
     blind = [entry for entry in changed if entry.name in missing and entry.type not in _DATA_UNUSED]
     if blind and not allowed.uncalibrated:
         others = f" (and {len(blind) - 1} others)" if len(blind) > 1 else ""
-        raise _refusal(blind[0], model, covered, f"it{others} would be quantized blindly, without a word from llama-quantize")
+        raise _refusal(
+            blind[0], model, covered, policy, f"it{others} would be quantized blindly, without a word from llama-quantize"
+        )
     if blind:
         yield f"{len(blind)} tensors are quantized without calibration data, {blind[0].name} ({blind[0].type}) among them"
     using = {entry.name for entry in changed if entry.type not in _DATA_UNUSED}
-    unseen = [tensor for tensor in covered.partial if tensor.without_tokens and tensor.name in using]
-    if unseen:  # one line: a large model has hundreds of such tensors when the text was short
+    partial = [tensor for tensor in covered.partial if tensor.name in using]
+    # one line for each kind: a large model has hundreds of such tensors when the text was short
+    if unseen := [tensor for tensor in partial if tensor.without_tokens]:
         worst = max(unseen, key=lambda tensor: len(tensor.without_tokens))
         most = f"{worst.name} has most, {len(worst.without_tokens)} of {worst.experts}"
         yield f"{len(unseen)} tensors have experts that saw no calibration token: {most}"
+    if scarce := [tensor for tensor in partial if tensor.few_tokens]:
+        least = min(scarce, key=lambda tensor: tensor.fewest)
+        few = sum(len(tensor.few_tokens) for tensor in scarce)
+        yield (
+            f"{len(scarce)} tensors have experts that saw few calibration tokens, {few} experts in all: "
+            f"{least.fewest:.0f} tokens is the least, in {least.name}"
+        )
 
 
-def _refusal(entry: Entry, model: Model, covered: Coverage | None, why: str) -> DataMissing:
+def _refusal(entry: Entry, model: Model, covered: Coverage | None, policy: PolicySpec, why: str) -> DataMissing:
     where = f"{covered.imatrix.path} holds no calibration data for it" if covered else "no imatrix was given"
     head = " of the draft head" if entry.draft_head else ""
-    mend = _calibrate(model) + (", which runs the draft head too" if entry.draft_head else "")
+    tries = []
+    if can_have_data(entry.name, entry.shape, entry.layer):
+        tries.append(_calibrate(model) + (", which runs the draft head too" if entry.draft_head else ""))
+    else:
+        why += ", and no calibration gives it any: it is looked up by token, or lies outside the blocks"
+    if setting := _setting(entry, policy):
+        tries.append(f"a type that needs none: --set {setting}")
+    if not entry.needs_data:
+        tries.append("--allow-uncalibrated")
+    return DataMissing(f"{entry.name}{head} -> {entry.type}: {where}; {why}", hint="; or ".join(tries) or None)
+
+
+def _setting(entry: Entry, policy: PolicySpec) -> str | None:
+    """A setting that this policy has, and that gives the tensor a type without data."""
     if entry.draft_head:
-        mend += "; or a type that needs none: --set draft_head=Q8_0"
-    elif not entry.needs_data:
-        mend += "; or --allow-uncalibrated"
-    return DataMissing(f"{entry.name}{head} -> {entry.type}: {where}; {why}", hint=mend)
+        by_row = entry.role == "nextn" and not entry.name.endswith("eh_proj.weight")
+        wanted = ["draft_head.other"] * by_row + ["draft_head"]
+    else:
+        wanted = {"embedding": ["token_embd"], "ssm": ["attention"]}.get(entry.role, [entry.role])
+    name = next((name for name in (*wanted, "type") if name in policy.parameters), None)
+    return name and f"{name}={'Q8_0' if entry.draft_head else 'Q6_K' if entry.role == 'output' else 'Q4_K'}"
 
 
 def _calibrate(model: Model) -> str:

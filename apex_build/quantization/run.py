@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from apex_build.errors import ModelInvalid, ModelMissing
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.coverage import Coverage, coverage
+from apex_build.gguf_model.coverage import Coverage, coverage, matrices_of
+from apex_build.gguf_model.examine import write_examined
+from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.header import read_header
-from apex_build.gguf_model.imatrix import check_values, read_imatrix
+from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
 from apex_build.gguf_model.metadata import Setting
 from apex_build.hookspecs import PolicySpec
 from apex_build.identity import read_json, sha256_file, write_json
@@ -20,15 +22,16 @@ from apex_build.native.ggml import Ggml
 from apex_build.native.memory import memory_limit
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
-from apex_build.outputs import LOG, MANIFEST, beside, check_place, locked, new_part, put
+from apex_build.outputs import LOG, MANIFEST, beside, check_apart, check_place, locked, new_part, put
 from apex_build.policy.lists import TypeList
 from apex_build.policy.parameters import Value
 from apex_build.policy.plan import Plan, make_plan
 from apex_build.policy.render import template_files
 from apex_build.policy.size import file_size, imatrix_keys
 from apex_build.progress import Report, Step, silent
+from apex_build.quantization.load_check import check_input, check_loads
 from apex_build.quantization.naming import file_name
-from apex_build.quantization.preflight import Allowed, check_output, check_plan, check_policy
+from apex_build.quantization.preflight import Allowed, check_data, check_output, check_plan, check_policy
 from apex_build.quantization.provenance import Value as Keyed
 from apex_build.quantization.provenance import description, identity, override, provenance
 from apex_build.quantization.verify import verify
@@ -50,6 +53,7 @@ class Job:
     tools: Toolset
     policy: PolicySpec
     types: TypeList | None = None
+    derived: bool = False  # llama-quantize is not given the imatrix itself but a copy: see `data_path`
 
     @property
     def memory(self) -> int:
@@ -65,6 +69,13 @@ class Job:
             yield self.types.path
         yield from template_files(self.policy)
         yield from self.tools.files()
+
+    @property
+    def data_path(self) -> Path | None:
+        """The file that llama-quantize reads calibration data from: the imatrix, or its examined copy beside the output."""
+        if self.imatrix is None or not self.derived:
+            return self.imatrix
+        return self.out.absolute().parent / f"{self.imatrix.stem}.examined.gguf"
 
 
 @dataclass(frozen=True)
@@ -98,28 +109,37 @@ def prepare(
     `types`: a list of types that goes before the policy's rules.
     """
     check_policy(policy, model, imatrix)
-    covered = None
+    covered, words, derived = None, [], False
     if imatrix is not None:
-        found = read_imatrix(imatrix)
-        check_values(found)
+        found, borrowed = crossed(read_imatrix(imatrix), model)
         covered = coverage(found, model)
+        words = check_data(covered, borrowed)
+        derived = bool(borrowed) or not covered.examined.sound
     plan = make_plan(model, policy, parameters, tools, imatrix, types)
-    warnings = check_plan(plan, model, covered, Ggml(tools), allowed)
+    warnings = words + check_plan(plan, model, covered, policy, Ggml(tools), allowed)
     if name is not None:
         out = out / file_name(model.path, plan, policy, name)
     rows = covered.imatrix.head_rows if covered and any(tensor.has_data for tensor in covered.head) else None
     keys = {**provenance(plan, policy, model, imatrix, tools, rows), **description(plan, model, metadata, tools)}
-    added: dict[str, str | int | float | bool] = {**keys}
-    if covered is not None and imatrix is not None:
-        added |= imatrix_keys(Path(imatrix.name), covered.imatrix)
-    return Job(model, plan, covered, imatrix, out, keys, file_size(plan, model, added), tuple(warnings), tools, policy, types)
+    if derived:
+        keys["apex.imatrix.examined"] = "; ".join(words)[:100]
+    job = Job(model, plan, covered, imatrix, out, keys, 0, tuple(warnings), tools, policy, types, derived)
+    return replace(job, n_bytes=file_size(plan, model, added_keys(job, covered.imatrix if covered else None)))
+
+
+def added_keys(job: Job, imatrix: Imatrix | None) -> dict[str, str | int | float | bool]:
+    """Metadata that the run adds to the model's."""
+    added: dict[str, str | int | float | bool] = {**job.keys}
+    if imatrix is not None and job.data_path is not None:
+        added |= imatrix_keys(Path(job.data_path.name), imatrix)
+    return added
 
 
 def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -> list[str]:
     """llama-quantize's command; to be run where the imatrix is found by its name, so that the file records that and no folder."""
     wanted = [str(job.tools.tool("llama-quantize")), "--tensor-type-file", str(rules)]
-    if job.imatrix is not None:
-        wanted += ["--imatrix", job.imatrix.name]
+    if job.data_path is not None:
+        wanted += ["--imatrix", job.data_path.name]
     if any(Ggml(job.tools).type_traits(entry.from_type).quantized for entry in job.plan.entries):
         wanted.append("--allow-requantize")
     for key, value in job.keys.items():
@@ -138,12 +158,21 @@ def check_outputs(jobs: Sequence[Job], *, force: bool = False) -> None:
             taken[job.out.parent] = before + job.n_bytes
 
 
-def run(job: Job, *, force: bool = False, replace: bool = False, threads: int | None = None, report: Report = silent) -> Quantized:
+def run(
+    job: Job,
+    *,
+    force: bool = False,
+    replace: bool = False,
+    threads: int | None = None,
+    load_check: bool = True,
+    report: Report = silent,
+) -> Quantized:
     """Write, verify, put in place, with a manifest (`out` + .json) and a log (`out` + .log) beside it.
 
+    `load_check`: the tools load the model before anything is written, and the file before it is put in place.
     A file made from the same parts is used again, unless `force`; another is replaced only with `force` or `replace`.
-    A run that fails or is interrupted leaves what was there before. Raises OutputUnwritable, DiskTooSmall, ToolFailed, ToolKilled,
-    VerificationFailed.
+    A run that fails or is interrupted leaves what was there before. Raises OutputUnwritable, DiskTooSmall, LoadFailed, ToolFailed,
+    ToolKilled, VerificationFailed.
     """
     out = job.out
     sizes = {tensor.name: tensor.n_bytes for tensor in job.model.tensors}
@@ -157,10 +186,13 @@ def run(job: Job, *, force: bool = False, replace: bool = False, threads: int | 
         if not force and _recorded(job) and read_json(beside(out, MANIFEST))["sha256"] == sha256_file(out):
             return Quantized(out, job.plan, job.n_bytes, 0.0, job.warnings, True)
         check_output(out, job.inputs, job.n_bytes, force=force, replace=replace)
+        if load_check:
+            check_input(job.model, job.tools)
+        data = _examined(job)
         rules, folder = scratch / "rules.txt", scratch / "run"
         folder.mkdir()
-        if job.imatrix is not None:
-            (folder / job.imatrix.name).symlink_to(job.imatrix.absolute())
+        if job.data_path is not None:
+            (folder / job.data_path.name).symlink_to(job.data_path.absolute())
         rules.write_text(job.plan.rules, encoding="utf-8")
         with new_part(out) as part:
             ran = run_tool(
@@ -172,11 +204,25 @@ def run(job: Job, *, force: bool = False, replace: bool = False, threads: int | 
                 memory=job.memory,
             )
             progress.end()
-            verify(part, job.plan, job.keys, job.n_bytes, job.tools, report)
+            verify(part, job.plan, job.keys, job.n_bytes, job.tools, source=job.model, imatrix=data, report=report)
+            if load_check:
+                check_loads(part, job.tools, f"{out} as llama-quantize wrote it")
             # The manifest first: hashing takes minutes, and a file in place without its manifest would not be known again.
             write_json(beside(out, MANIFEST), _manifest(job, sha256_file(part)))
             put(part, out)
     return Quantized(out, job.plan, job.n_bytes, ran.seconds, job.warnings, False)
+
+
+def _examined(job: Job) -> Imatrix | None:
+    """The data that the run uses, with the copy of the imatrix written where one is needed."""
+    if job.imatrix is None or job.data_path is None:
+        return None
+    found, _ = crossed(read_imatrix(job.imatrix), job.model)
+    if job.derived:
+        check_place(job.data_path)
+        check_apart([job.data_path], job.inputs)
+        write_examined(found, job.data_path, matrices_of(job.model))
+    return found
 
 
 @dataclass
@@ -217,4 +263,5 @@ def _manifest(job: Job, sha256: str) -> dict[str, Any]:
         "policy": plan.policy, "parameters": dict(plan.parameters), "base_type": plan.base_type, "rules": plan.rules.splitlines(),
         "tensors": [asdict(entry) for entry in plan.entries], "warnings": list(job.warnings),
         "input": job.model.path.name, "imatrix": job.imatrix.name if job.imatrix else None,
+        "examined_imatrix": job.data_path.name if job.data_path and job.derived else None,
     }  # fmt: skip

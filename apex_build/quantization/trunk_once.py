@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.identity import sha256_json
 from apex_build.policy.plan import KEPT, Entry, Plan
 from apex_build.policy.sandbox import exactly
-from apex_build.policy.size import file_size, imatrix_keys
-from apex_build.quantization.run import Job
+from apex_build.policy.size import file_size
+from apex_build.quantization.run import Job, added_keys
 
 
 def same_trunk(jobs: Sequence[Job]) -> bool:
@@ -37,10 +38,9 @@ def trunk_job(job: Job, out: Path) -> Job:
     plan = _pinned(job.plan, entries)
     # The parameters are left out: they say what the head is to be, and a key that is there would stay in the files made from this.
     keys = {key: value for key, value in job.keys.items() if key != "apex.parameters"} | {"apex.plan": plan.identity}
-    added: dict[str, str | int | float | bool] = {**keys}
-    if job.imatrix is not None:
-        added |= imatrix_keys(Path(job.imatrix.name), read_imatrix(job.imatrix))
-    return replace(job, plan=plan, out=out, keys=keys, n_bytes=file_size(plan, job.model, added), warnings=())
+    trunk = replace(job, plan=plan, out=out, keys=keys, warnings=())
+    found = crossed(read_imatrix(job.imatrix), job.model)[0] if job.imatrix is not None else None
+    return replace(trunk, n_bytes=file_size(plan, job.model, added_keys(trunk, found)))
 
 
 def head_job(job: Job, trunk: Model) -> Job:

@@ -1,4 +1,4 @@
-"""Is the written file what was planned? Types, sizes, metadata, and every block of every tensor."""
+"""Is the written file what was planned? Types, sizes, metadata, every block of every tensor; then against.py, with the source."""
 
 from __future__ import annotations
 
@@ -7,19 +7,33 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from apex_build.errors import ModelInvalid, VerificationFailed
+from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.header import Header, read_header
+from apex_build.gguf_model.imatrix import Imatrix
 from apex_build.native.tensor_data import validator
 from apex_build.native.toolset import Toolset
 from apex_build.policy.plan import Plan
 from apex_build.progress import Report, Step, silent
+from apex_build.quantization.against import check_against
 
 _BLOCK = 64 << 20  # bytes at once, cut to whole rows
 
 
 def verify(
-    path: Path, plan: Plan, keys: Mapping[str, str | int | float], n_bytes: int, tools: Toolset, report: Report = silent
+    path: Path,
+    plan: Plan,
+    keys: Mapping[str, str | int | float],
+    n_bytes: int,
+    tools: Toolset,
+    *,
+    source: Model,
+    imatrix: Imatrix | None = None,
+    report: Report = silent,
 ) -> None:
-    """Raises VerificationFailed, naming the first tensor or key that is not as planned. `n_bytes`: the file's predicted size."""
+    """Raises VerificationFailed, naming the first tensor or key that is not as planned.
+
+    `n_bytes`: the file's predicted size; `source`: the model it was made of; `imatrix`: the one that it was made with.
+    """
     try:
         header = read_header(path)
     except ModelInvalid as error:
@@ -40,6 +54,7 @@ def verify(
                 f"{path}: {name} is {found.type} of {found.n_bytes} bytes, planned was {entry.type} of {entry.n_bytes}"
             )
     _check_data(header, plan, tools, report)
+    check_against(header, plan, source, imatrix, tools, report)
 
 
 def _check_data(header: Header, plan: Plan, tools: Toolset, report: Report) -> None:

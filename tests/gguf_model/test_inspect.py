@@ -140,7 +140,10 @@ def test_an_imatrix_against_its_model(tmp_path: Path, tiny: Path, tiny_model: Mo
     assert result.exit_code == 0
     assert f"NOT calibrated: 11 of its 11 weights have no data; apex calibrate {tiny}" in result.output
     assert "without data: blk.4.nextn.eh_proj.weight" in result.output
-    assert "blk.1.ffn_up_exps.weight: no tokens: experts 1; under 1.00% of the even share: experts 3" in result.output
+    assert (
+        "blk.1.ffn_up_exps.weight: no tokens: experts 1; under 1.00% of the even share (1 tokens the least): experts 3"
+        in result.output
+    )
     found = inspect_json(path, "--model", tiny)["coverage"]
     assert found["head_calibrated"] is False
     assert len(found["missing"]) == found["head_weights"] == 11

@@ -60,7 +60,8 @@ def test_who_needs_an_imatrix_is_what_the_tool_refuses(tools: Toolset, testbed: 
 
 def test_the_exceptions_of_llama_quantize(tools: Toolset) -> None:
     ggml = Ggml(tools)
-    assert not ggml.needs_imatrix("IQ2_XXS", "output.weight")
+    assert ggml.needs_imatrix("IQ2_XXS", "output.weight"), "the tool makes an exception, and the library aborts"
+    assert not ggml.needs_imatrix("IQ2_S", "output.weight") and not ggml.needs_imatrix("IQ1_M", "token_embd.weight")
     assert ggml.needs_imatrix("IQ2_XXS", "blk.6.nextn.eh_proj.weight")
     assert not ggml.needs_imatrix("Q2_K", "blk.0.attn_q.weight", "Q2_K")
     assert ggml.needs_imatrix("Q2_K", "blk.0.attn_q.weight", "q2_k_s")

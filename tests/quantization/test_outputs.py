@@ -149,7 +149,8 @@ def test_experts_without_tokens_are_told_in_one_line(testbed: Path, calibrated: 
     ran = run_apex(
         "quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", partial, "-o", tmp_path / "x.gguf", "--dry-run", "--json"
     )
-    ((warning,),) = [job["warnings"] for job in json.loads(ran.stdout)]
+    ((disagreeing, warning),) = [job["warnings"] for job in json.loads(ran.stdout)]
+    assert "tokens, other weights of its layer 12288" in disagreeing
     assert warning.startswith("7 tensors have experts that saw no calibration token: blk.0.ffn_up_exps.weight has most, 2 of 8")
 
 
