@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apex_build.errors import PlanMismatch
+from apex_build.errors import PlanMismatch, PolicyUnfit
 from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.hookspecs import PolicySpec
 from apex_build.identity import sha256_json
@@ -16,8 +16,8 @@ from apex_build.native.toolset import Toolset
 from apex_build.policy.dry_run import DryRun, dry_run, quantizable_tensors
 from apex_build.policy.lists import TypeList, apply_list
 from apex_build.policy.parameters import BASE_TYPE, Value, resolve
-from apex_build.policy.render import render
-from apex_build.policy.rules import Rule, apply_rules, parse_rules, rules_text
+from apex_build.policy.render import idle_settings, render
+from apex_build.policy.rules import Rule, apply_rules, fitted, parse_rules, policy_warnings, rules_text, shadowed
 
 MIXTURE = "mixture"
 TYPE_LIST = "tensor_types"  # among a plan's parameters: the digest of a user's list
@@ -115,27 +115,55 @@ def make_plan(
     ggml = Ggml(tools)
     values = resolve(policy, parameters, ggml)
     base_type = str(values[BASE_TYPE])
+    check_suits(policy, model)
     quantizable = quantizable_tensors(model, tools)
-    rules = parse_rules(render(policy, values, model, quantizable), ggml)
-    deciding = apply_rules(rules, model.tensors)
+    lines = render(policy, values, model, quantizable)
+    rules = parse_rules(lines, ggml)
+    deciding = apply_rules(rules, model.tensors, quantizable)
+    idle = shadowed(rules, deciding)
     if types is not None:
         rules = (*types.rules, *rules)
         deciding |= apply_list(types, model.tensors)[0]
         values[TYPE_LIST] = sha256_json(rules_text(types.rules))
+    deciding = {name: rule for name, rule in deciding.items() if name in quantizable}
+    wanted = {name: rule.type for name, rule in deciding.items()}
+    if policy.fit and (nearest := fitted(deciding, model.tensors, ggml)):
+        rules = (*nearest, *rules)
+        deciding |= apply_rules(nearest, model.tensors, quantizable)
     calibrated = imatrix is not None or policy.calibrated
     run = dry_run(model, base_type, rules_text(rules), tools, imatrix=imatrix, as_if_calibrated=calibrated)
     entries = tuple(
-        _entry(tensor, run, deciding.get(tensor.name), tensor.name in quantizable, base_type, ggml) for tensor in model.tensors
+        _entry(tensor, run, deciding.get(tensor.name), tensor.name in quantizable, base_type, ggml, wanted.get(tensor.name))
+        for tensor in model.tensors
     )
-    plan = Plan(
-        policy.name, values, base_type, calibrated, rules_text(rules), entries, _identity(base_type, rules, calibrated, entries)
-    )
+    identity = _identity(base_type, rules, calibrated, entries)
+    untouched = idle_settings(policy, values, model, quantizable, parameters)
+    warnings = (*policy_warnings(lines), *idle, *(f"{name}={values[name]} touches no tensor of {model.name}" for name in untouched))
+    plan = Plan(policy.name, values, base_type, calibrated, rules_text(rules), entries, identity, warnings)
     if f"{plan.n_bytes / (1 << 20):.2f}" != f"{run.mib:.2f}":
         raise PlanMismatch(f"the plan for {model.path} adds up to {plan.n_bytes} bytes, but llama-quantize says {run.mib:.2f} MiB")
     return plan
 
 
-def _entry(tensor: Tensor, run: DryRun, rule: Rule | None, quantizable: bool, base_type: str, ggml: Ggml) -> Entry:
+def check_suits(policy: PolicySpec, model: Model) -> None:
+    """Raises PolicyUnfit for a policy that is about a part which the model lacks."""
+    if "head" in policy.needs and not any(tensor.draft_head for tensor in model.tensors):
+        plain = policy.name.removesuffix("-mtp")
+        raise PolicyUnfit(
+            f"policy '{policy.name}' is about the draft head, and {model.path} has none",
+            hint=f"--policy {plain}" if plain != policy.name else "apex policies lists the others",
+        )
+
+
+def _entry(
+    tensor: Tensor,
+    run: DryRun,
+    rule: Rule | None,
+    quantizable: bool,
+    base_type: str,
+    ggml: Ggml,
+    wanted: str | None,
+) -> Entry:
     line = run.tensors[tensor.name]
     fallen = run.fallbacks.get(tensor.name)
     if not quantizable:
@@ -163,7 +191,7 @@ def _entry(tensor: Tensor, run: DryRun, rule: Rule | None, quantizable: bool, ba
         type=line.target,
         n_bytes=tensor.n_bytes if kept else rows * ggml.row_bytes(line.target, tensor.shape[0]),
         source=source,
-        fallback=fallen.wanted if fallen else None,
+        fallback=fallen.wanted if fallen else wanted if quantizable and wanted != line.target else None,
         needs_data=not kept and ggml.needs_imatrix(line.target, tensor.name, base_type),
     )
 

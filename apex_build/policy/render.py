@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,7 @@ def render(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantiza
 
     `values`: the parameters (`parameters.resolve`). Raises TemplateFailed and TemplateUnsafe, naming the template's file and line.
     """
-    folder = policy.template.resolve().parent
-    library = {plugin: [str(path) for path in paths] for plugin, paths in policy.library.items()}
-    own = policy.plugin or "policy"
-    library[own] = [str(folder), *(path for path in library.get(own, ()) if path != str(folder))]
-    request = {
-        "library": library,
-        "template": f"{own}/{policy.template.name}",
-        "catalogue": catalogue(model, quantizable),
-        "parameters": {name.replace(".", "_"): value for name, value in values.items()},
-    }
-    answer = _run(request, about=f"template of policy '{policy.name}', {policy.template}")
+    answer = _run(_request(policy, values, model, quantizable), about=f"template of policy '{policy.name}', {policy.template}")
     if "error" in answer:
         error = TemplateUnsafe if answer["error"] == "unsafe" else TemplateFailed
         where = f"{answer['file']}:{answer['line']}" if answer["file"] else str(policy.template)
@@ -48,6 +38,32 @@ def template_files(policy: PolicySpec) -> Iterator[Path]:
     for folders in policy.library.values():
         for folder in folders:
             yield from folder.glob("*.jinja")
+
+
+def idle_settings(
+    policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str], names: Iterable[str]
+) -> list[str]:
+    """Those of these 'type' parameters whose value reaches no tensor: with any other type, the policy renders the same rules."""
+    wanted = [name for name in names if name in policy.parameters and policy.parameters[name].kind == "type"]
+    if not wanted:
+        return []
+    variants = [{name.replace(".", "_"): "F32" if values[name] != "F32" else "Q8_0"} for name in wanted]
+    request = {**_request(policy, values, model, quantizable), "variants": variants}
+    answer = _run(request, about=f"template of policy '{policy.name}', {policy.template}")
+    return [name for name, same in zip(wanted, answer.get("same", ()), strict=False) if same]
+
+
+def _request(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]) -> dict[str, Any]:
+    folder = policy.template.resolve().parent
+    library = {plugin: [str(path) for path in paths] for plugin, paths in policy.library.items()}
+    own = policy.plugin or "policy"
+    library[own] = [str(folder), *(path for path in library.get(own, ()) if path != str(folder))]
+    return {
+        "library": library,
+        "template": f"{own}/{policy.template.name}",
+        "catalogue": catalogue(model, quantizable),
+        "parameters": {name.replace(".", "_"): value for name, value in values.items()},
+    }
 
 
 def catalogue(model: Model, quantizable: Collection[str]) -> dict[str, Any]:

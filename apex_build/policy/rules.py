@@ -8,16 +8,22 @@ src/llama-quant.cpp).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from apex_build.errors import TemplateFailed, TypeUnknown
 from apex_build.gguf_model.catalogue import Tensor
 from apex_build.native.ggml import Ggml
+from apex_build.native.lines import printable
 from apex_build.policy.parameters import writable_type
 from apex_build.policy.render import find
+from apex_build.policy.sandbox import exactly
 
 _OPTIONAL = "optional"
+_WARNING = re.compile(r"\s*#\s*warning:\s*(\S.*)")
+_BLOCK = re.compile(r"blk\.\d+\.")
+_EXACT = re.compile(r"\^(?:[\w-]|\\[^\w])+\$")  # a name with everything escaped: sandbox.exactly
+_MOST_WARNINGS, _LONGEST_WARNING = 8, 400
 
 
 @dataclass(frozen=True)
@@ -63,22 +69,56 @@ def parse_rules(lines: Iterable[tuple[str, str]], ggml: Ggml) -> tuple[Rule, ...
     return tuple(rules)
 
 
-def apply_rules(rules: Sequence[Rule], tensors: Sequence[Tensor]) -> dict[str, Rule]:
-    """Tensor name -> the rule that decides for it.
+def apply_rules(rules: Sequence[Rule], tensors: Sequence[Tensor], quantizable: Collection[str] | None = None) -> dict[str, Rule]:
+    """Tensor name -> the rule that decides for it. Only tensors that would be quantized count (None: all).
 
     Raises TemplateFailed for a rule that finds no tensor, or finds by accident: one that cuts a word of a name (`attn_q` in
-    `attn_qkv`, `blk.1` in `blk.12`), or is not anchored and finds tensors of several roles.
+    `attn_qkv`, `blk.1` in `blk.12`), or is not anchored and finds tensors of several roles. A whole block is none: `blk\\.6\\.`.
     """
     deciding: dict[str, Rule] = {}
-    for rule, places in zip(rules, find([rule.pattern for rule in rules], [tensor.name for tensor in tensors]), strict=True):
+    counted = [tensor for tensor in tensors if quantizable is None or tensor.name in quantizable]
+    for rule, places in zip(rules, find([rule.pattern for rule in rules], [tensor.name for tensor in counted]), strict=True):
         if not places and not rule.optional:
+            what = "no tensor of the model" if quantizable is None else "no tensor that llama-quantize would quantize"
             hint = "end the line with '# optional' if that is right"
-            raise TemplateFailed(f"{rule.where}: the pattern '{rule.pattern}' is found in no tensor of the model", hint=hint)
-        found = [(tensors[index], start, end) for index, start, end in places]
+            raise TemplateFailed(f"{rule.where}: the pattern '{rule.pattern}' is found in {what}", hint=hint)
+        found = [(counted[index], start, end) for index, start, end in places]
         _refuse_accidents(rule, found)
         for tensor, _, _ in found:
             deciding.setdefault(tensor.name, rule)
     return deciding
+
+
+def shadowed(rules: Sequence[Rule], deciding: Mapping[str, Rule]) -> list[str]:
+    """Warnings for rules that decide for no tensor, since earlier ones find all of theirs; those for one tensor are meant to be."""
+    used = {id(rule) for rule in deciding.values()}
+    idle = [rule for rule in rules if id(rule) not in used and not rule.optional and not _EXACT.fullmatch(rule.pattern)]
+    return [f"{rule.where}: the rule '{rule.line}' decides for no tensor: earlier ones find all of its" for rule in idle]
+
+
+def fitted(deciding: Mapping[str, Rule], tensors: Sequence[Tensor], ggml: Ggml) -> tuple[Rule, ...]:
+    """Rules to stand before the others: the nearest type that they can hold, for tensors whose rows cannot hold their rule's."""
+    return tuple(
+        Rule(exactly(tensor.name), _nearest(tensor, rule.type, ggml), rule.where)
+        for tensor in tensors
+        if (rule := deciding.get(tensor.name)) and tensor.shape[0] % ggml.type_traits(rule.type).block_size
+    )
+
+
+def _nearest(tensor: Tensor, wanted: str, ggml: Ggml) -> str:
+    """The smallest type that fits and has no fewer bits; what no block fits stays as precise as it is."""
+    bits = ggml.type_traits(wanted).bits_per_weight
+    for name in ("IQ4_NL", "Q5_0", "Q8_0"):
+        traits = ggml.type_traits(name)
+        if traits.bits_per_weight >= bits and tensor.shape[0] % traits.block_size == 0:
+            return name
+    return tensor.type if tensor.type in ("F16", "BF16") else "F16"
+
+
+def policy_warnings(lines: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """What the policy itself has to say: its `# warning: TEXT` lines."""
+    found = (_WARNING.match(line) for line, _ in lines)
+    return tuple(printable(one[1])[:_LONGEST_WARNING] for one in found if one)[:_MOST_WARNINGS]
 
 
 def rules_text(rules: Sequence[Rule]) -> str:
@@ -87,10 +127,10 @@ def rules_text(rules: Sequence[Rule]) -> str:
 
 
 def _refuse_accidents(rule: Rule, found: Sequence[tuple[Tensor, int, int]]) -> None:
+    if all((start, end) == (0, len(tensor.name)) for tensor, start, end in found) or _whole_block(found):
+        return
     roles: dict[str, str] = {}
     for tensor, start, end in found:
-        if (start, end) == (0, len(tensor.name)):
-            continue
         roles.setdefault(tensor.role, tensor.name)
         if _inside_word(tensor.name, start) or _inside_word(tensor.name, end):
             raise TemplateFailed(
@@ -103,6 +143,11 @@ def _refuse_accidents(rule: Rule, found: Sequence[tuple[Tensor, int, int]]) -> N
             f"{rule.where}: the pattern '{rule.pattern}' is not anchored and finds tensors of several roles: {names}",
             hint="anchor it with ^ and $, or write a line for each role",
         )
+
+
+def _whole_block(found: Sequence[tuple[Tensor, int, int]]) -> bool:
+    """Whether every match is a name's beginning up to the dot after a block's number."""
+    return all(start == 0 and _BLOCK.fullmatch(tensor.name[:end]) for tensor, start, end in found)
 
 
 def _inside_word(name: str, at: int) -> bool:

@@ -170,10 +170,22 @@ def find(patterns: Sequence[str], names: Sequence[str]) -> list[list[tuple[int, 
     return [[(index, *match.span()) for index, name in enumerate(names) if (match := one.search(name))] for one in compiled]
 
 
+def _same(request: Mapping[str, Any]) -> list[bool]:
+    """For each variant of the parameters, whether it renders what they do without it."""
+    seen = views(request["catalogue"])
+    texts = [
+        render(request["library"], request["template"], {**seen, **request["parameters"], **variant})[0]
+        for variant in ({}, *request["variants"])
+    ]
+    return [text == texts[0] for text in texts[1:]]
+
+
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if "patterns" in request:
             return {"found": find(request["patterns"], request["names"])}
+        if "variants" in request:
+            return {"same": _same(request)}
         text, places = render(request["library"], request["template"], {**views(request["catalogue"]), **request["parameters"]})
         return {"text": text, "places": places}
     except SecurityError as error:

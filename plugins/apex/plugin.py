@@ -10,16 +10,24 @@ from apex_build.hookspecs import Parameter, PolicySpec, hookimpl
 _HERE = Path(__file__).parent
 
 _INHERIT = ("inherit",)
+_TRUNK = ("inherit", "keep")
 QUARTER = "quarter"  # a mixture for the head, in head.jinja
 PARAMETERS = {
     "edge": Parameter(5, "int", "routed and shared experts: this many layers at either end of the trunk are 'edge'"),
     "near": Parameter(5, "int", "routed experts: this many layers next to the edges are 'near', the rest is 'middle'"),
+    "routed": Parameter("inherit", "type", "all of the trunk's routed experts; 'keep' leaves them as they are", _TRUNK),
+    "shared": Parameter("inherit", "type", "the trunk's shared experts", _TRUNK),
+    "dense": Parameter("inherit", "type", "the trunk's dense feed-forward", _TRUNK),
+    "attention": Parameter("inherit", "type", "the trunk's attention and SSM", _TRUNK),
+    "token_embd": Parameter("inherit", "type", "token embeddings, by default as the base type's mixture has them", _TRUNK),
+    "output": Parameter("inherit", "type", "the output matrix, by default as the base type's mixture has it", _TRUNK),
     "attention_edge": Parameter(3, "int", "attention and SSM: this many layers at either end of the trunk are 'edge'"),
     "draft_head": Parameter(
         "tier", "type", "the whole draft head; 'tier' is what APEX gives it, 'quarter' a measured mixture", ("tier", QUARTER)
     ),
     "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
     "draft_head.shared": Parameter("inherit", "type", "the head's shared expert", _INHERIT),
+    "draft_head.dense": Parameter("inherit", "type", "the head's dense feed-forward, where it has no experts", _INHERIT),
     "draft_head.attention": Parameter("inherit", "type", "the head's attention", _INHERIT),
     "draft_head.eh_proj": Parameter("inherit", "type", "nextn.eh_proj, which joins token and hidden state", _INHERIT),
     "draft_head.other": Parameter("inherit", "type", "all of the head that has no setting of its own", _INHERIT),
@@ -47,11 +55,11 @@ def apex_policies() -> list[PolicySpec]:
 
 def _policy(name: str, tier: str, *, calibrated: bool) -> PolicySpec:
     base_type, description = _TIERS[tier]
-    return PolicySpec(name, _HERE / f"{tier}.jinja", base_type, calibrated, PARAMETERS, description)
+    return PolicySpec(name, _HERE / f"{tier}.jinja", base_type, calibrated, PARAMETERS, description, fit=True)
 
 
 def _with_small_head(policy: PolicySpec) -> PolicySpec:
     """The tier with a quarter of the head's bytes: only those for use with calibration data, which the head's types need."""
     parameters = {**policy.parameters, "draft_head": replace(PARAMETERS["draft_head"], default=QUARTER)}
     description = f"{policy.name}, with the draft head at a quarter of Q8_0's bytes"
-    return replace(policy, name=f"{policy.name}-mtp", parameters=parameters, description=description)
+    return replace(policy, name=f"{policy.name}-mtp", parameters=parameters, description=description, needs=("head",))

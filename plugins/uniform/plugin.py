@@ -8,6 +8,7 @@ from apex_build.hookspecs import Parameter, PolicySpec, hookimpl
 
 _HERE = Path(__file__).parent
 _INHERIT = ("inherit",)
+_EXCEPT = ("inherit", "keep")
 
 
 @hookimpl
@@ -17,7 +18,11 @@ def apex_policies() -> list[PolicySpec]:
             name="uniform",
             template=_HERE / "uniform.jinja",
             base_type="{type}",
-            parameters={"type": Parameter("Q4_K", "type", "the type of every tensor that llama-quantize quantizes")},
+            parameters={
+                "type": Parameter("Q4_K", "type", "the type of every tensor that llama-quantize quantizes"),
+                "token_embd": Parameter("inherit", "type", "token embeddings, if of another type", _EXCEPT),
+                "output": Parameter("inherit", "type", "the output matrix, if of another type", _EXCEPT),
+            },
             description="every tensor of one type",
         ),
         PolicySpec(
@@ -31,10 +36,14 @@ def apex_policies() -> list[PolicySpec]:
                 "draft_head": Parameter("Q4_K", "type", "the whole draft head"),
                 "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
                 "draft_head.shared": Parameter("inherit", "type", "the head's shared expert", _INHERIT),
+                "draft_head.dense": Parameter(
+                    "inherit", "type", "the head's dense feed-forward, where it has no experts", _INHERIT
+                ),
                 "draft_head.attention": Parameter("inherit", "type", "the head's attention", _INHERIT),
                 "draft_head.eh_proj": Parameter("inherit", "type", "nextn.eh_proj, which joins token and hidden state", _INHERIT),
                 "draft_head.other": Parameter("inherit", "type", "all of the head that has no setting of its own", _INHERIT),
             },
+            needs=("head",),
             description="the trunk of one type, the draft head of another: what does the head's type cost?",
         ),
     ]

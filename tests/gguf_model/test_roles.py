@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from apex_build.plugins import load_plugins
@@ -39,10 +42,16 @@ def test_weights_of_a_block(expected: str, names: str) -> None:
         ("blk.3.ssm_dt.bias", None),
         ("blk.3.ssm_a", None),
         ("blk.3.ffn_gate_exps.bias", None),
-        ("blk.3.ffn_down.weight", None),
+        ("blk.3.ffn_down.weight", "dense"),
+        ("blk.3.ffn_latent_up.weight", "dense"),
+        ("per_layer_token_embd.weight", "embedding"),
+        ("blk.3.indexer.proj.weight", "attention"),
+        ("blk.3.vis_gate.weight", "vision"),
+        ("v.blk.3.attn_q.weight", "vision"),
+        ("mm.a.mlp.1.weight", "audio"),
         ("blk.3.attn_sinks.weight", None),
         ("rope_freqs.weight", None),
-        ("dec.blk.3.attn_q.weight", None),
+        ("dec.blk.3.attn_q.weight", "attention"),
         ("weight", None),
         ("", None),
     ],
@@ -56,3 +65,52 @@ def test_the_rest(name: str, expected: str | None) -> None:
 )
 def test_one_table_serves_every_family(architecture: str) -> None:
     assert role("blk.0.ffn_down_exps.weight", architecture) == "routed"
+
+
+def names_of(source: Path) -> list[str]:
+    """LLM_TENSOR_NAMES of src/llama-arch.cpp, as weights."""
+    text = (source / "src" / "llama-arch.cpp").read_text()
+    listed = text[text.index("LLM_TENSOR_NAMES = {") :]
+    names = re.findall(r'"([^"]+)"', listed[: listed.index("};")])
+    return [f"{name.replace('%d', '3')}.weight" for name in names]
+
+
+# vectors, and tables of whole numbers, whatever their number of extents
+NO_MATRICES = (
+    "attn_sinks",
+    "rope_f",
+    "attn_rot_embd",
+    "layer_output_scale",
+    "exp_probs_b",
+    "ffn.act",
+    "blk.3.ffn.weight",
+    "convnext.3.gamma",
+    "hrm.z_l_init",
+)
+
+
+@pytest.mark.parametrize("pin", ["pr-22673", "latest"])
+def test_every_matrix_that_the_pins_know_has_a_role(pin: str) -> None:
+    from apex_build.gguf_model.quantizable import quantizable
+    from apex_build.source.fetch import ensure_source
+    from apex_build.source.pins import load_pin
+    from apex_build.source.tree import tree_path
+
+    source = tree_path(load_pin(pin)) if pin == "latest" else ensure_source(load_pin(pin))
+    if not (source / "src" / "llama-arch.cpp").is_file():
+        pytest.skip("the newest pin's source has not been fetched: apex source fetch --pin latest")
+    names = names_of(source)
+    assert len(names) > 200
+    unknown = {name for name in names if quantizable(name, (256, 256)) and role(name) is None}
+    assert {name for name in unknown if not any(part in name for part in NO_MATRICES)} == set()
+
+
+def test_every_matrix_of_the_converter_has_a_role() -> None:
+    """Also towers of vision and audio models, by gguf-py's list, which the converter takes its names from."""
+    import gguf
+
+    from apex_build.gguf_model.quantizable import quantizable
+
+    names = {f"{name.replace('{bid}', '3').replace('{xid}', '1')}.weight" for name in gguf.TENSOR_NAMES.values()}
+    unknown = {name for name in names if quantizable(name, (256, 256)) and role(name) is None}
+    assert {name for name in unknown if not any(part in name for part in NO_MATRICES)} == set()
