@@ -82,6 +82,8 @@ def test_a_dense_model_gets_sensible_types_and_a_word(tier: str, tools: Toolset,
     attention = {entry.type for entry in plan.entries if entry.role == "attention" and not entry.draft_head}
     assert {entry.type for entry in plan.entries if entry.role == "dense" and not entry.draft_head} <= attention
     assert {entry.role for entry in plan.entries if entry.source == "mixture"} <= {"embedding", "output"}
+    if tier.startswith("i-"):
+        assert any("'quarter' was measured on heads that have" in line for line in plan_of(model, tools, f"{tier}-mtp").warnings)
     left = left_to_base_type(plan)
     assert left is not None and "token_embd.weight" in left
 
