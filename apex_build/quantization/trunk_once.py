@@ -19,6 +19,9 @@ from apex_build.policy.sandbox import exactly
 from apex_build.policy.size import file_size
 from apex_build.quantization.run import Job, added_keys
 
+# Keys that not all files made from one trunk have: what a trunk says would stay in the files made from it.
+_OF_THE_HEAD = ("apex.parameters", "apex.head_rows", "apex.imatrix.examined")
+
 
 def same_trunk(jobs: Sequence[Job]) -> bool:
     """Whether the files differ in types of the draft head alone. That the trunk has the same data is for the caller to know."""
@@ -36,8 +39,7 @@ def trunk_job(job: Job, out: Path) -> Job:
         for entry in job.plan.entries
     )
     plan = _pinned(job.plan, entries)
-    # The parameters are left out: they say what the head is to be, and a key that is there would stay in the files made from this.
-    keys = {key: value for key, value in job.keys.items() if key != "apex.parameters"} | {"apex.plan": plan.identity}
+    keys = {key: value for key, value in job.keys.items() if key not in _OF_THE_HEAD} | {"apex.plan": plan.identity}
     trunk = replace(job, plan=plan, out=out, keys=keys, warnings=())
     found = crossed(read_imatrix(job.imatrix), job.model)[0] if job.imatrix is not None else None
     return replace(trunk, n_bytes=file_size(plan, job.model, added_keys(trunk, found)))
