@@ -17,7 +17,7 @@ from apex_build.policy.dry_run import DryRun, dry_run, quantizable_tensors
 from apex_build.policy.lists import TypeList, apply_list
 from apex_build.policy.parameters import BASE_TYPE, Value, resolve
 from apex_build.policy.render import idle_settings, render
-from apex_build.policy.rules import Rule, apply_rules, fitted, parse_rules, policy_warnings, rules_text, shadowed
+from apex_build.policy.rules import Rule, apply_rules, fitted, idle_rules, parse_rules, policy_warnings, rules_text
 
 MIXTURE = "mixture"
 TYPE_LIST = "tensor_types"  # among a plan's parameters: the digest of a user's list
@@ -120,7 +120,7 @@ def make_plan(
     lines = render(policy, values, model, quantizable)
     rules = parse_rules(lines, ggml)
     deciding = apply_rules(rules, model.tensors, quantizable)
-    idle = shadowed(rules, deciding)
+    idle = idle_rules(rules, deciding)
     if types is not None:
         rules = (*types.rules, *rules)
         deciding |= apply_list(types, model.tensors)[0]

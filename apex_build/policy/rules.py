@@ -22,7 +22,6 @@ from apex_build.policy.sandbox import exactly
 _OPTIONAL = "optional"
 _WARNING = re.compile(r"\s*#\s*warning:\s*(\S.*)")
 _BLOCK = re.compile(r"blk\.\d+\.")
-_EXACT = re.compile(r"\^(?:[\w-]|\\[^\w])+\$")  # a name with everything escaped: sandbox.exactly
 _MOST_WARNINGS, _LONGEST_WARNING = 8, 400
 
 
@@ -76,24 +75,24 @@ def apply_rules(rules: Sequence[Rule], tensors: Sequence[Tensor], quantizable: C
     `attn_qkv`, `blk.1` in `blk.12`), or is not anchored and finds tensors of several roles. A whole block is none: `blk\\.6\\.`.
     """
     deciding: dict[str, Rule] = {}
-    counted = [tensor for tensor in tensors if quantizable is None or tensor.name in quantizable]
-    for rule, places in zip(rules, find([rule.pattern for rule in rules], [tensor.name for tensor in counted]), strict=True):
+    for rule, places in zip(rules, find([rule.pattern for rule in rules], [tensor.name for tensor in tensors]), strict=True):
         if not places and not rule.optional:
-            what = "no tensor of the model" if quantizable is None else "no tensor that llama-quantize would quantize"
             hint = "end the line with '# optional' if that is right"
-            raise TemplateFailed(f"{rule.where}: the pattern '{rule.pattern}' is found in {what}", hint=hint)
-        found = [(counted[index], start, end) for index, start, end in places]
-        _refuse_accidents(rule, found)
-        for tensor, _, _ in found:
+            raise TemplateFailed(f"{rule.where}: the pattern '{rule.pattern}' is found in no tensor of the model", hint=hint)
+        found = [(tensors[index], start, end) for index, start, end in places]
+        counted = [one for one in found if quantizable is None or one[0].name in quantizable]
+        _refuse_accidents(rule, counted)
+        for tensor, _, _ in counted:
             deciding.setdefault(tensor.name, rule)
     return deciding
 
 
-def shadowed(rules: Sequence[Rule], deciding: Mapping[str, Rule]) -> list[str]:
-    """Warnings for rules that decide for no tensor, since earlier ones find all of theirs; those for one tensor are meant to be."""
-    used = {id(rule) for rule in deciding.values()}
-    idle = [rule for rule in rules if id(rule) not in used and not rule.optional and not _EXACT.fullmatch(rule.pattern)]
-    return [f"{rule.where}: the rule '{rule.line}' decides for no tensor: earlier ones find all of its" for rule in idle]
+def idle_rules(rules: Sequence[Rule], deciding: Mapping[str, Rule]) -> list[str]:
+    """Warnings for rules that decide for no tensor. A line for one tensor that an earlier one names too is meant to be overruled."""
+    used, named = {id(rule) for rule in deciding.values()}, {exactly(name) for name in deciding}
+    idle = [rule for rule in rules if id(rule) not in used and not rule.optional and rule.pattern not in named]
+    why = "earlier rules decide for those that it finds, or llama-quantize keeps them as they are"
+    return [f"{rule.where}: the rule '{rule.line}' decides for no tensor: {why}" for rule in idle]
 
 
 def fitted(deciding: Mapping[str, Rule], tensors: Sequence[Tensor], ggml: Ggml) -> tuple[Rule, ...]:

@@ -147,7 +147,8 @@ def test_an_imatrix_against_its_model(tmp_path: Path, tiny: Path, tiny_model: Mo
     found = inspect_json(path, "--model", tiny)["coverage"]
     assert found["head_calibrated"] is False
     assert len(found["missing"]) == found["head_weights"] == 11
-    assert found["experts_incomplete"] == [{"tensor": "blk.1.ffn_up_exps.weight", "without_tokens": [1], "few_tokens": [3]}]
+    (partial,) = found["experts_incomplete"]
+    assert partial == {"tensor": "blk.1.ffn_up_exps.weight", "without_tokens": [1], "few_tokens": [3], "fewest": 1.0, "empty": []}
     few = inspect_json(path, "--model", tiny, "--few", "0.1")["coverage"]["experts_incomplete"][0]["few_tokens"]
     assert few == [3, 4, 5, 6, 7]
 
