@@ -88,7 +88,7 @@ def apply_rules(rules: Sequence[Rule], tensors: Sequence[Tensor], quantizable: C
 
 
 def idle_rules(rules: Sequence[Rule], deciding: Mapping[str, Rule]) -> list[str]:
-    """Warnings for rules that decide for no tensor. A line for one tensor that an earlier one names too is meant to be overruled."""
+    """Warnings for rules that decide for no tensor. A line for one tensor that an earlier one names too may be overruled."""
     used, named = {id(rule) for rule in deciding.values()}, {exactly(name) for name in deciding}
     idle = [rule for rule in rules if id(rule) not in used and not rule.optional and rule.pattern not in named]
     why = "earlier rules decide for those that it finds, or llama-quantize keeps them as they are"
