@@ -17,6 +17,7 @@ from shapes import TINY, write_header_only
 
 from apex_build.errors import DataMissing, PolicyUnfit, TemplateFailed
 from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.imatrix import HEAD_ROWS
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
@@ -174,7 +175,8 @@ def test_output_and_embeddings_are_asked_of_ggml(testbed: Path, calibrated: Path
 
 def test_a_weight_that_no_calibration_reaches(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
     model = read(gguf_edit.with_own_head_output(testbed, tmp_path / "own.gguf"))
-    imatrix = write_imatrix(tmp_path / "i.gguf", full_entries(model))
+    rows = {"change": lambda writer: writer.add_string(HEAD_ROWS, "post_norm")}
+    imatrix = write_imatrix(tmp_path / "i.gguf", full_entries(model), **rows)
     policy = load_plugins().policy("i-nano")
     small = {"edge": 1, "near": 1, "attention_edge": 1, "draft_head": "IQ2_XXS"}
     with pytest.raises(
