@@ -23,11 +23,11 @@ from apex_build.identity import read_json, sha256_file, sha256_json
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
 from apex_build.outputs import check_apart, check_place, check_room
-from apex_build.places import model_stem
 from apex_build.policy.parameters import Value, resolve
 from apex_build.policy.plan import Plan, make_plan
 from apex_build.policy.render import template_files
 from apex_build.progress import Report, Step, silent
+from apex_build.quantization.naming import source_stem
 from apex_build.quantization.preflight import Allowed
 from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, prepare
@@ -220,15 +220,15 @@ def _imatrices(request: Request, curves: Sequence[bool], scratch: Path) -> tuple
 def _point(
     request: Request, values: Mapping[str, str], head_data: bool, imatrix: Path | None, parts: Mapping[str, Any], *, baseline: bool
 ) -> Point:
-    name = "-".join([model_stem(request.model.path), *(f"{key}-{value}" for key, value in values.items())])
+    name = "-".join([source_stem(request.model.path), *(f"{key}-{value}" for key, value in values.items())])
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{sha256_json(values)[:8]}"
-    out = Path(f"{name}-{curve_name(head_data).replace(' ', '-')}.gguf")
+    name = f"{name}-{curve_name(head_data).replace(' ', '-')}-{{tag}}"
     parameters = {**request.parameters, **values}
     allowed = Allowed(uncalibrated=not head_data, head_rows=request.head_rows)
     plan, job, refused = None, None, ""
     try:
-        job = prepare(request.model, request.policy, parameters, request.tools, out, imatrix=imatrix, allowed=allowed)
+        job = prepare(request.model, request.policy, parameters, request.tools, Path(), imatrix=imatrix, allowed=allowed, name=name)
         plan = job.plan
     except (DataMissing, ShapeUnfit) as error:
         if imatrix is None and isinstance(error, DataMissing):

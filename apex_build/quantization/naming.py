@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from apex_build.errors import OutputUnwritable, ParameterUnknown
@@ -18,7 +19,7 @@ from apex_build.identity import sha256_json
 from apex_build.near import nearby
 from apex_build.places import model_stem
 from apex_build.policy.parameters import BASE_TYPE
-from apex_build.policy.plan import TYPE_LIST, Plan
+from apex_build.policy.plan import TYPE_LIST, Entry, Plan
 
 TEMPLATE = "{model}-{tag}"
 # llama.cpp's file types: what parsers look for. A tensor type that is none of them goes by its usual mixture: Q4_K by Q4_K_M.
@@ -33,11 +34,20 @@ _POLICY = re.compile(r"[a-z]+(-[a-z]+)*")
 _LETTERS = 4  # of the digest for parameters
 
 
-def dominant_type(plan: Plan) -> str:
-    """The file type that says what most bytes of the file are."""
+def type_of_most_weights(plan: Plan) -> str:
+    """The file type for the name: what a person expects of size and quality. Of bytes, the few in a larger type may have more."""
+    return _most(plan, lambda entry: entry.n_elements)
+
+
+def type_of_most_bytes(plan: Plan) -> str:
+    """The file type that says what most bytes of the file are: `general.file_type`."""
+    return _most(plan, lambda entry: entry.n_bytes)
+
+
+def _most(plan: Plan, amount: Callable[[Entry], int]) -> str:
     totals: dict[str, int] = {}
     for entry in plan.entries:
-        totals[entry.type] = totals.get(entry.type, 0) + entry.n_bytes
+        totals[entry.type] = totals.get(entry.type, 0) + amount(entry)
     return file_type_of(max(totals, key=lambda name: totals[name]))
 
 
@@ -47,7 +57,7 @@ def file_type_of(tensor_type: str) -> str:
 
 def tag(plan: Plan, policy: PolicySpec) -> str:
     """IQ2_XXS_INANO; with parameters that are not the defaults, four letters of their digest behind an X: IQ2_XXS_INANOXFKQB."""
-    kind = dominant_type(plan)
+    kind = type_of_most_weights(plan)
     letters = policy.name.replace("-", "").upper()
     if not _POLICY.fullmatch(policy.name):  # another policy may have the same letters
         letters = re.sub("[^A-Z]", "", letters) + _digest(policy.name)
@@ -74,7 +84,7 @@ def file_name(model: Path, plan: Plan, policy: PolicySpec, template: str = TEMPL
 
     Raises ParameterUnknown for another field, OutputUnwritable for a name that is none.
     """
-    fields = {"model": source_stem(model), "tag": tag(plan, policy), "type": dominant_type(plan), "policy": policy.name}
+    fields = {"model": source_stem(model), "tag": tag(plan, policy), "type": type_of_most_weights(plan), "policy": policy.name}
 
     def fill(found: re.Match[str]) -> str:
         if found[1] not in fields:

@@ -22,7 +22,7 @@ from apex_build.identity import sha256_file, sha256_json
 from apex_build.native.toolset import Toolset
 from apex_build.policy.dry_run import base_types
 from apex_build.policy.plan import Plan
-from apex_build.quantization.naming import dominant_type
+from apex_build.quantization.naming import type_of_most_bytes
 
 Value = str | int | float
 
@@ -55,7 +55,7 @@ def description(plan: Plan, model: Model, settings: Sequence[Setting], tools: To
     cannot be set here.
     """
     keys: dict[str, Value] = {}
-    if (number := base_types(tools).get(dominant_type(plan))) is not None:
+    if (number := base_types(tools).get(type_of_most_bytes(plan))) is not None:
         keys["general.file_type"] = number
     if not model.metadata.get("general.size_label"):
         keys["general.size_label"] = _size_label(model)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from apex_build.places import source_root
 from apex_build.plugins import load_plugins
 from apex_build.policy.parameters import BASE_TYPE
 from apex_build.policy.plan import Entry, Plan
-from apex_build.quantization.naming import FILE_TYPES, dominant_type, file_name, source_stem
+from apex_build.quantization.naming import FILE_TYPES, file_name, source_stem, type_of_most_bytes, type_of_most_weights
 
 NAMES = Path(__file__).parent / "names"
 MODEL = Path("Qwen3.6-35B-A3B-F16.gguf")
@@ -154,10 +155,22 @@ def test_the_sources_type_is_dropped(name: str, stem: str) -> None:
     assert source_stem(Path(name)) == stem
 
 
+def test_the_name_tells_most_weights_and_the_file_type_most_bytes() -> None:
+    """A 35B by i-nano: more bytes are Q3_K, far more weights IQ2_XXS, and a file of 2.7 bits a weight is no Q3_K_M to anybody."""
+    policy = load_plugins().policy("i-nano")
+    few, many = (
+        Entry(type_name, "other", None, False, (256, rows), "F16", type_name, n_bytes, "rule", None, False)
+        for type_name, rows, n_bytes in (("Q3_K", 10, 1100), ("IQ2_XXS", 15, 990))
+    )
+    plan = replace(plan_of(policy, "Q3_K"), entries=(few, many))
+    assert (type_of_most_bytes(plan), type_of_most_weights(plan)) == ("Q3_K_M", "IQ2_XXS")
+    assert file_name(MODEL, plan, policy) == "Qwen3.6-35B-A3B-IQ2_XXS_INANO.gguf"
+
+
 def test_a_template_of_ones_own() -> None:
     policy = load_plugins().policy("i-nano")
     plan = plan_of(policy, "Q4_K")
-    assert dominant_type(plan) == "Q4_K_M"
+    assert type_of_most_bytes(plan) == type_of_most_weights(plan) == "Q4_K_M"
     assert file_name(MODEL, plan, policy, "{model}-APEX-{policy}-{type}") == "Qwen3.6-35B-A3B-APEX-i-nano-Q4_K_M.gguf"
     with pytest.raises(ParameterUnknown, match=r"no \{modle\}; near it: model"):
         file_name(MODEL, plan, policy, "{modle}-{tag}")
@@ -189,7 +202,7 @@ def test_a_file_says_what_it_is_and_whose(tools: Toolset, testbed: Path, tmp_pat
         env={**os.environ, "APEX_QUANTIZED_BY": "somebody"},
     )
     (path,) = tmp_path.glob("*.gguf")
-    assert re.fullmatch(r"testbed-Q4_K_M_COMPACTX[A-Z]{4}\.gguf", path.name)
+    assert re.fullmatch(r"testbed-Q3_K_M_COMPACTX[A-Z]{4}\.gguf", path.name)
     found = read_header(path).metadata
     assert (found["general.name"], found["general.license"], found["general.quantized_by"]) == ("Test Bed", "mit", "somebody")
     assert found["general.base_model.count"] == 1 and found["general.base_model.0.name"] == "Base Model"
