@@ -173,7 +173,6 @@ def command(
             done.append(_made(job, split_size, force=force, threads=threads, load_check=load_check, report=report))
         if not json_:
             _print(done[-1], job)
-            _print_left(job)
     if json_:
         show.as_json([_json(one, job) for one, job in zip(done, jobs, strict=True)])
 
@@ -223,4 +222,5 @@ def _print(done: Quantized, job: Job) -> None:
     how = "was made before from the same parts" if done.reused else f"written and verified in {done.seconds:.1f} s"
     size = f"{done.n_bytes} bytes, {done.plan.bits_per_weight:.3f} bits per weight"
     click.echo(f"{done.path}: {size}; {how}")
+    _print_left(job)
     click.echo(f"run it: {command_line(done.path, job.model, job.tools)}")

@@ -52,7 +52,7 @@ def test_a_model_that_is_split_already(testbed: Path, tools: Toolset, tmp_path: 
     run_apex("quantize", shards[1], *COMPACT, "-o", tmp_path / "out")
     run_apex("quantize", testbed, *COMPACT, "-o", tmp_path / "whole.gguf")
     (out,) = (tmp_path / "out").glob("*.gguf")
-    assert out.name.startswith("in-Q3_K_M_COMPACTX")
+    assert out.name.startswith("in-") and "_COMPACTX" in out.name, "of no shard"
     of_shards, of_whole = read_header(out), read_header(tmp_path / "whole.gguf")
     assert {t.name: (t.type, t.n_bytes) for t in of_shards.tensors} == {t.name: (t.type, t.n_bytes) for t in of_whole.tensors}
     assert "split.count" not in of_shards.metadata
