@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
+from apex_build.errors import ApexError, ConversionFailed, DiskTooSmall, OutputUnwritable, ToolFailed, ToolKilled
 from apex_build.near import near_folder
 
 MANIFEST, LOG = ".json", ".log"  # what may lie beside an output, under its name and this
 ROOM = 64 << 20  # bytes that stay free beyond what is written
+_MANY = 200  # files
 _ADDED = len("..json.12345678.part")  # what the longest of the names beside an output adds to its own
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -183,6 +184,25 @@ def put(part: Path, out: Path) -> None:
         sync(out.parent)
 
 
+@contextmanager
+def tool_writing(part: Path, out: Path, n_bytes: int) -> Iterator[None]:
+    """While a tool writes `part`, of `n_bytes` in the end: where it fails and the disk has no room for the rest, that is why.
+
+    Most of the tools do not say so themselves. Raises DiskTooSmall then, instead of the tool's error.
+    """
+    try:
+        yield
+    except (ConversionFailed, ToolFailed, ToolKilled) as error:
+        written = part.stat().st_size if part.exists() else 0
+        if written + (free := shutil.disk_usage(out.parent).free) >= n_bytes:
+            raise
+        raise DiskTooSmall(
+            f"{out}: the disk is full: {amount(free)} free in {out.parent}, after {amount(written)} of {amount(n_bytes)}; "
+            f"{error.message}",
+            hint=f"df -h {shlex.quote(str(out.parent))}",
+        ) from None
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -193,6 +213,16 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring all of a folder to the disk: a few files one by one, of many the whole file system is told once."""
+    paths = [path for path in (folder, *folder.rglob("*")) if not path.is_symlink()]
+    if len(paths) > _MANY:
+        os.sync()
+        return
+    for path in paths:
+        sync(path)
 
 
 @contextmanager

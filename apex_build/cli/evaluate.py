@@ -11,7 +11,7 @@ import click
 from apex_build.cli import show, values
 from apex_build.cli.groups import VERBOSE, verbosity
 from apex_build.cli.headline import labels_of, print_headline
-from apex_build.errors import ApexError, CalibrationSetInvalid, ParameterUnknown
+from apex_build.errors import ApexError, CalibrationSetInvalid, DiskTooSmall, OutputUnwritable, ParameterUnknown
 from apex_build.evaluation.pieces import piece_of, remember
 from apex_build.evaluation.run import (
     Inputs,
@@ -166,6 +166,7 @@ def command(
         _dry_run(works, {} if force else recorded(results), json_)
         return
     done: list[Result] = []
+    unrecorded: ApexError | None = None
     known = {} if force else recorded(results)
     pieces = [piece_of([work]) for work in works]
     place = {work.identity: number for number, work in enumerate(works)}
@@ -176,13 +177,16 @@ def command(
     with show.progress() as report:
         whole = Whole("evaluating", report, [piece for piece, _ in pieces])
         reporting = [with_report(work, whole.of(number)) for number, work in enumerate(works)]
-        for result in evaluate(reporting, results, force=force):
-            done.append(result)
-            share, seconds = whole.finish(place[result.work.identity], reused=result.reused or result.error is not None)
-            remember(result.work, share, seconds)
-            if result.error is not None:
-                task = result.work.task
-                click.echo(f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}", err=True)
+        try:
+            for result in evaluate(reporting, results, force=force):
+                done.append(result)
+                share, seconds = whole.finish(place[result.work.identity], reused=result.reused or result.error is not None)
+                remember(result.work, share, seconds)
+                if result.error is not None:
+                    task = result.work.task
+                    click.echo(f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}", err=True)
+        except (DiskTooSmall, OutputUnwritable) as error:  # the results file: what was measured is shown all the same
+            unrecorded = error
     if json_:
         show.as_json([record(result) for result in done if result.error is None])
     else:
@@ -191,6 +195,8 @@ def command(
                 _print(evaluator_name, [result for result in done if result.work.evaluator.name == evaluator_name])
         if any(result.error is None for result in done):
             print_headline(done)
+    if unrecorded is not None:
+        raise unrecorded
     good, reused = sum(result.error is None for result in done), sum(result.reused for result in done)
     before = f", {reused} of them from before" if reused else ""
     show.note(f"{_counted(good, 'result')} in {results}{before}" + ("" if all_ or json_ else "; --all shows every figure"))

@@ -40,6 +40,7 @@ from apex_build.outputs import (
     locked,
     new_part,
     put,
+    tool_writing,
     with_manifest_and_log,
 )
 from apex_build.progress import Report, Step, silent
@@ -172,7 +173,8 @@ def run(job: Job, report: Report = silent) -> dict[str, Any]:
     ):
         check_free(job.out, "converter", force=job.force)  # once more: nobody else writes it from here on
         python = ensure(job.python, log, report)
-        account = _convert(job, python, part, scratch, log, report)
+        with tool_writing(part, job.out, int(job.n_bytes * 0.9)):  # n_bytes is about right
+            account = _convert(job, python, part, scratch, log, report)
         header = _verify(job, part, account)
         report(Step("hashing", 0))
         manifest = _manifest(job, python, header, sha256_file(part), _left_out(job, account))

@@ -23,13 +23,14 @@ from apex_build import places
 from apex_build.errors import EnvironmentUnusable, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.identity import sha256_json, write_json
 from apex_build.native.run import run_tool
-from apex_build.outputs import writing
+from apex_build.outputs import check_room, writing
 from apex_build.progress import Report, Step
 from apex_build.source.folders import locked
 from apex_build.source.pip_config import open_session, read_pip_config
 
 VARIABLE = "APEX_CONVERT_PYTHON"
 _COMPLETE = "apex-complete.json"
+_SIZE, _SIZE_WITH_CUDA = 1_500_000_000, 7_000_000_000  # bytes of an environment, about
 _INDISPENSABLE = ("torch", "transformers", "numpy")  # the rest is for some kinds of tokenizer only
 _ASK = """
 import importlib.metadata as metadata, json
@@ -134,6 +135,9 @@ def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report
     report(Step(task, 0))
     arguments = [str(item) if item.name != "torch" else _torch(item, report) for item in wanted]
     python = folder / "bin" / "python"
+    if torch := next((argument for argument in arguments if argument.startswith("torch")), ""):
+        size = _SIZE if "+cpu" in torch else _SIZE_WITH_CUDA
+        check_room(folder.parent, size, "the converter's Python", spare=0, hint="APEX_CACHE_DIR=FOLDER names another cache")
     began = time.monotonic()
     count = 0
 

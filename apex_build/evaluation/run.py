@@ -173,8 +173,12 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
             yield Result(work, (), time.monotonic() - began, error=error)
             continue
         result = Result(work, figures, time.monotonic() - began)
-        if results is not None:
-            _append(results, record(result))
+        try:
+            if results is not None:
+                _append(results, record(result))
+        except ApexError:  # a full disk: what took hours is not lost with it
+            yield result
+            raise
         yield result
 
 

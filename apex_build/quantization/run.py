@@ -22,7 +22,7 @@ from apex_build.native.ggml import Ggml
 from apex_build.native.memory import memory_limit
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
-from apex_build.outputs import LOG, MANIFEST, beside, check_apart, check_place, locked, new_part, put
+from apex_build.outputs import LOG, MANIFEST, beside, check_apart, check_place, locked, new_part, put, tool_writing
 from apex_build.policy.lists import TypeList
 from apex_build.policy.parameters import Value
 from apex_build.policy.plan import Plan, make_plan
@@ -195,14 +195,15 @@ def run(
             (folder / job.data_path.name).symlink_to(job.data_path.absolute())
         rules.write_text(job.plan.rules, encoding="utf-8")
         with new_part(out) as part:
-            ran = run_tool(
-                arguments(job, rules, part, threads=threads),
-                cwd=folder,
-                log=beside(out, LOG),
-                on_line=progress.line,
-                explain=output.explain,
-                memory=job.memory,
-            )
+            with tool_writing(part, out, job.n_bytes):
+                ran = run_tool(
+                    arguments(job, rules, part, threads=threads),
+                    cwd=folder,
+                    log=beside(out, LOG),
+                    on_line=progress.line,
+                    explain=output.explain,
+                    memory=job.memory,
+                )
             progress.end()
             verify(part, job.plan, job.keys, job.n_bytes, job.tools, source=job.model, imatrix=data, report=report)
             if load_check:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from apex_build.outputs import writing
+from apex_build.outputs import sync, sync_folder, writing
 from apex_build.progress import Report, Step, silent
 
 
@@ -44,7 +44,8 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def put_in_place(part: Path, final: Path) -> None:
-    """Rename `part` to `final`; what was there is kept until that has worked, then removed."""
+    """Rename `part` to `final`, on the disk before and after; what was there is kept until that has worked, then removed."""
+    sync_folder(part)
     old = _old(final)
     if final.exists():
         final.rename(old)
@@ -54,6 +55,7 @@ def put_in_place(part: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

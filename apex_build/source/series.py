@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from apex_build import outputs
 from apex_build.errors import PatchConflict, TreeEdited
 from apex_build.progress import Report, silent
 from apex_build.source.folders import locked, new_folder, put_in_place
@@ -242,17 +243,27 @@ def _write(pin: Pin, letters: Sequence[Letter]) -> Saved:
     text = series.read_text(encoding="utf-8") if series.is_file() else ""
     head = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*", text)
     new = {letter.name: letter.content for letter in letters}
+    listed = _names(series)
+    if foreign := [name for name in new if name in old and name not in listed and old[name] != new[name]]:
+        raise TreeEdited(
+            f"{final / foreign[0]} would be overwritten: `series` does not name it, and it holds something else",
+            hint=f"give it another name: mv {final / foreign[0]} {final / foreign[0]}.mine",
+        )
     written = tuple(name for name, content in new.items() if old.get(name) != content)
-    removed = tuple(name for name in old if name not in new and name in _names(series))
+    removed = tuple(name for name in old if name not in new and name in listed)
     listing = (head[0] if head else "") + "".join(f"{name}\n" for name in new)
     if written or removed or listing != text:
-        with new_folder(final) as part:
+        with outputs.locked(final), new_folder(final) as part:
             part.mkdir(parents=True)
             for file in final.iterdir() if final.is_dir() else ():
-                if file.name not in removed and file.is_file():
-                    shutil.copy2(file, part / file.name)
+                if file.is_dir() and not file.is_symlink():
+                    shutil.copytree(file, part / file.name, symlinks=True)
+                elif file.name not in removed:
+                    shutil.copy2(file, part / file.name, follow_symlinks=False)
             for name in written:
+                (part / name).unlink(missing_ok=True)  # it may be a link
                 (part / name).write_bytes(new[name])
+            (part / "series").unlink(missing_ok=True)
             (part / "series").write_text(listing, encoding="utf-8")
             put_in_place(part, final)
     return Saved(final, tuple(new), written, removed)

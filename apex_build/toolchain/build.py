@@ -16,7 +16,7 @@ from typing import Any
 from apex_build.errors import BuildFailed, BuildMissing
 from apex_build.identity import sha256_json, write_json
 from apex_build.native.toolset import Toolset, find_toolset, open_build
-from apex_build.outputs import writing
+from apex_build.outputs import check_room, writing
 from apex_build.progress import Report, Step, silent
 from apex_build.source.folders import locked, new_folder, put_in_place
 from apex_build.source.pins import Pin
@@ -35,6 +35,7 @@ _FLAGS = {
     "CXXFLAGS": ("CMAKE_CXX_FLAGS",),
     "LDFLAGS": ("CMAKE_EXE_LINKER_FLAGS", "CMAKE_SHARED_LINKER_FLAGS", "CMAKE_MODULE_LINKER_FLAGS"),
 }
+WORK_SIZE = 1 << 30  # bytes on the disk while it is built, generously
 _SEARCHED = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")  # the compiler reads these by itself
 
 
@@ -133,6 +134,9 @@ def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, pref
         with locked(plan.work, report), writing(plan.work):
             if force:
                 shutil.rmtree(plan.work, ignore_errors=True)
+            there = sum(path.lstat().st_size for path in plan.work.rglob("*"))
+            hint = "APEX_CACHE_DIR=FOLDER names a cache on another disk"
+            check_room(plan.work.parent, max(0, WORK_SIZE - there), "a build", spare=0, hint=hint)
             toolkit = plan.cuda.ready(plan.compiler, report) if plan.cuda else None
             counts, name = _compile(plan, toolkit, jobs or cmake.default_jobs(), report)
             _check_unchanged(plan)

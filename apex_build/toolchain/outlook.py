@@ -15,7 +15,7 @@ from apex_build.source.pins import Pin
 from apex_build.source.tree import require_tree
 from apex_build.toolchain import cache
 from apex_build.toolchain.backends import BACKENDS
-from apex_build.toolchain.build import plan_build
+from apex_build.toolchain.build import WORK_SIZE, plan_build
 from apex_build.toolchain.cmake import default_jobs
 from apex_build.toolchain.compilers import Compiler, find_compiler
 from apex_build.toolchain.cuda_plan import CudaPlan, backend_of, plan_cuda
@@ -26,7 +26,6 @@ EXAMPLE = "dgx-spark"
 # CPU-minutes, as measured on two cores with gcc 12 and no compiler cache
 _CPU_MINUTES = 16
 _CUDA_MINUTES = 40  # more, for each architecture
-_WORK_SIZE = 1 << 30  # bytes on the disk while it is built, generously
 # CUDA's minor versions are compatible with each other, so the series decides (CUDA Compatibility, NVIDIA).
 _OLDEST_DRIVER = {"12": 525, "13": 580}
 
@@ -106,7 +105,7 @@ def _driver_notes(cuda: CudaPlan, survey: Survey) -> list[str]:
 
 
 def _disk_reason(cuda: CudaPlan | None) -> tuple[str, str]:
-    needed = _WORK_SIZE
+    needed = WORK_SIZE
     if cuda and not cuda.toolkit.parts:
         wheels = pinned_wheels()
         needed += wheels.size + wheels.unpacked

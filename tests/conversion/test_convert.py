@@ -25,6 +25,7 @@ from apex_build.errors import (
     ParameterUnknown,
 )
 from apex_build.gguf_model.header import read_header
+from apex_build.outputs import locked
 
 
 @pytest.fixture
@@ -200,6 +201,43 @@ def test_outputs_that_cannot_be(folder: Path, source: Path, tmp_path: Path, anyt
         convert.prepare(folder, source, tmp_path / "no" / "out.gguf", python=anything)
     with pytest.raises(OutputUnwritable, match="is a folder"):
         convert.prepare(folder, source, tmp_path, python=anything)
+
+
+INPUTS = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "sub/notes.txt")
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("link", ["", "symlink", "hard link"])
+def test_no_file_of_the_checkpoint_is_written_over(
+    name: str, link: str, folder: Path, source: Path, tmp_path: Path, anything: Path
+) -> None:
+    given = folder / name
+    if not given.exists():
+        given.parent.mkdir(exist_ok=True)
+        given.write_text("{}")
+    out = tmp_path / "out.gguf" if link else given
+    if link:
+        (out.symlink_to if link == "symlink" else out.hardlink_to)(given)
+    before = given.read_bytes()
+    with pytest.raises(OutputUnwritable, match="would be overwritten"):
+        convert.prepare(folder, source, out, python=anything, force=True)
+    assert given.read_bytes() == before
+    if name.endswith(".json"):  # the manifest would go there
+        with pytest.raises(OutputUnwritable, match=f"{name} is the input itself"):
+            convert.prepare(folder, source, given.with_suffix(""), python=anything, force=True)
+
+
+@pytest.mark.parametrize("ending", ["", ".json", ".log"])
+def test_a_file_that_is_not_ours_is_not_replaced(ending: str, folder: Path, source: Path, tmp_path: Path, anything: Path) -> None:
+    (tmp_path / f"out.gguf{ending}").write_text("mine")
+    with pytest.raises(OutputUnwritable, match=rf"out\.gguf{ending} exists, and is not"):
+        convert.prepare(folder, source, tmp_path / "out.gguf", python=anything)
+
+
+def test_two_conversions_to_one_file(folder: Path, source: Path, python: Path, tmp_path: Path) -> None:
+    job = convert.prepare(folder, source, tmp_path / "out.gguf", python=python)
+    with locked(job.out), pytest.raises(OutputUnwritable, match="is being written by another run"):
+        convert.run(job)
 
 
 def test_a_disk_that_is_too_small(folder: Path, source: Path, tmp_path: Path, anything: Path) -> None:

@@ -155,6 +155,38 @@ def test_a_line_that_a_crash_cut_short_goes(tools: Toolset, place: Path) -> None
     assert [row["settings"]["times"] for row in rows] == [1, 3]
 
 
+def test_a_last_record_without_a_line_end_stays(tools: Toolset, place: Path) -> None:
+    evaluate(place, "--only", "size")
+    whole = (place / "r.jsonl").read_bytes()
+    (place / "r.jsonl").write_bytes(whole.removesuffix(b"\n"))
+    evaluate(place, "--only", "size")
+    assert (place / "ran.txt").read_text() == "size\n", "it counts as recorded"
+    evaluate(place, "--only", "size", "--set", "size.times=3")
+    now = (place / "r.jsonl").read_bytes()
+    assert now.startswith(whole) and now.count(b"\n") == 2 and now.endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["notes", "notes\n", "one\ntwo", "{ my notes", '{"a": 1}', '{"a": 1}\n', "[]", "\n", '{"identity": "x", "figures": []}'],
+)
+def test_a_file_that_holds_no_results_is_refused_and_stays(content: str, tools: Toolset, place: Path) -> None:
+    (place / "r.jsonl").write_text(content)
+    said = evaluate(place, "--only", "size", code=OutputUnwritable.exit_code).stderr
+    assert "r.jsonl:1: not a result of apex evaluate" in said and "--results" in said
+    assert (place / "r.jsonl").read_text() == content and not (place / "ran.txt").exists()
+    with pytest.raises(OutputUnwritable):
+        run._append(place / "r.jsonl", {"figures": []})
+    assert (place / "r.jsonl").read_text() == content and not list(place.glob(".r.jsonl*"))
+
+
+def test_results_through_a_link_go_to_where_it_leads(tools: Toolset, place: Path) -> None:
+    (place / "there").mkdir()
+    (place / "r.jsonl").symlink_to("there/results.jsonl")
+    evaluate(place, "--only", "size")
+    assert (place / "r.jsonl").is_symlink() and (place / "there" / "results.jsonl").read_bytes().endswith(b"\n")
+
+
 def test_dry_run_measures_nothing(tools: Toolset, place: Path) -> None:
     ran = evaluate(place, "--only", "size", "--dry-run")
     assert "size on " in ran.stdout and "times=1" in ran.stdout

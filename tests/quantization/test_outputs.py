@@ -96,6 +96,15 @@ def test_what_a_killed_run_left_is_not_written_through(testbed: Path, tmp_path: 
     assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "x.gguf").is_symlink()
 
 
+def test_a_part_that_a_killed_run_left_is_removed_and_nothing_else(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
+    """It may be of many GB. A part of another output is another run's."""
+    for name in (".x.gguf.abcd_123.part", ".y.gguf.abcd_123.part", ".x.gguf.mine.part", ".x.gguf.more.abcd_123.part"):
+        (tmp_path / name).write_text("half")
+    compact(testbed, tmp_path / "x.gguf")
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert left == {".y.gguf.abcd_123.part", ".x.gguf.mine.part", ".x.gguf.more.abcd_123.part"}
+
+
 _SLOW = """
 import sys, time
 import apex_build.quantization.verify as verify

@@ -104,6 +104,26 @@ def test_comments_and_other_files_stay(series: World) -> None:
     assert [path.name for path in series.patches.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_what_is_the_users_own_beside_the_series_stays(series: World) -> None:
+    """Folders, links, and a patch that the series does not name yet."""
+    (series.patches / "notes" / "more").mkdir(parents=True)
+    (series.patches / "notes" / "more" / "one.txt").write_text("mine")
+    (series.patches / "link").symlink_to("notes/more/one.txt")
+    commit(series.tree, {"ggml/src/more.c": b"more\n"}, "ggml: more")
+    mine = series.patches / "0003-ggml-more.patch"
+    mine.write_text("of a week's work")
+    before = sorted(path.name for path in series.patches.iterdir())
+    with pytest.raises(TreeEdited, match=r"0003-ggml-more\.patch would be overwritten") as caught:
+        save_series(series.pin)
+    assert str(caught.value.hint).endswith("0003-ggml-more.patch.mine")
+    assert sorted(path.name for path in series.patches.iterdir()) == before and mine.read_text() == "of a week's work"
+    mine.rename(series.patches / "0003-ggml-more.patch.mine")
+    assert save_series(series.pin).written == ("0003-ggml-more.patch",)
+    assert (series.patches / "notes" / "more" / "one.txt").read_text() == "mine"
+    assert (series.patches / "link").readlink() == Path("notes/more/one.txt")
+    assert (series.patches / "0003-ggml-more.patch.mine").read_text() == "of a week's work"
+
+
 def test_status(series: World, apex: Apex) -> None:
     said = apex("patch", "status")
     assert said.code == 0

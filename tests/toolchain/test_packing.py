@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import zstandard
 from apex_runs import run_apex
 from click.testing import CliRunner
 from fake_programs import nvidia_smi
@@ -91,6 +92,34 @@ def test_places_that_cannot_be_packed_to(toolset: Toolset, source: Path, tmp_pat
     with pytest.raises(OutputUnwritable, match="no such folder"):
         pack(toolset, source, tmp_path / "nowhere" / "x.tar.zst")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_no_file_but_a_packed_build_is_replaced(packed: Path, toolset: Toolset, source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.tar.zst"
+    for content in (b"", b"precious", zstandard.compress(b"precious"), packed.read_bytes()[:100]):
+        mine.write_bytes(content)
+        with pytest.raises(OutputUnwritable, match="exists, and is no packed build"):
+            pack(toolset, source, mine)
+        assert mine.read_bytes() == content
+    mine.unlink()
+    tool = toolset.tool("tool")
+    mine.symlink_to(tool)
+    with pytest.raises(OutputUnwritable, match="exists, and is no packed build"):
+        pack(toolset, source, mine)
+    mine.unlink()
+    mine.write_bytes(packed.read_bytes())
+    assert pack(toolset, source, mine).sha256 == sha256_file(packed)
+    said = CliRunner().invoke(apex, ["build", "--backend", "cpu", "--export", str(tmp_path)])
+    assert said.exit_code != 0
+
+
+def test_a_disk_without_room_for_the_packed_build(
+    toolset: Toolset, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(DiskTooSmall, match=rf"{tmp_path}: 0\.0 MB free, expected .* the build .*, unpacked, takes"):
+        pack(toolset, source, tmp_path / "x.tar.zst")
+    assert not (tmp_path / "x.tar.zst").exists()
 
 
 def test_a_damaged_build_is_not_packed(toolset: Toolset, source: Path, tmp_path: Path) -> None:
