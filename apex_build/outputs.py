@@ -39,6 +39,11 @@ def beside(out: Path, suffix: str) -> Path:
     return out.with_name(out.name + suffix)
 
 
+def work_folder(out: Path) -> Path:
+    """Where a long run keeps what it has so far."""
+    return out.with_name(f".{out.name}.work")
+
+
 def with_manifest_and_log(out: Path) -> tuple[Path, ...]:
     """An output, and what is written beside it."""
     return out, beside(out, MANIFEST), beside(out, LOG)

@@ -5,9 +5,12 @@ Environment: APEX_CACHE_DIR moves the cache (downloads, builds, environments), A
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -52,6 +55,24 @@ def patches_root() -> Path:
 def model_stem(path: Path) -> str:
     """What files made from a model are named after: its name, of a shard without the number."""
     return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+
+
+def unfinished() -> Path:
+    """Folder with a note for each calibration that has begun and not ended: its periodic copies lie beside its output."""
+    return cache_root() / "calibrations"
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """While something in a folder of the cache is used, `apex cache prune` leaves it alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
 
 
 def lock_path(path: Path) -> Path:

@@ -54,7 +54,7 @@ def filled(folder: Path, *, but: int = 0) -> Path:
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The look at the disk beforehand finds room enough: another program takes it later."""
     for module in (
-        "apex_build.calibration.run", "apex_build.evaluation.run", "apex_build.quantization.preflight",
+        "apex_build.calibration.disk", "apex_build.evaluation.run", "apex_build.quantization.preflight",
         "apex_build.toolchain.packing",
     ):  # fmt: skip
         monkeypatch.setattr(f"{module}.check_room", lambda *_, **__: None)

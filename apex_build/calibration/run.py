@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apex_build.calibration.disk import check_disk, check_work, files_in, written
 from apex_build.calibration.sets import CalibrationText
-from apex_build.errors import CalibrationSetInvalid, DiskTooSmall, ImatrixInvalid, OutputUnwritable, ToolFailed, VerificationFailed
+from apex_build.errors import (
+    ApexError,
+    CalibrationSetInvalid,
+    ImatrixInvalid,
+    ToolFailed,
+    VerificationFailed,
+)
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.fingerprint import fingerprint
@@ -29,24 +36,22 @@ from apex_build.native.toolset import Toolset
 from apex_build.outputs import (
     LOG,
     MANIFEST,
-    ROOM,
-    amount,
     beside,
     check_apart,
     check_free,
     check_place,
-    check_room,
     locked,
     put,
     with_manifest_and_log,
+    work_folder,
     writing,
 )
+from apex_build.places import unfinished
 from apex_build.progress import Report, Step, silent
 
 _LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left
 _NO_SAVES = 1_000_000_000
-_COPIES = 4  # of the imatrix, on the disk together
 Check = Callable[[Path], "dict[str, Any] | None"]  # of the text, before the run: what the manifest is to say of it
 
 
@@ -145,9 +150,9 @@ def calibrate(
     ModelInvalid (it cannot be run).
     """
     check_runnable(model)
-    work = out.with_name(f".{out.name}.work")
+    work = work_folder(out)
     check_place(out)
-    check_apart((*with_manifest_and_log(out), *_inside(work)), (*model.files, *text.files, *tools.files()))
+    check_apart((*with_manifest_and_log(out), *files_in(work)), (*model.files, *text.files, *tools.files()))
     if len(text.data) < _LEAST_CHUNKS * settings.context:  # a token is a byte at the least; llama-imatrix counts them exactly
         raise CalibrationSetInvalid(
             f"{text.name}: the text has {len(text.data)} bytes, and calibration needs at least {_LEAST_CHUNKS} chunks of "
@@ -161,8 +166,12 @@ def calibrate(
             shutil.rmtree(work, ignore_errors=True)  # ended between the last two steps
             return done
         check_free(out, "text", force=force, replace=replace)
-        _check_work(work, force=force)
-        _check_disk(work, model, text)
+        check_work(work, force=force)
+        check_disk(work, model, text)
+        note = unfinished() / f"{sha256_json(str(out.absolute()))[:32]}.json"
+        with contextlib.suppress(OSError, ApexError):  # for `apex cache`: it goes without
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, str(out.absolute()))
         with writing(work):
             _prepare(work, key, text, fresh=force)
         try:
@@ -171,37 +180,11 @@ def calibrate(
         except BaseException:
             if not _snapshots(work):  # nothing that a later run could go on from
                 shutil.rmtree(work, ignore_errors=True)
+                note.unlink(missing_ok=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
+        note.unlink(missing_ok=True)
         return done
-
-
-def _inside(work: Path) -> Iterator[Path]:
-    return (path for path in work.rglob("*") if path.is_file())
-
-
-def _check_work(work: Path, *, force: bool) -> None:
-    """Raises OutputUnwritable for a folder of that name which is no unfinished run's."""
-    if (work.exists() or work.is_symlink()) and not force and not ((work / "identity.json").is_file() and not work.is_symlink()):
-        if work.is_dir() and not work.is_symlink() and not any(work.iterdir()):
-            return
-        raise OutputUnwritable(
-            f"{work} exists, and is no unfinished run's folder", hint="give another name with -o, or --force to replace it"
-        )
-
-
-def imatrix_bytes(model: Model) -> int:
-    """About what an imatrix of the model takes, rather more: 4 bytes for each column of each weight's matrices, names, counts."""
-    weights = [tensor for tensor in model.tensors if len(tensor.shape) > 1]
-    return sum(4 * (tensor.shape[0] + 1) * math.prod(tensor.shape[2:]) + 512 for tensor in weights)
-
-
-def _check_disk(work: Path, model: Model, text: CalibrationText) -> None:
-    """Three periodic copies lie there together at times, beside the last one; what an earlier run left counts as had."""
-    there = sum(path.stat().st_size for path in _inside(work))
-    needed = _COPIES * imatrix_bytes(model) + len(text.data)
-    what = f"the imatrix of {model.path.name}, with its periodic copies,"
-    check_room(work.parent, max(0, needed - there), what, spare=min(ROOM, needed))
 
 
 def _finished(out: Path, key: str, model: Model) -> Calibration | None:
@@ -262,7 +245,7 @@ def _run(
     memory = settings.memory or memory_limit(sum(tensor.n_bytes for tensor in model.tensors))
     log = beside(out, LOG)
     ran = run_tool(command, cwd=work / "text", log=log, on_line=watch.line, explain=output.explain, memory=memory)
-    made = _written(partial, out, model)
+    made = written(partial, out, model)
     _verify(made, model, settings)
     values = [] if done else [value for line in ran.lines if (value := output.perplexity(line))]
     # The manifest first: a file in place without it would not be known again.
@@ -271,22 +254,6 @@ def _run(
     put(partial, out)
     covered = coverage(read_imatrix(out), model)
     return Calibration(out, manifest["identity"], covered, values[-1].value if values else None, ran.seconds, done, False)
-
-
-def _written(partial: Path, out: Path, model: Model) -> Imatrix:
-    """What the tool wrote: it ends with code 0 also where the disk had no room for it. Raises DiskTooSmall, ToolFailed."""
-    try:
-        return read_imatrix(partial)
-    except ImatrixInvalid as error:
-        free = shutil.disk_usage(partial.parent).free
-        size = partial.stat().st_size if partial.exists() else 0
-        said = f"llama-imatrix ended with code 0, but wrote {size} bytes of its imatrix, expected about {imatrix_bytes(model)}"
-        if free < imatrix_bytes(model):
-            raise DiskTooSmall(
-                f"{out}: {said}: {amount(free)} are free in {out.parent}",
-                hint="free some space, then the same command again: it goes on from the last periodic copy",
-            ) from None
-        raise ToolFailed(f"{out}: {said}: {error.message}\n  all of its output: {beside(out, LOG)}") from None
 
 
 def _head_not_run(model: Model) -> VerificationFailed:

@@ -25,6 +25,7 @@ from apex_build.native.lines import printable
 # verb -> module of this folder; its click command is named `command`
 VERBS = {
     "build": "build",
+    "cache": "cache",
     "calibrate": "calibrate",
     "completion": "completion",
     "config": "config",

@@ -28,6 +28,7 @@ from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
 from apex_build.near import nearby
 from apex_build.outputs import check_apart, check_place, check_room, locked, whole_file
+from apex_build.places import cache_root, in_use
 from apex_build.policy.parameters import Value, values_of
 from apex_build.progress import Report, silent
 from apex_build.system import cpus
@@ -168,7 +169,8 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
             continue
         began = time.monotonic()
         try:
-            figures = _checked(work.evaluator, work.evaluator.evaluate(work.task))
+            with in_use(cache_root() / "evaluation"):
+                figures = _checked(work.evaluator, work.evaluator.evaluate(work.task))
         except ApexError as error:
             yield Result(work, (), time.monotonic() - began, error=error)
             continue

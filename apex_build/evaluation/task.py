@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -160,6 +161,8 @@ class Task:
                 write_json(path.with_name("made-from.json"), parts)
                 with whole_file(path) as part:
                     make(part)
+            else:
+                os.utime(path)  # `apex cache prune` goes by the last use
         return path
 
     def tokens_of_text(self, domain: str) -> float:

@@ -1,0 +1,60 @@
+"""A calibration's folder and disk: what it takes, and whether the tool has written what it was to write."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from apex_build.calibration.sets import CalibrationText
+from apex_build.errors import DiskTooSmall, ImatrixInvalid, OutputUnwritable, ToolFailed
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
+from apex_build.outputs import LOG, ROOM, amount, beside, check_room
+
+_COPIES = 4  # of the imatrix, on the disk together
+
+
+def files_in(work: Path) -> Iterator[Path]:
+    return (path for path in work.rglob("*") if path.is_file())
+
+
+def check_work(work: Path, *, force: bool) -> None:
+    """Raises OutputUnwritable for a folder of that name which is no unfinished run's."""
+    if (work.exists() or work.is_symlink()) and not force and not ((work / "identity.json").is_file() and not work.is_symlink()):
+        if work.is_dir() and not work.is_symlink() and not any(work.iterdir()):
+            return
+        raise OutputUnwritable(
+            f"{work} exists, and is no unfinished run's folder", hint="give another name with -o, or --force to replace it"
+        )
+
+
+def imatrix_bytes(model: Model) -> int:
+    """About what an imatrix of the model takes, rather more: 4 bytes for each column of each weight's matrices, names, counts."""
+    weights = [tensor for tensor in model.tensors if len(tensor.shape) > 1]
+    return sum(4 * (tensor.shape[0] + 1) * math.prod(tensor.shape[2:]) + 512 for tensor in weights)
+
+
+def check_disk(work: Path, model: Model, text: CalibrationText) -> None:
+    """Three periodic copies lie there together at times, beside the last one; what an earlier run left counts as had."""
+    there = sum(path.stat().st_size for path in files_in(work))
+    needed = _COPIES * imatrix_bytes(model) + len(text.data)
+    what = f"the imatrix of {model.path.name}, with its periodic copies,"
+    check_room(work.parent, max(0, needed - there), what, spare=min(ROOM, needed))
+
+
+def written(partial: Path, out: Path, model: Model) -> Imatrix:
+    """What the tool wrote: it ends with code 0 also where the disk had no room for it. Raises DiskTooSmall, ToolFailed."""
+    try:
+        return read_imatrix(partial)
+    except ImatrixInvalid as error:
+        free = shutil.disk_usage(partial.parent).free
+        size = partial.stat().st_size if partial.exists() else 0
+        said = f"llama-imatrix ended with code 0, but wrote {size} bytes of its imatrix, expected about {imatrix_bytes(model)}"
+        if free < imatrix_bytes(model):
+            raise DiskTooSmall(
+                f"{out}: {said}: {amount(free)} are free in {out.parent}",
+                hint="free some space, then the same command again: it goes on from the last periodic copy",
+            ) from None
+        raise ToolFailed(f"{out}: {said}: {error.message}\n  all of its output: {beside(out, LOG)}") from None

@@ -1,0 +1,121 @@
+"""`apex cache`: what lies in the cache, and clearing it."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import asdict
+
+import click
+
+from apex_build import places, storage
+from apex_build.cli import show
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    """Bytes of 20GB, 500M, 1.5GiB."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?)?b?", value.strip().lower())
+    if not found:
+        raise click.BadParameter(f"{value!r} is no size; for example: 20GB, 500M, 1.5GiB")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+_KINDS = click.option(
+    "--kind", "kinds", multiple=True, type=click.Choice(tuple(storage.KINDS)), help="Only this kind (may be given several times)."
+)
+_JSON = click.option("--json", "json_", is_flag=True, help="Print JSON.")
+
+
+@click.group()
+def command() -> None:
+    """Show what the cache holds, and clear it. All of it can be made again, or downloaded.
+
+    It lies where APEX_CACHE_DIR says, or in the user's cache folder.
+    """
+
+
+@command.command("list")
+@_KINDS
+@_JSON
+def list_(kinds: tuple[str, ...], json_: bool) -> None:
+    """Show what there is by kind, or with --kind each item.
+
+    \b
+    Examples:
+      apex cache list
+      apex cache list --kind evaluations
+      apex cache list --json
+    """
+    found = storage.items(kinds)
+    if json_:
+        show.as_json({"cache": str(places.cache_root()), "items": [_json(item) for item in found]})
+        return
+    if kinds:
+        rows = [(item.kind, str(item.path), show.size(item.n_bytes), _ago(item.used), item.kept) for item in found]
+        show.table("In the cache", ("kind", "path", "size", "last used", "stays, for it is"), rows, right=("size",))
+        return
+    rows = []
+    for kind, said in storage.KINDS.items():
+        own = [item for item in found if item.kind == kind]
+        if own:
+            rows.append((kind, said, str(len(own)), show.size(sum(item.n_bytes for item in own)), _ago(own[-1].used)))
+    show.table(f"In the cache, {places.cache_root()}", ("kind", "", "items", "size", "last used"), rows, right=("items", "size"))
+    click.echo(f"all: {show.size(sum(item.n_bytes for item in found))}")
+
+
+@command.command()
+@_KINDS
+@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="What was not used for so many days.")
+@click.option("--larger-than", callback=_size, metavar="SIZE", help="What is larger: 500MB, 20GB.")
+@click.option("--keep-size", callback=_size, metavar="SIZE", help="Until no more than this is left; the longest unused first.")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed.")
+@_JSON
+def prune(
+    kinds: tuple[str, ...],
+    older_than: float | None,
+    larger_than: int | None,
+    keep_size: int | None,
+    dry_run: bool,
+    json_: bool,
+) -> None:
+    """Remove what is no longer needed: what meets all the conditions given.
+
+    The build in use, what a running program uses, and source trees with work that is nowhere else always stay; sources go only
+    where --kind sources names them.
+
+    \b
+    Examples:
+      apex cache prune --older-than 30 --dry-run
+      apex cache prune --kind evaluations --keep-size 20GB
+      apex cache prune --kind work --kind downloads
+      apex cache prune --older-than 14 --larger-than 1GB --json
+    """
+    if not kinds and older_than is None and larger_than is None and keep_size is None:
+        raise click.UsageError("say what is to go: --older-than, --larger-than, --keep-size or --kind")
+    found = storage.items(kinds or [kind for kind in storage.KINDS if kind != "sources"])
+    chosen = storage.choose(found, older_than=older_than, larger_than=larger_than, keep_size=keep_size)
+    done = chosen if dry_run else [storage.remove(item) for item in chosen]
+    gone = [item for item in done if not item.kept]
+    stayed = [item for item in (*found, *done) if item.kept]
+    if json_:
+        show.as_json({"removed": [_json(item) for item in gone], "kept": [_json(item) for item in stayed], "dry_run": dry_run})
+        return
+    for item in gone:
+        said = "would remove" if dry_run else "removed"
+        click.echo(f"{said} {item.path} ({item.kind}, {show.size(item.n_bytes)}, last used {_ago(item.used)})")
+    for item in stayed:
+        click.echo(f"stays: {item.path} ({item.kind}): {item.kept}", err=True)
+    click.echo(f"{show.size(sum(item.n_bytes for item in gone))} {'would be freed' if dry_run else 'freed'}")
+
+
+def _json(item: storage.Item) -> dict[str, object]:
+    return {**asdict(item), "path": str(item.path), "used": round(item.used)}
+
+
+def _ago(when: float) -> str:
+    days = (time.time() - when) / 86400
+    return "today" if days < 1 else f"{days:.0f} days ago" if days >= 2 else "yesterday"
