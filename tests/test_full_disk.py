@@ -115,13 +115,13 @@ def test_llama_quantize_without_room_for_its_file(
     assert {path.name for path in place.iterdir()} == {"q.gguf", "q.gguf.json", "q.gguf.log", "filling"}
 
 
-@pytest.mark.parametrize("option", ["--tensor-types", "--write-text"])
+@pytest.mark.parametrize("option", ["--write-rules", "--write-text"])
 def test_a_text(option: str, disk: Disk, testbed: Path, tools: Toolset, capsys: pytest.CaptureFixture[str]) -> None:
     place = disk(1 << 20)
     out = place / "out.txt"
     out.write_text("what was there")
     filled(place)
-    verb = ("plan", "--policy", "compact") if option == "--tensor-types" else ("calibrate",)
+    verb = ("plan", "--policy", "compact") if option == "--write-rules" else ("calibrate",)
     assert apex(*verb, testbed, option, out, "--force") == DiskTooSmall.exit_code
     assert f"{out}: the disk is full" in capsys.readouterr().err
     assert out.read_text() == "what was there" and len(list(place.iterdir())) == 2
