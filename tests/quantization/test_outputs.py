@@ -64,10 +64,12 @@ def test_places_that_cannot_be_written_in_the_end(tmp_path: Path) -> None:
 def test_what_the_last_of_several_files_would_meet_is_said_before_the_first(
     testbed: Path, tmp_path: Path, tools: Toolset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "testbed-f16-compact.gguf").write_text("another")
+    planned = run_apex("quantize", testbed, "--policy", "compact", *SMALL, "-o", tmp_path, "--dry-run", "--json")
+    (name,) = [Path(job["path"]).name for job in json.loads(planned.stdout)]
+    (tmp_path / name).write_text("another")
     for more in ([], ["--dry-run"]):
         ran = run_apex("quantize", testbed, "--policy", "quality", "--policy", "compact", *SMALL, "-o", tmp_path, *more, code=71)
-        assert "testbed-f16-compact.gguf exists" in ran.stderr
+        assert f"{name} exists" in ran.stderr
     assert len(list(tmp_path.iterdir())) == 1
 
     plugins = load_plugins()
@@ -139,7 +141,8 @@ def test_a_split_model(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
     subprocess.run([str(part) for part in split], check=True, capture_output=True)
     run_apex("quantize", tmp_path / "model-00002-of-00003.gguf", "--policy", "compact", *SMALL)
     compact(testbed, tmp_path / "whole.gguf")
-    written, whole = read_header(tmp_path / "model-compact.gguf"), read_header(tmp_path / "whole.gguf")
+    (by_default,) = tmp_path.glob("model-*COMPACT*.gguf")
+    written, whole = read_header(by_default), read_header(tmp_path / "whole.gguf")
     assert {(t.name, t.type) for t in written.tensors} == {(t.name, t.type) for t in whole.tensors}
     before = (tmp_path / "model-00003-of-00003.gguf").read_bytes()
     compact(tmp_path / "model-00001-of-00003.gguf", tmp_path / "model-00003-of-00003.gguf", "--force", code=71)
