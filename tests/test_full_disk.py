@@ -140,7 +140,7 @@ def test_results_of_an_evaluation(
     assert apex(*command, "--set", "perplexity.chunks=3") == DiskTooSmall.exit_code
     said = capsys.readouterr()
     assert f"{results}: the disk is full" in said.err
-    assert "ppl" in said.out, "what was measured is shown all the same"
+    assert "perplexity" in said.out, "what was measured is shown all the same"
     assert results.read_bytes() == before
 
 
