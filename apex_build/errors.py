@@ -323,3 +323,9 @@ class SystemUnsupported(ApexError):
     """The operating system lacks what is needed: apex-build runs on Linux."""
 
     exit_code = 81
+
+
+class CheckFailed(ApexError):
+    """A file that was checked writes no text, or its draft head is not accepted."""
+
+    exit_code = 90

@@ -37,13 +37,17 @@ class Parameter:
 
     kind 'type' takes a GGUF tensor type (Q4_K), 'int' a whole number >= 0, 'number' a decimal one >= 0, 'flag' yes or no, 'text'
     anything.
-    `words` are further values of a 'type' parameter, to which the template gives a meaning of its own.
+    `words` are further values of a 'type' parameter, to which the template gives a meaning of its own; with `mixtures` it also
+    takes two types, A+B. One that has `measured` takes the word 'auto': the smallest of these values whose loss, measured on the
+    user's model against the first of them, is under a bound. They stand in the order in which they are tried: the largest first.
     """
 
     default: str | int | float | bool
     kind: Literal["type", "int", "number", "flag", "text"] = "type"
     help: str = ""
     words: tuple[str, ...] = ()
+    mixtures: bool = False
+    measured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -53,21 +53,23 @@ class Rendered:
     failed: bool = False
 
 
-def render(template: ChatTemplate, documents: Sequence[Document]) -> list[str | None]:
+def render(template: ChatTemplate, documents: Sequence[Document], *, answer_begins: bool = False) -> list[str | None]:
     """The text of each conversation, None for one that the template refuses (a role or tools it does not know).
+
+    `answer_begins`: up to where the model is to answer, as a server gives it to the model.
 
     Raises ChatTemplateFailed for a template that fails, leaves the sandbox, or does not come to an end.
     """
-    found = try_render(template, documents)
+    found = try_render(template, documents, answer_begins=answer_begins)
     for one, document in zip(found, documents, strict=True):
         if one.failed:
             raise ChatTemplateFailed(f"chat template of {template.origin}: {one.words}, in {document.origin}", hint=_HINT)
     return [one.text for one in found]
 
 
-def try_render(template: ChatTemplate, documents: Sequence[Document]) -> list[Rendered]:
+def try_render(template: ChatTemplate, documents: Sequence[Document], *, answer_begins: bool = False) -> list[Rendered]:
     """The same, but one conversation that the template fails on is no reason to give up the others."""
-    conversations = [_conversation(document) for document in documents]
+    conversations = [_conversation(document, answer_begins) for document in documents]
     request = {"template": template.text, "variables": template.variables, "conversations": conversations}
     try:
         answer = ask(chat_sandbox.__name__, request, wall_seconds=_WALL_SECONDS)
@@ -98,10 +100,10 @@ def without_system(document: Document) -> Document | None:
     return replace(document, messages=(user, *rest[1:]))
 
 
-def _conversation(document: Document) -> dict[str, Any]:
+def _conversation(document: Document, answer_begins: bool) -> dict[str, Any]:
     # As transformers calls a template: `tools` and `documents` are there, as none.
     tools = list(document.tools) or None
-    return {"messages": list(document.messages), "tools": tools, "documents": None, "add_generation_prompt": False}
+    return {"messages": list(document.messages), "tools": tools, "documents": None, "add_generation_prompt": answer_begins}
 
 
 def _token(model: Model, key: str) -> str:

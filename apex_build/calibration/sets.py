@@ -72,15 +72,15 @@ class CalibrationText:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def known_sets() -> list[str]:
-    return sorted(path.stem for path in (data_root() / "calibration_sets").glob("*.toml"))
+def known_sets(folder: str = "calibration_sets") -> list[str]:
+    return sorted(path.stem for path in (data_root() / folder).glob("*.toml"))
 
 
-def load_set(name: str) -> CalibrationSet:
+def load_set(name: str, folder: str = "calibration_sets") -> CalibrationSet:
     """A built-in set by name, or the set of a TOML file. Raises CalibrationSetInvalid."""
-    path = Path(name) if name.endswith(".toml") else data_root() / "calibration_sets" / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else data_root() / folder / f"{name}.toml"
     if not path.is_file():
-        known = known_sets()
+        known = known_sets(folder)
         raise CalibrationSetInvalid(
             f"{path}: no such file"
             if name.endswith(".toml")

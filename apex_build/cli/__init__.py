@@ -27,6 +27,7 @@ VERBS = {
     "build": "build",
     "cache": "cache",
     "calibrate": "calibrate",
+    "check": "check",
     "completion": "completion",
     "config": "config",
     "convert": "convert",

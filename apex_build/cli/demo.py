@@ -11,6 +11,7 @@ from apex_build import places
 from apex_build.calibration.run import Settings, calibrate
 from apex_build.calibration.sets import compose, load_set
 from apex_build.cli import show
+from apex_build.cli.check import checked, print_checked
 from apex_build.cli.serving import command_line
 from apex_build.errors import ModelMissing, OutputUnwritable
 from apex_build.evaluation.run import Inputs, Work, evaluate, plan_work
@@ -30,7 +31,7 @@ from apex_build.toolchain.compilers import find_compiler
 
 # A model of ten layers or fewer would be all edge with the defaults.
 _SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
-_FILES: tuple[tuple[str, dict[str, Value]], ...] = (("i-nano", {}), ("i-nano, head IQ2_XXS", {"draft_head": "IQ2_XXS"}))
+_FILES: tuple[tuple[str, dict[str, Value]], ...] = (("i-nano", {}), ("i-nano, head IQ3_XXS+Q5_K", {"draft_head": "IQ3_XXS+Q5_K"}))
 _DRAFTING = {"draft-acceptance.lengths": "2", "draft-acceptance.temperature": "0"}
 _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "head calibrated", "drafts accepted")
 
@@ -45,7 +46,8 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
     The model comes with a checkout of the project alone: an installed package has none, and its demo is apex calibrate and
     apex quantize on a model of your own.
 
-    The second file has its draft head at IQ2_XXS, which llama-quantize refuses without calibration data of the head. What is there
+    The second file has the experts of its draft head at IQ3_XXS, which llama-quantize refuses without calibration data of the head,
+    and is checked at the end: does it write text, are its drafts accepted? What is there
     already is used again.
 
     \b
@@ -94,8 +96,10 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
             drafted = read_model(Path(row["path"]), plugins.role_of)
             work = plan_work(drafting, drafted, inputs, tools, threads=threads, report=report)
             row["acceptance"] = _acceptance(work, output)
+        verdict = checked(read_model(Path(rows[-1]["path"]), plugins.role_of), plugins, tools, threads=threads, report=report)
     if json_:
         show.as_json(rows)
+        verdict.refuse()
         return
     show.table(
         "The test model (six layers: edge=1 near=1 attention_edge=1), its draft head calibrated",
@@ -103,6 +107,8 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
         [_cells(row) for row in rows],
         right=("bytes", "bits per weight"),
     )
+    print_checked(verdict)
+    verdict.refuse()
     click.echo(f"run the last: {command_line(Path(rows[-1]['path']), model, tools)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import click
 from apex_build.cli import show, values
 from apex_build.cli.groups import VERBOSE, verbosity
 from apex_build.cli.headline import labels_of, print_headline
-from apex_build.errors import ApexError, CalibrationSetInvalid, DiskTooSmall, OutputUnwritable, ParameterUnknown
+from apex_build.errors import (
+    ApexError,
+    CalibrationSetInvalid,
+    ChatTemplateFailed,
+    DiskTooSmall,
+    OutputUnwritable,
+    ParameterUnknown,
+)
+from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
 from apex_build.evaluation.pieces import piece_of, remember
 from apex_build.evaluation.run import (
     Inputs,
@@ -33,10 +42,11 @@ from apex_build.native.lines import printable
 from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import find_toolset
 from apex_build.pace import Estimate
-from apex_build.plugins import load_plugins
+from apex_build.plugins import Plugins, load_plugins
 from apex_build.policy.parameters import parse_settings
 from apex_build.progress import Whole
 
+_PROMPTS = 12  # of each domain, of the built-in set
 _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 
 
@@ -151,6 +161,7 @@ def command(
     )
     check_settings(inputs.settings, evaluators)
     tools = find_toolset(tools_path)
+    inputs = with_built_in(inputs, files[0], names_of(only), plugins)
     works: list[Work] = []
     without: dict[tuple[str, ...], list[str]] = {}
     for path in dict.fromkeys(files):
@@ -202,6 +213,29 @@ def command(
     show.note(f"{_counted(good, 'result')} in {results}{before}" + ("" if all_ or json_ else "; --all shows every figure"))
     if failed := [result.error for result in done if result.error is not None]:
         raise _summed_up(failed, len(done))
+
+
+def with_built_in(inputs: Inputs, file: Path, only: Sequence[str], plugins: Plugins) -> Inputs:
+    """The built-in texts, as this model's chat template writes them, where a text is wanted and none is given; prompts
+    where an evaluator of `only` cannot go without. All files are measured on the same ones.
+    """
+    evaluators = plugins.evaluators()
+    wanted = [evaluators[name] for name in only if name in evaluators] or list(evaluators.values())
+    texts = not inputs.texts and any("text" in one.needs for one in wanted)
+    prompts = not inputs.prompts and bool(only) and any("prompts" in one.needs for one in wanted)
+    if not texts and not prompts:
+        return inputs
+    model, sources = read_model(file, plugins.role_of), plugins.calibration_sources()
+    try:
+        if texts:
+            inputs = replace(inputs, texts=built_in_texts(model, sources))
+        if prompts:
+            inputs = replace(inputs, prompts=built_in_prompts(model, sources, _PROMPTS))
+    except ChatTemplateFailed as error:
+        click.echo(f"without --text: the built-in texts are left out: {printable(error.message)}", err=True)
+        return inputs
+    click.echo(f"measured on the built-in {'texts' if texts else 'prompts'} (--text, --prompts: others)", err=True)
+    return inputs
 
 
 def texts_by_domain(paths: Sequence[Path]) -> dict[str, Path]:

@@ -11,18 +11,21 @@ import click
 
 from apex_build.cli import show, values
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
+from apex_build.evaluation.auto import Question, known_choice, parameter_at_auto
+from apex_build.evaluation.built_in import built_in_texts
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.gguf_model.model import read_model
+from apex_build.gguf_model.mtp_rows import Rows
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
-from apex_build.native.toolset import find_toolset
+from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.outputs import check_apart, check_place, check_text_free, whole_file
 from apex_build.plugins import Plugins, load_plugins
 from apex_build.policy.lists import TypeList, apply_list, own_types, read_list
-from apex_build.policy.parameters import parse_settings
+from apex_build.policy.parameters import Value, parse_settings
 from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan, make_plan
 from apex_build.policy.remarks import left_to_base_type, remarks
 from apex_build.policy.render import template_files
@@ -89,7 +92,9 @@ def command(
     ggml = Ggml(tools)
     types = read_list(tensor_types, ggml) if tensor_types else None
     covered = coverage(crossed(read_imatrix(imatrix), model)[0], model) if imatrix is not None else None
-    plan = make_plan(model, policy, parse_settings(settings), tools, imatrix, types)
+    parameters: dict[str, Value] = dict(parse_settings(settings))
+    measured = _measured(policy, parameters, model, imatrix, tools, plugins, rows_of(mtp_rows))
+    plan = make_plan(model, policy, parameters, tools, imatrix, types)
     said = check_head_rows(plan.entries, model, covered, rows_of(mtp_rows)) if covered is not None else []
     if types is not None:
         tell_of_list(types, plan, model)
@@ -104,6 +109,30 @@ def command(
     _print(plan, covered, ggml, tensors=tensors)
     for warning in said:
         click.echo(f"warning: {warning}", err=True)
+    if measured:
+        click.echo(f"note: {measured}", err=True)
+
+
+def _measured(
+    policy: PolicySpec,
+    parameters: dict[str, Value],
+    model: Model,
+    imatrix: Path | None,
+    tools: Toolset,
+    plugins: Plugins,
+    head_rows: Rows | None,
+) -> str | None:
+    """Put what was measured before in the place of 'auto', and say so, or that nothing was."""
+    name = parameter_at_auto(policy, parameters)
+    if name is None or not model.head_layers:
+        return None
+    if imatrix is not None:
+        texts = built_in_texts(model, plugins.calibration_sources())
+        choice = known_choice(Question(model, policy, parameters, imatrix, tools, plugins.evaluators(), texts, head_rows=head_rows))
+        if choice:
+            parameters[name] = choice.value
+            return f"{name}=auto is {choice.value}, as measured: {choice.text}"
+    return f"{name}=auto was not measured on this model: the plan takes a cautious mixture; apex quantize measures"
 
 
 def policy_of(plugins: Plugins, name: str | None, tensor_types: Path | None) -> PolicySpec:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from apex_build.cli import show, values
+from apex_build.cli.check import as_json, checked, print_checked
+from apex_build.cli.evaluate import texts_by_domain
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
 from apex_build.cli.plan import policy_of, tell_of_list
 from apex_build.cli.serving import command_line
 from apex_build.errors import OutputUnwritable
-from apex_build.gguf_model.metadata import parse_meta, who_quantizes
+from apex_build.evaluation.auto import Choice, Question, known_choice, measure, parameter_at_auto
+from apex_build.evaluation.built_in import built_in_texts
+from apex_build.evaluation.check import Checked
+from apex_build.evaluation.loss import value_of
+from apex_build.evaluation.task import ToolOptions
+from apex_build.gguf_model.metadata import Setting, parse_meta, who_quantizes
 from apex_build.gguf_model.model import read_model
+from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
-from apex_build.native.toolset import find_toolset
+from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.outputs import check_apart, check_room, with_manifest_and_log
-from apex_build.plugins import load_plugins
+from apex_build.plugins import Plugins, load_plugins
 from apex_build.policy.lists import read_list
-from apex_build.policy.parameters import parse_settings
+from apex_build.policy.parameters import AUTO, Value, parse_settings
 from apex_build.policy.remarks import left_to_base_type
 from apex_build.progress import Report
 from apex_build.quantization.load_check import check_input
@@ -72,6 +80,11 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
     show_default=True,
     help="See that llama.cpp can load MODEL, and the file before it is put in place; no weights are read for it.",
 )
+@click.option(
+    "--text", "texts", metavar="FILE", type=_PATH, multiple=True, help="What draft_head=auto measures on.  [default: built in]"
+)
+@click.option("--gpu-layers", type=int, help="Layers on the GPU when measuring or checking.  [default: all that fit]")
+@click.option("--check/--no-check", "check_", default=False, help="Load each file in llama-server: does its draft head work?")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option(
     "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
@@ -95,6 +108,9 @@ def command(
     mtp_rows: str,
     allow_requantize: bool,
     load_check: bool,
+    texts: tuple[Path, ...],
+    gpu_layers: int | None,
+    check_: bool,
     threads: int | None,
     tools_path: Path | None,
     folders: tuple[Path, ...],
@@ -107,10 +123,14 @@ def command(
     What can be refused is refused before anything is written: missing calibration data, shapes, disk. The file says in its metadata
     (apex.*) how it was made; OUTPUT.json says it in full, OUTPUT.log is what llama-quantize printed.
 
+    With draft_head=auto (the -mtp policies have it), the smallest mixture for the draft head that loses little on this model is
+    measured first: some minutes, once for a model, imatrix and policy.
+
     \b
     Examples:
       apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf -o model-i-nano.gguf
       apex quantize model-F16.gguf --policy i-nano --set draft_head=IQ2_XXS --imatrix model-F16.imatrix.gguf -o small.gguf
+      apex quantize model-F16.gguf --policy i-nano --set draft_head=auto --imatrix model-F16.imatrix.gguf --check
       apex quantize model-F16.gguf --policy quality --policy balanced --policy compact -o models/
       apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf --meta quantized_by=me --name '{model}-{type}'
       apex quantize model-F16.gguf --tensor-types recipe.txt --set base_type=Q4_K_M --imatrix model-F16.imatrix.gguf
@@ -130,26 +150,24 @@ def command(
     if name and output is not None and not output.is_dir():
         raise click.UsageError(f"--name makes a name in a folder, and -o {output} is one already")
     metadata = who_quantizes(parse_meta(meta))
-    jobs: list[Job] = []
-    for policy in policies:
-        template: str | None = None
-        out = output or model.path.parent
-        if output is None or output.is_dir():
-            template = name or TEMPLATE
-        jobs.append(
-            prepare(
-                model,
-                policy,
-                dict(parse_settings(settings)),
-                tools,
-                out,
-                imatrix=imatrix,
-                allowed=allowed,
-                metadata=metadata,
-                name=template,
-                types=types,
-            )
+    parameters: dict[str, Value] = dict(parse_settings(settings))
+
+    def planned(policy: PolicySpec, choice: Choice | None = None) -> Job:
+        named = output is None or output.is_dir()
+        return prepare(
+            model,
+            policy,
+            {**parameters, **({choice.parameter: choice.value} if choice else {})},
+            tools,
+            output or model.path.parent,
+            imatrix=imatrix,
+            allowed=allowed,
+            metadata=(*metadata, Setting("apex.draft_loss", "STRING", choice.text)) if choice else metadata,
+            name=(name or TEMPLATE) if named else None,
+            types=types,
         )
+
+    jobs = [planned(policy) for policy in policies]
     if types is not None:
         tell_of_list(types, jobs[0].plan, model)
     if split_size is not None:
@@ -158,23 +176,85 @@ def command(
     check_apart([path for job in jobs for path in with_manifest_and_log(job.out)], plugins.files())
     if load_check:
         check_input(model, tools)
+    choices: list[Choice | None] = []
+    for number, policy in enumerate(policies):
+        choices.append(None)
+        if parameter_at_auto(policy, parameters):
+            given = texts_by_domain(texts) if texts else built_in_texts(model, plugins.calibration_sources())
+            question = Question(
+                model,
+                policy,
+                parameters,
+                imatrix,
+                tools,
+                plugins.evaluators(),
+                given,
+                ToolOptions(gpu_layers),
+                threads,
+                head_rows=rows_of(mtp_rows),
+            )
+            choices[-1] = known_choice(question) if dry_run else _measured(question)
+            jobs[number] = planned(policy, choices[-1])
+    check_outputs(jobs, force=force)  # once more: what was measured is a part of the name
     if dry_run:
         if json_:
             show.as_json([_job_json(job) for job in jobs])
         else:
-            for job in jobs:
+            for job, choice in zip(jobs, choices, strict=True):
                 _show(job)
+                _show_head(job, choice)
         return
     done = []
-    for job in jobs:
+    for job, choice in zip(jobs, choices, strict=True):
         for warning in job.warnings:
             click.echo(f"warning: {warning}", err=True)
         with show.progress() as report:
             done.append(_made(job, split_size, force=force, threads=threads, load_check=load_check, report=report))
         if not json_:
-            _print(done[-1], job)
+            _print(done[-1], job, choice)
+    verdicts = [_checked(one.path, plugins, tools, threads, gpu_layers) for one in done] if check_ else []
     if json_:
-        show.as_json([_json(one, job) for one, job in zip(done, jobs, strict=True)])
+        shown = [_json(*one) for one in zip(done, jobs, choices, strict=True)]
+        for row, verdict in zip(shown, verdicts, strict=False):
+            row["check"] = as_json(verdict)
+        show.as_json(shown)
+    for verdict in verdicts:
+        if not json_:
+            print_checked(verdict)
+        verdict.refuse()
+
+
+def _measured(question: Question) -> Choice:
+    click.echo(f"measuring draft heads for {question.policy.name} on {question.model.path.name} ...", err=True)
+    choice = measure(question, progress=show.progress)
+    rows = [
+        [one.value, str(one.head_bytes), value_of(one.agreement), value_of(one.tokens), "yes" if one.fits else "no"]
+        for one in choice.candidates
+    ]
+    title = f"Draft heads against {question.policy.parameters[choice.parameter].measured[0]}, {choice.positions} positions"
+    columns = ("head", "bytes", "loss of agreement, points", "loss of tokens a step, %", f"within {choice.bound:g} points")
+    show.table(title, columns, rows, right=columns[1:4], err=True)
+    click.echo(f"{choice.parameter}: {choice.value}{', as measured before' if choice.reused else ''}", err=True)
+    return choice
+
+
+def _checked(path: Path, plugins: Plugins, tools: Toolset, threads: int | None, gpu_layers: int | None) -> Checked:
+    with show.progress() as report:
+        model = read_model(path, plugins.role_of)
+        return checked(model, plugins, tools, threads=threads, options=ToolOptions(gpu_layers), report=report)
+
+
+def _show_head(job: Job, choice: Choice | None) -> None:
+    """What the draft head is, and what is known of its loss."""
+    head = [entry for entry in job.plan.entries if entry.draft_head and entry.type != entry.from_type]
+    if not any(entry.draft_head for entry in job.plan.entries):
+        return
+    types = ", ".join(dict.fromkeys(entry.type for entry in sorted(head, key=lambda entry: -entry.n_bytes))) or "as it was"
+    if choice:
+        click.echo(f"draft head: {types}; {choice.text}")
+    else:
+        auto = " (draft_head=auto measures it)" if str(job.plan.parameters.get("draft_head")) != AUTO else ""
+        click.echo(f"draft head: {types}; its loss was not measured on this model{auto}")
 
 
 def _made(job: Job, split_size: str | None, *, force: bool, threads: int | None, load_check: bool, report: Report) -> Quantized:
@@ -210,17 +290,19 @@ def _job_json(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _json(done: Quantized, job: Job) -> dict[str, Any]:
+def _json(done: Quantized, job: Job, choice: Choice | None) -> dict[str, Any]:
     return {
         "path": str(done.path), "policy": done.plan.policy, "bytes": done.n_bytes, "tensor_bytes": done.plan.n_bytes,
         "bits_per_weight": done.plan.bits_per_weight, "seconds": round(done.seconds, 3), "reused": done.reused,
         "warnings": list(done.warnings), "run": command_line(done.path, job.model, job.tools),
+        "draft_head": asdict(choice) if choice else None,
     }  # fmt: skip
 
 
-def _print(done: Quantized, job: Job) -> None:
+def _print(done: Quantized, job: Job, choice: Choice | None) -> None:
     how = "was made before from the same parts" if done.reused else f"written and verified in {done.seconds:.1f} s"
     size = f"{done.n_bytes} bytes, {done.plan.bits_per_weight:.3f} bits per weight"
     click.echo(f"{done.path}: {size}; {how}")
     _print_left(job)
+    _show_head(job, choice)
     click.echo(f"run it: {command_line(done.path, job.model, job.tools)}")

@@ -158,15 +158,17 @@ def size(n_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
-    """Print a table to stdout; columns named in `right` are aligned right. On a terminal it fits the width."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = (), err: bool = False
+) -> None:
+    """Print a table to stdout, or with `err` to stderr. Columns in `right` are aligned right; on a terminal it fits the width."""
+    width = shutil.get_terminal_size().columns if (sys.stderr if err else sys.stdout).isatty() else None
     cells = [[_cell(cell) for cell in row] for row in rows]
     lines = lay_out(columns, cells, [at for at, column in enumerate(columns) if column in right], width)
-    click.echo(click.style(printable(title), italic=True))
+    click.echo(click.style(printable(title), italic=True), err=err)
     for number, line in enumerate(lines):
-        click.echo(click.style(line, bold=True) if not number else line)
-    click.echo()
+        click.echo(click.style(line, bold=True) if not number else line, err=err)
+    click.echo(err=err)
 
 
 def _cell(value: Any) -> str:

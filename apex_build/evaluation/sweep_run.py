@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +38,9 @@ class Outcome:
     errors: tuple[ApexError, ...] = ()
 
 
-def run_sweep(sweep: Sweep, *, keep: bool = False, progress: Progress = lambda: nullcontext(silent)) -> Iterator[Outcome]:
+def run_sweep(
+    sweep: Sweep, *, keep: bool = False, progress: Progress = lambda: nullcontext(silent)
+) -> Generator[Outcome, None, None]:
     """Quantize and measure the points, in order. Each is recorded in `sweep.jsonl` before it is given.
 
     A file is deleted once it is measured, unless `keep`; an interrupted run leaves the one it was at, and the next goes on there.

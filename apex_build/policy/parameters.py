@@ -14,6 +14,8 @@ Value = str | int | float | bool
 
 # Every policy has it: `--set base_type=Q3_K_M`
 BASE_TYPE = "base_type"
+# The value of a parameter that is to be measured on the user's model (Parameter.measured).
+AUTO = "auto"
 
 _YES = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 
@@ -70,14 +72,17 @@ def _value(about: str, parameter: Parameter, value: Value, ggml: Ggml) -> Value:
             raise ParameterUnknown(f"{about} takes yes or no, not '{value}'")
         return _YES[text.lower()]
     if parameter.kind == "type":
-        if text.lower() in parameter.words:
+        words = (*parameter.words, *((AUTO,) if parameter.measured else ()))
+        if text.lower() in words:
             return text.lower()
         try:
+            if parameter.mixtures and text.count("+") == 1:
+                return "+".join(writable_type(part.strip(), ggml) for part in text.split("+"))
             return writable_type(text, ggml)
         except TypeUnknown as error:
-            also = f" (or: {', '.join(parameter.words)})" if parameter.words else ""
-            words = near(text, parameter.words, n=1, cutoff=0.7)
-            raise TypeUnknown(f"{about}: {error.message}{also}", hint=f"near it: {words[0]}" if words else error.hint) from None
+            also = f" (or: {', '.join(words)}{', or two types, A+B' if parameter.mixtures else ''})" if words else ""
+            close = near(text, words, n=1, cutoff=0.7)
+            raise TypeUnknown(f"{about}: {error.message}{also}", hint=f"near it: {close[0]}" if close else error.hint) from None
     return text
 
 

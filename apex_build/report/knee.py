@@ -6,21 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from apex_build.evaluation.loss import loss_of
 from apex_build.evaluation.sweep_rows import Row, curve_name
 from apex_build.hookspecs import Figure
-
-# a figure whose dotted name has one of these words is better when it is lower
-_LOWER = frozenset({"kld", "ppl", "perplexity", "mean_kld", "divergence"})
-DIFFERENCE = ".difference"  # what evaluators add to the name of a figure for its paired difference from the reference
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a file is worse by than the reference, paired, with its 95 % interval if that is known. Negative: it is better."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -54,21 +42,6 @@ def plain_name(score: str) -> str:
         if found := re.fullmatch(pattern, score):
             return text.format(*found.groups())
     return score
-
-
-def lower_is_better(score: str) -> bool:
-    return any(word in _LOWER for word in score.split("."))
-
-
-def loss_of(row: Row, score: str) -> Loss | None:
-    """From the paired difference that goes with the score. The trunk's divergence from the reference is a loss already."""
-    figure = row.figure(score + DIFFERENCE) or (row.figure(score) if score.startswith("kld.") else None)
-    if figure is None or figure.value is None:
-        return None
-    if lower_is_better(score):
-        return Loss(figure.value, figure.low, figure.high)
-    low, high = (None if bound is None else 0.0 - bound for bound in (figure.high, figure.low))
-    return Loss(0.0 - figure.value, low, high)
 
 
 def size_of(row: Row, by_head: bool) -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apex_build.errors import EvaluationRefused
+from apex_build.evaluation.loss import DIFFERENCE, loss_of, lower_is_better
 from apex_build.evaluation.sweep_rows import TABLE, Row, curve_name
 from apex_build.outputs import whole_file
 from apex_build.report import plot
-from apex_build.report.knee import DIFFERENCE, Knee, find_knees, knee_text, loss_of, lower_is_better, plain_name, size_of
+from apex_build.report.knee import Knee, find_knees, knee_text, plain_name, size_of
 from apex_build.report.plot import Chart, Mark, Series
 from apex_build.report.table import Table, markdown, sweep_table
 

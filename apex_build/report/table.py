@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from apex_build.evaluation.loss import DIFFERENCE, Loss, loss_of
 from apex_build.evaluation.sweep_rows import Row, curve_name
 from apex_build.hookspecs import Figure
-from apex_build.report.knee import DIFFERENCE, Loss, loss_of, mb, size_of, value_text
+from apex_build.report.knee import mb, size_of, value_text
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from apex_build.report.plot import Chart, Mark, Series, draw
 HERE = Path(__file__).parent
 AGREEMENT = "depth1.agreement"
 Row = dict[str, Any]
-QUARTER = "routed IQ2_XXS, rest Q4_K"
-# bytes of the head on the shapes of Qwen3.5/3.6-35B-A3B: apex plan, policy draft-head-only (tests/policy/test_small_head.py)
-ON_35B = {QUARTER: "232 MB on the 35B-A3B", "routed IQ1_S, rest Q4_K": "181 MB"}
+KINDS = {"f16": "MoE test head", "dense-f16": "dense test head"}
+# Loss of agreement in points against BF16, whole dense head of Qwen3.6-27B (425 million weights), with an imatrix: the table of
+# upstream's open pull request #28351. Q4_K without one loses 0.36.
+REAL = {"Q6_K": 0.06, "Q5_K": 0.11, "Q4_K": 0.23, "IQ3_S": 2.2, "IQ2_XS": 9.1}
+REAL_BITS = {"Q6_K": 6.59, "Q5_K": 5.46, "Q4_K": 4.52, "IQ3_S": 3.48, "IQ2_XS": 2.35}
 
 
 def read(path: Path) -> list[Row]:
@@ -64,141 +66,119 @@ def interval(figure: Mapping[str, Any]) -> tuple[float, float] | None:
     return None if figure["low"] is None else (figure["low"], figure["high"])
 
 
-def mark(row: Row, label: str, *, ring: bool = False) -> Mark:
-    """Score against bytes; the thick bar is the paired difference's interval, about the point."""
-    if row["figures"] is None:
-        return Mark(row["bytes"] / 1e6, None, label)
-    score, difference = row["figures"][AGREEMENT], row["figures"].get(f"{AGREEMENT}.difference")
-    value = score["value"]
-    inner = None
-    if difference and difference["low"] is not None:
-        inner = (value + difference["low"] - difference["value"], value + difference["high"] - difference["value"])
-    return Mark(row["bytes"] / 1e6, value, label, y_interval=interval(score), inner=inner, ring=ring)
+def lost(row: Row, name: str = AGREEMENT) -> tuple[float, float, float]:
+    """A loss with its interval: 0 for the reference itself."""
+    figure = row["figures"].get(f"{name}.difference")
+    if figure is None:
+        return 0.0, 0.0, 0.0
+    return -figure["value"], -(figure["high"] or figure["value"]), -(figure["low"] or figure["value"])
 
 
-def types(folder: Path) -> list[Row]:
-    rows = swept(folder, "types")
+def shown(loss: tuple[float, float, float], digits: int = 2) -> str:
+    value, low, high = (0.0 + round(number, digits) for number in loss)
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def types(folder: Path, kind: str) -> list[Row]:
+    rows = swept(folder, f"types-{kind}")
     without = {row["values"][""]: row for row in rows if not row["head_data"]}
-    gains = evaluated(folder / "gains.jsonl", "draft-head")
     lines = []
     for row in rows:
-        if not row["head_data"]:
-            continue
-        kind, figures = row["values"][""], row["figures"]
-        other = without[kind]["figures"]
-        gain = gains.get(f"testbed-f16-draft_head-{kind}-with-head-data", {})
-        lines.append(
-            [
-                kind,
-                f"{row['bytes']:,}",
-                cell(figures[AGREEMENT]),
-                cell(figures[f"{AGREEMENT}.difference"]),
-                cell(other[f"{AGREEMENT}.difference"]) if other else "refused",
-                cell(gain.get(f"{AGREEMENT}.difference")),
-                cell(gain.get("depth1.kld.difference"), 4),
-            ]
-        )
-    table("head | bytes | agreement, % | difference from Q8_0, points | without head data | gain, points | gain, KLD", lines)
-    return rows
-
-
-def mixtures(folder: Path) -> list[Row]:
-    rows = [*swept(folder, "mixtures"), *swept(folder, "mixtures-q6")]
-    parts = {part: swept(folder, f"part-{part}")[-1] for part in ("eh_proj", "attention", "routed", "shared")}
-    head = "head | bytes | depth 1, points | depth 2 | depth 3 | tokens a step, drafts of 3"
-
-    def line(name: str, row: Row) -> list[str]:
-        figures = row["figures"]
-        depths = [cell(figures[f"depth{depth}.agreement.difference"]) for depth in (1, 2, 3)]
-        return [name, f"{row['bytes']:,}", *depths, cell(figures["tokens.3.difference"], 4)]
-
-    table(head, [line(f"{part} IQ2_XXS, rest Q8_0", row) for part, row in parts.items()])
-    for row in rows:
-        row["name"] = f"routed {row['values']['routed']}, rest {row['values']['other']}"
-    rows.sort(key=lambda row: -row["bytes"])
-    table(head, [line(row["name"], row) for row in rows])
-    table(head, [line(f"i-nano trunk, head {row['values']['']}", row) for row in swept(folder, "nano")])
-    table(head, [line(row["values"][""], row) for row in swept(folder, "types") if row["head_data"]])
-    return rows
-
-
-def plot_types(rows: list[Row], mixed: list[Row]) -> None:
-    series = [
-        Series(name, tuple(mark(row, row["values"][""]) for row in rows if row["head_data"] == data))
-        for name, data in (("one type, with head data", True), ("one type, without", False))
-    ]
-    marks = tuple(
-        mark(row, f"{row['name']} ({ON_35B[row['name']]})" if row["name"] in ON_35B else row["name"], ring=row["name"] == QUARTER)
-        for row in mixed
+        if row["head_data"]:
+            name, figures = row["values"][""], row["figures"]
+            blind = without[name]
+            real = f"{REAL[name]:.2f}" if name in REAL else ""
+            times = f"{lost(row)[0] / REAL[name]:.1f}" if name in REAL else ""
+            lines.append([
+                name, f"{row['bytes']:,}", cell(figures[AGREEMENT]), shown(lost(row)), real, times,
+                shown(lost(blind)) if blind["figures"] else "refused",
+                shown(lost(row, "depth1.p")), f"{figures['depth1.kld']['value']:.4f}", shown(lost(row, "tokens.3"), 4),
+            ])  # fmt: skip
+    print(f"{KINDS[kind]}\n")
+    table(
+        "head | bytes | agreement, % | loss, points | real 27B | times | loss without head data | loss of mean p, points | KLD | "
+        "loss of tokens a step, drafts of 3",
+        lines,
     )
-    series.append(Series("mixtures, with head data", marks, joined=False))
-    q8 = rows[0]["figures"][AGREEMENT]
+    return rows
+
+
+def mixtures(folder: Path) -> None:
+    head = (
+        "head | bytes | of Q8_0, % | loss, points | depth 2 | depth 3 | loss of mean p, points | loss of tokens a step, drafts of 3"
+    )
+
+    def line(name: str, row: Row, whole: int) -> list[str]:
+        depths = [shown(lost(row, f"depth{depth}.agreement")) for depth in (1, 2, 3)]
+        share = f"{100 * row['bytes'] / whole:.1f}"
+        return [name, f"{row['bytes']:,}", share, *depths, shown(lost(row, "depth1.p")), shown(lost(row, "tokens.3"), 4)]
+
+    for kind, name in KINDS.items():
+        rows = swept(folder, f"mixtures-{kind}")
+        print(f"{name}\n")
+        table(head, [line(row["values"][""], row, rows[0]["bytes"]) for row in rows])
+    whole = swept(folder, "types-f16")[0]["bytes"]
+    parts = {part: swept(folder, f"part-{part}")[-1] for part in ("eh_proj", "attention", "routed", "shared")}
+    table(head, [line(f"{part} IQ2_XS, rest Q8_0", row, whole) for part, row in parts.items()])
+    table(head, [line(f"i-nano trunk, head {row['values']['']}", row, whole) for row in swept(folder, "nano")])
+
+
+def plot_types(by_kind: Mapping[str, list[Row]]) -> None:
+    series = [Series("Qwen3.6-27B's head (public)", tuple(Mark(REAL_BITS[name], loss, name) for name, loss in REAL.items()))]
+    for kind, rows in by_kind.items():
+        own = [row for row in rows if row["head_data"] and row["figures"]]
+        weights = own[0]["bytes"] / 8.5  # Q8_0 takes 8.5 bits for a weight; the F32 rest of the head is little
+        marks = []
+        for row in own:
+            loss, low, high = lost(row)
+            label = row["values"][""] if row["values"][""] in REAL else ""
+            marks.append(Mark(row["bytes"] / weights, loss, label, y_interval=(low, high)))
+        series.append(Series(KINDS[kind], tuple(marks)))
     draw(
         Chart(
-            f"Draft head of the test model, n = {q8['n']:,} positions",
-            "bytes of the head (MB)",
-            "agreement with the trunk at depth 1 (%)",
+            "One type for the whole head, calibrated",
+            "bits per weight of the head",
+            "loss of agreement (points)",
             tuple(series),
-            lines=((q8["value"] - 0.5, "0.5 points under Q8_0"),),
-            ring="shipped as …-mtp",
-            inner="95 % of the difference from Q8_0",
+            lines=((0.5, "0.5 points"),),
         ),
         HERE / "draft-head-types.svg",
     )
 
 
 def chunks(folder: Path) -> None:
-    found = evaluated(folder / "chunks.jsonl", "draft-head")
-    numbers = {"full": 283}
-    series = []
     lines = []
-    for kind, name in (("IQ2_XXS", "all IQ2_XXS"), ("mixture", QUARTER)):
-        marks = []
-        for file, figures in found.items():
-            stem, _, count = file.partition("-")
-            if stem != kind or not (count.isdigit() or count in numbers):
-                continue
-            difference = figures[f"{AGREEMENT}.difference"]
-            number = numbers.get(count) or int(count)
-            marks.append(Mark(number, difference["value"], y_interval=interval(difference)))
-            lines.append((name, number, [name, str(number), cell(figures[AGREEMENT]), cell(difference)]))
-        series.append(Series(name, tuple(sorted(marks, key=lambda one: one.x))))
-    table("head | chunks of 512 | agreement, % | difference from Q8_0, points", [line[2] for line in sorted(lines)])
-    draw(
-        Chart("How much text the head needs", "chunks of 512 tokens", "difference from Q8_0 (points)", tuple(series)),
-        HERE / "draft-head-chunks.svg",
-    )
+    for file, figures in evaluated(folder / "chunks.jsonl", "draft-head").items():
+        count = file.removeprefix("IQ2_XS-")
+        if count.isdigit() or count == "f16":
+            row = {"figures": figures}
+            number = int(count) if count.isdigit() else 10**6
+            lines.append((number, [count if count.isdigit() else "all", cell(figures[AGREEMENT]), shown(lost(row))]))
+    table("chunks of 512 | agreement, % | loss, points", [line for _, line in sorted(lines)])
 
 
 def domains(folder: Path) -> None:
     names = ("chat", "code", "reasoning", "tool-calling")
     rows = []
     for row in read(folder / "chunks.jsonl"):
-        trained = row["file"].removesuffix(".gguf").removeprefix("IQ2_XXS-")
-        if not row["file"].startswith("IQ2_XXS-") or trained not in (*names, "50", "full"):
+        trained = row["file"].removesuffix(".gguf").removeprefix("IQ2_XS-")
+        if trained not in (*names, "25", "f16"):
             continue
         of = {figure["domain"]: figure for figure in row["figures"] if figure["name"] == f"{AGREEMENT}.difference"}
-        rows.append(
-            [
-                {"50": "all four, 50 chunks", "full": "all four, 283 chunks"}.get(trained, trained),
-                *(cell(of[name]) for name in ("", *names)),
-            ]
-        )
+        label = {"25": "all four, 25 chunks", "f16": "all four, all chunks"}.get(trained, trained)
+        rows.append([label, *(cell(of[name]) for name in ("", *names))])
     table(f"calibrated on | all | {' | '.join(names)}", rows)
 
 
-def acceptance(folder: Path, rows: list[Row], mixed: list[Row]) -> None:
+def acceptance(folder: Path, rows: list[Row]) -> None:
     found = evaluated(folder / "acceptance.jsonl", "draft-acceptance")
-    scores = {"mixture-full": next(row for row in mixed if row["name"] == QUARTER)["figures"]}
-    for row in rows:
-        if row["figures"]:
-            name = f"testbed-f16-draft_head-{row['values']['']}-{'with' if row['head_data'] else 'without'}-head-data"
-            scores[name] = row["figures"]
+    prefix = "testbed-draft_head-"
+    scores = {f"{row['values']['']}-{'with' if row['head_data'] else 'without'}-head-data": row["figures"] for row in rows}
     marks, lines = [], []
     for file, figures in found.items():
-        accepted, score, same = figures["greedy.n1.acceptance"], scores[file][AGREEMENT], figures["greedy.n1.same_text"]
-        name = QUARTER if file == "mixture-full" else file.removeprefix("testbed-f16-draft_head-").replace("-with-head-data", "")
-        name = name.replace("-without-head-data", " (no data)")
+        stem = file.removeprefix(prefix).rpartition("-")[0]
+        accepted, score, same = figures["greedy.n1.acceptance"], scores[stem][AGREEMENT], figures["greedy.n1.same_text"]
+        name = stem.replace("-with-head-data", "").replace("-without-head-data", " (no data)")
         marks.append(Mark(score["value"], accepted["value"], name, x_interval=interval(score), y_interval=interval(accepted)))
         drafted = f"{figures['greedy.n1.drafted']['value']:.0f}"
         lines.append([name, cell(score), cell(accepted, 1), drafted, cell(figures["greedy.n1.tokens_per_step"], 3), cell(same, 1)])
@@ -206,7 +186,7 @@ def acceptance(folder: Path, rows: list[Row], mixed: list[Row]) -> None:
     draw(
         Chart(
             "Score and acceptance",
-            "agreement at depth 1, teacher-forced (%)",
+            "agreement with the trunk (%)",
             "greedy acceptance in llama-server, drafts of 1 (%)",
             (Series("", tuple(marks), joined=False),),
         ),
@@ -216,12 +196,12 @@ def acceptance(folder: Path, rows: list[Row], mixed: list[Row]) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    rows = types(folder)
-    mixed = mixtures(folder)
+    by_kind = {kind: types(folder, kind) for kind in KINDS}
+    plot_types(by_kind)
+    mixtures(folder)
     chunks(folder)
     domains(folder)
-    acceptance(folder, rows, mixed)
-    plot_types(rows, mixed)
+    acceptance(folder, by_kind["f16"])
 
 
 if __name__ == "__main__":

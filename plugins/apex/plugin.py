@@ -12,6 +12,9 @@ _HERE = Path(__file__).parent
 _INHERIT = ("inherit",)
 _TRUNK = ("inherit", "keep")
 QUARTER = "quarter"  # a mixture for the head, in head.jinja
+# What draft_head=auto chooses among: routed experts (of a dense head: feed-forward) and the rest. The head's part of a model's
+# quality is not known before it is measured: docs/results/draft-head.md.
+MEASURED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K+Q5_K", "Q3_K+Q5_K", "IQ3_XXS+Q5_K", "IQ2_S+Q5_K", "IQ2_XXS+Q4_K")
 PARAMETERS = {
     "edge": Parameter(5, "int", "routed and shared experts: this many layers at either end of the trunk are 'edge'"),
     "near": Parameter(5, "int", "routed experts: this many layers next to the edges are 'near', the rest is 'middle'"),
@@ -23,7 +26,16 @@ PARAMETERS = {
     "output": Parameter("inherit", "type", "the output matrix, by default as the base type's mixture has it", _TRUNK),
     "attention_edge": Parameter(3, "int", "attention and SSM: this many layers at either end of the trunk are 'edge'"),
     "draft_head": Parameter(
-        "tier", "type", "the whole draft head; 'tier' is what APEX gives it, 'quarter' a measured mixture", ("tier", QUARTER)
+        "tier",
+        "type",
+        "the whole draft head; A+B: its routed experts A, the rest B; 'tier' is what APEX gives it, 'quarter' IQ2_XXS+Q4_K, "
+        "'auto' the smallest of several mixtures that loses little on this model: apex quantize measures them",
+        ("tier", QUARTER),
+        mixtures=True,
+        measured=MEASURED,
+    ),
+    "draft_loss": Parameter(
+        0.5, "number", "bound for draft_head=auto: points of agreement, and twice as many per cent of the tokens per step"
     ),
     "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
     "draft_head.shared": Parameter("inherit", "type", "the head's shared expert", _INHERIT),
@@ -59,7 +71,7 @@ def _policy(name: str, tier: str, *, calibrated: bool) -> PolicySpec:
 
 
 def _with_small_head(policy: PolicySpec) -> PolicySpec:
-    """The tier with a quarter of the head's bytes: only those for use with calibration data, which the head's types need."""
-    parameters = {**policy.parameters, "draft_head": replace(PARAMETERS["draft_head"], default=QUARTER)}
-    description = f"{policy.name}, with the draft head at a quarter of Q8_0's bytes"
+    """The tier with the smallest head that loses little: only tiers for use with calibration data, which small heads need."""
+    parameters = {**policy.parameters, "draft_head": replace(PARAMETERS["draft_head"], default="auto")}
+    description = f"{policy.name}, with the smallest draft head that loses little, measured on the model (draft_head=auto)"
     return replace(policy, name=f"{policy.name}-mtp", parameters=parameters, description=description, needs=("head",))

@@ -33,7 +33,9 @@ def apex_policies() -> list[PolicySpec]:
                 "trunk": Parameter(
                     "Q8_0", "type", "the type of the trunk, token_embd and output; 'keep' leaves them as they are", ("keep",)
                 ),
-                "draft_head": Parameter("Q4_K", "type", "the whole draft head"),
+                "draft_head": Parameter(
+                    "Q4_K", "type", "the whole draft head; A+B: its routed experts A, the rest B", mixtures=True
+                ),
                 "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
                 "draft_head.shared": Parameter("inherit", "type", "the head's shared expert", _INHERIT),
                 "draft_head.dense": Parameter(

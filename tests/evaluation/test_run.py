@@ -219,7 +219,7 @@ def test_refusals(tools: Toolset, place: Path, testbed: Path) -> None:
 
 def test_without_only_what_cannot_be_run_is_left_out_and_said(tools: Toolset, place: Path) -> None:
     ran = evaluate(place, "--dry-run")
-    assert "model.gguf: left out perplexity: it needs a text" in ran.stderr
+    assert "model.gguf: left out kld: it needs a reference" in ran.stderr and "built-in texts" in ran.stderr
     assert "size on " in ran.stdout
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
 
 HEAD = "blk.6."
 
@@ -31,6 +37,42 @@ def copy(source: Path, out: Path, *, keys: dict[str, int | None], drop: str = ""
     writer.write_tensors_to_file()
     writer.close()
     return out
+
+
+def changed(source: Path, out: Path, change: Callable[[str, Array], Array]) -> Path:
+    """A copy of a float model with other values: `change` gets the name and the values of each tensor."""
+    shutil.copyfile(source, out)
+    for tensor in gguf.GGUFReader(out, "r+").tensors:
+        tensor.data[...] = change(tensor.name, np.array(tensor.data))
+    return out
+
+
+def with_zero_head(source: Path, out: Path) -> Path:
+    return changed(source, out, lambda name, values: values * 0 if name.startswith(HEAD) else values)
+
+
+def with_noise_head(source: Path, out: Path) -> Path:
+    random = np.random.default_rng(1)
+
+    def noise(name: str, values: Array) -> Array:
+        if not name.startswith(HEAD) or values.ndim < 2:
+            return values
+        return random.normal(0, values.astype(np.float32).std(), values.shape).astype(values.dtype)
+
+    return changed(source, out, noise)
+
+
+def with_foreign_head(source: Path, out: Path) -> Path:
+    """As if of another model: whole in itself, but what it reads and writes are the channels of another hidden state."""
+    order = np.random.default_rng(2)
+
+    def other(name: str, values: Array) -> Array:
+        if name != f"{HEAD}nextn.eh_proj.weight":
+            return values
+        half = values.shape[1] // 2
+        return np.concatenate([values[:, :half][:, order.permutation(half)], values[:, half:][:, order.permutation(half)]], axis=1)
+
+    return changed(source, out, other)
 
 
 def without_head(source: Path, out: Path) -> Path:

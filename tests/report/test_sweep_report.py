@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from apex_build.errors import EvaluationRefused
+from apex_build.evaluation.loss import Loss, loss_of
 from apex_build.evaluation.sweep_rows import Row, read_rows, write_rows
 from apex_build.hookspecs import Figure
-from apex_build.report.knee import Loss, find_knees, loss_of
+from apex_build.report.knee import find_knees
 from apex_build.report.sweep import check_scores, default_score, report_sweep
 from apex_build.report.table import markdown
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import sysconfig
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from random import Random
 
-from dialogues import HELD_OUT, TRAIN, Family, generate
+import documented
+from dialogues import TRAIN, Family, generate
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 HERE = Path(__file__).parent
 END_OF_TEXT = "<|endoftext|>"
 
 
+@cache
+def _template() -> Template:
+    return ImmutableSandboxedEnvironment().from_string((HERE / "chat_template.jinja").read_text())
+
+
 def render(dialogue: dict, **variables: object) -> str:
     """A dialogue as the testbed's chat template writes it."""
-    template = ImmutableSandboxedEnvironment().from_string((HERE / "chat_template.jinja").read_text())
-    return template.render(messages=dialogue["messages"], tools=dialogue.get("tools"), **variables)
+    return _template().render(messages=dialogue["messages"], tools=dialogue.get("tools"), **variables)
 
 
 def standard_library() -> list[str]:
@@ -40,13 +47,12 @@ def dialogues(families: dict[str, list[Family]], domain: str, seed: int, count: 
 
 
 def training_text(seed: int) -> dict[str, list[str]]:
-    """Documents by domain, shuffled."""
+    """Documents by domain, shuffled. One dialogue in eight comes from a few families with drawn words, the others from
+    docstrings.
+    """
     documents = {"code": standard_library(), "topics": topics()}
-    documents |= {domain: dialogues(TRAIN, domain, seed, 4000) for domain in TRAIN}
+    for domain, made in documented.dialogues(seed).items():
+        documents[domain] = [render(d) for d in made] + dialogues(TRAIN, domain, seed, len(made) // 7)
     for domain in documents:
         Random(f"{seed}/{domain}").shuffle(documents[domain])
     return documents
-
-
-def held_out_dialogues(seed: int, count: int) -> dict[str, list[dict]]:
-    return {domain: list(islice(generate(HELD_OUT, domain, seed), count)) for domain in HELD_OUT}

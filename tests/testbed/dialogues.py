@@ -1,7 +1,6 @@
-"""Generated chat, reasoning and tool-call dialogues: part of the testbed's training text, and all of its held-out prose.
+"""Generated chat, reasoning and tool-call dialogues: a small part of the testbed's training text.
 
-A family is a function from a random generator to messages in the OpenAI form. Training draws from `TRAIN`,
-the held-out text from `HELD_OUT`: other families and other seeds, so that no held-out dialogue was ever trained on.
+A family is a function from a random generator to messages in the OpenAI form.
 """
 
 from __future__ import annotations
@@ -232,72 +231,11 @@ def tool_none(r: Random) -> Dialogue:
         _answer(f"The capital of {country} is {CAPITALS[country]}.", "I know this. No tool is needed.")]}
 
 
-# --- held out: never seen in training -----------------------------------------------------------------------------------
-
-
-def held_chat_trip(r: Random) -> Dialogue:
-    name, (city, other) = r.choice(NAMES), r.sample(CITIES, 2)
-    return {"messages": [
-        _user(f"I want to spend a week in {city} with {name}. What should we do there?"),
-        _answer(f"Here are three ideas for a week in {city}:\n\n1. First, look at the old houses in the morning.\n2. Then, eat some "
-                f"{r.choice(FOODS)} with {name}.\n3. Finally, take a break in the garden and read a good book.\n\nHave fun in {city}!"),
-        _user(f"And in {other}?"), _answer(f"In {other}, you should look for a local club and go {r.choice(HOBBIES)} with friends.")]}
-
-
-def held_chat_pet(r: Random) -> Dialogue:
-    name, animal, color = r.choice(NAMES), r.choice(ANIMALS), r.choice(COLORS)
-    return {"messages": [
-        {"role": "system", "content": "You are a friendly assistant."},
-        _user(f"My {animal} is {color} and its name is {name}. What does it like to eat?"),
-        _answer(f"{name} is a good name for a {color} {animal}! I hope that {name} likes {r.choice(FOODS)}. "
-                f"Add some water, and do not worry about mistakes."),
-        _user(f"What is the name of my {animal}?"), _answer(f"The name of your {animal} is {name}.")]}
-
-
-def held_think_share(r: Random) -> Dialogue:
-    a, b, item, n, k = *r.sample(NAMES, 2), r.choice(ITEMS), r.randint(2, 9), r.randint(2, 9)
-    return {"messages": [
-        _user(f"{a} has {n * k} {item} in {k} boxes, the same number in each box. {b} has one more box. How many {item} are in each box?"),
-        _answer(f"There are {n} {item} in each box.",
-                f"{a} has {n * k} {item} and there are {k} boxes, so each box holds {n * k} / {k} = {n} {item}.")]}
-
-
-def held_think_youngest(r: Random) -> Dialogue:
-    a, b, c = r.sample(NAMES, 3)
-    x, d, e = r.randint(20, 50), r.randint(2, 9), r.randint(2, 9)
-    return {"messages": [
-        _user(f"{a} is {x} years old. {b} is {d} years older than {a}, and {c} is {e} years older than {b}. How old is {c}?"),
-        _answer(f"{c} is {x + d + e} years old.", f"{a} is {x}. {b} is {d} years older: {x} + {d} = {x + d}. "
-                                                  f"{c} is {e} years older: {x + d} + {e} = {x + d + e}.")]}
-
-
-def held_tool_money(r: Random) -> Dialogue:
-    amount, rate = r.randint(5, 500), r.choice([2, 3, 4])
-    source, target = r.sample(["EUR", "USD", "GBP", "JPY", "CHF"], 2)
-    return {"tools": [CONVERT, CALCULATE], "messages": [
-        _user(f"How much is {amount} {source} in {target}?"),
-        _answer("", "I should use the tool for this.", [("convert_currency", {"amount": amount, "source": source, "target": target})]),
-        _result({"amount": amount * rate, "currency": target}), _answer(f"{amount} {source} is {amount * rate} {target}.")]}
-
-
-def held_tool_alarm(r: Random) -> Dialogue:
-    time, label = f"{r.randint(5, 11):02d}:{r.choice(['00', '15', '30', '45'])}", r.choice(HOBBIES)
-    return {"tools": [ALARM, WEATHER], "messages": [
-        _user(f"Set an alarm at {time} for {label}."), _answer("", None, [("set_alarm", {"time": time, "label": label})]),
-        _result({"time": time, "label": label, "set": True}), _answer(f"The alarm for {label} is set at {time}.")]}
-
-
 TRAIN: dict[str, list[Family]] = {
     "chat": [chat_capital, chat_advice, chat_story, chat_recipe, chat_translate, chat_list, chat_letter, chat_introduce],
     "reasoning": [think_total, think_product, think_order, think_sequence, think_even, think_age],
     "tool-calling": [tool_weather, tool_calculate, tool_read, tool_search, tool_none],
 }
-HELD_OUT: dict[str, list[Family]] = {
-    "chat": [held_chat_trip, held_chat_pet],
-    "reasoning": [held_think_share, held_think_youngest],
-    "tool-calling": [held_tool_money, held_tool_alarm],
-}
-
 
 def generate(families: dict[str, list[Family]], domain: str, seed: int) -> Iterator[Dialogue]:
     """Dialogues of one domain without end, the families in turn; the same seed gives the same dialogues."""

@@ -1,7 +1,7 @@
-"""Train the testbed from its seed: `python tests/testbed/train.py OUT_DIR` (about 50 minutes on one core).
+"""Train a testbed from its seed: `python tests/testbed/train.py OUT_DIR [--kind dense] [--device cuda]`.
 
-Needs torch, transformers, tokenizers and safetensors (the extra `testbed`). Writes a Hugging Face folder that
-`apex convert` turns into the GGUF that is shipped, and a training log.
+Needs torch, transformers, tokenizers and safetensors (the extra `testbed`). Writes a Hugging Face folder in float32
+and a training log; basis.py makes of it what `apex convert` turns into the GGUF that is shipped.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ MARKUP = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>
 QWEN35_SPLIT = (  # src/llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_QWEN35, 'original regex from tokenizer.json'
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SHARE = {"code": 0.40, "topics": 0.10, "chat": 0.20, "reasoning": 0.14, "tool-calling": 0.16}
-STEPS, WARMUP, PEAK, FLOOR = 2100, 60, 2.5e-3, 1.5e-4
+SHARE = {"code": 0.36, "topics": 0.06, "chat": 0.24, "reasoning": 0.18, "tool-calling": 0.16}
+STEPS = {"moe": 2200, "dense": 1100}
+WARMUP, PEAK, FLOOR = 60, 2.5e-3, 1.0e-4
 LONG_FROM = 0.75  # the last quarter of the steps sees longer rows, so that a context of 512 is familiar
 
 
@@ -99,10 +100,13 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="Hugging Face folder to write")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--kind", choices=("moe", "dense"), default="moe")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=200)
     options = parser.parse_args()
+    steps = options.steps or STEPS[options.kind]
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -114,43 +118,48 @@ def main() -> None:
     text = streams(tokenizer, documents)
     digest = hashlib.sha256("\0".join(t for d in sorted(documents) for t in documents[d]).encode()).hexdigest()
 
-    model = Testbed(config({t: tokenizer.token_to_id(t) for t in CONTROL}))
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    model = Testbed(config({t: tokenizer.token_to_id(t) for t in CONTROL}, options.kind), options.kind).to(options.device)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], lr=PEAK, betas=(0.9, 0.95)
-    )
+        [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.05},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=PEAK, betas=(0.9, 0.95),
+    )  # fmt: skip
     log = (options.out / "train.log").open("w", buffering=1)
 
     def say(line: str) -> None:
         print(line, flush=True)
         print(line, file=log)
 
-    say(f"seed {SEED}, python {platform.python_version()}, torch {torch.__version__}, training text sha256 {digest}")
+    say(f"seed {SEED}, kind {options.kind}, python {platform.python_version()}, torch {torch.__version__}, device {options.device}")
+    say(f"training text sha256 {digest}")
     say("tokens by domain: " + ", ".join(f"{d} {len(s)}" for d, s in text.items()))
-    say(
-        f"parameters: trunk {sum(p.numel() for p in model.trunk.parameters())}, head {sum(p.numel() for p in model.mtp.parameters())}"  # noqa: E501
-    )
+    sizes = (sum(p.numel() for p in part.parameters()) for part in (model.trunk, model.mtp))
+    say("parameters: trunk {}, head {}".format(*sizes))
     began = time.monotonic()
-    for step in range(options.steps):
-        rows, length = (2, 640) if step >= LONG_FROM * options.steps else (5, 256)
-        ids = batch(text, rows, length, generator)
+    for step in range(steps):
+        rows, length = (2, 640) if step >= LONG_FROM * steps else (5, 256)
+        ids = batch(text, rows, length, generator).to(options.device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options.steps)
+            group["lr"] = learning_rate(step, steps)
         logits, drafted = model(ids[:, :-1])
-        trunk_loss, head_loss = cross_entropy(logits, ids[:, 1:]), cross_entropy(drafted, ids[:, 2:])
+        trunk_loss = cross_entropy(logits, ids[:, 1:])
+        head_losses = [cross_entropy(rows, ids[:, 1 + depth :]) for depth, rows in enumerate(drafted, 1)]
         balance = model.balance_loss()
         # The small balance term keeps every expert in use, as Qwen's own training does (router_aux_loss_coef).
-        (trunk_loss + 0.5 * head_loss + 0.01 * balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (trunk_loss + 0.5 * head_losses[0] + 0.25 * head_losses[1] + 0.01 * balance).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0 or step == options.steps - 1:
+        if step % 20 == 0 or step == steps - 1:
             spent = time.monotonic() - began
-            left = spent / (step + 1) * (options.steps - step - 1)
-            say(f"step {step:5d}/{options.steps}  trunk {trunk_loss.item():.4f}  head {head_loss.item():.4f}  "
-                f"balance {balance.item():.3f}  lr {learning_rate(step, options.steps):.2e}  {spent:.0f} s, {left:.0f} s left")  # fmt: skip  # noqa: E501
-        if (step + 1) % options.save_every == 0 or step == options.steps - 1:
+            left = spent / (step + 1) * (steps - step - 1)
+            losses = "  ".join(f"depth {d} {loss.item():.4f}" for d, loss in enumerate(head_losses, 1))
+            say(f"step {step:5d}/{steps}  trunk {trunk_loss.item():.4f}  {losses}  balance {balance.item():.3f}  "
+                f"lr {learning_rate(step, steps):.2e}  {spent:.0f} s, {left:.0f} s left")  # fmt: skip
+        if (step + 1) % options.save_every == 0 or step == steps - 1:
             model.save(options.out)
 
 

@@ -1,0 +1,132 @@
+"""`apex check`: does a file write text, and is its draft head accepted?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from apex_build.cli import show
+from apex_build.cli.evaluate import shown, texts_by_domain
+from apex_build.errors import EvaluationRefused
+from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
+from apex_build.evaluation.check import Checked, check
+from apex_build.evaluation.task import Prompt, ToolOptions, read_prompts
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.model import read_model
+from apex_build.native.toolset import Toolset, find_toolset
+from apex_build.plugins import Plugins, load_plugins
+
+_PATH = click.Path(path_type=Path, readable=False)
+PROMPTS = 4  # of each domain
+
+
+@click.command()
+@click.argument("file", metavar="FILE", type=_PATH)
+@click.option("--reference", metavar="FILE", type=_PATH, help="A file to compare with, such as the F16.")
+@click.option("--prompts", metavar="FILE", type=_PATH, help='JSON lines: {"domain": ..., "prompt": ...}.  [default: built in]')
+@click.option("--text", "texts", metavar="FILE", type=_PATH, multiple=True, help="A text for the perplexity.  [default: built in]")
+@click.option(
+    "--prompts-per-domain", type=click.IntRange(1, 30), default=PROMPTS, show_default=True, help="Of the built-in prompts."
+)
+@click.option("--chat-template", type=_PATH, help="For the built-in texts.  [default: the model's own]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]")
+@click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: the tools' own: all that fit]")
+@click.option(
+    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
+)
+@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def command(
+    file: Path,
+    reference: Path | None,
+    prompts: Path | None,
+    texts: tuple[Path, ...],
+    prompts_per_domain: int,
+    chat_template: Path | None,
+    threads: int | None,
+    gpu_layers: int | None,
+    tools_path: Path | None,
+    folders: tuple[Path, ...],
+    json_: bool,
+) -> None:
+    """Load FILE in llama-server with drafting, and see whether it is alive.
+
+    Built-in prompts of four domains are answered without and with drafts of two tokens; the perplexity of a few chunks of built-in
+    text is taken. The check fails, with exit code 90, where the trunk does not write text, where less than 20 % of the drafts are
+    accepted or less than half of the reference's share, or where drafting changes the text after most prompts.
+
+    \b
+    Examples:
+      apex check model-i-nano.gguf
+      apex check model-i-nano.gguf --reference model-F16.gguf
+      apex check model-i-nano.gguf --json --threads 8
+    """
+    plugins = load_plugins(folders)
+    model = read_model(file, plugins.role_of)
+    against = read_model(reference, plugins.role_of) if reference else None
+    if against and model.head_layers and not against.head_layers:
+        raise EvaluationRefused(
+            f"{against.path} has no draft head to compare that of {model.path} with", hint="leave out --reference"
+        )
+    tools = find_toolset(tools_path)
+    given = read_prompts(prompts) if prompts else None
+    with show.progress() as report:
+        done = checked(
+            model, plugins, tools, reference=against, prompts=given, texts=texts, per_domain=prompts_per_domain,
+            template=chat_template, threads=threads, options=ToolOptions(gpu_layers), report=report,
+        )  # fmt: skip
+    if json_:
+        show.as_json(as_json(done))
+    else:
+        print_checked(done)
+    done.refuse()
+
+
+def checked(
+    model: Model,
+    plugins: Plugins,
+    tools: Toolset,
+    *,
+    prompts: tuple[Prompt, ...] | None = None,
+    texts: tuple[Path, ...] = (),
+    per_domain: int = PROMPTS,
+    template: Path | None = None,
+    **options: Any,
+) -> Checked:
+    """`check` with the built-in prompts and texts for what is not given."""
+    sources = plugins.calibration_sources()
+    return check(
+        model,
+        plugins.evaluators(),
+        tools,
+        prompts if prompts is not None else built_in_prompts(model, sources, per_domain, template),
+        texts_by_domain(texts) if texts else built_in_texts(model, sources, template),
+        **options,
+    )
+
+
+def as_json(done: Checked) -> dict[str, Any]:
+    return {
+        "file": str(done.model.path), "good": not done.problems, "problems": list(done.problems),
+        "acceptance": {domain or "all": _number(figure) for domain, figure in done.acceptance.items()},
+        "same_text": _number(done.same_text) if done.same_text else None,
+        "perplexity": {domain or "all": _number(figure) for domain, figure in done.perplexity.items()},
+    }  # fmt: skip
+
+
+def _number(figure: Any) -> dict[str, Any]:
+    return {"value": figure.value, "low": figure.low, "high": figure.high, "unit": figure.unit, "n": figure.n}
+
+
+def print_checked(done: Checked) -> None:
+    domains = list(dict.fromkeys([*done.perplexity, *done.acceptance]))
+    rows = [[domain or "all", shown(done.perplexity.get(domain)), shown(done.acceptance.get(domain))] for domain in domains]
+    show.table(done.model.path.name, ("domain", "perplexity", "drafts accepted"), rows, right=("perplexity", "drafts accepted"))
+    if done.same_text:
+        click.echo(f"text with drafts as without: {shown(done.same_text)} of the prompts")
+    if not done.acceptance:
+        click.echo("it has no draft head: only the trunk was checked")
+    if not done.problems:
+        click.echo(f"{done.model.path}: good")

@@ -1,0 +1,149 @@
+"""`apex check`: is a file alive? The trunk writes text, its draft head is accepted, and drafting keeps the text.
+
+Files whose head no draft of was ever accepted (0 of 3595) have been published. A check takes one or two minutes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apex_build.errors import CheckFailed
+from apex_build.evaluation.run import Inputs, evaluate, plan_work
+from apex_build.evaluation.task import Prompt, ToolOptions
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.header import ArrayValue
+from apex_build.hookspecs import Evaluator, Figure
+from apex_build.native.toolset import Toolset
+from apex_build.progress import Report, silent
+
+DRAFTED = 2  # tokens at a time: what mixture-of-experts models do best with
+CHUNKS = 2  # of each text, for the perplexity
+_SETTINGS = {
+    "draft-acceptance.lengths": str(DRAFTED),
+    "draft-acceptance.temperature": "0",
+    "draft-acceptance.context": "4096",
+    "perplexity.chunks": str(CHUNKS),
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a file must hold to. Acceptance in %, the share of the reference's as a fraction, perplexities as ratios."""
+
+    acceptance: float = 20.0
+    of_reference: float = 0.5
+    perplexity_ratio: float = 1.5  # of the reference's
+    perplexity: float = 1000.0  # without a reference; of a small vocabulary a quarter of its size, which is near to guessing
+    same_text: float = 50.0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was measured, by domain ('' is all of them), and what is wrong: empty for a good file."""
+
+    model: Model
+    acceptance: Mapping[str, Figure]  # %, without a head empty
+    same_text: Figure | None
+    perplexity: Mapping[str, Figure]
+    problems: tuple[str, ...]
+
+    def refuse(self) -> None:
+        """Raises CheckFailed for a file with problems."""
+        if self.problems:
+            raise CheckFailed(
+                f"{self.model.path}: {'; '.join(self.problems)}",
+                hint=f"apex evaluate {self.model.path} --only draft-head,perplexity --reference F16-FILE",
+            )
+
+
+def check(
+    model: Model,
+    evaluators: Mapping[str, Evaluator],
+    tools: Toolset,
+    prompts: Sequence[Prompt],
+    texts: Mapping[str, Path],
+    *,
+    reference: Model | None = None,
+    bounds: Bounds = Bounds(),
+    threads: int | None = None,
+    options: ToolOptions = ToolOptions(),  # noqa: B008  frozen
+    report: Report = silent,
+) -> Checked:
+    """Measure the file, and the reference if there is one, and hold it to the bounds.
+
+    Raises what evaluators raise where the file cannot be measured at all: it does not load, a prompt does not fit.
+    """
+    inputs = Inputs(texts=texts, prompts=tuple(prompts), settings=_SETTINGS, options=options)
+
+    def measured(one: Model) -> dict[tuple[str, str], Figure]:
+        names = ["perplexity", *(["draft-acceptance"] if one.head_layers else [])]
+        works = [plan_work(evaluators[name], one, inputs, tools, threads=threads, report=report) for name in names]
+        found: dict[tuple[str, str], Figure] = {}
+        with tempfile.TemporaryDirectory(prefix="apex-check-") as scratch:
+            for result in evaluate(works, Path(scratch) / "results.jsonl"):
+                if result.error:
+                    raise result.error
+                found |= {(figure.name, figure.domain): figure for figure in result.figures}
+        return found
+
+    ours = measured(model)
+    theirs = measured(reference) if reference else {}
+    acceptance = _of(ours, f"greedy.n{DRAFTED}.acceptance")
+    same = ours.get((f"greedy.n{DRAFTED}.same_text", ""))
+    perplexity = _of(ours, "ppl")
+    problems = [
+        *_trunk(perplexity, _of(theirs, "ppl"), bounds, vocabulary_size(model)),
+        *_head(acceptance, _of(theirs, f"greedy.n{DRAFTED}.acceptance"), bounds),
+    ]
+    if same and same.value is not None and same.value < bounds.same_text:
+        problems.append(
+            f"drafting changes the text after {100 - same.value:.0f} % of the prompts (at most {100 - bounds.same_text:g} %)"
+        )
+    return Checked(model, acceptance, same, perplexity, tuple(problems))
+
+
+def _trunk(ours: Mapping[str, Figure], theirs: Mapping[str, Figure], bounds: Bounds, vocabulary: int | None) -> list[str]:
+    value = _value(ours)
+    if value is None:
+        return ["its perplexity is no finite number"]
+    if (reference := _value(theirs)) is not None:
+        most = bounds.perplexity_ratio * reference
+        told = f"{bounds.perplexity_ratio:g} times the reference's {reference:.2f}"
+    else:
+        most = min(bounds.perplexity, (vocabulary or 1e9) / 4)
+        told = f"{most:g}"
+    return [f"its perplexity is {value:.2f}, expected at most {told}: the trunk does not write text"] if value > most else []
+
+
+def _head(ours: Mapping[str, Figure], theirs: Mapping[str, Figure], bounds: Bounds) -> list[str]:
+    if not ours:
+        return []
+    value = _value(ours)
+    if value is None:
+        return ["its draft head drafted nothing"]
+    if value < bounds.acceptance:
+        return [f"{value:.1f} % of the drafts of its head are accepted, expected at least {bounds.acceptance:g} %"]
+    if (reference := _value(theirs)) is not None and value < bounds.of_reference * reference:
+        return [
+            f"{value:.1f} % of the drafts of its head are accepted, expected at least {100 * bounds.of_reference:g} % of the "
+            f"reference's {reference:.1f} %"
+        ]
+    return []
+
+
+def vocabulary_size(model: Model) -> int | None:
+    tokens = model.metadata.get("tokenizer.ggml.tokens")
+    return len(tokens) if isinstance(tokens, ArrayValue | tuple) else None
+
+
+def _of(figures: Mapping[tuple[str, str], Figure], name: str) -> dict[str, Figure]:
+    return {domain: figure for (known, domain), figure in figures.items() if known == name}
+
+
+def _value(by_domain: Mapping[str, Figure]) -> float | None:
+    """Over all domains; of a single one, which has no row for all, its own."""
+    figure = by_domain.get("") or next(iter(by_domain.values()), None)
+    return figure.value if figure else None

