@@ -73,7 +73,12 @@ class ToolOptions:
         found: dict[str, Any] = {} if self.gpu_layers is None else {"gpu_layers": self.gpu_layers}
         if self.arguments:
             found["tool_arguments"] = list(self.arguments)
-        files = {path: sha for tool in (*_ALIKE, _OWN) for path, sha in resolve(tools.tool(tool), self.of(tool)).files.items()}
+        files = {
+            path: sha
+            for tool in (*_ALIKE, _OWN)
+            if (own := self.of(tool))
+            for path, sha in resolve(tools.tool(tool), own).files.items()
+        }
         return found | ({"tool_argument_files": files} if files else {})
 
     def of(self, tool: str) -> list[str]:

@@ -84,7 +84,10 @@ def test_a_dense_model_gets_sensible_types_and_a_word(tier: str, tools: Toolset,
     assert {entry.type for entry in plan.entries if entry.role == "dense" and not entry.draft_head} <= attention
     assert {entry.role for entry in plan.entries if entry.source == "mixture"} <= {"embedding", "output"}
     if tier.startswith("i-"):
-        assert any("'quarter' was measured on heads that have" in line for line in plan_of(model, tools, f"{tier}-mtp").warnings)
+        warnings = plan_of(model, tools, tier, draft_head="quarter").warnings
+        assert any("the draft head has no experts: of 'quarter' IQ2_XXS is for its feed-forward" in line for line in warnings)
+        head = {entry.type for entry in plan_of(model, tools, f"{tier}-mtp").entries if entry.draft_head and entry.role == "dense"}
+        assert head == {"Q4_K"}, "cautious before it is measured"
     left = left_to_base_type(plan)
     assert left is not None and "token_embd.weight" in left
 

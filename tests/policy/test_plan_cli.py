@@ -84,7 +84,7 @@ def test_the_rules_as_a_file(apex, testbed: Path, tools: Toolset, tmp_path: Path
         (("--policy", "i-nano", "--set", "edge"), 61, "'edge' is not of the form name=value"),
         (("--policy", "i-nano", "--set", "draft_head=IQ2XXS"), 62, "'IQ2XXS' is not a tensor type"),
         (("--policy", "i-nano", "--set", "base_type=Q4KM"), 62, "'Q4KM' is not a base type"),
-        (("--policy", "i-nano", "--write-rules", "gone/types.txt"), 71, "gone/types.txt: cannot be written"),
+        (("--policy", "i-nano", "--write-rules", "gone/types.txt"), 71, "gone: no such folder"),
         (("--policy", "i-nano", "--plugin", "gone"), 80, "no plugin in"),
     ],
 )
