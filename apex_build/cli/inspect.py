@@ -168,7 +168,8 @@ def _print_imatrix(imatrix: Imatrix, against: Coverage | None) -> None:
     if against is not None:
         _line("draft head", _head_state(against))
     elif imatrix.head_tokens is not None:
-        _line("draft head", f"run over {imatrix.head_tokens} tokens, as the file says; --model MODEL checks its tensors")
+        told = f"run over {imatrix.head_tokens} tokens with {imatrix.head_rows or 'unnamed'} rows, as the file says"
+        _line("draft head", f"{told}; --model MODEL checks its tensors")
     else:
         _line("draft head", "the file does not say that it was run; --model MODEL checks its tensors")
 
@@ -177,9 +178,10 @@ def _head_state(against: Coverage) -> str:
     if against.head_calibrated is None:
         return "the model has none"
     n_tokens = f" over {against.head_tokens} tokens" if against.head_tokens is not None else ""
+    rows = f" of {against.imatrix.head_rows or 'unnamed hidden'} rows"
     with_data = sum(tensor.has_data for tensor in against.head)
     if against.head_calibrated:
-        return f"calibrated{n_tokens}: all of its {len(against.head)} weights have data"
+        return f"calibrated{n_tokens}{rows}: all of its {len(against.head)} weights have data"
     mend = f"; apex calibrate {against.model.path} makes an imatrix with it"
     return f"NOT calibrated: {len(against.head) - with_data} of its {len(against.head)} weights have no data{mend}"
 

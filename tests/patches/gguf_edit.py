@@ -1,9 +1,9 @@
-"""Variants of the testbed, written with gguf-py."""
+"""Variants of the testbed and of imatrices, written with gguf-py."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,21 @@ Array = npt.NDArray[Any]
 HEAD = "blk.6."
 
 
-def copy(source: Path, out: Path, *, keys: dict[str, int | None], drop: str = "", add: dict[str, str] | None = None) -> Path:
-    """Copy a model; `keys`: metadata to change, or None to leave out; `drop`: prefix of tensors left out; `add`: new from old."""
+def copy(
+    source: Path,
+    out: Path,
+    *,
+    keys: Mapping[str, int | str | None],
+    drop: str = "",
+    add: Mapping[str, str] | None = None,
+    factors: Mapping[str, npt.NDArray[np.float32]] | None = None,
+) -> Path:
+    """Copy a model; `keys`: metadata to change, or None to leave out; `drop`: prefix of tensors left out; `add`: new from old;
+    `factors`: what tensors are multiplied with."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, "qwen35moe")
+    if "general.architecture" not in reader.fields:  # an imatrix has none
+        writer.kv_data[0].clear()
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture" or keys.get(name, 0) is None:
             continue
@@ -29,7 +40,10 @@ def copy(source: Path, out: Path, *, keys: dict[str, int | None], drop: str = ""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, tensor in tensors.items():
         if not drop or not name.startswith(drop):
-            writer.add_tensor(name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+            data = np.array(tensor.data)
+            if factors and name in factors:
+                data = (data * factors[name]).astype(data.dtype)
+            writer.add_tensor(name, data, raw_dtype=tensor.tensor_type)
     for name, old in (add or {}).items():
         writer.add_tensor(name, np.array(tensors[old].data), raw_dtype=tensors[old].tensor_type)
     writer.write_header_to_file()
@@ -83,6 +97,24 @@ def with_own_head_output(source: Path, out: Path) -> Path:
     """The head brings an output matrix and token embeddings of its own, as some checkpoints of other families do."""
     own = {f"{HEAD}nextn.shared_head_head.weight": "output.weight", f"{HEAD}nextn.embed_tokens.weight": "token_embd.weight"}
     return copy(source, out, keys={}, add=own)
+
+
+def uneven_norms(source: Path, out: Path) -> Path:
+    """Final norms of trunk and head with weights as uneven as a large model's, and a head that is right for rows before the norm.
+
+    The output matrix takes the change back, so the trunk's choices stay as they were, and the head's for rows before the norm
+    those that it has for rows after it in `source`.
+    """
+    tensors = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(source).tensors}
+    norm, own, hnorm = "output_norm.weight", f"{HEAD}nextn.shared_head_norm.weight", f"{HEAD}nextn.hnorm.weight"
+    uneven = np.random.default_rng(7).lognormal(0, 1, tensors[norm].shape).astype(np.float32)
+    factors = {norm: uneven, own: uneven, "output.weight": 1 / uneven, hnorm: tensors[norm]}
+    return copy(source, out, keys={}, factors=factors)
+
+
+def imatrix_without_rows(source: Path, out: Path) -> Path:
+    """As tools made it that did not record which hidden rows the head was fed with."""
+    return copy(source, out, keys={"imatrix.mtp_hidden": None})
 
 
 def random_glm4moe(vocabulary: Path, out: Path) -> Path:
