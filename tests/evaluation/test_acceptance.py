@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 from children import servers
+from gguf_edit import uneven_norms
 
 from apex_build.errors import EvaluationRefused, ParameterUnknown, ToolKilled
-from apex_build.evaluation.run import Inputs, Work, evaluate
+from apex_build.evaluation.run import Inputs, Work, evaluate, plan_work
 from apex_build.evaluation.task import Prompt, read_prompts
+from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import Figure
 from apex_build.native import server as native_server
 from apex_build.native.toolset import Toolset
+from apex_build.plugins import load_plugins
 from apex_build.progress import Step
 
 WorkOf = Callable[..., Work]
@@ -69,6 +72,21 @@ def test_the_same_seed_gives_the_same_figures(work_of: WorkOf, prompts: Inputs) 
     assert not any(name.startswith("sampled") for name, _ in greedy_only)
 
 
+def test_the_rows_are_the_servers_own_or_as_asked_for(tools: Toolset, testbed: Path, prompts: Inputs, tmp_path: Path) -> None:
+    """With final norms as uneven as here, and a head that is right for rows before them."""
+    plugins = load_plugins()
+    evaluator = plugins.evaluators()["draft-acceptance"]
+    model = read_model(uneven_norms(testbed, tmp_path / "uneven.gguf"), plugins.role_of)
+    few = prompts.prompts[:6]
+    rates = {}
+    for rows in ("auto", "post", "pre"):
+        settings = {"lengths": "1", "n_predict": "32", "temperature": "0", "rows": rows}
+        inputs = Inputs(prompts=few, settings={f"draft-acceptance.{name}": value for name, value in settings.items()})
+        found = measured(plan_work(evaluator, model, inputs, tools, threads=1))
+        rates[rows] = found["greedy.n1.acceptance", ""].value or 0
+    assert rates["auto"] == rates["post"] < rates["pre"]
+
+
 def test_a_prompt_longer_than_the_context_is_named_before_anything_is_written(work_of: WorkOf, prompts: Inputs) -> None:
     steps: list[Step] = []
     long = Prompt("chat", "<|im_start|>user\n" + "Tell me more. " * 300, "prompts.jsonl:7")
@@ -79,7 +97,9 @@ def test_a_prompt_longer_than_the_context_is_named_before_anything_is_written(wo
     assert not steps
 
 
-@pytest.mark.parametrize(("name", "value"), [("lengths", "0"), ("lengths", "2,,3"), ("lengths", "many"), ("n_predict", "1")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("lengths", "0"), ("lengths", "2,,3"), ("lengths", "many"), ("n_predict", "1"), ("rows", "x")]
+)
 def test_settings_that_make_no_sense(work_of: WorkOf, prompts: Inputs, name: str, value: str) -> None:
     work = work_of("draft-acceptance", prompts, **{name: value})
     with pytest.raises(ParameterUnknown, match=rf"draft-acceptance\.{name} takes .* not '?{value}"):

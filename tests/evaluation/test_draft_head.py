@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from gguf_edit import copy, random_glm4moe, without_head
+from gguf_edit import copy, random_glm4moe, uneven_norms, without_head
 from scoring import CONTEXT, SCORED, Figures, measure, perplexity_tool, plugin_module, quantize, task_of
 
 from apex_build.errors import CalibrationSetInvalid, EvaluationRefused, ParameterUnknown, ToolFailed
@@ -167,6 +167,23 @@ def test_one_text_and_few_chunks(tools: Toolset, testbed: Path, texts: dict[str,
     assert not [path for path in cache.rglob("*") if path.suffix in (".part", ".csv")]
 
 
+def test_the_rows_that_the_head_is_fed_with(tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    """Known of the architecture, or as asked for; told with the first figure, and kept apart."""
+    model, text = uneven_norms(testbed, tmp_path / "uneven.gguf"), {"code": texts["code"]}
+    auto, post, pre = (measure("draft-head", tools, model, text, depth=1, rows=rows) for rows in ("auto", "post", "pre"))
+    assert auto == post and auto["depth1.agreement", ""].note == "post_norm rows" and auto["depth1.p", ""].note == ""
+    assert pre["depth1.agreement", ""].note == "pre_norm rows"
+    for rows, figures in (("post", post), ("pre", pre)):
+        said = perplexity_tool(
+            tools, model, "-f", texts["code"], "--chunks", CHUNKS, "--mtp", "--mtp-depth", 1, "--mtp-rows", rows, "--parse-special"
+        )
+        agreement = re.search(r"MTP depth 1: agreement = ([\d.]+)", said)
+        assert agreement and figures["depth1.agreement", ""].value == pytest.approx(float(agreement[1]), abs=1e-3)
+    assert (pre["depth1.agreement", ""].value or 0) > (post["depth1.agreement", ""].value or 0) + 1
+    with pytest.raises(ParameterUnknown, match=r"draft-head\.rows takes auto, pre or post, not 'both'"):
+        measure("draft-head", tools, model, text, rows="both")
+
+
 def test_a_model_without_a_head(tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path) -> None:
     headless = without_head(testbed, tmp_path / "headless.gguf")
     with pytest.raises(EvaluationRefused, match=r"headless\.gguf has no draft head to score"):
@@ -193,7 +210,7 @@ def test_a_reference_without_a_head_gives_no_differences(
 
 
 def test_a_reference_that_reads_the_text_differently(tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path) -> None:
-    other = copy(testbed, tmp_path / "other.gguf", keys={"tokenizer.ggml.pre": "default"})  # type: ignore[dict-item]
+    other = copy(testbed, tmp_path / "other.gguf", keys={"tokenizer.ggml.pre": "default"})
     with pytest.raises(
         EvaluationRefused, match=r"other\.gguf were not scored on the same positions of .*code\.txt: \d+ and \d+ scores"
     ) as e:
