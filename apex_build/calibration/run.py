@@ -145,7 +145,7 @@ def calibrate(
 
     An interrupted run goes on from its last snapshot, if model, text, settings and tools are the same; a finished one is reused.
     `force` does neither, and replaces what is there; `replace` replaces only what was made from something else. `check` is called
-    with the text's file before the first part of a run, not where it goes on; what it raises ends the run.
+    with the text's file before a run, also where it goes on; what it raises ends the run.
     Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then), CalibrationSetInvalid,
     ModelInvalid (it cannot be run).
     """
@@ -211,16 +211,12 @@ def _prepare(work: Path, key: str, text: CalibrationText, *, fresh: bool) -> Non
 
 
 def _checked(work: Path, text: CalibrationText, check: Check | None, model: Model) -> dict[str, Any] | None:
-    found = work / "rows-check.json"
-    if check is not None and not found.is_file():
-        try:
-            write_json(found, check(work / "text" / text.name))
-        except ToolFailed as error:
-            if output.HEAD_UNKNOWN in error.message:
-                raise _head_not_run(model) from None
-            raise
-    result: dict[str, Any] | None = read_json(found) if found.is_file() else None
-    return result
+    try:
+        return check(work / "text" / text.name) if check is not None else None
+    except ToolFailed as error:
+        if output.HEAD_UNKNOWN in error.message:
+            raise _head_not_run(model) from None
+        raise
 
 
 def _run(

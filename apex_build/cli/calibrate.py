@@ -184,7 +184,7 @@ def _rows_check(model: Model, settings: Settings, tools: Toolset, report: Report
         if found is None:
             return None
         click.echo(found.said(), err=True)
-        return found.as_data()
+        return asdict(found)
 
     return check
 

@@ -168,7 +168,8 @@ def _print_imatrix(imatrix: Imatrix, against: Coverage | None) -> None:
     if against is not None:
         _line("draft head", _head_state(against))
     elif imatrix.head_tokens is not None:
-        told = f"run over {imatrix.head_tokens} tokens with {imatrix.head_rows or 'unnamed'} rows, as the file says"
+        rows = f" with {imatrix.head_rows} rows" if imatrix.head_rows else ""
+        told = f"run over {imatrix.head_tokens} tokens{rows}, as the file says"
         _line("draft head", f"{told}; --model MODEL checks its tensors")
     else:
         _line("draft head", "the file does not say that it was run; --model MODEL checks its tensors")
@@ -178,7 +179,7 @@ def _head_state(against: Coverage) -> str:
     if against.head_calibrated is None:
         return "the model has none"
     n_tokens = f" over {against.head_tokens} tokens" if against.head_tokens is not None else ""
-    rows = f" of {against.imatrix.head_rows or 'unnamed hidden'} rows"
+    rows = f" with {against.imatrix.head_rows} rows" if against.imatrix.head_rows else ""
     with_data = sum(tensor.has_data for tensor in against.head)
     if against.head_calibrated:
         return f"calibrated{n_tokens}{rows}: all of its {len(against.head)} weights have data"

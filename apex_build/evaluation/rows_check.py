@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from apex_build.evaluation.intervals import clustered_mean
 from apex_build.evaluation.task import Task, ToolOptions
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.mtp_rows import CHOICES, trained_on
+from apex_build.identity import read_json, sha256_file, write_json
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, silent
 from apex_build.scratch import scratch_folder
@@ -49,9 +49,6 @@ class RowsCheck:
             f"{self.known} rows, at {self.agreement[other]:.2f} % with {other} rows: {self.difference:+.2f}{interval} points"
         )
 
-    def as_data(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def check_rows(
     model: Model,
@@ -64,7 +61,7 @@ def check_rows(
     options: ToolOptions = ToolOptions(),  # noqa: B008  frozen
     report: Report = silent,
 ) -> RowsCheck | None:
-    """Score the first chunks of `text` with both; None where no choice is known for the architecture.
+    """Score the first chunks of `text` with both; None where no choice is known for the architecture. Kept in the cache.
 
     Raises HeadRowsDoubtful where what is known of it is clearly the worse choice, ToolFailed.
     """
@@ -73,9 +70,14 @@ def check_rows(
         return None
     task = Task("hidden rows", model, tools, texts={"": text}, threads=threads, report=report, options=options)
     ours, others = known.choice, next(choice for choice in CHOICES if choice != known.choice)
-    with scratch_folder("rows") as folder:
-        scores = {choice: _scores(task, text, choice, context, chunks, folder) for choice in (ours, others)}
-    found = compare(scores[ours], scores[others], context, (CHOICES[ours], CHOICES[others]))
+
+    def make(part: Path) -> None:
+        with scratch_folder("rows") as folder:
+            scores = {choice: _scores(task, text, choice, context, chunks, folder) for choice in (ours, others)}
+        write_json(part, asdict(compare(scores[ours], scores[others], context, (CHOICES[ours], CHOICES[others]))))
+
+    about = {"text": sha256_file(text), "context": context, "chunks": chunks, "known": known.rows}
+    found = RowsCheck(**read_json(task.kept("rows-check.json", about, make)))
     if found.doubtful:
         raise HeadRowsDoubtful(
             f"{model.path}: {found.said()}. What is known of {model.architecture}: {known.rows} ({known.source})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.mtp_rows import CHOICES, TRAINED_ON, TrainedOn, tool_arguments
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
+from apex_build.progress import Step
 
 LOW = ("--policy", "i-nano", *SMALL, "--set", "draft_head=IQ2_XXS")
 
@@ -70,7 +72,8 @@ def test_the_imatrix_and_all_that_is_made_of_it_say_which(
 
     write_without_head(calibrated, read_model(testbed, load_plugins().role_of), tmp_path / "trunk.gguf")
     assert read_imatrix(tmp_path / "trunk.gguf").head_rows is None
-    run_apex("quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", tmp_path / "trunk.gguf", "-o", tmp_path / "y.gguf")
+    common = ("--policy", "i-nano", *SMALL, "--set", "draft_head=Q8_0", "--threads", 1)
+    run_apex("quantize", testbed, *common, "--imatrix", tmp_path / "trunk.gguf", "-o", tmp_path / "y.gguf")
     assert "apex.head_rows" not in read_header(tmp_path / "y.gguf").metadata
 
 
@@ -146,25 +149,18 @@ def test_the_check_stops_where_the_other_rows_are_clearly_better(
     assert found is not None and not found.doubtful and found.difference < -1
 
 
-def test_the_check_is_not_repeated_where_a_run_goes_on(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    model = read_model(testbed, load_plugins().role_of)
-    text, out = text_of_file(heldout / "code.txt"), tmp_path / "x.gguf"
-    calls: list[Path] = []
-
-    def check(path: Path) -> dict[str, object]:
-        calls.append(path)
-        assert path.read_bytes() == text.data
-        return {"made": len(calls)}
-
-    def interrupt(_: object) -> None:
-        raise KeyboardInterrupt
-
-    settings = Settings(context=128, chunks=4, threads=1)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(model, text, tools, out, settings, check=check, report=interrupt)
-    calibrate(model, text, tools, out, settings, check=check)
-    assert len(calls) == 1 and manifest(out)["rows_check"] == {"made": 1}
-    assert calibrate(model, text, tools, out, settings, check=check).reused and len(calls) == 1
+def test_the_check_is_made_once(
+    tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept in the cache: a run that goes on, or is started again, does not wait for it."""
+    monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
+    model, steps = read_model(testbed, load_plugins().role_of), list[Step]()
+    ask = partial(check_rows, model, heldout / "code.txt", tools, context=128, chunks=8, threads=1, report=steps.append)
+    first = ask()
+    assert first is not None and first.positions == 8 * 63 and steps
+    steps.clear()
+    assert ask() == first and not steps
+    assert ask(chunks=3) != first and steps
 
 
 def test_a_check_that_raises_leaves_nothing(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
@@ -207,7 +203,12 @@ def test_arguments_that_llama_imatrix_alone_takes() -> None:
 
 
 def test_a_tool_that_takes_other_rows_than_asked_is_found_out(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "llama-imatrix"
+    script.write_text(f'#!/bin/sh\nexec {tools.tool("llama-imatrix")} "$@" --mtp-rows pre\n')
+    script.chmod(0o755)
     model = read_model(testbed, load_plugins().role_of)
-    settings = Settings(context=128, chunks=3, threads=1, extra=("--mtp-rows", "pre"))
+    settings = Settings(context=128, chunks=3, threads=1)
+    deaf = Toolset(tmp_path, {**tools.manifest, "key": "deaf"})
     with pytest.raises(VerificationFailed, match=r"was to be run with post_norm rows, and was with pre_norm"):
-        calibrate(model, text_of_file(heldout / "code.txt"), tools, tmp_path / "x.gguf", settings)
+        calibrate(model, text_of_file(heldout / "code.txt"), deaf, tmp_path / "x.gguf", settings)
