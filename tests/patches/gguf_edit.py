@@ -23,10 +23,8 @@ def copy(
     keys: Mapping[str, int | str | None],
     drop: str = "",
     add: Mapping[str, str] | None = None,
-    factors: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Path:
-    """Copy a model; `keys`: metadata to change, or None to leave out; `drop`: prefix of tensors left out; `add`: new from old;
-    `factors`: what tensors are multiplied with."""
+    """Copy a model; `keys`: metadata to change, or None to leave out; `drop`: prefix of tensors left out; `add`: new from old."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, "qwen35moe")
     if "general.architecture" not in reader.fields:  # an imatrix has none
@@ -40,10 +38,7 @@ def copy(
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, tensor in tensors.items():
         if not drop or not name.startswith(drop):
-            data = np.array(tensor.data)
-            if factors and name in factors:
-                data = (data * factors[name]).astype(data.dtype)
-            writer.add_tensor(name, data, raw_dtype=tensor.tensor_type)
+            writer.add_tensor(name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     for name, old in (add or {}).items():
         writer.add_tensor(name, np.array(tensors[old].data), raw_dtype=tensors[old].tensor_type)
     writer.write_header_to_file()
@@ -109,7 +104,7 @@ def uneven_norms(source: Path, out: Path) -> Path:
     norm, own, hnorm = "output_norm.weight", f"{HEAD}nextn.shared_head_norm.weight", f"{HEAD}nextn.hnorm.weight"
     uneven = np.random.default_rng(7).lognormal(0, 1, tensors[norm].shape).astype(np.float32)
     factors = {norm: uneven, own: uneven, "output.weight": 1 / uneven, hnorm: tensors[norm]}
-    return copy(source, out, keys={}, factors=factors)
+    return changed(source, out, lambda name, values: (values * factors[name]).astype(values.dtype) if name in factors else values)
 
 
 def imatrix_without_rows(source: Path, out: Path) -> Path:
