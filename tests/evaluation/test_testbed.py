@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 from reference import Reference, softmax
 
 from apex_build.evaluation.run import Inputs, plan_work
@@ -17,12 +18,24 @@ from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
 
 
-def test_the_file_is_the_one_that_was_trained(testbed: Path) -> None:
-    expected, name = testbed.with_name(testbed.name + ".sha256").read_text().split()
-    assert name == testbed.name and sha256_file(testbed) == expected
-    assert testbed.stat().st_size <= 32_000_000
-    last = [line for line in testbed.with_name("train.log").read_text().splitlines() if line.startswith("step")][-1]
-    assert "2099/2100" in last
+@pytest.mark.parametrize(
+    ("file", "log", "last"), [("testbed-f16.gguf", "train", "2199/2200"), ("testbed-dense-f16.gguf", "train-dense", "1099/1100")]
+)
+def test_the_file_is_the_one_that_was_trained(testbed: Path, file: str, log: str, last: str) -> None:
+    path = testbed.with_name(file)
+    expected, name = path.with_name(f"{file}.sha256").read_text().split()
+    assert name == file and sha256_file(path) == expected
+    assert path.stat().st_size <= 32_000_000
+    steps = [line for line in path.with_name(f"{log}.log").read_text().splitlines() if line.startswith("step")]
+    assert last in steps[-1]
+
+
+def test_the_final_norm_is_uneven_as_in_real_models(testbed: Path) -> None:
+    """Else the rows before and after it are the same to a head, and no test could tell which it was fed with."""
+    for file in ("testbed-f16.gguf", "testbed-dense-f16.gguf"):
+        tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(testbed.with_name(file)).tensors}
+        weights = np.log(tensors["output_norm.weight"])
+        assert 0.6 < weights.std() < 1.0
 
 
 def test_it_has_what_the_large_models_have(testbed: Path) -> None:
@@ -70,7 +83,7 @@ def test_trunk_and_head_in_numpy_predict_the_held_out_text(tools: Toolset, testb
     trunk = reference.logits(hidden)
     head = reference.logits(reference.head(ids, reference.fed(hidden, "post")), "blk.6.nextn.shared_head_norm")
     following = np.array(ids[1:])
-    assert (trunk[:-1].argmax(-1) == following).mean() > 0.5
-    assert np.log(softmax(trunk[:-1])[np.arange(len(following)), following]).mean() > -3.5, "chance is -7.6"
+    assert (trunk[:-1].argmax(-1) == following).mean() > 0.25
+    assert np.log(softmax(trunk[:-1])[np.arange(len(following)), following]).mean() > -4.5, "chance is -7.6"
     # row p of the head has seen x(p) and h(p-1), and predicts x(p+1) as row p of the trunk does
-    assert (head.argmax(-1) == trunk.argmax(-1))[1:].mean() > 0.5
+    assert (head.argmax(-1) == trunk.argmax(-1))[1:].mean() > 0.45
