@@ -288,10 +288,6 @@ def test_an_architecture_without_a_choice_says_so(run: Run, testbed: Path, heldo
     assert read_imatrix(tmp_path / "x.gguf").head_rows is None
 
 
-UNTIL = "until the testbed is trained on post-norm rows"
-
-
-@pytest.mark.xfail(strict=False, reason=UNTIL)
 def test_a_head_trained_on_post_norm_rows_scores_clearly_higher_with_them(
     run: Run, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
@@ -307,7 +303,6 @@ def test_a_head_trained_on_post_norm_rows_scores_clearly_higher_with_them(
     assert gain.low is not None and gain.low > 0 and gain.value > 1
 
 
-@pytest.mark.xfail(strict=False, reason=UNTIL)
 def test_a_head_trained_on_post_norm_rows_is_accepted_more_often_with_them(tools: Toolset, testbed: Path, heldout: Path) -> None:
     rates = {}
     for rows in ROWS:
