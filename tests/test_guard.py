@@ -77,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, testbed: Path, calibrated: P
     (root / "winogrande.csv").write_text("1,The _ is red,apple,sky,1\n")
     (root / "scales" / "plugin.py").write_text(PLUGIN)
     (root / "scales" / "part.py").write_text("# a part of it\n")
-    (root / "scales" / "mine.jinja").write_text("output.weight=Q8_0\n")
+    (root / "scales" / "mine.jinja").write_text("^output\\.weight$=Q8_0\n")
     shutil.copytree(tools.root, root / "tools", copy_function=_copy_or_link)
     return root
 
