@@ -21,7 +21,7 @@ from apex_build.gguf_model.imatrix import HEAD_ROWS, HEAD_TOKENS, Entry, Imatrix
 from apex_build.identity import sha256_file, sha256_json
 from apex_build.outputs import whole_file
 
-FLOOR = 1e-6  # of the mean of a matrix's values
+FLOOR = 1e-7  # of the mean of a matrix's values
 _RAISED_TO = 2 * FLOOR  # so that an examined copy, whose means are higher, is sound itself
 _SOURCE = "apex.imatrix.source"  # key of a copy: digest of the file that it was made of
 _FLOOR = "apex.imatrix.floor"
