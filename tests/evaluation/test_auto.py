@@ -114,7 +114,9 @@ def test_quantize_shows_what_it_measured_and_the_file_says_it(
     tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "auto.gguf"
-    text = ("--text", heldout / "chat.txt")
+    own = tmp_path / "chat.txt"  # a text of its own: nothing was measured on it
+    own.write_text(f"{tmp_path.name} {time.time_ns()}\n" + (heldout / "chat.txt").read_text())
+    text = ("--text", own)
     dry = run_apex("quantize", testbed, *AUTO, *text, "--imatrix", calibrated, "-o", out, "--dry-run")
     assert "not measured" in dry.stdout and not out.exists()
     ran = run_apex("quantize", testbed, *AUTO, *text, "--imatrix", calibrated, "-o", out)

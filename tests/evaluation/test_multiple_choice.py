@@ -20,7 +20,10 @@ WorkOf = Callable[..., Work]
 @pytest.fixture
 def sentences(heldout: Path) -> list[tuple[str, str]]:
     """Held-out text in two halves: the second follows from the first far sooner than words in another order do."""
-    lines = [line for line in (heldout / "reasoning.txt").read_text().splitlines() if 60 < len(line) < 120 and "," not in line]
+    text = (heldout / "chat.txt").read_text() + (heldout / "reasoning.txt").read_text()
+    lines = [
+        line for line in text.splitlines() if 60 < len(line) < 120 and "," not in line and line.isascii() and line.count(" ") > 9
+    ]
     halves = [line.split() for line in dict.fromkeys(lines)]
     found = [(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])) for words in halves]
     return [pair for pair in found if "_" not in "".join(pair) and '"' not in "".join(pair)][:24]
@@ -80,11 +83,11 @@ def score(work_of: WorkOf, name: str, path: Path, **settings: str) -> Figure:
 def test_right_answers_are_found(
     work_of: WorkOf, tmp_path: Path, sentences: list[tuple[str, str]], name: str, write: Callable[..., bytes]
 ) -> None:
-    """The model writes such text itself: were labels or choices misread, it would find one in two or one in five."""
+    """Were labels or choices misread, it would find one in two or one in five: of 24, 11 by chance once in 50 times or less."""
     path = tmp_path / "tasks"
     path.write_bytes(write(sentences))
     figure = score(work_of, name, path)
-    assert figure.n == 24 and (figure.value or 0) >= 70 and not figure.note
+    assert figure.n == 24 and (figure.value or 0) >= (70 if name == "winogrande" else 45) and not figure.note
     assert figure.low is not None and figure.high is not None and figure.low < (figure.value or 0) <= figure.high
     fewer = score(work_of, name, path, tasks="7")
     assert fewer.n == 7 and (fewer.low or 0) < figure.low
@@ -93,10 +96,11 @@ def test_right_answers_are_found(
 def test_the_interval_is_wilsons(work_of: WorkOf, tmp_path: Path, sentences: list[tuple[str, str]]) -> None:
     """llama-perplexity prints the same for HellaSwag: [20.6549%, 100.0000%] for one of one."""
     path = tmp_path / "tasks"
-    path.write_bytes(hellaswag(sentences[:1]))
+    path.write_bytes(hellaswag([("He opened the door and", "went into the room.")]))
     figure = score(work_of, "hellaswag", path)
-    assert (figure.value, figure.n) == (100, 1)
-    assert figure.low == pytest.approx(20.6549, abs=1e-4) and figure.high == pytest.approx(100)
+    bounds = {100: (20.6549, 100), 0: (0, 79.3451)}  # right or wrong
+    assert figure.n == 1 and figure.value in bounds
+    assert (figure.low, figure.high) == pytest.approx(bounds[int(figure.value)], abs=1e-4)
 
 
 def test_tasks_that_the_tool_misreads_are_left_out_and_counted(

@@ -195,8 +195,8 @@ def test_dry_run_measures_nothing(tools: Toolset, place: Path) -> None:
 
 def test_refusals(tools: Toolset, place: Path, testbed: Path) -> None:
     assert "near it: size" in evaluate(place, "--only", "sise", code=EvaluatorUnknown.exit_code).stderr
-    no_text = evaluate(place, "--only", "perplexity", code=EvaluationRefused.exit_code).stderr
-    assert "perplexity cannot be run" in no_text and "--text FILE" in no_text
+    alone = evaluate(place, "--only", "kld", code=EvaluationRefused.exit_code).stderr
+    assert "kld cannot be run" in alone and "--reference F16.gguf" in alone
     assert "--data hellaswag=FILE" in evaluate(place, "--only", "hellaswag", code=EvaluationRefused.exit_code).stderr
     assert "EVALUATOR.PARAMETER" in evaluate(place, "--set", "times=2", code=ParameterUnknown.exit_code).stderr
     missing = evaluate(place, "--only", "size", "--set", "size.time=2", code=ParameterUnknown.exit_code).stderr
@@ -219,7 +219,7 @@ def test_refusals(tools: Toolset, place: Path, testbed: Path) -> None:
 
 def test_without_only_what_cannot_be_run_is_left_out_and_said(tools: Toolset, place: Path) -> None:
     ran = evaluate(place, "--dry-run")
-    assert "model.gguf: left out kld: it needs a reference" in ran.stderr and "built-in texts" in ran.stderr
+    assert "kld: it needs a reference model" in ran.stderr and "built-in texts" in ran.stderr
     assert "size on " in ran.stdout
 
 
