@@ -13,7 +13,7 @@ from typing import Any
 
 import zstandard
 
-from apex_build.source.archive import open_tar
+from apex_build.source.archive import members_of, open_tar
 from apex_build.toolchain.packing import MANIFEST, SUMS
 
 Files = dict[str, bytes]
@@ -33,7 +33,7 @@ def contents(archive: Path) -> Files:
     """By their names in the archive's folder."""
     found = {}
     with open_tar(archive) as tar:
-        for member in tar:
+        for member in list(members_of(archive, tar)):
             file = tar.extractfile(member)
             assert file
             found[member.name.partition("/")[2]] = file.read()

@@ -135,7 +135,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlook, "_WORK_SIZE", 1 << 60)
+    monkeypatch.setattr(outlook, "WORK_SIZE", 1 << 60)
     (cpu, _) = doctor()["could_be_built"]
     assert not cpu["possible"] and "GB are free" in cpu["why_not"] and "APEX_CACHE_DIR" in cpu["hint"]
 
