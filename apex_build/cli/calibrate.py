@@ -161,7 +161,7 @@ def command(
             check = _rows_check(model, settings, tools, report) if with_head and rows == AUTO and rows_check else None
             done = calibrate(model, text, tools, out, settings, force=force, check=check, report=report)
     except KeyboardInterrupt:
-        click.echo("the last snapshot is kept: the same command goes on from there", err=True)
+        click.echo("the last snapshot is kept: the same command resumes from there", err=True)
         raise
     covered = done.coverage.imatrix
     if not done.reused and not done.resumed_at and covered.chunk_count and covered.chunk_size:

@@ -255,7 +255,7 @@ def _kept(sweep: Sweep) -> str:
     files = [path for path in (folder / "files").glob("*.gguf") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
     held = f", and {show.size(total)} of files in {folder / 'files'}: {', '.join(path.name for path in files)}" if files else ""
-    return f"kept: {measured} measured points in {folder / RESULTS}{held}; the same command goes on from there"
+    return f"kept: {measured} measured points in {folder / RESULTS}{held}; the same command resumes from there"
 
 
 def _said(outcome: Outcome, scores: Sequence[str]) -> str:

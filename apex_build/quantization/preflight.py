@@ -24,7 +24,7 @@ _DATA_UNUSED = frozenset({"F32", "F16", "BF16", "Q8_0"})
 
 @dataclass(frozen=True)
 class Allowed:
-    """What the user takes upon himself. `head_rows`: that the draft head was trained on these, whatever is known of its kind."""
+    """Risks explicitly accepted. `head_rows`: that the draft head was trained on these, whatever is known of its kind."""
 
     uncalibrated: bool = False
     fallback: bool = False

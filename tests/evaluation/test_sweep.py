@@ -186,7 +186,7 @@ def test_an_interrupted_sweep_goes_on(how: signal.Signals, command: list[object]
     child.send_signal(how)
     _, said = child.communicate(timeout=60)
     assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[how] and "Traceback" not in said
-    assert how != signal.SIGINT or "the same command goes on from there" in said
+    assert how != signal.SIGINT or "the same command resumes from there" in said
     out = tmp_path / "out"
     done = [row["values"]["draft_head"] for row in rows(out)]
     assert done in (["Q8_0"], ["Q8_0", "Q4_K"])
