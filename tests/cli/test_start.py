@@ -21,15 +21,18 @@ HEAVY = ("numpy", "gguf", "cffi", "rich", "jinja2", "httpx2", "unearth", "reques
 def imported(*arguments: str) -> list[str]:
     """The modules that a run imports."""
     code = f"""
-import sys
+import os, sys
 from apex_build.cli import main
 try:
     main({list(arguments)!r})
 finally:
-    print(chr(0), *sys.modules, flush=True)
+    sys.stdout.flush()
+    os.write(1, (chr(0) + " ".join(sys.modules)).encode())  # past what makes sys.stdout harmless to a terminal
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return ran.stdout.rpartition("\0")[2].split()
+    _, marked, modules = ran.stdout.rpartition("\0")
+    assert marked, ran.stderr
+    return modules.split()
 
 
 @pytest.mark.parametrize("arguments", [("-h",), ("--version",), ("quantise",), ("completion", "bash")], ids=" ".join)
