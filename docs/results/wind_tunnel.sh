@@ -15,7 +15,9 @@ done
 apex calibrate $MODEL -o im.gguf --chunks 60
 types() {
     for type in "$@"; do
-        apex quantize $MODEL --policy uniform --set type=$type $IMATRIX -o $type$SUFFIX.gguf
+        # token_embd is the output matrix too, for which there is no data: it cannot be of a type that needs some
+        case $type in IQ2_*) EMBEDDINGS="--set token_embd=Q4_K" ;; *) EMBEDDINGS= ;; esac
+        apex quantize $MODEL --policy uniform --set type=$type $EMBEDDINGS $IMATRIX -o $type$SUFFIX.gguf
         FILES="$FILES $type$SUFFIX.gguf"
     done
 }
