@@ -110,12 +110,18 @@ def measure(question: Question, *, report: Report = silent, progress: Progress |
 
 
 def known_choice(question: Question) -> Choice | None:
-    """What was measured before, without measuring anything."""
+    """What was measured before, without measuring anything; None while something that would decide is not measured yet."""
     if question.imatrix is None or not question.model.head_layers:
         return None
     name, bound = _asked(question)
     rows = list(read_rows(_folder(question, name)).values())
-    return _choice(rows, name, bound, reused=True) if any(row.baseline for row in rows) else None
+    baseline = next((row for row in rows if row.baseline), None)
+    if baseline is None:
+        return None
+    left = set(question.policy.parameters[name].measured) - {row.values[name] for row in rows}
+    if left and not any(_clearly_over(row, baseline, bound) for row in rows):
+        return None
+    return _choice(rows, name, bound, reused=True)
 
 
 def _asked(question: Question) -> tuple[str, float]:

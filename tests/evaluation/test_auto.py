@@ -79,9 +79,11 @@ def test_it_is_measured_once_and_kept(question: Question) -> None:
     again = measure(question)
     assert again.reused and replace(again, reused=False) == choice
     assert known_choice(question) == again
-    # another bound is another choice from the same measurements
-    loose = known_choice(replace(question, parameters={**question.parameters, "draft_loss": 50}))
-    assert loose is not None and loose.bound == 50 and loose.value == choice.candidates[-1].value
+    # another bound is another choice from the same measurements, as far as they reach
+    loose = replace(question, parameters={**question.parameters, "draft_loss": 50})
+    assert (known_choice(loose) is None) == (len(choice.candidates) < len(measured) - 1)
+    assert measure(loose).value == measured[-1]
+    assert (known := known_choice(loose)) is not None and known.bound == 50 and known.value == measured[-1]
 
 
 @pytest.mark.parametrize("policy, given, name", [
@@ -121,7 +123,8 @@ def test_quantize_shows_what_it_measured_and_the_file_says_it(
     assert "not measured" in dry.stdout and not out.exists()
     ran = run_apex("quantize", testbed, *AUTO, *text, "--imatrix", calibrated, "-o", out)
     assert "loss of agreement, points" in ran.stderr and "IQ2_XXS+Q4_K" in ran.stderr
-    assert "draft head: " in ran.stdout and "points of agreement" in ran.stdout
+    assert "draft head: " in ran.stdout
+    assert "points of agreement" in ran.stdout or "Q8_0: none smaller loses less than 0.5 points" in ran.stdout
     manifest = json.loads(out.with_name("auto.gguf.json").read_text())
     assert manifest["parameters"]["draft_head"] != "auto" and "apex.draft_loss" in manifest["provenance"]
     plain = run_apex("quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", calibrated, "-o", tmp_path / "plain.gguf")
