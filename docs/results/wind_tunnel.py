@@ -18,9 +18,10 @@ def main() -> None:
         elements = sum(math.prod(tensor["shape"]) for tensor in manifest["tensors"])
         of = {figure["name"]: figure for figure in row["figures"] if not figure["domain"]}
         kld, same = of["kld.mean"], of["top1.agreement"]
+        interval = f" [{kld['low']:.4f}, {kld['high']:.4f}]" if kld["low"] is not None else ""  # none for few chunks
         print(
             f"| {row['file'].removesuffix('.gguf')} | {manifest['bytes']:,} | {8 * n_bytes / elements:.2f} | "
-            f"{kld['value']:.4f} [{kld['low']:.4f}, {kld['high']:.4f}] | {same['value']:.1f} |"
+            f"{kld['value']:.4f}{interval} | {same['value']:.1f} |"
         )
 
 
