@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ _OPTIONS = ("AIP_", "GGML_", "LLAMA_", "MTMD_")
 _CODE = ("CUDA_INJECTION", "GCONV_PATH", "GLIBC_TUNABLES", "HF_", "LD_", "MODEL_ENDPOINT")
 # Where memory lies is the user's to say: it changes no figure.
 _KEPT = frozenset({"GGML_CUDA_ENABLE_UNIFIED_MEMORY", "GGML_CUDA_NO_PINNED", "GGML_CUDA_P2P", "GGML_CUDA_REGISTER_HOST"})
+_LOOKS = 5
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # For systems whose setpriv cannot bind a process to its parent: the same in Python.
 _BIND = (
@@ -40,10 +42,28 @@ def environment(program: Path, added: Mapping[str, str | None] | None = None) ->
         given["GGML_NO_BACKTRACE"] = "1"  # a debugger's backtrace would push the error itself out of sight
         if folders := library_folders(program.parent):
             given["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, folders))
-        if not any(name in given for name in _WAITING):
-            # OpenMP's threads spin at each barrier: beside other work on the same cores that slows a tool down a hundred times
+        if not any(name in given for name in _WAITING) and cores_are_shared():
+            # OpenMP's threads spin at each barrier: beside other work on the same cores that slows a tool down a hundred times.
+            # On idle cores it is sleeping that costs: a small model writes a quarter of the tokens.
             given["OMP_WAIT_POLICY"] = "passive"
     return {name: value for name, value in {**given, **(added or {})}.items() if value is not None}
+
+
+def cores_are_shared() -> bool:
+    """Whether other programs are computing now, so many that a tool's threads would have to wait for a core.
+
+    Counted over 50 ms, as the kernel tells it; where it does not tell, they are taken as shared.
+    """
+    cores = os.cpu_count() or 1
+    running = []
+    try:
+        for _ in range(_LOOKS):
+            # "0.20 0.18 0.12 3/80 11206": runnable threads now, this one among them
+            running.append(int(Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]) - 1)
+            time.sleep(0.01)
+    except (OSError, ValueError, IndexError):
+        return True
+    return sum(running) / _LOOKS > (0.5 if cores <= 4 else cores / 4)
 
 
 def library_folders(bin: Path) -> tuple[Path, ...]:
