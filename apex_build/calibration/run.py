@@ -143,9 +143,9 @@ def calibrate(
 ) -> Calibration:
     """Write the imatrix of `model` over `text` to `out`, with a manifest beside it (`out` + .json) and a log (`out` + .log).
 
-    An interrupted run goes on from its last snapshot, if model, text, settings and tools are the same; a finished one is reused.
+    An interrupted run resumes from its last snapshot, if model, text, settings and tools are the same; a finished one is reused.
     `force` does neither, and replaces what is there; `replace` replaces only what was made from something else. `check` is called
-    with the text's file before a run, also where it goes on; what it raises ends the run.
+    with the text's file before a run, also where it resumes; what it raises ends the run.
     Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then), CalibrationSetInvalid,
     ModelInvalid (it cannot be run).
     """

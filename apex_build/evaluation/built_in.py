@@ -10,7 +10,6 @@ from apex_build.calibration.sets import CalibrationSet, compose, load_set
 from apex_build.evaluation.task import Prompt
 from apex_build.gguf_model.catalogue import Model
 from apex_build.hookspecs import Document, Source
-from apex_build.identity import sha256_json
 from apex_build.outputs import whole_file
 from apex_build.places import cache_root
 
@@ -64,10 +63,6 @@ def built_in_prompts(
             if text := next(texts) if one.messages else one.text:
                 prompts.append(Prompt(part.domain, text, one.origin))
     return tuple(prompts)
-
-
-def identity_of(prompts: tuple[Prompt, ...]) -> str:
-    return sha256_json([[prompt.domain, prompt.text] for prompt in prompts])
 
 
 def _beginning(document: Document) -> Document:

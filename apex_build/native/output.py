@@ -65,7 +65,7 @@ _DIAGNOSES = tuple(
 )
 
 
-# What a tool says in its first seconds and then goes on: pattern, what to tell.
+# What a tool says in its first seconds without stopping: pattern, what to tell.
 _WARNINGS = tuple(
     (re.compile(pattern), words)
     for pattern, words in (
