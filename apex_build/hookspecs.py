@@ -18,9 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pluggy
+
+from apex_build.parameters import Parameter as Parameter
 
 if TYPE_CHECKING:
     import click
@@ -29,25 +31,6 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("apex_build")
 hookimpl = pluggy.HookimplMarker("apex_build")
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """What a user may set with `--set name=value`. A template sees it as a variable, with `_` for each dot of its name.
-
-    kind 'type' takes a GGUF tensor type (Q4_K), 'int' a whole number >= 0, 'number' a decimal one >= 0, 'flag' yes or no, 'text'
-    anything.
-    `words` are further values of a 'type' parameter, to which the template gives a meaning of its own; with `mixtures` it also
-    takes two types, A+B. One that has `measured` takes the word 'auto': the smallest of these values whose loss, measured on the
-    user's model against the first of them, is under a bound. They stand in the order in which they are tried: the largest first.
-    """
-
-    default: str | int | float | bool
-    kind: Literal["type", "int", "number", "flag", "text"] = "type"
-    help: str = ""
-    words: tuple[str, ...] = ()
-    mixtures: bool = False
-    measured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +119,7 @@ class Evaluator:
     # of those with one heading the first that is there counts. Without any it is the evaluator's first figure
     headline: tuple[tuple[str, str], ...] = ()
     # for the time left: the tasks that it will report (Step.task), in order, and about how many tokens the model reads in each (one
-    # that it writes counts as apex_build.pace.GENERATED of them)
+    # that it writes counts as apex_build.evaluation.pace.GENERATED of them)
     runs: Callable[[Task], Mapping[str, float]] | None = None
     version: int = 1  # to be raised when it gives other figures for the same: what an earlier one recorded is measured again
     # filled in when the plugin is loaded: its name, and what tells its code from another (empty for a built-in one)

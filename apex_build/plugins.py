@@ -25,9 +25,9 @@ import pluggy
 from apex_build import hookspecs
 from apex_build.errors import ApexError, PluginFailed, PolicyUnknown, Terminated
 from apex_build.hookspecs import Document, Evaluator, Figure, GpuTarget, PolicySpec, Source
-from apex_build.identity import write_json
 from apex_build.near import nearby
 from apex_build.places import cache_root, data_root
+from apex_build.storage.json_files import write_json
 
 if TYPE_CHECKING:
     import click

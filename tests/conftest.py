@@ -39,7 +39,7 @@ def tools() -> Toolset:
         return find_toolset()
     from apex_build.source.fetch import ensure_source
     from apex_build.source.pins import load_pin
-    from apex_build.toolchain.build import build_cpu
+    from apex_build.toolchain.build.run import build_cpu
 
     pin = load_pin()
     return build_cpu(ensure_source(pin), pin)
@@ -53,7 +53,7 @@ def stock_imatrix() -> Path:
     from apex_build.source.pins import load_pin
     from apex_build.source.tree import BASE
     from apex_build.toolchain.backends import Backend
-    from apex_build.toolchain.build import build, plan_build
+    from apex_build.toolchain.build.run import build, plan_build
 
     tree = ensure_source(load_pin())
     stock = cache_root() / "tests" / "stock"

@@ -12,8 +12,8 @@ from apex_build.evaluation.task import Task
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import Figure
 from apex_build.native.toolset import Toolset
+from apex_build.parameters import Value
 from apex_build.plugins import load_plugins
-from apex_build.policy.parameters import Value
 from apex_build.progress import Report, silent
 
 Figures = dict[tuple[str, str], Figure]

@@ -13,7 +13,7 @@ from apex_runs import SMALL
 from apex_build.cli import main
 from apex_build.errors import DiskTooSmall, OutputUnwritable
 from apex_build.native.toolset import Toolset
-from apex_build.outputs import put, sync_folder, whole_file
+from apex_build.storage.outputs import put, sync_folder, whole_file
 
 Disk = Callable[[int], Path]
 
@@ -55,7 +55,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The look at the disk beforehand finds room enough: another program takes it later."""
     for module in (
         "apex_build.calibration.disk", "apex_build.evaluation.run", "apex_build.quantization.preflight",
-        "apex_build.toolchain.packing",
+        "apex_build.toolchain.packed.packing",
     ):  # fmt: skip
         monkeypatch.setattr(f"{module}.check_room", lambda *_, **__: None)
 
@@ -147,7 +147,7 @@ def test_results_of_an_evaluation(
 def test_no_file_that_is_too_large_for_the_limit_of_the_shell(tmp_path: Path) -> None:
     """ulimit -f"""
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-    code += "from pathlib import Path; from apex_build.outputs import whole_file\n"
+    code += "from pathlib import Path; from apex_build.storage.outputs import whole_file\n"
     code += f"with whole_file(Path({str(tmp_path / 'out')!r})) as part: part.write_bytes(bytes(2000))"
     import sys
 

@@ -12,9 +12,9 @@ from apex_build.cli import apex
 from apex_build.errors import ApexError, CalibrationSetInvalid, EvaluatorUnknown, PinUnknown, PolicyUnknown
 from apex_build.evaluation.run import check_settings
 from apex_build.near import near, near_folder, nearby
-from apex_build.outputs import check_place
 from apex_build.plugins import load_plugins
 from apex_build.source.pins import load_pin
+from apex_build.storage.outputs import check_place
 
 
 def test_case_and_what_joins_words_do_not_count() -> None:

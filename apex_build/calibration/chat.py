@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from apex_build.calibration import chat_sandbox
-from apex_build.confined import OutOfBounds, ask
 from apex_build.errors import CalibrationSetInvalid, ChatTemplateFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.header import ArrayValue
 from apex_build.hookspecs import Document
+from apex_build.native.sandbox_child import OutOfBounds, ask
 
 _WALL_SECONDS = 300.0
 _HINT = "apex calibrate MODEL --chat-template FILE, with a template that works"

@@ -1,4 +1,4 @@
-"""Renders conversations with a model's chat template: `python -m apex_build.calibration.chat_sandbox`, see confined.py.
+"""Renders conversations with a model's chat template: `python -m apex_build.calibration.chat_sandbox`, see sandbox_child.py.
 
 The environment is the one that transformers gives chat templates (utils/chat_template_utils.py), but for the current date: a
 calibration text must come out the same tomorrow.
@@ -18,7 +18,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from apex_build import confined
+from apex_build.native import sandbox_child
 
 CPU_SECONDS = 120
 # What all conversations together may become: templates add a few words to each message, and some repeat the tools.
@@ -84,7 +84,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except SecurityError as error:
         return {"error": f"it tried what the sandbox forbids: {error}", "at": len(results)}
     except MemoryError:
-        return {"error": f"it needs more than {confined.MEMORY_BYTES >> 30} GiB of memory", "at": len(results)}
+        return {"error": f"it needs more than {sandbox_child.MEMORY_BYTES >> 30} GiB of memory", "at": len(results)}
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"line {error.lineno}: {error.message}"}
     except Exception as error:
@@ -93,4 +93,4 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    confined.serve(_answer, cpu_seconds=CPU_SECONDS)
+    sandbox_child.serve(_answer, cpu_seconds=CPU_SECONDS)

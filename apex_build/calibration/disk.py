@@ -11,7 +11,7 @@ from apex_build.calibration.sets import CalibrationText
 from apex_build.errors import DiskTooSmall, ImatrixInvalid, OutputUnwritable, ToolFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
-from apex_build.outputs import LOG, ROOM, amount, beside, check_room
+from apex_build.storage.outputs import LOG, ROOM, amount, beside, check_room
 
 _COPIES = 4  # of the imatrix, on the disk together
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from apex_build.errors import ImatrixInvalid, ImatrixMismatch
 from apex_build.gguf_model.imatrix import HEAD_ROWS, HEAD_TOKENS, Entry, Imatrix, check_values, read_imatrix
-from apex_build.identity import read_json
-from apex_build.outputs import MANIFEST, beside
+from apex_build.storage.json_files import read_json
+from apex_build.storage.outputs import MANIFEST, beside
 
 _CHUNK_SIZE = 512  # llama-imatrix's default, for a format that does not tell it
 _MAX_COUNT = 1 << 24  # whole numbers up to here are exact in the counts' F32

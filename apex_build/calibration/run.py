@@ -26,14 +26,17 @@ from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import Imatrix, check_values, read_imatrix
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, tool_arguments, trained_on
 from apex_build.gguf_model.runnable import check_runnable
-from apex_build.identity import read_json, sha256_file, sha256_json, write_json
 from apex_build.native import output
 from apex_build.native.arguments import resolve
 from apex_build.native.early import warnings_of
 from apex_build.native.memory import memory_limit
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
-from apex_build.outputs import (
+from apex_build.places import unfinished
+from apex_build.progress import Report, Step, silent
+from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.json_files import read_json, write_json
+from apex_build.storage.outputs import (
     LOG,
     MANIFEST,
     beside,
@@ -46,8 +49,6 @@ from apex_build.outputs import (
     work_folder,
     writing,
 )
-from apex_build.places import unfinished
-from apex_build.progress import Report, Step, silent
 
 _LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left

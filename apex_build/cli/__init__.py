@@ -20,7 +20,7 @@ from apex_build import __version__
 from apex_build.cli import defaults, streams
 from apex_build.cli.groups import Group, listen, with_verbosity
 from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
-from apex_build.native.lines import printable
+from apex_build.printable import printable
 
 # verb -> module of this folder; its click command is named `command`
 VERBS = {

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import click
 
-from apex_build.cli import carried, show, values
+from apex_build.cli import packed_builds, show, values
 from apex_build.errors import SourceMissing
 from apex_build.hookspecs import GpuTarget
 from apex_build.native.toolset import find_toolset
@@ -17,15 +17,16 @@ from apex_build.plugins import load_plugins
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import DEFAULT_PIN, Pin, load_pin
 from apex_build.source.tree import require_tree
-from apex_build.toolchain import cache, cuda_toolkit
 from apex_build.toolchain.backends import BACKENDS
-from apex_build.toolchain.build import BuildPlan, Built, build, plan_build
-from apex_build.toolchain.cmake import default_jobs
-from apex_build.toolchain.compilers import find_compiler
-from apex_build.toolchain.cuda_plan import Toolchain, backend_of, plan_cuda
-from apex_build.toolchain.cuda_wheels import pinned_wheels
-from apex_build.toolchain.gpus import resolve, survey_gpus, targets_of
-from apex_build.toolchain.packing import Packed, check_out, pack
+from apex_build.toolchain.build import cache
+from apex_build.toolchain.build.cmake import default_jobs
+from apex_build.toolchain.build.run import BuildPlan, Built, build, plan_build
+from apex_build.toolchain.cuda import toolkit as cuda_toolkit
+from apex_build.toolchain.cuda.plan import Toolchain, backend_of, plan_cuda
+from apex_build.toolchain.cuda.wheels import pinned_wheels
+from apex_build.toolchain.machine.compilers import find_compiler
+from apex_build.toolchain.machine.gpus import resolve, survey_gpus, targets_of
+from apex_build.toolchain.packed.packing import Packed, check_out, pack
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,9 @@ def command(
     if list_:
         _list(json_)
     elif list_gpus:
-        carried.list_gpus(json_)
+        packed_builds.list_gpus(json_)
     elif import_:
-        carried.import_build(import_, make_current, json_)
+        packed_builds.import_build(import_, make_current, json_)
     elif verify:
         toolset = find_toolset()
         count = cache.verify(toolset)
@@ -208,7 +209,7 @@ def _show(built: Built, packed: Packed | None, json_: bool) -> None:
     if (toolset.manifest.get("pin") or {}).get("name") != DEFAULT_PIN:
         click.echo(f"to use these tools: APEX_TOOLS={toolset.root}")
     if packed:
-        carried.show_packed(packed)
+        packed_builds.show_packed(packed)
 
 
 def _dry_run(pin: Pin, wanted: _Wanted, jobs: int | None, json_: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import click
 
-from apex_build import places, storage
+from apex_build import places, pruning
 from apex_build.cli import show
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -25,7 +25,7 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
 
 
 _KINDS = click.option(
-    "--kind", "kinds", multiple=True, type=click.Choice(tuple(storage.KINDS)), help="Only this kind (may be given several times)."
+    "--kind", "kinds", multiple=True, type=click.Choice(tuple(pruning.KINDS)), help="Only this kind (may be given several times)."
 )
 _JSON = click.option("--json", "json_", is_flag=True, help="Print JSON.")
 
@@ -50,7 +50,7 @@ def list_(kinds: tuple[str, ...], json_: bool) -> None:
       apex cache list --kind evaluations
       apex cache list --json
     """
-    found = storage.items(kinds)
+    found = pruning.items(kinds)
     if json_:
         show.as_json({"cache": str(places.cache_root()), "items": [_json(item) for item in found]})
         return
@@ -59,7 +59,7 @@ def list_(kinds: tuple[str, ...], json_: bool) -> None:
         show.table("In the cache", ("kind", "path", "size", "last used", "stays, for it is"), rows, right=("size",))
         return
     rows = []
-    for kind, said in storage.KINDS.items():
+    for kind, said in pruning.KINDS.items():
         own = [item for item in found if item.kind == kind]
         if own:
             rows.append((kind, said, str(len(own)), show.size(sum(item.n_bytes for item in own)), _ago(own[-1].used)))
@@ -96,9 +96,9 @@ def prune(
     """
     if not kinds and older_than is None and larger_than is None and keep_size is None:
         raise click.UsageError("say what is to go: --older-than, --larger-than, --keep-size or --kind")
-    found = storage.items(kinds or [kind for kind in storage.KINDS if kind != "sources"])
-    chosen = storage.choose(found, older_than=older_than, larger_than=larger_than, keep_size=keep_size)
-    done = chosen if dry_run else [storage.remove(item) for item in chosen]
+    found = pruning.items(kinds or [kind for kind in pruning.KINDS if kind != "sources"])
+    chosen = pruning.choose(found, older_than=older_than, larger_than=larger_than, keep_size=keep_size)
+    done = chosen if dry_run else [pruning.remove(item) for item in chosen]
     gone = [item for item in done if not item.kept]
     stayed = [item for item in (*found, *done) if item.kept]
     if json_:
@@ -112,7 +112,7 @@ def prune(
     click.echo(f"{show.size(sum(item.n_bytes for item in gone))} {'would be freed' if dry_run else 'freed'}")
 
 
-def _json(item: storage.Item) -> dict[str, object]:
+def _json(item: pruning.Item) -> dict[str, object]:
     return {**asdict(item), "path": str(item.path), "used": round(item.used)}
 
 

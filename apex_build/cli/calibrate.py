@@ -14,20 +14,20 @@ from apex_build.calibration.run import Calibration, Settings, arguments, calibra
 from apex_build.calibration.sets import CalibrationText, compose, known_sets, load_set, text_of_file
 from apex_build.cli import show, values
 from apex_build.cli.inspect import print_coverage
+from apex_build.evaluation.pace import active_parameters, expect, remember, tokens_of
 from apex_build.evaluation.rows_check import CHUNKS, check_rows
 from apex_build.evaluation.task import ToolOptions
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, trained_on
 from apex_build.gguf_model.summary import imatrix_json
-from apex_build.native.lines import printable
 from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import Toolset, find_toolset
-from apex_build.outputs import check_apart, check_place, check_text_free, whole_file, with_manifest_and_log
-from apex_build.pace import active_parameters, expect, remember, tokens_of
 from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
+from apex_build.printable import printable
 from apex_build.progress import Report
+from apex_build.storage.outputs import check_apart, check_place, check_text_free, whole_file, with_manifest_and_log
 
 _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 

@@ -20,14 +20,14 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
 from apex_build.gguf_model.metadata import who_quantizes
 from apex_build.gguf_model.model import read_model
+from apex_build.parameters import Value
 from apex_build.plugins import load_plugins
-from apex_build.policy.parameters import Value
 from apex_build.quantization.naming import TEMPLATE
 from apex_build.quantization.run import prepare, run
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import load_pin
-from apex_build.toolchain.build import ensure_tools
-from apex_build.toolchain.compilers import find_compiler
+from apex_build.toolchain.build.run import ensure_tools
+from apex_build.toolchain.machine.compilers import find_compiler
 
 # A model of ten layers or fewer would be all edge with the defaults.
 _SMALL = {"edge": 1, "near": 1, "attention_edge": 1}

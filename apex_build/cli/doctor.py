@@ -11,12 +11,12 @@ from apex_build.cli import show
 from apex_build.errors import ApexError
 from apex_build.plugins import load_plugins
 from apex_build.source.pins import load_pin
-from apex_build.toolchain.compilers import install_hint
-from apex_build.toolchain.cuda_toolkit import CudaToolkit, host_limits, system_toolkits
-from apex_build.toolchain.cuda_wheels import Wheels, pinned_wheels, planned
-from apex_build.toolchain.gpus import Survey, survey_gpus
-from apex_build.toolchain.machine import CachedBuild, Machine, cache_sizes, cached_builds, examine
-from apex_build.toolchain.outlook import Outlook, outlooks
+from apex_build.toolchain.cuda.toolkit import CudaToolkit, host_limits, system_toolkits
+from apex_build.toolchain.cuda.wheels import Wheels, pinned_wheels, planned
+from apex_build.toolchain.doctor.feasibility import Outlook, outlooks
+from apex_build.toolchain.doctor.host import CachedBuild, Machine, cache_sizes, cached_builds, examine
+from apex_build.toolchain.machine.compilers import install_hint
+from apex_build.toolchain.machine.gpus import Survey, survey_gpus
 
 
 @click.command()

@@ -21,6 +21,7 @@ from apex_build.errors import (
     ParameterUnknown,
 )
 from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
+from apex_build.evaluation.pace import Estimate
 from apex_build.evaluation.pieces import piece_of, remember
 from apex_build.evaluation.run import (
     Inputs,
@@ -38,12 +39,11 @@ from apex_build.evaluation.run import (
 from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import Evaluator, Figure
-from apex_build.native.lines import printable
 from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import find_toolset
-from apex_build.pace import Estimate
+from apex_build.parameters import parse_settings
 from apex_build.plugins import Plugins, load_plugins
-from apex_build.policy.parameters import parse_settings
+from apex_build.printable import printable
 from apex_build.progress import Whole
 
 _PROMPTS = 12  # of each domain, of the built-in set

@@ -9,8 +9,9 @@ import click
 
 from apex_build.calibration.merge import Merged, plan_merge, write_gguf, write_legacy
 from apex_build.cli import show
-from apex_build.identity import sha256_file, write_json
-from apex_build.outputs import (
+from apex_build.storage.digests import sha256_file
+from apex_build.storage.json_files import write_json
+from apex_build.storage.outputs import (
     MANIFEST,
     beside,
     check_apart,

@@ -11,7 +11,6 @@ import click
 
 from apex_build.cli import show, values
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
-from apex_build.evaluation.auto import Question, known_choice, parameter_at_auto
 from apex_build.evaluation.built_in import built_in_texts
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
@@ -22,14 +21,15 @@ from apex_build.gguf_model.mtp_rows import Rows
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset, find_toolset
-from apex_build.outputs import check_apart, check_place, check_text_free, whole_file
+from apex_build.parameters import Value, parse_settings
 from apex_build.plugins import Plugins, load_plugins
 from apex_build.policy.lists import TypeList, apply_list, own_types, read_list
-from apex_build.policy.parameters import Value, parse_settings
 from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan, make_plan
 from apex_build.policy.remarks import left_to_base_type, remarks
 from apex_build.policy.render import template_files
 from apex_build.quantization.preflight import check_head_rows
+from apex_build.storage.outputs import check_apart, check_place, check_text_free, whole_file
+from apex_build.sweep.auto import Question, known_choice, parameter_at_auto
 
 _PATH = click.Path(path_type=Path)
 _ANOTHER = "give another name with --write-rules"

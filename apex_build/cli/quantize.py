@@ -16,20 +16,17 @@ from apex_build.cli.head_rows import mtp_rows_option, rows_of
 from apex_build.cli.plan import policy_of, tell_of_list
 from apex_build.cli.serving import command_line
 from apex_build.errors import OutputUnwritable
-from apex_build.evaluation.auto import Choice, Question, known_choice, measure, parameter_at_auto
 from apex_build.evaluation.built_in import built_in_texts
 from apex_build.evaluation.check import Checked
-from apex_build.evaluation.loss import value_of
 from apex_build.evaluation.task import ToolOptions
 from apex_build.gguf_model.metadata import Setting, parse_meta, who_quantizes
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset, find_toolset
-from apex_build.outputs import check_apart, check_room, with_manifest_and_log
+from apex_build.parameters import AUTO, Value, parse_settings
 from apex_build.plugins import Plugins, load_plugins
 from apex_build.policy.lists import read_list
-from apex_build.policy.parameters import AUTO, Value, parse_settings
 from apex_build.policy.remarks import left_to_base_type
 from apex_build.progress import Report
 from apex_build.quantization.load_check import check_input
@@ -38,6 +35,9 @@ from apex_build.quantization.preflight import Allowed
 from apex_build.quantization.provenance import identity
 from apex_build.quantization.run import Job, Quantized, arguments, check_outputs, prepare, run
 from apex_build.quantization.split import parse_size, recorded_shards, shards_of, split
+from apex_build.storage.outputs import check_apart, check_room, with_manifest_and_log
+from apex_build.sweep.auto import Choice, Question, known_choice, measure, parameter_at_auto
+from apex_build.sweep.loss import value_of
 
 _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 

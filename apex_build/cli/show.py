@@ -14,7 +14,7 @@ import click
 
 from apex_build.cli.groups import QUIET, verbosity
 from apex_build.cli.layout import lay_out, shorten
-from apex_build.native.lines import HARMFUL, printable
+from apex_build.printable import HARMFUL, printable
 from apex_build.progress import Report, Step
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import re
 import sys
 from typing import Any
 
-from apex_build.native.lines import HARMFUL
+from apex_build.printable import HARMFUL
 
 _COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
 _MOVEMENTS = re.compile(r"(\x1b\[[0-9;?]*[A-Za-z]|\r)")

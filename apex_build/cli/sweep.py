@@ -13,25 +13,25 @@ from apex_build import __version__
 from apex_build.cli import show, values
 from apex_build.cli.evaluate import data_files, evaluation_options, names_of, texts_by_domain
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
+from apex_build.evaluation.pace import Estimate
 from apex_build.evaluation.pieces import piece_of
 from apex_build.evaluation.run import Inputs, check_settings
-from apex_build.evaluation.sweep import Request, Sweep, plan_sweep
-from apex_build.evaluation.sweep_rows import RESULTS, Row, as_data, read_rows
-from apex_build.evaluation.sweep_run import Outcome, planned_row, planned_works, run_sweep
 from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import PolicySpec
-from apex_build.native.lines import printable
 from apex_build.native.memory import bytes_of
 from apex_build.native.toolset import find_toolset
-from apex_build.pace import Estimate
+from apex_build.parameters import parse_settings
 from apex_build.places import model_stem
 from apex_build.plugins import load_plugins
-from apex_build.policy.parameters import parse_settings
+from apex_build.printable import printable
 from apex_build.progress import Whole
 from apex_build.report import plot
-from apex_build.report.knee import mb
-from apex_build.report.sweep import Report, check_scores, default_score, report_sweep, write_report
+from apex_build.sweep.knee import mb
+from apex_build.sweep.plan import Request, Sweep, plan_sweep
+from apex_build.sweep.report import Report, check_scores, default_score, report_sweep, write_report
+from apex_build.sweep.rows import RESULTS, Row, as_data, read_rows
+from apex_build.sweep.run import Outcome, planned_row, planned_works, run_sweep
 
 _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 

@@ -26,10 +26,13 @@ from apex_build.errors import (
 )
 from apex_build.gguf_model.header import Header, read_header
 from apex_build.gguf_model.metadata import Setting
-from apex_build.identity import sha256_file, sha256_json, write_json
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.near import near
-from apex_build.outputs import (
+from apex_build.progress import Report, Step, silent
+from apex_build.source.tree import tree_identity
+from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.json_files import write_json
+from apex_build.storage.outputs import (
     LOG,
     MANIFEST,
     beside,
@@ -43,9 +46,7 @@ from apex_build.outputs import (
     tool_writing,
     with_manifest_and_log,
 )
-from apex_build.progress import Report, Step, silent
-from apex_build.scratch import scratch_folder
-from apex_build.source.tree import tree_identity
+from apex_build.storage.scratch import scratch_folder
 
 OUTTYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 _BYTES = {"f32": 4.0, "q8_0": 34 / 32}  # a value; the others take 2

@@ -21,12 +21,13 @@ from unearth import PackageFinder
 
 from apex_build import places
 from apex_build.errors import EnvironmentUnusable, ToolFailed, ToolKilled, ToolTimeout
-from apex_build.identity import sha256_json, write_json
+from apex_build.fetching.pip_config import open_session, read_pip_config
 from apex_build.native.run import run_tool
-from apex_build.outputs import check_room, writing
 from apex_build.progress import Report, Step
-from apex_build.source.folders import locked
-from apex_build.source.pip_config import open_session, read_pip_config
+from apex_build.storage.digests import sha256_json
+from apex_build.storage.folders import locked
+from apex_build.storage.json_files import write_json
+from apex_build.storage.outputs import check_room, writing
 
 VARIABLE = "APEX_CONVERT_PYTHON"
 _COMPLETE = "apex-complete.json"

@@ -10,8 +10,8 @@ from apex_build.calibration.sets import CalibrationSet, compose, load_set
 from apex_build.evaluation.task import Prompt
 from apex_build.gguf_model.catalogue import Model
 from apex_build.hookspecs import Document, Source
-from apex_build.outputs import whole_file
 from apex_build.places import cache_root
+from apex_build.storage.outputs import whole_file
 
 NAME = "default"
 FOLDER = "evaluation_sets"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from apex_build import pace
+from apex_build.evaluation import pace
 from apex_build.evaluation.run import Work
 from apex_build.evaluation.task import Task
 from apex_build.hookspecs import Evaluator

@@ -13,10 +13,11 @@ from apex_build.evaluation.intervals import clustered_mean
 from apex_build.evaluation.task import Task, ToolOptions
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.mtp_rows import CHOICES, trained_on
-from apex_build.identity import read_json, sha256_file, write_json
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, silent
-from apex_build.scratch import scratch_folder
+from apex_build.storage.digests import sha256_file
+from apex_build.storage.json_files import read_json, write_json
+from apex_build.storage.scratch import scratch_folder
 
 CHUNKS = 12  # as many as an interval needs, and a few more: of 512 tokens 3060 positions
 _CLEARLY = 1.0  # points of agreement: less may be chance of the text, and costs little

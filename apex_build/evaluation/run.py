@@ -23,14 +23,14 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.runnable import check_runnable
 from apex_build.hookspecs import Evaluator, Figure
-from apex_build.identity import sha256_file, sha256_json
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
 from apex_build.near import nearby
-from apex_build.outputs import check_apart, check_place, check_room, locked, whole_file
+from apex_build.parameters import Value, values_of
 from apex_build.places import cache_root, in_use
-from apex_build.policy.parameters import Value, values_of
 from apex_build.progress import Report, silent
+from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.outputs import check_apart, check_place, check_room, locked, whole_file
 from apex_build.system import cpus
 
 _ELSEWHERE = "give another file with --results"

@@ -16,9 +16,9 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from apex_build.errors import CalibrationSetInvalid, ParameterUnknown
+from apex_build.evaluation.pace import tokens_of
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
-from apex_build.identity import sha256_file, sha256_json, write_json
 from apex_build.native import output
 from apex_build.native.arguments import check_no_double, resolve
 from apex_build.native.early import warnings_of
@@ -26,11 +26,12 @@ from apex_build.native.memory import memory_limit
 from apex_build.native.run import ToolRun, run_tool
 from apex_build.native.server import Server, serve
 from apex_build.native.toolset import Toolset
-from apex_build.outputs import whole_file
-from apex_build.pace import tokens_of
+from apex_build.parameters import Value
 from apex_build.places import cache_root, lock_path
-from apex_build.policy.parameters import Value
 from apex_build.progress import Report, Step, silent
+from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.json_files import write_json
+from apex_build.storage.outputs import whole_file
 
 __all__ = ["Prompt", "Server", "Step", "Task", "read_prompts"]  # what a plugin may rely on
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from apex_build.errors import VocabularyMismatch
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.foreign import open_file
 from apex_build.gguf_model.header import ArrayValue
+from apex_build.gguf_model.open_file import open_file
 
 _TOKENS = "tokenizer.ggml.tokens"
 _HINT = "give the file that this one was quantized from, or another of the same checkpoint"

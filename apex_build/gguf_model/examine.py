@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from apex_build.errors import ImatrixInvalid, OutputUnwritable
 from apex_build.gguf_model.imatrix import HEAD_ROWS, HEAD_TOKENS, Entry, Imatrix, checked_values, read_imatrix
-from apex_build.identity import sha256_file, sha256_json
-from apex_build.outputs import whole_file
+from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.outputs import whole_file
 
 FLOOR = 1e-7  # of the mean of a matrix's values
 _RAISED_TO = 2 * FLOOR  # so that an examined copy, whose means are higher, is sound itself

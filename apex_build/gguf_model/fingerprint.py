@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.foreign import open_file
 from apex_build.gguf_model.header import read_header
+from apex_build.gguf_model.open_file import open_file
 
 _SAMPLE = 4096  # bytes at the start and the end of each tensor
 

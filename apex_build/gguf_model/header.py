@@ -15,7 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_VERSIO
 
 from apex_build.errors import ModelInvalid, ModelMissing
 from apex_build.gguf_model.cursor import SCALARS, U32, U64, Cursor, shown
-from apex_build.gguf_model.foreign import MAGIC, open_file, refuse_foreign
+from apex_build.gguf_model.open_file import MAGIC, open_file, refuse_foreign
 
 # Bounds far above any real file, so that a hostile one costs little time and memory before it is refused.
 MAX_HEADER = 256 << 20  # bytes before the tensor data; a vocabulary of 248,320 takes 15 million

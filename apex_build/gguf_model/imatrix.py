@@ -22,9 +22,9 @@ from gguf.constants import GGUFValueType
 
 from apex_build.errors import ImatrixInvalid, ModelInvalid, ModelMissing
 from apex_build.gguf_model.cursor import I32, Cursor, shown
-from apex_build.gguf_model.foreign import MAGIC, open_file
 from apex_build.gguf_model.header import MAX_TENSORS, Header, TensorEntry, read_header
 from apex_build.gguf_model.model import kind_of
+from apex_build.gguf_model.open_file import MAGIC, open_file
 
 HEAD_TOKENS = "imatrix.mtp_token_count"  # this and the next are written by our patch of llama-imatrix
 HEAD_ROWS = "imatrix.mtp_hidden"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apex_build.errors import ParameterUnknown
-from apex_build.identity import sha256_file
 from apex_build.native.run import run_tool
+from apex_build.storage.digests import sha256_file
 
 _NAMES = re.compile(r" {0,2}(-{1,2}[A-Za-z][\w-]*(?:,? +-{1,2}[A-Za-z][\w-]*)*)(?: (\S+(?: \S+)*))?(?:  .*)?")
 _FILE = re.compile(r"FNAME|FILE|PATH|DIR|filename")

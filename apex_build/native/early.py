@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from apex_build.native import output
-from apex_build.native.lines import printable
+from apex_build.printable import printable
 from apex_build.progress import Report, Step
 
 

@@ -22,12 +22,13 @@ from types import FrameType
 from typing import IO
 
 from apex_build.errors import OutputUnwritable, Terminated, ToolFailed, ToolKilled, ToolTimeout
-from apex_build.native.lines import Lines, printable
+from apex_build.native.lines import Lines
 from apex_build.native.memory import memory_guard
 from apex_build.native.surroundings import bound, environment, is_tool
-from apex_build.outputs import writing
 from apex_build.places import BUILD_HINT
-from apex_build.scratch import scratch_folder
+from apex_build.printable import printable
+from apex_build.storage.outputs import writing
+from apex_build.storage.scratch import scratch_folder
 from apex_build.system import require_linux
 
 _log = logging.getLogger("apex_build")

@@ -21,7 +21,7 @@ from apex_build.native.memory import memory_guard
 from apex_build.native.output import explain
 from apex_build.native.run import failure, start, stop, tail, unwinding_signals, where
 from apex_build.native.toolset import Toolset
-from apex_build.scratch import scratch_folder
+from apex_build.storage.scratch import scratch_folder
 
 _LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 _DRAFT = re.compile(r"\| accepted +(\d+)/ *(\d+) draft tokens( \(restore checkpoint\))?")

@@ -13,7 +13,7 @@ from typing import Any
 
 from apex_build import places
 from apex_build.errors import BuildMissing
-from apex_build.identity import sha256_file, sha256_json
+from apex_build.storage.digests import sha256_file, sha256_json
 
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
     **{"backend": str, "built": str, "host": str, "key": str, "source": str, "compiler_cache": str},

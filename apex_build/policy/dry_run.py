@@ -18,7 +18,7 @@ from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 from apex_build.near import near
 from apex_build.places import BUILD_HINT
-from apex_build.scratch import scratch_folder
+from apex_build.storage.scratch import scratch_folder
 
 _SECONDS = 600.0
 _LISTED_TYPE = re.compile(r"\s*(\d+)\s+or\s+(\w+)\s*:")

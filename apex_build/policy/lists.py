@@ -16,7 +16,7 @@ from apex_build.errors import TemplateFailed, TypeUnknown
 from apex_build.gguf_model.catalogue import Tensor
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
-from apex_build.policy.parameters import writable_type
+from apex_build.parameters import writable_type
 from apex_build.policy.render import find
 from apex_build.policy.rules import Rule
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from apex_build.errors import PlanMismatch, PolicyUnfit
 from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.hookspecs import PolicySpec
-from apex_build.identity import sha256_json
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
+from apex_build.parameters import BASE_TYPE, Value, resolve
 from apex_build.policy.dry_run import DryRun, dry_run, quantizable_tensors
 from apex_build.policy.lists import TypeList, apply_list
-from apex_build.policy.parameters import BASE_TYPE, Value, resolve
 from apex_build.policy.render import idle_settings, render
 from apex_build.policy.rules import Rule, apply_rules, fitted, idle_rules, parse_rules, policy_warnings, rules_text
+from apex_build.storage.digests import sha256_json
 
 MIXTURE = "mixture"
 TYPE_LIST = "tensor_types"  # among a plan's parameters: the digest of a user's list

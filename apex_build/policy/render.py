@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apex_build import confined
 from apex_build.errors import TemplateFailed, TemplateUnsafe
 from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.hookspecs import PolicySpec
-from apex_build.native.lines import printable
+from apex_build.native import sandbox_child
 from apex_build.policy import sandbox
+from apex_build.printable import printable
 
 _WALL_SECONDS = 60.0
 
@@ -103,8 +103,8 @@ def find(patterns: Sequence[str], names: Sequence[str]) -> list[list[tuple[int, 
 
 def _run(request: Mapping[str, Any], about: str) -> dict[str, Any]:
     try:
-        return confined.ask(sandbox.__name__, request, wall_seconds=_WALL_SECONDS)
-    except confined.OutOfBounds as error:
+        return sandbox_child.ask(sandbox.__name__, request, wall_seconds=_WALL_SECONDS)
+    except sandbox_child.OutOfBounds as error:
         raise TemplateFailed(f"{about}: {printable(str(error))}") from None
 
 

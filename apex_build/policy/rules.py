@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from apex_build.errors import TemplateFailed, TypeUnknown
 from apex_build.gguf_model.catalogue import Tensor
 from apex_build.native.ggml import Ggml
-from apex_build.native.lines import printable
-from apex_build.policy.parameters import writable_type
+from apex_build.parameters import writable_type
 from apex_build.policy.render import find
 from apex_build.policy.sandbox import exactly
+from apex_build.printable import printable
 
 _OPTIONAL = "optional"
 _WARNING = re.compile(r"\s*#\s*warning:\s*(\S.*)")

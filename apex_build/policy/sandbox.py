@@ -1,4 +1,4 @@
-"""What runs a policy's template and patterns in a process of its own: `python -m apex_build.policy.sandbox`, see confined.py.
+"""What runs a policy's template and patterns in a process of its own: `python -m apex_build.policy.sandbox`, see sandbox_child.py.
 
 A template is untrusted, and so are the patterns that it renders: a regular expression can backtrack for years.
 """
@@ -17,7 +17,7 @@ import jinja2
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from apex_build import confined
+from apex_build.native import sandbox_child
 
 CPU_SECONDS = 5
 OUTPUT_CHARACTERS = 1 << 22
@@ -195,7 +195,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except MemoryError:
         return {
             "error": "failed",
-            "message": f"it needs more than {confined.MEMORY_BYTES >> 30} GiB of memory",
+            "message": f"it needs more than {sandbox_child.MEMORY_BYTES >> 30} GiB of memory",
             "file": "",
             "line": 0,
         }
@@ -222,4 +222,4 @@ def _failed(kind: str, error: Exception) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    confined.serve(_answer, cpu_seconds=CPU_SECONDS)
+    sandbox_child.serve(_answer, cpu_seconds=CPU_SECONDS)

@@ -14,9 +14,9 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 from apex_build.errors import ModelInvalid
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.cursor import SCALARS, U32, U64, Cursor
-from apex_build.gguf_model.foreign import open_file
 from apex_build.gguf_model.header import Header, read_header
 from apex_build.gguf_model.imatrix import Imatrix
+from apex_build.gguf_model.open_file import open_file
 from apex_build.gguf_model.quantizable import n_dims
 from apex_build.policy.plan import Plan
 

@@ -18,7 +18,7 @@ from apex_build.gguf_model.soundness import PRE_TOKENIZER, unsound
 from apex_build.native.output import explain
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
-from apex_build.scratch import scratch_folder
+from apex_build.storage.scratch import scratch_folder
 
 _KNOWN_TO_LOAD = re.compile(r"projected to use \d+ MiB|you need at least \d+ tokens")
 _OPTIONS = ("--ctx-size", "64", "--batch-size", "64", "--no-warmup", "--gpu-layers", "0", "--no-repack", "--threads", "1")

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from apex_build.errors import OutputUnwritable, ParameterUnknown
 from apex_build.hookspecs import PolicySpec
-from apex_build.identity import sha256_json
 from apex_build.near import nearby
+from apex_build.parameters import BASE_TYPE
 from apex_build.places import model_stem
-from apex_build.policy.parameters import BASE_TYPE
 from apex_build.policy.plan import TYPE_LIST, Entry, Plan
+from apex_build.storage.digests import sha256_json
 
 TEMPLATE = "{model}-{tag}"
 # llama.cpp's file types: what parsers look for. A tensor type that is not among them takes its usual mixture's name: Q4_K is

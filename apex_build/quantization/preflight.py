@@ -13,10 +13,10 @@ from apex_build.gguf_model.coverage import Coverage, can_have_data, disagreement
 from apex_build.gguf_model.mtp_rows import CHOICE_OF, Rows, trained_on
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
-from apex_build.outputs import check_apart, check_free, check_place, check_room, with_manifest_and_log
 from apex_build.places import model_stem
 from apex_build.policy.plan import Entry, Plan
 from apex_build.policy.remarks import remarks
+from apex_build.storage.outputs import check_apart, check_free, check_place, check_room, with_manifest_and_log
 
 # llama-quantize makes no use of calibration data for these (src/llama-quant.cpp: ggml_quantize_chunk passes it on, they ignore it)
 _DATA_UNUSED = frozenset({"F32", "F16", "BF16", "Q8_0"})

@@ -18,11 +18,11 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.metadata import Setting
 from apex_build.hookspecs import PolicySpec
-from apex_build.identity import sha256_file, sha256_json
 from apex_build.native.toolset import Toolset
 from apex_build.policy.dry_run import base_types
 from apex_build.policy.plan import Plan
 from apex_build.quantization.naming import type_of_most_bytes
+from apex_build.storage.digests import sha256_file, sha256_json
 
 Value = str | int | float
 

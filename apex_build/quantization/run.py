@@ -16,15 +16,13 @@ from apex_build.gguf_model.header import read_header
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
 from apex_build.gguf_model.metadata import Setting
 from apex_build.hookspecs import PolicySpec
-from apex_build.identity import read_json, sha256_file, write_json
 from apex_build.native import output
 from apex_build.native.ggml import Ggml
 from apex_build.native.memory import memory_limit
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
-from apex_build.outputs import LOG, MANIFEST, beside, check_apart, check_place, locked, new_part, put, tool_writing
+from apex_build.parameters import Value
 from apex_build.policy.lists import TypeList
-from apex_build.policy.parameters import Value
 from apex_build.policy.plan import Plan, make_plan
 from apex_build.policy.render import template_files
 from apex_build.policy.size import file_size, imatrix_keys
@@ -35,7 +33,10 @@ from apex_build.quantization.preflight import Allowed, check_data, check_output,
 from apex_build.quantization.provenance import Value as Keyed
 from apex_build.quantization.provenance import description, identity, override, provenance
 from apex_build.quantization.verify import verify
-from apex_build.scratch import scratch_folder
+from apex_build.storage.digests import sha256_file
+from apex_build.storage.json_files import read_json, write_json
+from apex_build.storage.outputs import LOG, MANIFEST, beside, check_apart, check_place, locked, new_part, put, tool_writing
+from apex_build.storage.scratch import scratch_folder
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from typing import Any
 
 from apex_build.errors import OutputUnwritable, ParameterUnknown, VerificationFailed
 from apex_build.gguf_model.header import ArrayValue, Header, read_header
-from apex_build.identity import read_json, sha256_file, write_json
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
-from apex_build.outputs import MANIFEST, beside, locked, put
 from apex_build.progress import Report, Step, silent
+from apex_build.storage.digests import sha256_file
+from apex_build.storage.json_files import read_json, write_json
+from apex_build.storage.outputs import MANIFEST, beside, locked, put
 
 _SIZE = re.compile(r"([1-9]\d{0,5})([MG])")
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")

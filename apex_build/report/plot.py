@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apex_build.outputs import whole_file
+from apex_build.storage.outputs import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

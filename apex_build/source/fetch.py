@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from apex_build.errors import TreeEdited
-from apex_build.outputs import writing
 from apex_build.progress import Report, silent
-from apex_build.source.archive import read_archive
-from apex_build.source.download import check_sdist, download_sdist
-from apex_build.source.folders import locked, mend, new_folder, put_in_place
-from apex_build.source.match import unsaved_work
+from apex_build.source.applied import unsaved_work
 from apex_build.source.pins import Pin
+from apex_build.source.sdist import check_sdist, download_sdist, read_archive
 from apex_build.source.series import apply_to, read_series, series_status, verb
 from apex_build.source.tree import fetch_command, lay_out, require_tree, some, status, tree_path, verify_base, verify_clean
 from apex_build.source.upstream import upstream_files
+from apex_build.storage.folders import locked, mend, new_folder, put_in_place
+from apex_build.storage.outputs import writing
 
 Origin = Literal["pypi", "git", "archive"]
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from apex_build.errors import ApexError, ArchiveUnsafe, DiskTooSmall, GitFailed
-from apex_build.source.contents import MAX_FILE, check_path, wanted
+from apex_build.fetching.archive import MAX_FILE
+from apex_build.source.tree_digest import check_path, wanted
 
 # Variables that would point git at another repository (set, for instance, while a hook of the outer project runs).
 _LOCAL = {

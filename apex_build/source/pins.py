@@ -29,8 +29,8 @@ class Pin:
     """One upstream commit.
 
     `requirement`, `file`, `size` and `sha256` name the sdist that carries it, `folder` the tree inside that sdist; `tree_digest` is
-    the digest of the files a build uses (see source/contents.py), the same from every origin; `patches` is its series' folder and
-    `own_file` its TOML file, for a pin that does not come with apex-build.
+    the digest of the files a build uses (see source/tree_digest.py), the same from every origin; `patches` is its series' folder
+    and `own_file` its TOML file, for a pin that does not come with apex-build.
     """
 
     name: str

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from apex_build import outputs
 from apex_build.errors import PatchConflict, TreeEdited
 from apex_build.progress import Report, silent
-from apex_build.source.folders import locked, new_folder, put_in_place
+from apex_build.source.applied import match, record, remember
 from apex_build.source.git import git
-from apex_build.source.letters import ApplyFailed, Letter, commit_letters, merges_between, read_letter, write_letters
-from apex_build.source.match import match, record, remember
+from apex_build.source.patch import ApplyFailed, Letter, commit_letters, merges_between, read_letter, write_letters
 from apex_build.source.pins import Pin
 from apex_build.source.tree import edits, fetch_command, require_tree, some
+from apex_build.storage import outputs
+from apex_build.storage.folders import locked, new_folder, put_in_place
 
 State = Literal["applied", "changed", "missing", "conflict"]
 _LETTER_NAME = re.compile(r"[0-9]{4}-[^/\\\s]+\.patch")

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apex_build.errors import HashMismatch, SourceMissing, TreeEdited
-from apex_build.identity import sha256_json
 from apex_build.places import source_root
 from apex_build.progress import Report, Step, silent
-from apex_build.scratch import scratch_folder
-from apex_build.source.contents import digest_of, is_executable, sha256, tree_digest, wanted
 from apex_build.source.git import command, committed_files, environment, failed, git, missing, run
 from apex_build.source.pins import Pin
+from apex_build.source.tree_digest import digest_of, is_executable, sha256, tree_digest, wanted
+from apex_build.storage.digests import sha256_json
+from apex_build.storage.scratch import scratch_folder
 
 BASE = "apex-base"  # tag of the base commit
 BRANCH = "apex"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from apex_build.errors import DownloadFailed, HashMismatch
 from apex_build.progress import Report, Step, silent
-from apex_build.scratch import scratch_folder
 from apex_build.source.git import command, committed_files, environment, git, last_words, missing
 from apex_build.source.pins import Pin
+from apex_build.storage.scratch import scratch_folder
 
 _ELSEWHERE = "apex source fetch --from pypi, or --archive FILE"
 _PROGRESS = re.compile(r"(?:remote: )?([A-Z][A-Za-z ]+):\s+\d+% \((\d+)/(\d+)\)")

@@ -9,10 +9,10 @@ from typing import Any
 
 from apex_build.errors import ParameterUnknown
 from apex_build.evaluation.intervals import ratio_interval, share_interval
+from apex_build.evaluation.pace import GENERATED, tokens_of
 from apex_build.evaluation.task import Prompt, Server, Step, Task
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES
 from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
-from apex_build.pace import GENERATED, tokens_of
 
 
 @hookimpl

@@ -11,7 +11,7 @@ from apex_build.errors import EvaluationRefused, ToolFailed
 from apex_build.evaluation.intervals import share_interval
 from apex_build.evaluation.task import Step, Task
 from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
-from apex_build.scratch import scratch_folder
+from apex_build.storage.scratch import scratch_folder
 
 from .tasks import Reader, read_hellaswag, read_multiple_choice, read_winogrande
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from apex_build.errors import ParameterUnknown, ToolFailed, ToolKilled
 from apex_build.evaluation.intervals import ratio_interval, student
+from apex_build.evaluation.pace import GENERATED, tokens_of
 from apex_build.evaluation.task import Prompt, Server, Step, Task
 from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
-from apex_build.pace import GENERATED, tokens_of
 
 _UNIT = "tokens/s"
 

@@ -25,7 +25,7 @@ from apex_build.errors import (
     ParameterUnknown,
 )
 from apex_build.gguf_model.header import read_header
-from apex_build.outputs import locked
+from apex_build.storage.outputs import locked
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from reference import Reference, softmax
 from apex_build.evaluation.run import Inputs, plan_work
 from apex_build.evaluation.task import read_prompts
 from apex_build.gguf_model.model import read_model
-from apex_build.identity import sha256_file
 from apex_build.native.server import serve
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
+from apex_build.storage.digests import sha256_file
 
 
 @pytest.mark.parametrize(

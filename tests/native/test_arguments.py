@@ -9,9 +9,9 @@ import pytest
 from apex_runs import run_apex
 
 from apex_build.errors import ParameterUnknown
-from apex_build.identity import sha256_file
 from apex_build.native.arguments import check_no_double, options_of, resolve
 from apex_build.native.toolset import Toolset
+from apex_build.storage.digests import sha256_file
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from apex_build.native.lines import Lines, printable
+from apex_build.native.lines import Lines
+from apex_build.printable import printable
 
 
 def feed(*blocks: bytes) -> tuple[list[str], list[str]]:

@@ -148,7 +148,7 @@ def test_programs_run_in_an_empty_folder_that_goes(monkeypatch: pytest.MonkeyPat
 
 
 def test_pip_is_asked_where_no_module_of_the_users_folder_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from apex_build.source.pip_config import read_pip_config
+    from apex_build.fetching.pip_config import read_pip_config
 
     (tmp_path / "pip.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\n")
     (tmp_path / "pip.conf").write_text("[global]\ntimeout = 7\n")
@@ -220,20 +220,23 @@ def test_no_tool_outlives_a_killed_apex(
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     killed_with_its_children(subprocess.Popen([*command, "--results", str(tmp_path / "r.jsonl")], env=env), tool)
     assert list(tmp_path.glob("apex-build-*"))
-    code = "import tempfile; from apex_build.scratch import scratch_folder\nwith scratch_folder('run'): pass"
+    code = "import tempfile; from apex_build.storage.scratch import scratch_folder\nwith scratch_folder('run'): pass"
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
     assert not list(tmp_path.glob("apex-build-*"))
 
 
 def test_folders_in_use_and_those_of_others_stay(tmp_path: Path) -> None:
     env = {**os.environ, "TMPDIR": str(tmp_path)}
-    code = "from apex_build.scratch import scratch_folder\nwith scratch_folder('run') as folder: print(folder, flush=True); input()"
+    code = (
+        "from apex_build.storage.scratch import scratch_folder\n"
+        "with scratch_folder('run') as folder: print(folder, flush=True); input()"
+    )
     user = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert user.stdout
     folder = Path(user.stdout.readline().strip())
     (tmp_path / "apex-build-notes").mkdir()
     (tmp_path / "apex-build-run-abcdefgh").symlink_to(tmp_path / "apex-build-notes")
-    other = "from apex_build.scratch import scratch_folder\nwith scratch_folder('run'): pass"
+    other = "from apex_build.storage.scratch import scratch_folder\nwith scratch_folder('run'): pass"
     subprocess.run([sys.executable, "-c", other], env=env, check=True)
     assert folder.is_dir()
     assert (tmp_path / "apex-build-notes").is_dir()

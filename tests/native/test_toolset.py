@@ -12,7 +12,7 @@ from apex_runs import run_apex
 from apex_build.errors import BuildMissing
 from apex_build.native.toolset import Toolset, current_build, find_toolset, open_build
 from apex_build.source.pins import DEFAULT_PIN
-from apex_build.toolchain.cache import all_builds, look_up, make_current
+from apex_build.toolchain.build.cache import all_builds, look_up, make_current
 
 
 @pytest.fixture

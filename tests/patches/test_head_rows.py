@@ -14,7 +14,6 @@ from shapes import TINY, write_header_only
 
 from apex_build.calibration.run import Settings, calibrate, without_own_arguments
 from apex_build.calibration.sets import text_of_file
-from apex_build.calibration.without_head import write_without_head
 from apex_build.errors import HeadRowsDoubtful, VerificationFailed
 from apex_build.evaluation.head_scores import Scores
 from apex_build.evaluation.rows_check import check_rows, compare
@@ -25,6 +24,7 @@ from apex_build.gguf_model.mtp_rows import CHOICES, TRAINED_ON, TrainedOn, tool_
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
 from apex_build.progress import Step
+from apex_build.sweep.without_head import write_without_head
 
 LOW = ("--policy", "i-nano", *SMALL, "--set", "draft_head=IQ2_XXS")
 

@@ -9,7 +9,7 @@ from apex_build.errors import ApexError, ParameterUnknown, TypeUnknown
 from apex_build.gguf_model.catalogue import Model
 from apex_build.hookspecs import Parameter, PolicySpec
 from apex_build.native.ggml import Ggml
-from apex_build.policy.parameters import parse_settings, resolve
+from apex_build.parameters import parse_settings, resolve
 from apex_build.policy.render import render
 
 

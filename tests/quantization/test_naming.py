@@ -22,9 +22,9 @@ from apex_build.errors import OutputUnwritable, ParameterUnknown
 from apex_build.gguf_model.header import read_header
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.toolset import Toolset
+from apex_build.parameters import BASE_TYPE
 from apex_build.places import source_root
 from apex_build.plugins import load_plugins
-from apex_build.policy.parameters import BASE_TYPE
 from apex_build.policy.plan import Entry, Plan
 from apex_build.quantization.naming import FILE_TYPES, file_name, source_stem, type_of_most_bytes, type_of_most_weights
 

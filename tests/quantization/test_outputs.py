@@ -17,10 +17,10 @@ from apex_build.errors import DiskTooSmall, OutputUnwritable
 from apex_build.gguf_model.header import read_header
 from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import Toolset
-from apex_build.outputs import check_apart, check_place, locked, with_manifest_and_log
 from apex_build.places import lock_path
 from apex_build.plugins import load_plugins
 from apex_build.quantization.run import check_outputs, prepare
+from apex_build.storage.outputs import check_apart, check_place, locked, with_manifest_and_log
 
 
 def compact(testbed: Path, out: Path, *more: object, code: int = 0) -> subprocess.CompletedProcess[str]:

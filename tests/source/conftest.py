@@ -9,11 +9,11 @@ import pytest
 from source.tiny import FILES, IMATRIX, Apex, Said, World, commit, edited, git, make_sdist, write, write_pin
 
 from apex_build.cli import main
-from apex_build.identity import sha256_file
-from apex_build.source.contents import digest_of, wanted
 from apex_build.source.fetch import fetch
 from apex_build.source.pins import Pin
 from apex_build.source.series import save_series
+from apex_build.source.tree_digest import digest_of, wanted
+from apex_build.storage.digests import sha256_file
 
 MESSAGE = "imatrix: record the draft head\n\nWhy: it is never run.\n\nSigned-off-by: Dev <dev@example.org>"
 

@@ -22,10 +22,11 @@ from apex_build.errors import (
     HashMismatch,
     OutputUnwritable,
 )
-from apex_build.identity import sha256_file
-from apex_build.outputs import writing
-from apex_build.source import archive as archives
+from apex_build.fetching import archive as archives
+from apex_build.source import sdist
 from apex_build.source.fetch import fetch
+from apex_build.storage.digests import sha256_file
+from apex_build.storage.outputs import writing
 
 
 def refused(world: World, apex: Apex, code: int, *words: str, arguments: tuple[str, ...] = ()) -> None:
@@ -203,11 +204,16 @@ def test_harmless_link_outside_the_wanted_files(world: World, tmp_path: Path) ->
 
 
 def test_absurd_sizes(world: World, apex: Apex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_FILE", 2000)
+    def limit(**limits: int) -> None:
+        for name, value in limits.items():
+            for module in (archives, sdist):
+                monkeypatch.setattr(module, name, value)
+
+    limit(MAX_FILE=2000)
     members = [(f"top/{file}", content) for file, content in FILES.items()]
     large = make_tarball(tmp_path / "large.tar.gz", members, lambda tar: add(tar, f"{SRC}/large.c", b"\0" * 4000))
     refused(world, apex, ArchiveUnsafe.exit_code, "'top/ggml/src/large.c' claims 4000 bytes", arguments=("--archive", str(large)))
-    monkeypatch.setattr(archives, "MAX_TOTAL", 3000)
+    limit(MAX_TOTAL=3000)
     refused(world, apex, ArchiveUnsafe.exit_code, "refused at 'top/ggml/src/large.c'", arguments=("--archive", str(large)))
 
     def header(tar: tarfile.TarFile) -> None:
@@ -215,7 +221,7 @@ def test_absurd_sizes(world: World, apex: Apex, tmp_path: Path, monkeypatch: pyt
         member.pax_headers = {"comment": "x" * 5000}
         tar.addfile(member)
 
-    monkeypatch.setattr(archives, "MAX_TOTAL", 1 << 30)
+    limit(MAX_TOTAL=1 << 30)
     pax = make_tarball(tmp_path / "pax.tar.gz", members, header)
     refused(world, apex, HashMismatch.exit_code, "a header that claims", arguments=("--archive", str(pax)))
 

@@ -18,8 +18,9 @@ import pytest
 from apex_runs import run_apex
 
 from apex_build.errors import ApexError, ArchiveUnsafe, DownloadFailed, HashMismatch
-from apex_build.source.archive import members_of, open_tar, read_archive
-from apex_build.toolchain.unpacking import take_in
+from apex_build.fetching.archive import members_of, open_tar
+from apex_build.source.sdist import read_archive
+from apex_build.toolchain.packed.unpacking import take_in
 
 
 def pax(kind: bytes, payload: bytes) -> bytes:

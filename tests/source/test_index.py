@@ -18,11 +18,10 @@ import pytest
 from source.tiny import Apex, World
 
 from apex_build.errors import DownloadFailed, HashMismatch
-from apex_build.source.archive import read_archive
-from apex_build.source.contents import digest_of
-from apex_build.source.download import cached_sdist, download_sdist
+from apex_build.fetching.pip_config import PipConfig, open_session, parse_pip_config, read_pip_config
 from apex_build.source.pins import DEFAULT_PIN, all_pins
-from apex_build.source.pip_config import PipConfig, open_session, parse_pip_config, read_pip_config
+from apex_build.source.sdist import cached_sdist, download_sdist, read_archive
+from apex_build.source.tree_digest import digest_of
 
 
 def test_order_of_pips_settings() -> None:

@@ -19,11 +19,11 @@ from apex_build.errors import (
     SourceMissing,
     TreeEdited,
 )
-from apex_build.identity import sha256_file
-from apex_build.source.contents import digest_of, wanted
-from apex_build.source.download import cached_sdist
 from apex_build.source.fetch import fetch, verify
+from apex_build.source.sdist import cached_sdist
 from apex_build.source.tree import require_tree, tree_path
+from apex_build.source.tree_digest import digest_of, wanted
+from apex_build.storage.digests import sha256_file
 
 
 def files_of(tree: Path) -> dict[str, bytes]:

@@ -10,10 +10,10 @@ from packed_builds import Origin
 from tiny_project import TINY, Gate, make_source
 
 from apex_build.errors import DownloadFailed, ToolkitUnusable
-from apex_build.toolchain.build import build, plan_build
-from apex_build.toolchain.cuda_toolkit import CudaToolkit
-from apex_build.toolchain.cuda_wheels import install
-from apex_build.toolchain.packing import pack
+from apex_build.toolchain.build.run import build, plan_build
+from apex_build.toolchain.cuda.toolkit import CudaToolkit
+from apex_build.toolchain.cuda.wheels import install
+from apex_build.toolchain.packed.packing import pack
 
 
 @pytest.fixture(autouse=True)

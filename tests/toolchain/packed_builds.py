@@ -13,8 +13,8 @@ from typing import Any
 
 import zstandard
 
-from apex_build.source.archive import members_of, open_tar
-from apex_build.toolchain.packing import MANIFEST, SUMS
+from apex_build.fetching.archive import members_of, open_tar
+from apex_build.toolchain.packed.packing import MANIFEST, SUMS
 
 Files = dict[str, bytes]
 Edit = Callable[[Files, list[tarfile.TarInfo]], object]

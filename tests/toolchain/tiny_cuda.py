@@ -9,10 +9,10 @@ from pathlib import Path
 
 from apex_build.hookspecs import GpuTarget
 from apex_build.toolchain.backends import Backend
-from apex_build.toolchain.build import BuildPlan, plan_build
-from apex_build.toolchain.compilers import find_compiler
-from apex_build.toolchain.cuda_plan import plan_cuda
-from apex_build.toolchain.cuda_toolkit import CudaToolkit
+from apex_build.toolchain.build.run import BuildPlan, plan_build
+from apex_build.toolchain.cuda.plan import plan_cuda
+from apex_build.toolchain.cuda.toolkit import CudaToolkit
+from apex_build.toolchain.machine.compilers import find_compiler
 
 SPARK = GpuTarget("dgx-spark", "121a-real", 120, "", "12.9")
 H100 = GpuTarget("h100", "90a-real", 80, "", "12.0")

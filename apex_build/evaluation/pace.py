@@ -1,0 +1,82 @@
+"""How long work will take: from what earlier work of its kind took on this machine, kept in the cache, or roughly guessed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from dataclasses import dataclass
+
+from apex_build.gguf_model.catalogue import Model
+from apex_build.places import cache_root
+from apex_build.storage.json_files import write_json
+from apex_build.system import cpus
+
+# A guess where nothing was measured: operations a second of one core, two for each parameter and token.
+_PER_CORE = 1.5e10
+GENERATED = 6.0  # a token that is written takes as long as so many that are read in a batch; on a CPU, about
+_CHARACTERS = 3.5  # bytes of text in a token, about
+
+
+@dataclass(frozen=True)
+class Estimate:
+    seconds: float
+    measured: bool  # by earlier work of the kind, and not guessed
+
+    def __str__(self) -> str:
+        return f"about {duration(self.seconds)}{'' if self.measured else ', roughly guessed'}"
+
+
+def active_parameters(model: Model) -> float:
+    """Parameters that a token is multiplied with: of routed experts those that are used, and no table of embeddings."""
+    share = model.n_expert_used / model.n_expert if model.n_expert and model.n_expert_used else 1.0
+    sizes = ((tensor.n_elements, tensor.name) for tensor in model.tensors if not tensor.name.startswith("token_embd"))
+    return sum(size * (share if "_exps" in name else 1.0) for size, name in sizes)
+
+
+def tokens_of(n_bytes: float) -> float:
+    return n_bytes / _CHARACTERS
+
+
+def expect(kind: str, work: float) -> Estimate:
+    """For `work` in tokens times active parameters."""
+    known = _known().get(_key(kind))
+    if isinstance(known, (int, float)) and known > 0:
+        return Estimate(work * known, True)
+    return Estimate(work * 2 / (_PER_CORE * cpus()), False)
+
+
+def remember(kind: str, work: float, seconds: float) -> None:
+    """A later run of the kind takes about as long for each unit. What cannot be kept is no loss."""
+    if work <= 0 or seconds < 1:  # starting a program is no measure of its work
+        return
+    known = _known()
+    before = known.get(_key(kind))
+    now = seconds / work
+    known[_key(kind)] = (before + now) / 2 if isinstance(before, (int, float)) and before / 4 < now < before * 4 else now
+    with contextlib.suppress(OSError):
+        path = cache_root() / "pace.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min"""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours < 10 else f"{hours} h"
+
+
+def _key(kind: str) -> str:
+    return f"{kind} on {platform.node()}, {cpus()} CPUs"
+
+
+def _known() -> dict[str, object]:
+    try:
+        found = json.loads((cache_root() / "pace.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,94 @@
+"""Which commit of a tree is which patch of the series, and what in a tree exists nowhere else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from apex_build.source.git import git
+from apex_build.source.patch import Letter, commits_between, merges_between, write_letters
+from apex_build.source.tree import base_and_head, edits
+from apex_build.storage.json_files import write_json
+
+
+@dataclass(frozen=True)
+class Record:
+    """What apex itself did in this tree, kept inside its `.git`: `made` maps commits that it made from patch files to the files'
+    sha256, `had` lists the sha256 of every patch file that was applied to this tree or saved from it.
+    """
+
+    made: dict[str, str] = field(default_factory=dict)
+    had: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Match:
+    """`commits`: commit -> its letter, base to HEAD without merges; `of`: name of a patch -> its commit; `unsaved`: (commit,
+    subject) that is a person's work the series does not hold; `complete`: the commits are the series, in order.
+    """
+
+    base: str
+    head: str
+    commits: dict[str, Letter]
+    of: dict[str, str]
+    unsaved: tuple[tuple[str, str], ...]
+    complete: bool
+
+
+def match(path: Path, series: Sequence[Letter]) -> Match:
+    """A patch and a commit match when apex made one from the other here, or when they say the same (a rebase changes hashes)."""
+    base, head = base_and_head(path)
+    commits = write_letters(path, base, head)
+    made = record(path).made
+    of: dict[str, str] = {}
+    for letter in series:
+        for commit, own in commits.items():
+            if commit not in of.values() and (made.get(commit) == letter.sha256 or own.key == letter.key):
+                of[letter.name] = commit
+                break
+    safe = {*of.values(), *made}
+    unsaved = [(commit, letter.subject) for commit, letter in commits.items() if commit not in safe]
+    unsaved += [(commit, _subject(path, commit)) for commit in merges_between(path, base, head)]
+    complete = [of.get(letter.name) for letter in series] == list(commits) == commits_between(path, base, head)
+    return Match(base, head, commits, of, tuple(unsaved), complete)
+
+
+def unsaved_work(path: Path, series: Sequence[Letter]) -> tuple[str, ...]:
+    """All that exists only in this tree, a line each: edits, new and ignored files, commits of any branch, tag or stash."""
+    base, _head = base_and_head(path)
+    edited, untracked = edits(path)
+    lines = [f"edited: {name}" for name in edited] + [f"new: {name}" for name in untracked]
+    ignored = git(path, "status", "--porcelain", "-z", "--ignored=matching", "--untracked-files=all").split("\0")
+    lines += [f"ignored: {entry[3:]}" for entry in ignored if entry.startswith("!! ") and "__pycache__/" not in entry]
+    refs = ["HEAD", *git(path, "for-each-ref", "--format=%(objectname)", "refs/heads", "refs/stash", "refs/tags").split()]
+    keys, made = {letter.key for letter in series}, record(path).made
+    letters: dict[str, Letter] = {}
+    for ref in dict.fromkeys(refs):
+        letters |= write_letters(path, base, ref)
+    for commit in git(path, "rev-list", "--reverse", *refs, f"^{base}").split():
+        if commit not in made and (commit not in letters or letters[commit].key not in keys):
+            lines.append(f"commit {commit[:9]} {_subject(path, commit)!r}")
+    return tuple(lines)
+
+
+def record(path: Path) -> Record:
+    try:
+        data = json.loads(_record_file(path).read_text(encoding="utf-8"))
+        return Record({str(commit): str(patch) for commit, patch in data["made"].items()}, frozenset(map(str, data["had"])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return Record()  # without it nothing is lost: commits are then matched by what they say
+
+
+def remember(path: Path, *, made: Mapping[str, str] | None = None, had: Iterable[str] = ()) -> None:
+    old, made = record(path), made or {}
+    write_json(_record_file(path), {"made": {**old.made, **made}, "had": sorted({*old.had, *made.values(), *had})})
+
+
+def _record_file(path: Path) -> Path:
+    return path / git(path, "rev-parse", "--git-path", "apex-patches.json")
+
+
+def _subject(path: Path, commit: str) -> str:
+    return git(path, "log", "-1", "--format=%s", commit)

@@ -1,0 +1,176 @@
+"""Patches as letters (`git format-patch`): read, compared with commits, and made into commits that are the same everywhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from email.utils import mktime_tz, parsedate_tz
+from pathlib import Path
+
+from apex_build.errors import PatchConflict
+from apex_build.source.git import git, last_words, run
+from apex_build.source.tree_digest import sha256
+from apex_build.storage.scratch import scratch_folder
+
+_COMMITTER = {"GIT_COMMITTER_NAME": "apex-build", "GIT_COMMITTER_EMAIL": "apex-build@localhost"}
+_FROM = re.compile(rb"\AFrom ([0-9a-f]{40}) ")
+_FOOTER = re.compile(rb"\n-- \n[^ +\-\\@\n][^\n]*\n*\Z")  # `-- ` and git's version
+# Whatever the tree's own configuration says, and whatever else is in its object store, a commit is always written the same.
+_FORMAT = [
+    "format-patch",
+    "--quiet",
+    "--always",
+    "--no-numbered",
+    "--no-signature",
+    "--full-index",
+    "--no-attach",
+    "--no-thread",
+    "--no-cover-letter",
+    "--no-notes",
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--no-renames",
+    "--diff-algorithm=myers",
+    "--unified=3",
+    "--inter-hunk-context=0",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+    "--subject-prefix=PATCH",
+    "--suffix=.patch",
+]
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A patch file. `date` is git's raw form (seconds and zone), `message` the whole commit message. `key` names what the letter
+    says, whatever flags or version of git wrote it: author, date, message, and the diff without line numbers and object names.
+    """
+
+    name: str
+    content: bytes
+    subject: str
+    author: str
+    email: str
+    date: str
+    message: str
+    diff: bytes
+    key: str
+
+    @property
+    def sha256(self) -> str:
+        return sha256(self.content)
+
+
+class ApplyFailed(Exception):
+    """A letter does not apply; `reason` names file and hunk."""
+
+    def __init__(self, letter: Letter, reason: str) -> None:
+        super().__init__(f"{letter.name} does not apply: {reason}")
+        self.letter = letter
+        self.reason = reason
+
+
+def read_letter(name: str, content: bytes) -> Letter:
+    """Raises PatchConflict for a file that is not a letter: no author, no date, no subject or no diff."""
+    with scratch_folder("mail") as temp:
+        arguments = ("mailinfo", "-b", "--encoding=UTF-8", "--no-scissors", "body", "diff")
+        done = run(None, *arguments, feed=content, cwd=temp)
+        said = done.stdout.decode("utf-8", "replace").splitlines()
+        head = dict(line.split(": ", 1) for line in said if ": " in line)
+        body = (temp / "body").read_text(encoding="utf-8", errors="replace") if done.returncode == 0 else ""
+        diff = (temp / "diff").read_bytes() if done.returncode == 0 else b""
+    when = parsedate_tz(head.get("Date", ""))
+    lacking = [] if head.get("Author") and head.get("Email") else ["From"]
+    lacking += [] if head.get("Subject") else ["Subject"]
+    lacking += ["Date"] if when is None else []
+    if lacking or when is None:
+        raise PatchConflict(
+            f"{name} is not a mailable patch: it has no line {', '.join(lacking)}",
+            hint="write it with git format-patch, or apex patch save",
+        )
+    zone = when[9] or 0
+    date = f"{mktime_tz(when)} {'-' if zone < 0 else '+'}{abs(zone) // 3600:02d}{abs(zone) // 60 % 60:02d}"
+    message = "\n\n".join(filter(None, (head["Subject"], body.strip("\n")))) + "\n"
+    start = re.search(rb"^diff --git ", diff, re.MULTILINE)
+    diff = _FOOTER.sub(b"\n", diff[start.start() :]) if start else b""
+    said_by = "\0".join((head["Author"], head["Email"], date, message)).encode()
+    key = sha256(said_by + b"\0" + b"\n".join(_plain(diff)))
+    return Letter(name, content, head["Subject"], head["Author"], head["Email"], date, message, diff, key)
+
+
+def _plain(diff: bytes) -> list[bytes]:
+    """The diff without what depends on where, or by which git, it was made."""
+    lines = (b"@@" if line.startswith(b"@@ ") else line for line in diff.rstrip(b"\n").split(b"\n"))
+    return [line for line in lines if not line.startswith(b"index ")]
+
+
+def commits_between(path: Path, base: str, head: str) -> list[str]:
+    return git(path, "rev-list", "--reverse", "--topo-order", f"{base}..{head}").split()
+
+
+def merges_between(path: Path, base: str, head: str) -> list[str]:
+    return git(path, "rev-list", "--min-parents=2", f"{base}..{head}").split()
+
+
+def write_letters(path: Path, base: str, head: str) -> dict[str, Letter]:
+    """Commit -> its letter, for base..head without merges, in order. The letters' content is canonical: no commit names in it."""
+    letters: dict[str, Letter] = {}
+    with scratch_folder("letters") as temp:
+        git(path, *_FORMAT, "-o", temp, f"{base}..{head}")
+        for file in sorted(temp.iterdir(), key=lambda file: int(file.name.split("-", 1)[0])):
+            content = file.read_bytes()
+            commit = _FROM.match(content)
+            assert commit, "git format-patch begins with the commit"
+            letters[commit[1].decode()] = read_letter(file.name, _FROM.sub(b"From " + b"0" * 40 + b" ", content))
+    return letters
+
+
+def commit_letters(path: Path, parent: str, letters: Sequence[Letter]) -> list[str]:
+    """Commits of the letters on top of `parent`, made beside the working tree, which stays as it is. Raises ApplyFailed.
+
+    The committer is fixed and commits at the author's time, so the same series gives the same hashes everywhere.
+    """
+    commits: list[str] = []
+    with scratch_folder("index") as temp:
+        index = {"GIT_INDEX_FILE": str(temp / "index")}
+        git(path, "read-tree", parent, env=index)
+        for letter in letters:
+            done = run(path, "apply", "--cached", "--whitespace=nowarn", "-", feed=letter.diff, env=index)
+            if done.returncode != 0:
+                raise ApplyFailed(letter, explain(letter.diff, done.stderr))
+            tree = git(path, "write-tree", env=index)
+            who = {"GIT_AUTHOR_NAME": letter.author, "GIT_AUTHOR_EMAIL": letter.email, "GIT_AUTHOR_DATE": letter.date}
+            who |= {**_COMMITTER, "GIT_COMMITTER_DATE": letter.date}
+            parent = git(path, "commit-tree", tree, "-p", parent, feed=letter.message.encode(), env=who)
+            commits.append(parent)
+    return commits
+
+
+def explain(diff: bytes, stderr: bytes) -> str:
+    """What git apply said, with the hunk that failed: `src/a.cpp, hunk 2 of 3 (@@ -10,7 +10,8 @@)`."""
+    if not diff:
+        return "it holds no change"
+    reasons: list[str] = []
+    for line in stderr.decode("utf-8", "replace").splitlines():
+        text = line.removeprefix("error: ").strip()
+        if failed := re.fullmatch(r"patch failed: (.+):(\d+)", text):
+            reasons.append(_hunk(diff, failed[1], int(failed[2])))
+        elif not text.endswith(": patch does not apply"):
+            reasons.append(text)
+    return "; ".join(dict.fromkeys(reasons)) or last_words(stderr)
+
+
+def _hunk(diff: bytes, file: str, line: int) -> str:
+    hunks: list[tuple[int, str]] = []
+    here = False
+    for text in diff.decode("utf-8", "replace").split("\n"):
+        if text.startswith("diff --git "):
+            here = text.endswith((f" b/{file}", f' "b/{file}"'))
+        elif here and (head := re.match(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@", text)):
+            hunks.append((int(head[1]), head[0]))
+    for number, (start, head_text) in enumerate(hunks, 1):
+        if start == line:
+            return f"{file}, hunk {number} of {len(hunks)} ({head_text})"
+    return f"{file}, the hunk at line {line}"

@@ -1,0 +1,22 @@
+"""JSON files of ours: written whole, read with every fault as ValueError or OSError."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from apex_build.storage.outputs import whole_file
+
+
+def write_json(path: Path, value: Any) -> None:
+    with whole_file(path) as part:
+        part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises OSError, and ValueError for what is no JSON, or JSON that is nested beyond reason."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None

@@ -1,0 +1,22 @@
+"""How much room files take on the disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def folder_size(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:
+    """Bytes on the disk of all files below; those whose (device, inode) is in `seen` do not count, and are added to it."""
+    seen = set() if seen is None else seen
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try:
+                about = os.lstat(os.path.join(where, name))  # noqa: PTH118  hundreds of thousands of files
+            except OSError:  # removed in this moment
+                continue
+            if (about.st_dev, about.st_ino) not in seen:
+                seen.add((about.st_dev, about.st_ino))
+                total += about.st_blocks * 512
+    return total

@@ -1,0 +1,1 @@
+"""Many files from one model: planned, made, measured, the knee."""

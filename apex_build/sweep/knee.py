@@ -1,0 +1,104 @@
+"""What a point of a sweep loses against the baseline, and the knee: the smallest whose loss is under a bound."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from apex_build.hookspecs import Figure
+from apex_build.sweep.loss import loss_of
+from apex_build.sweep.rows import Row, curve_name
+
+
+@dataclass(frozen=True)
+class Knee:
+    """Of one curve: the `smallest` by the estimate, and the smallest whose whole interval is under the bound, `firm`."""
+
+    head_data: bool
+    bound: float
+    smallest: Row | None
+    firm: Row | None
+
+
+_PLAIN = (
+    (r"depth(\d+)\.agreement", "the head's draft {0} is the trunk's choice"),
+    (r"depth(\d+)\.p", "the trunk's probability of the head's draft {0}"),
+    (r"depth(\d+)\.kld", "divergence of the head from the trunk, draft {0}"),
+    (r"depth(\d+)\.ppl", "perplexity of the head, draft {0}"),
+    (r"tokens\.(\d+)", "tokens for each step with {0} drafted"),
+    (r"(greedy|sampled)\.n(\d+)\.acceptance", "accepted drafts, {1} at a time, {0}"),
+    (r"(greedy|sampled)\.n(\d+)\.tokens_per_step", "tokens for each step, {1} drafted, {0}"),
+    (r"kld\.mean", "mean divergence from the reference"),
+    (r"top1\.agreement", "same first choice as the reference"),
+    (r"ppl", "perplexity"),
+    (r"accuracy", "right answers"),
+)
+
+
+def plain_name(score: str) -> str:
+    """A figure's name for a reader: depth1.agreement is stable, but says little. Of a plugin's own figure, its name."""
+    for pattern, text in _PLAIN:
+        if found := re.fullmatch(pattern, score):
+            return text.format(*found.groups())
+    return score
+
+
+def size_of(row: Row, by_head: bool) -> int:
+    """Bytes that a sweep is about: of the head, or of the whole file."""
+    return (row.head_bytes if by_head else row.file_bytes or (row.head_bytes or 0) + (row.trunk_bytes or 0)) or 0
+
+
+def find_knees(rows: Sequence[Row], score: str, bound: float, *, by_head: bool) -> list[Knee]:
+    """One for each curve that has losses. The smallest is meant as it is said: a larger one may, by chance, lose more."""
+    knees = []
+    for head_data in (True, False):
+        losses = [(row, loss) for row in rows if row.head_data == head_data and (loss := loss_of(row, score))]
+        if not losses:
+            continue
+        under = [row for row, loss in losses if loss.value < bound]
+        firmly = [row for row, loss in losses if loss.high is not None and loss.high < bound]
+        knees.append(
+            Knee(head_data, bound, *(min(some, key=lambda row: size_of(row, by_head), default=None) for some in (under, firmly)))
+        )
+    return knees
+
+
+def knee_text(knee: Knee, score: str, unit: str, *, by_head: bool) -> str:
+    """The knee in words, with what the interval has to say."""
+    what = f"the smallest {'head' if by_head else 'file'}"
+    curve = f"{curve_name(knee.head_data)}: " if by_head else ""
+    points = "points" if unit == "%" else unit
+    if knee.smallest is None:
+        return f"{curve}nothing loses less than {knee.bound:g} {points} of {score}"
+
+    def told(row: Row) -> str:
+        loss = loss_of(row, score)
+        assert loss is not None
+        text = value_text(Figure("", loss.value, loss.low, loss.high))
+        return f"{', '.join(row.values.values())} ({mb(size_of(row, by_head))}, loss {text})"
+
+    text = f"{curve}{what} that loses less than {knee.bound:g} {points} of {score} is {told(knee.smallest)}"
+    if (loss := loss_of(knee.smallest, score)) and loss.high is None:
+        return f"{text}; there is too little text for an interval"
+    if knee.firm == knee.smallest:
+        return f"{text}, and its whole interval is under the bound"
+    other = f"{what} whose whole interval is under the bound is {told(knee.firm)}" if knee.firm else "no interval is"
+    return f"{text}, but its interval reaches beyond the bound; {other}"
+
+
+def value_text(figure: Figure) -> str:
+    """A figure with its interval, to as many digits as the interval bears."""
+    if figure.value is None:
+        return figure.note or "-"
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.6g}"
+    digits = 2
+    while digits < 6 and 0 < figure.high - figure.low < 10**-digits * 10:
+        digits += 1
+    return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+
+
+def mb(n_bytes: float) -> str:
+    """Bytes as MB of 10^6, with what digits tell heads apart."""
+    return f"{n_bytes / 1e6:.3f} MB" if n_bytes < 1e8 else f"{n_bytes / 1e6:.0f} MB"

@@ -1,0 +1,319 @@
+"""Planning a sweep: one file for each combination of values of a policy's parameters, checked before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from apex_build.errors import DataMissing, EvaluationRefused, ImatrixMismatch, OutputUnwritable, ParameterUnknown, ShapeUnfit
+from apex_build.evaluation.run import Inputs, choose, plan_work
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.fingerprint import fingerprint
+from apex_build.gguf_model.imatrix import read_imatrix
+from apex_build.gguf_model.mtp_rows import Rows
+from apex_build.hookspecs import Evaluator, PolicySpec
+from apex_build.native.ggml import Ggml
+from apex_build.native.toolset import Toolset
+from apex_build.parameters import Value, resolve
+from apex_build.policy.plan import Plan, make_plan
+from apex_build.policy.render import template_files
+from apex_build.progress import Report, Step, silent
+from apex_build.quantization.naming import source_stem
+from apex_build.quantization.preflight import Allowed
+from apex_build.quantization.provenance import identity as file_identity
+from apex_build.quantization.run import Job, prepare
+from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.json_files import read_json
+from apex_build.storage.outputs import check_apart, check_place, check_room
+from apex_build.storage.scratch import scratch_folder
+from apex_build.sweep.rows import RESULTS, TABLE, Row, curve_name, point_name, read_rows
+from apex_build.sweep.shared_trunk import same_trunk, trunk_job
+from apex_build.sweep.without_head import holds_head, write_without_head
+
+BASELINE_TYPE = "Q8_0"
+MANIFEST = "sweep.json"
+MEASURED = "results.jsonl"  # of the evaluators
+FILES = "files"  # folder of the quantized files
+_LONGEST_NAME = 120
+_ELSEWHERE = "give another folder with -o"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. `over`: parameter -> its values; `curves`: with the head's calibration data (True), without (False).
+
+    `imatrix_without_head`: where it is not given, `imatrix` without the head's entries. `baseline`: its values where they are not
+    Q8_0 (of a parameter that takes a type) or the first of `over` (of any other); there is none with a reference in `inputs`.
+    """
+
+    model: Model
+    policy: PolicySpec
+    parameters: Mapping[str, Value]
+    over: Mapping[str, Sequence[str]]
+    imatrix: Path | None  # None: no type of the sweep needs data
+    folder: Path
+    tools: Toolset
+    evaluators: Mapping[str, Evaluator]
+    only: Sequence[str]
+    inputs: Inputs
+    imatrix_without_head: Path | None = None
+    curves: Sequence[bool] | None = None
+    baseline: Mapping[str, str] = field(default_factory=dict)
+    threads: int | None = None
+    head_rows: Rows | None = None  # that the draft head was trained on, if not those known of its architecture
+
+    @property
+    def sweeps_head(self) -> bool:
+        return any(name.startswith("draft_head") for name in self.over)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One file. `job` is None where the tools would refuse it, and `refused` says why."""
+
+    values: Mapping[str, str]
+    head_data: bool
+    baseline: bool
+    plan: Plan | None  # None too where the shapes do not allow it
+    job: Job | None
+    refused: str
+    identity: str
+
+    @property
+    def name(self) -> str:
+        return point_name(self.values, self.head_data)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep. The baseline, if there is one, is the first point."""
+
+    request: Request
+    points: tuple[Point, ...]
+    evaluators: tuple[Evaluator, ...]
+    parts: Mapping[str, Any]  # what every point's result depends on
+    derived: bool  # the imatrix without the head is made of the other
+    trunk_once: bool  # the points differ in the head alone
+    known: Mapping[str, Row]  # measured before, by identity
+    room: int  # bytes of the files that lie on the disk together
+
+    @property
+    def baseline(self) -> Point | None:
+        return self.points[0] if self.points[0].baseline else None
+
+
+def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent) -> Sweep:
+    """Check all of it, and plan every file; nothing is written. `keep`: the files are to stay.
+
+    Raises ParameterUnknown, TypeUnknown, EvaluationRefused, EvaluatorUnknown, ImatrixInvalid, ImatrixMismatch, HeadRowsMismatch,
+    DataMissing (where the baseline, or no point at all, can be quantized), OutputUnwritable (also for another sweep's folder),
+    DiskTooSmall.
+    """
+    check_apart(_written(request), _inputs(request), _ELSEWHERE)
+    request, baseline = _checked(request)
+    evaluators = _evaluators(request)
+    curves = _curves(request)
+    parts = _parts(request, evaluators, baseline)
+    _check_folder(request.folder, parts)
+    combinations = [dict(zip(request.over, values, strict=True)) for values in itertools.product(*request.over.values())]
+    wanted = [(values, curve) for curve in curves for values in combinations]
+    paired = request.inputs.reference is None
+    if paired:
+        first = (baseline, curves[0])
+        wanted = [first, *(one for one in wanted if one != first)]
+    with scratch_folder("sweep") as scratch:
+        imatrices, derived = _imatrices(request, curves, scratch)
+        points = []
+        for number, (values, curve) in enumerate(wanted):
+            report(Step("planning", number, len(wanted), "files"))
+            points.append(_point(request, values, curve, imatrices[curve], parts, baseline=paired and number == 0))
+        jobs = [point.job for point in points if point.job]
+        if paired and points[0].job is None:
+            raise DataMissing(
+                f"the baseline, {points[0].name}, cannot be quantized: {points[0].refused}", hint="--baseline NAME=VALUE"
+            )
+        if not jobs:
+            raise DataMissing(f"no point of the sweep can be quantized; {points[0].name}: {points[0].refused}")
+        trunk_once = len(jobs) > 1 and request.sweeps_head and same_trunk(jobs)
+        # a derived imatrix has the same data for the trunk as the one it was made of
+        trunks = (1 if derived else len({point.head_data for point in points if point.job})) if trunk_once else 0
+        room = _check_disk(request, jobs, trunks, keep)
+    return Sweep(request, tuple(points), tuple(evaluators), parts, derived, trunk_once, read_rows(request.folder), room)
+
+
+def headless_name(request: Request) -> str:
+    assert request.imatrix is not None  # nothing is derived of none
+    return f"{request.imatrix.name.removesuffix('.gguf')}-without-head.gguf"
+
+
+def _checked(request: Request) -> tuple[Request, dict[str, str]]:
+    """The request with its values as the policy writes them, q4_k as Q4_K, and the baseline's values."""
+    ggml = Ggml(request.tools)
+
+    def written(name: str, value: str) -> str:
+        return str(resolve(request.policy, {**request.parameters, name: value}, ggml)[name])
+
+    over = {}
+    for name, values in request.over.items():
+        if name in request.parameters:
+            raise ParameterUnknown(f"'{name}' is both swept and set", hint=f"leave out --set {name}=...")
+        over[name] = tuple(dict.fromkeys(written(name, value) for value in values))
+    if odd := [name for name in request.baseline if name not in over]:
+        raise ParameterUnknown(f"--baseline {odd[0]}: the sweep is over {', '.join(over)}")
+    if request.sweeps_head and not request.model.head_layers:
+        name = next(name for name in over if name.startswith("draft_head"))
+        raise EvaluationRefused(
+            f"{request.model.path} has no draft head, and the sweep is over '{name}'", hint=f"apex inspect {request.model.path}"
+        )
+    known = request.policy.parameters
+    typed = {name for name in over if name in known and known[name].kind == "type"}
+    baseline = {name: BASELINE_TYPE if name in typed else values[0] for name, values in over.items()}
+    baseline |= {name: written(name, value) for name, value in request.baseline.items()}
+    return replace(request, over=over), baseline
+
+
+def _evaluators(request: Request) -> list[Evaluator]:
+    # while there is no file yet the model stands for the baseline: it has the same head and vocabulary
+    inputs = replace(request.inputs, reference=request.inputs.reference or request.model)
+    only = request.only or (["draft-head"] if request.sweeps_head else ["kld"])
+    return choose(request.evaluators, only, request.model, inputs)[0]
+
+
+def _curves(request: Request) -> list[bool]:
+    """Raises DataMissing, ImatrixMismatch."""
+    both = (True, False) if request.imatrix is not None or request.imatrix_without_head is not None else (False,)
+    curves = list(request.curves or (both if request.sweeps_head else (True,)))
+    if True in curves and request.sweeps_head and request.imatrix is None:
+        raise DataMissing(
+            f"a curve with data for the draft head of {request.model.path} needs an imatrix: none was given",
+            hint=f"apex calibrate {request.model.path}, then --imatrix; or --without-head",
+        )
+    if True in curves and request.sweeps_head and not _has_head(request.imatrix, request.model):
+        raise DataMissing(
+            f"{request.imatrix} holds nothing for the draft head of {request.model.path}",
+            hint=f"apex calibrate {request.model.path}, which runs the draft head too; or --without-head",
+        )
+    without = request.imatrix_without_head
+    if without and _has_head(without, request.model):
+        raise ImatrixMismatch(f"--imatrix-without-head {without}: it holds data for the draft head of {request.model.path}")
+    return curves
+
+
+def _has_head(imatrix: Path | None, model: Model) -> bool:
+    return imatrix is not None and any(holds_head(name, model) for name in read_imatrix(imatrix).entries)
+
+
+def _imatrices(request: Request, curves: Sequence[bool], scratch: Path) -> tuple[dict[bool, Path | None], bool]:
+    """Curve -> imatrix, and whether that without the head was derived."""
+    found: dict[bool, Path | None] = {True: request.imatrix, False: request.imatrix_without_head or request.imatrix}
+    derived = False in curves and not request.imatrix_without_head and _has_head(request.imatrix, request.model)
+    if derived and request.imatrix is not None:
+        found[False] = made = scratch / headless_name(request)
+        write_without_head(request.imatrix, request.model, made)
+    return found, derived
+
+
+def _point(
+    request: Request, values: Mapping[str, str], head_data: bool, imatrix: Path | None, parts: Mapping[str, Any], *, baseline: bool
+) -> Point:
+    name = "-".join([source_stem(request.model.path), *(f"{key}-{value}" for key, value in values.items())])
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{sha256_json(values)[:8]}"
+    name = f"{name}-{curve_name(head_data).replace(' ', '-')}-{{tag}}"
+    parameters = {**request.parameters, **values}
+    allowed = Allowed(uncalibrated=not head_data, head_rows=request.head_rows)
+    plan, job, refused = None, None, ""
+    try:
+        job = prepare(request.model, request.policy, parameters, request.tools, Path(), imatrix=imatrix, allowed=allowed, name=name)
+        plan = job.plan
+    except (DataMissing, ShapeUnfit) as error:
+        if imatrix is None and isinstance(error, DataMissing):
+            hint = f"apex calibrate {request.model.path}, then --imatrix"
+            raise DataMissing(f"this sweep needs an imatrix, and none was given: {error.message}", hint=hint) from None
+        refused = error.message.replace(str(imatrix), imatrix.name) if imatrix else error.message
+        with contextlib.suppress(ShapeUnfit):  # for the bytes that it would have
+            plan = make_plan(request.model, request.policy, parameters, request.tools, imatrix)
+    file = file_identity(job.keys) if job else sha256_file(imatrix) if imatrix else ""
+    identity = sha256_json({"sweep": parts, "values": values, "head_data": head_data, "file": file})
+    return Point(values, head_data, baseline, plan, job, refused, identity)
+
+
+def _parts(request: Request, evaluators: Sequence[Evaluator], baseline: Mapping[str, str]) -> dict[str, Any]:
+    """What every point's result depends on. Not the values: a sweep may be given more of them."""
+    works = [plan_work(one, request.model, request.inputs, request.tools, threads=request.threads) for one in evaluators]
+    without = request.imatrix_without_head
+    parts = {
+        "model": fingerprint(request.model),
+        "policy": request.policy.name,
+        "parameters": {name: str(value) for name, value in request.parameters.items()},
+        "over": list(request.over),
+        "imatrix": sha256_file(request.imatrix) if request.imatrix else None,
+        "imatrix_without_head": sha256_file(without) if without else None,
+        "baseline": None if request.inputs.reference else dict(baseline),
+        "head_rows": request.head_rows,
+        "tools": request.tools.identity,
+        "evaluators": [{key: value for key, value in work.parts.items() if key not in ("model", "tools")} for work in works],
+    }
+    same: dict[str, Any] = json.loads(json.dumps(parts))  # as it will be read again
+    return same
+
+
+def _check_folder(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Raises OutputUnwritable unless the folder is new, empty, or of the same sweep."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputUnwritable(f"{folder} is not a folder", hint=_ELSEWHERE)
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        if any(folder.iterdir()):
+            raise OutputUnwritable(f"{folder} is not empty, and holds no sweep", hint=_ELSEWHERE)
+        return
+    try:
+        before = read_json(manifest)
+        other = [name for name in parts if before.get(name) != parts[name]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise OutputUnwritable(f"{manifest} is damaged: {error}", hint=_ELSEWHERE) from None
+    if other:
+        raise OutputUnwritable(f"{folder} holds another sweep, which differs in: {', '.join(other)}", hint=_ELSEWHERE)
+
+
+def check_folder(sweep: Sweep) -> None:
+    """Raises OutputUnwritable where the folder is no longer new, empty, or of this sweep."""
+    _check_folder(sweep.request.folder, sweep.parts)
+
+
+def _written(request: Request) -> Iterator[Path]:
+    """What is there of all that a sweep writes."""
+    folder = request.folder
+    yield from (folder / name for name in (MANIFEST, MEASURED, RESULTS, TABLE))
+    if request.imatrix is not None:
+        yield folder / headless_name(request)
+    for ending in ("png", "svg"):
+        yield from folder.glob(f"sweep*.{ending}")
+    yield from (folder / FILES).glob("*")
+
+
+def _inputs(request: Request) -> Iterator[Path]:
+    given = request.inputs
+    yield from request.model.files
+    yield from given.reference.files if given.reference else ()
+    yield from (path for path in (request.imatrix, request.imatrix_without_head) if path)
+    yield from (*given.texts.values(), *given.data.values(), *given.files)
+    yield from template_files(request.policy)
+    yield from request.tools.files()
+
+
+def _check_disk(request: Request, jobs: Sequence[Job], trunks: int, keep: bool) -> int:
+    """Room for the files that lie there together: the trunks, the baseline, and the largest of the others, or all of them."""
+    largest = max(jobs, key=lambda job: job.n_bytes)
+    before = trunks * trunk_job(largest, largest.out).n_bytes if trunks else 0
+    before += sum(job.n_bytes for job in jobs) - largest.n_bytes if keep else jobs[0].n_bytes if len(jobs) > 1 else 0
+    check_place((request.folder if request.folder.is_dir() else request.folder.parent) / largest.out.name, _ELSEWHERE)
+    check_room(request.folder, largest.n_bytes, largest.out.name, before=before)
+    return before + largest.n_bytes

@@ -1,0 +1,50 @@
+"""An imatrix as it would be had the draft head never been run: the same file without the head's entries."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from apex_build.errors import ImatrixInvalid
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.imatrix import HEAD_ROWS, HEAD_TOKENS, read_imatrix
+from apex_build.storage.outputs import whole_file
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+def holds_head(name: str, model: Model) -> bool:
+    """Whether an entry of this name is data of the model's draft head."""
+    found = _BLOCK.match(name)
+    return found is not None and int(found[1]) >= model.trunk_layers
+
+
+def write_without_head(imatrix: Path, model: Model, out: Path) -> None:
+    """Write `imatrix` to `out`, leaving out the entries of the model's appended blocks and what is said of the head.
+
+    The values of the others are copied bit for bit; the same input gives the same file. Raises ImatrixInvalid, also for the format
+    before GGUF.
+    """
+    if read_imatrix(imatrix).format != "gguf":
+        raise ImatrixInvalid(
+            f"{imatrix}: the head's entries can only be left out of an imatrix in GGUF, and this is in the format before it",
+            hint="apex calibrate MODEL; or give --imatrix-without-head",
+        )
+    reader = gguf.GGUFReader(imatrix)
+    with whole_file(out) as part:
+        writer = gguf.GGUFWriter(part, "")
+        for name, field in reader.fields.items():
+            if name.startswith("GGUF.") or name in (HEAD_TOKENS, HEAD_ROWS, "general.architecture"):
+                continue
+            array = field.types[0] == gguf.GGUFValueType.ARRAY
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1] if array else None)
+        for tensor in reader.tensors:
+            if not holds_head(tensor.name, model):
+                writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

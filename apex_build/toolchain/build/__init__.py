@@ -1,0 +1,1 @@
+"""Building the tools: CMake, Ninja, the compiler cache, the build cache."""

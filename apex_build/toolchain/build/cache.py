@@ -1,0 +1,146 @@
+"""The cache of finished builds: what a build's key is made of, its manifest, and finding builds again.
+
+Layout of `<cache>/builds/`: `<key>/bin/...` and `<key>/manifest.json`, and `current-<backend>.json`, which names the key of the
+build of the default pin that is in use, and when it was last asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apex_build import places
+from apex_build.errors import BuildFailed, BuildMissing
+from apex_build.native.toolset import Toolset, current_build, open_build
+from apex_build.source.pins import DEFAULT_PIN
+from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.json_files import read_json, write_json
+
+RECIPE = 1  # part of every key: raise it when a build made by this code differs from what the code before would have made
+_TYPE_COUNT = re.compile(r"\bGGML_TYPE_COUNT\s*=\s*(\d+)")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished build in the cache. `current`: the one that the tools are taken from."""
+
+    key: str
+    root: Path
+    manifest: Mapping[str, Any]
+    current: bool
+
+
+def builds_root() -> Path:
+    return places.cache_root() / "builds"
+
+
+def work_root() -> Path:
+    return places.cache_root() / "work"
+
+
+def key_of(ingredients: Mapping[str, Any]) -> str:
+    """32 hexadecimal digits over everything that went in."""
+    return sha256_json({"recipe": RECIPE, **ingredients})[:32]
+
+
+def look_up(key: str) -> Toolset | None:
+    """The finished build of this key, None where there is none or it is damaged."""
+    root = builds_root() / key
+    try:
+        return open_build(root) if root.is_dir() else None
+    except BuildMissing:
+        return None
+
+
+def make_current(toolset: Toolset, *, prefer: bool = True) -> None:
+    """Let `find_toolset` take this build, if it is one of the default pin.
+
+    With `prefer` False a build of another backend that is in use stays so.
+    """
+    manifest = toolset.manifest
+    if (manifest.get("pin") or {}).get("name") != DEFAULT_PIN or current_build() == toolset.root:
+        return
+    pointer = builds_root() / f"current-{manifest['backend']}.json"
+    try:
+        at = time.time() if prefer else float(read_json(pointer).get("at", 0))
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError):
+        at = 0.0
+    write_json(pointer, {"key": manifest["key"], "pin": DEFAULT_PIN, "at": at})
+
+
+def all_builds() -> list[Build]:
+    """The complete builds in the cache, newest first. Damaged ones are left out."""
+    builds: list[Build] = []
+    current = current_build()
+    for path in builds_root().glob("*/manifest.json"):
+        if path.parent.name.startswith("."):
+            continue
+        toolset = look_up(path.parent.name)
+        if toolset is not None:
+            builds.append(Build(path.parent.name, path.parent, toolset.manifest, current == path.parent))
+    return sorted(builds, key=lambda build: str(build.manifest.get("built")), reverse=True)
+
+
+def collect(
+    binaries: Path, targets: Sequence[str], folder: Path, runtime: Mapping[str, Path] | None = None, licences: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Copy the targets and the shared libraries (links kept as links) into `folder`/bin; returns the manifest's `files`.
+
+    `runtime`: libraries that are not ours, by the names they get in bin/, marked `"part": "cuda-runtime"` in the manifest.
+    `licences` is copied to licenses/. Raises BuildFailed where Ninja succeeded without making a target.
+    """
+    (folder / "bin").mkdir(parents=True)
+    for target in targets:
+        if not os.access(binaries / target, os.X_OK):
+            raise BuildFailed(f"the build ended well, but made no {target} in {binaries}")
+    for path in sorted(binaries.iterdir()):
+        if path.name in targets or re.search(r"\.so(\.\d+)*$", path.name):
+            shutil.copy2(path, folder / "bin" / path.name, follow_symlinks=False)
+    for name, path in (runtime or {}).items():
+        _link_or_copy(path, folder / "bin" / name)
+    if licences and licences.is_dir():
+        shutil.copytree(licences, folder / "licenses")
+    hashes: dict[Path, str] = {}
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        real = path.resolve()
+        if real not in hashes:
+            hashes[real] = sha256_file(real)
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"sha256": hashes[real], "size": real.stat().st_size}
+        if path.name in (runtime or {}):
+            files[name]["part"] = "cuda-runtime"
+    return files
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(path)
+    except OSError:  # another disk, or somebody else's file
+        shutil.copy2(path, target)
+
+
+def verify(toolset: Toolset) -> int:
+    """Hash every file of a build again; returns how many. Raises BuildMissing naming the ones that changed."""
+    files = toolset.manifest.get("files")
+    if not files:
+        raise BuildMissing(f"{toolset.root} has no manifest to compare with: it is not a build of apex", hint="unset APEX_TOOLS")
+    changed = [name for name, about in files.items() if sha256_file(toolset.root / name) != about["sha256"]]
+    if changed:
+        raise BuildMissing(f"files in {toolset.root} are not as they were built: {', '.join(changed)}", hint="apex build --force")
+    return len(files)
+
+
+def ggml_type_count(source: Path) -> int | None:
+    """GGML_TYPE_COUNT of this source: libggml does not tell it, and whoever asks libggml about types must not ask beyond."""
+    try:
+        found = _TYPE_COUNT.search((source / "ggml/include/ggml.h").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return int(found[1]) if found else None

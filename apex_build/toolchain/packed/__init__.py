@@ -1,0 +1,1 @@
+"""Builds as files: packed here, imported elsewhere."""

@@ -1,0 +1,142 @@
+"""A finished build as one file that can be carried to another machine.
+
+A zstd-compressed tar of regular files in one folder: SHA256SUMS (as `sha256sum -c` reads it), manifest.json, bin/ and licenses/.
+The same build always gives the same bytes. unpacking.py reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from apex_build.errors import BuildMissing, OutputUnwritable
+from apex_build.native.toolset import Toolset
+from apex_build.progress import Report, Step, silent
+from apex_build.storage.digests import sha256_file
+from apex_build.storage.outputs import check_apart, check_place, check_room, locked, whole_file
+from apex_build.toolchain.build import cache
+from apex_build.toolchain.machine.cpu import cpu_flags
+from apex_build.toolchain.packed.licences import licence_texts
+
+SUFFIX = ".tar.zst"
+_OTHER_NAME = "give another name with --export"
+SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
+_LEVEL = 9  # of zstd: beyond it, seconds become minutes for a hundredth of the size
+_WINDOW = 25  # bits; a library and its copy under another name lie that near to each other
+# What a manifest says beyond what the build's key was made of.
+_RECORDED = frozenset(
+    {"built", "compiler_cache", "cpu_flags", "files", "ggml_type_count", "host", "key", "patches", "recipe", "seconds"}
+)
+_OF_KEY = {"compiler": ("kind", "target", "version"), "cuda": ("origin", "packages", "version")}
+_RUNTIME = "cuda-runtime"  # the `part` of files that are NVIDIA's
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A build as a file. `left_out`: libraries that the other machine must have itself."""
+
+    path: Path
+    sha256: str
+    size: int
+    manifest: Mapping[str, Any] = field(hash=False)
+    left_out: tuple[str, ...] = ()
+
+
+def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True, report: Report = silent) -> Packed:
+    """Write the build `toolset`, made from `source`, to `out` with its manifest and the licences of what is in it.
+
+    Without `cuda_runtime`, NVIDIA's libraries stay out; the packed build is then another one, with a key of its own. Raises
+    BuildMissing (damaged, or without NVIDIA's licence), OutputUnwritable, DiskTooSmall.
+    """
+    check_out(out)
+    check_apart([out], toolset.files(), _OTHER_NAME)
+    check_room(out.parent, sum(path.stat().st_size for path in toolset.files()), f"the build {toolset.root.name}, unpacked,")
+    report(Step("checking the build", 0))
+    cache.verify(toolset)
+    manifest, left_out = _manifest_for(toolset, cuda_runtime)
+    files: dict[str, Path | bytes] = {name: toolset.root / name for name in manifest["files"]}
+    for name, text in licence_texts(source).items():
+        if name not in files:
+            files[name] = text
+            manifest["files"][name] = {"sha256": hashlib.sha256(text).hexdigest(), "size": len(text)}
+    listing = (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
+    sums = {name: about["sha256"] for name, about in manifest["files"].items()} | {MANIFEST: hashlib.sha256(listing).hexdigest()}
+    text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+    with locked(out), whole_file(out) as part:
+        _write(part, f"apex-build-{manifest['key'][:12]}", {SUMS: text, MANIFEST: listing, **dict(sorted(files.items()))}, report)
+    return Packed(out, sha256_file(out), out.stat().st_size, manifest, left_out)
+
+
+def check_out(out: Path) -> None:
+    """Raises OutputUnwritable where a build could not be packed to this file: another file than a packed build is not replaced."""
+    if not out.name.endswith(SUFFIX):
+        raise OutputUnwritable(f"{out}: expected a name that ends with {SUFFIX}", hint=f"--export {out.name}{SUFFIX}")
+    check_place(out, _OTHER_NAME)
+    if out.exists() and not _is_packed(out):
+        raise OutputUnwritable(f"{out} exists, and is no packed build", hint=_OTHER_NAME)
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether it begins as `pack` begins a file."""
+    try:
+        with (
+            path.open("rb") as file,
+            zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW).stream_reader(file) as stream,
+            tarfile.open(fileobj=stream, mode="r|") as tar,
+        ):
+            first = tar.next()
+    except (OSError, EOFError, ValueError, tarfile.TarError, zstandard.ZstdError):
+        return False
+    return first is not None and re.fullmatch(rf"apex-build-[0-9a-f]{{12}}/{SUMS}", first.name) is not None
+
+
+def key_of(manifest: Mapping[str, Any]) -> str:
+    """The key that build.py gave it, computed anew from what the manifest says went in."""
+    ingredients = {name: value for name, value in manifest.items() if name not in _RECORDED}
+    for name, fields in _OF_KEY.items():
+        if ingredients.get(name) is not None:
+            ingredients[name] = {field: ingredients[name][field] for field in fields}
+    return cache.key_of(ingredients)
+
+
+def _manifest_for(toolset: Toolset, cuda_runtime: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    manifest: dict[str, Any] = {**toolset.manifest, "files": dict(toolset.manifest["files"])}
+    if manifest.get("cpu") and "cpu_flags" not in manifest:  # made for this CPU: the other one must have what it has
+        manifest["cpu_flags"] = sorted(cpu_flags())
+    runtime = [name for name, about in manifest["files"].items() if about.get("part") == _RUNTIME]
+    if runtime and not cuda_runtime:
+        manifest["files"] = {name: about for name, about in manifest["files"].items() if name not in runtime}
+        manifest["left_out"] = sorted(name.rpartition("/")[2] for name in runtime)
+        manifest["key"] = key_of(manifest)
+    elif runtime and not any(name.startswith("licenses/nvidia-") for name in manifest["files"]):
+        raise BuildMissing(
+            f"{toolset.root} holds {', '.join(runtime)} without NVIDIA's licence, which has to go with them",
+            hint="--no-cuda-runtime leaves them out; or apex build --cuda-toolchain pypi, whose wheels bring the licence",
+        )
+    return manifest, tuple(manifest.get("left_out", ()))
+
+
+def _write(out: Path, folder: str, files: Mapping[str, Path | bytes], report: Report) -> None:
+    settings = zstandard.ZstdCompressionParameters.from_level(_LEVEL, window_log=_WINDOW, threads=-1, write_checksum=1)
+    with (
+        out.open("wb") as file,
+        zstandard.ZstdCompressor(compression_params=settings).stream_writer(file, closefd=False) as stream,
+        tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for number, (name, content) in enumerate(files.items()):
+            report(Step("packing", number, len(files), "files"))
+            info = tarfile.TarInfo(f"{folder}/{name}")  # no time, owner or group
+            info.mode = 0o755 if name.startswith("bin/") else 0o644
+            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as data:
+                info.size = data.seek(0, io.SEEK_END)
+                data.seek(0)
+                tar.addfile(info, data)
