@@ -19,30 +19,10 @@ import click
 from apex_build import __version__
 from apex_build.cli import defaults, streams
 from apex_build.cli.groups import Group, listen, with_verbosity
+from apex_build.cli.verbs import VERBS, all_verbs
 from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
 from apex_build.printable import printable
 
-# verb -> module of this folder; its click command is named `command`
-VERBS = {
-    "build": "build",
-    "cache": "cache",
-    "calibrate": "calibrate",
-    "check": "check",
-    "completion": "completion",
-    "config": "config",
-    "convert": "convert",
-    "demo": "demo",
-    "doctor": "doctor",
-    "evaluate": "evaluate",
-    "imatrix": "imatrix",
-    "inspect": "inspect",
-    "patch": "patch",
-    "plan": "plan",
-    "policies": "policies",
-    "quantize": "quantize",
-    "source": "source",
-    "sweep": "sweep",
-}
 _SUMMARY = re.compile(r'^def command\(.*?^    """(.*?)(?:"""|\n\n)', re.DOTALL | re.MULTILINE)
 
 
@@ -50,9 +30,7 @@ class Verbs(Group):
     """Imports a verb's module only when it is used, so that `apex --help` and small verbs start fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        from apex_build.plugins import command_summaries
-
-        return sorted({*VERBS, *command_summaries()})
+        return all_verbs()
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in VERBS:
@@ -69,7 +47,7 @@ class Verbs(Group):
 
         others = command_summaries()
         room = formatter.width - 6 - max(map(len, (*VERBS, *others)))
-        rows = [(name, summary(name) if name in VERBS else others[name]) for name in sorted({*VERBS, *others})]
+        rows = [(name, summary(name) if name in VERBS else others[name]) for name in all_verbs()]
         with formatter.section("Commands"):
             formatter.write_dl([(name, click.Command(name, help=text).get_short_help_str(room)) for name, text in rows])
 

@@ -26,6 +26,7 @@ from typing import Any
 import click
 import platformdirs
 
+from apex_build.cli.verbs import VERBS, all_verbs
 from apex_build.errors import ConfigInvalid
 from apex_build.near import nearby
 
@@ -196,8 +197,6 @@ def _flat(path: Path, own: bool, section: tuple[str, ...], table: Mapping[str, A
 
 def _check(setting: Setting) -> None:
     """What can be checked without importing a verb."""
-    from apex_build.cli import VERBS, Verbs, apex
-
     if not setting.section:
         known = [*(name.replace("_", "-") for name in FOLDERS), *_EVERYWHERE]
         if setting.key not in known:
@@ -206,8 +205,7 @@ def _check(setting: Setting) -> None:
         if setting.key not in _PLUGINS or len(setting.section) > 1:
             raise _unknown(setting, setting.key, _PLUGINS, "[plugins] has")
     elif setting.section[0] not in VERBS:
-        assert isinstance(apex, Verbs)
-        known = [*apex.list_commands(click.Context(apex)), "plugins"]
+        known = [*all_verbs(), "plugins"]
         if setting.section[0] not in known:
             raise _unknown(setting, setting.section[0], known, "the sections are")
     if setting.own:

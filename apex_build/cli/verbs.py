@@ -1,0 +1,32 @@
+"""The names of the verbs: our own, each with its module, and those of plugins."""
+
+from __future__ import annotations
+
+# verb -> module of this folder; its click command is named `command`
+VERBS = {
+    "build": "build",
+    "cache": "cache",
+    "calibrate": "calibrate",
+    "check": "check",
+    "completion": "completion",
+    "config": "config",
+    "convert": "convert",
+    "demo": "demo",
+    "doctor": "doctor",
+    "evaluate": "evaluate",
+    "imatrix": "imatrix",
+    "inspect": "inspect",
+    "patch": "patch",
+    "plan": "plan",
+    "policies": "policies",
+    "quantize": "quantize",
+    "source": "source",
+    "sweep": "sweep",
+}
+
+
+def all_verbs() -> list[str]:
+    """Sorted. No verb's module is imported, and no plugin's."""
+    from apex_build.plugins import command_summaries
+
+    return sorted({*VERBS, *command_summaries()})

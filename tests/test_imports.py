@@ -1,0 +1,100 @@
+"""The order of the rooms: what a module may import. `python tests/test_imports.py` prints the rooms and what each imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# From the ground up: each imports only what stands before it.
+ROOMS = (
+    "errors", "near", "printable", "system", "progress", "places", "parameters", "hookspecs", "storage", "fetching", "native",
+    "gguf_model", "plugins", "source", "toolchain", "conversion", "calibration", "policy", "quantization", "evaluation", "report",
+    "sweep", "pruning", "cli", "__main__",
+)  # fmt: skip
+TOOLCHAIN = ("backends", "machine", "cuda", "build", "doctor", "packed")
+# What plugins may import.
+PUBLIC = {
+    "apex_build.errors", "apex_build.hookspecs", "apex_build.evaluation.head_scores", "apex_build.evaluation.intervals",
+    "apex_build.evaluation.pace", "apex_build.evaluation.task", "apex_build.gguf_model.mtp_rows", "apex_build.native.output",
+    "apex_build.storage.scratch",
+}  # fmt: skip
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules of apex_build that are imported when this one runs, also inside its functions."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.partition(".")[0] == "apex_build")
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "apex_build":
+            for name in node.names:
+                module = f"{node.module}.{name.name}"
+                file = ROOT / module.replace(".", "/")
+                yield module if file.is_dir() or file.with_suffix(".py").is_file() else node.module
+        nodes += ast.iter_child_nodes(node)
+
+
+def graph() -> dict[str, set[str]]:
+    modules = {}
+    for path in sorted((ROOT / "apex_build").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        modules[name] = set(imports(path)) - {name, "apex_build"}
+    return modules
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def out_of_order(modules: dict[str, set[str]], rooms: tuple[str, ...], depth: int) -> list[str]:
+    """`depth`: which part of a module's name is the room."""
+    place = {name: number for number, name in enumerate(rooms)}
+    found = []
+    for module, imported in modules.items():
+        for other in imported:
+            here, there = module.split(".")[depth], other.split(".")[depth]
+            if place[there] > place[here]:
+                found.append(f"{module} imports {other}")
+    return found
+
+
+def test_each_room_imports_only_those_before_it() -> None:
+    modules = {name: imported for name, imported in graph().items() if name != "apex_build"}
+    assert out_of_order(modules, ROOMS, 1) == []
+    inside = {
+        name: {other for other in imported if other.startswith("apex_build.toolchain.")}
+        for name, imported in modules.items()
+        if name.startswith("apex_build.toolchain.")
+    }
+    assert out_of_order(inside, TOOLCHAIN, 2) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = graph()
+    while free := {name for name, imported in left.items() if not imported & left.keys()}:
+        left = {name: imported for name, imported in left.items() if name not in free}
+    assert sorted(left) == [], "these import each other, or stand on such modules"
+
+
+def test_nothing_imports_the_command_line() -> None:
+    roof = ("cli", "__main__")
+    below = {name: imported for name, imported in graph().items() if room(name) not in roof}
+    assert [name for name, imported in below.items() if any(room(module) in roof for module in imported)] == []
+
+
+def test_plugins_use_the_public_api_alone() -> None:
+    paths = sorted((ROOT / "plugins").rglob("*.py"))
+    used = [f"{path.relative_to(ROOT)}: {module}" for path in paths for module in imports(path) if module not in PUBLIC]
+    assert used == []
+
+
+if __name__ == "__main__":
+    modules = graph()
+    for name in ROOMS:
+        below = {room(other) for module, imported in modules.items() if room(module) == name for other in imported}
+        print(f"{name:<12} {' '.join(one for one in ROOMS if one in below - {name})}")
