@@ -13,7 +13,7 @@ from apex_build.plugins import load_plugins
 from apex_build.source.pins import load_pin
 from apex_build.toolchain.cuda.toolkit import CudaToolkit, host_limits, system_toolkits
 from apex_build.toolchain.cuda.wheels import Wheels, pinned_wheels, planned
-from apex_build.toolchain.doctor.feasibility import Outlook, outlooks
+from apex_build.toolchain.doctor.feasibility import BuildOption, build_options
 from apex_build.toolchain.doctor.host import CachedBuild, Machine, cache_sizes, cached_builds, examine
 from apex_build.toolchain.machine.compilers import install_hint
 from apex_build.toolchain.machine.gpus import Survey, survey_gpus
@@ -45,20 +45,20 @@ def command(json_: bool) -> None:
     except ApexError as error:
         no_wheels = error.message
     builds, sizes = cached_builds(), cache_sizes()
-    coming: tuple[Outlook, ...] = ()
-    no_outlook = ""
+    coming: tuple[BuildOption, ...] = ()
+    unknown = ""
     try:
-        coming = outlooks(load_pin(), survey, load_plugins())
+        coming = build_options(load_pin(), survey, load_plugins())
     except ApexError as error:
-        no_outlook = error.message
+        unknown = error.message
     if json_:
-        _json(machine, survey, toolkits, wheels, builds, sizes, coming, no_outlook)
+        _json(machine, survey, toolkits, wheels, builds, sizes, coming, unknown)
         return
     _machine(machine, toolkits, wheels)
     _toolkits(toolkits, wheels, no_wheels)
     _gpus(survey)
     _cache(builds, sizes)
-    _coming(coming, no_outlook)
+    _coming(coming, unknown)
 
 
 def _machine(machine: Machine, toolkits: list[CudaToolkit], wheels: Wheels | None) -> None:
@@ -138,9 +138,9 @@ def _cache(builds: tuple[CachedBuild, ...], sizes: dict[str, int]) -> None:
         )
 
 
-def _coming(coming: tuple[Outlook, ...], no_outlook: str) -> None:
-    if no_outlook:
-        click.echo(f"what could be built cannot be said: {no_outlook}")
+def _coming(coming: tuple[BuildOption, ...], unknown: str) -> None:
+    if unknown:
+        click.echo(f"what could be built cannot be said: {unknown}")
         return
     rows = []
     for item in coming:
@@ -164,8 +164,8 @@ def _json(
     wheels: Wheels | None,
     builds: tuple[CachedBuild, ...],
     sizes: dict[str, int],
-    coming: tuple[Outlook, ...],
-    no_outlook: str,
+    coming: tuple[BuildOption, ...],
+    unknown: str,
 ) -> None:
     value: dict[str, Any] = {
         "machine": asdict(machine),
@@ -178,7 +178,7 @@ def _json(
         "builds": [asdict(build) for build in builds],
         "cache": sizes,
         "could_be_built": [{**asdict(item), "possible": item.possible} for item in coming],
-        "error": no_outlook,
+        "error": unknown,
     }
     show.as_json(_plain(value))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apex_build.source.git import git
-from apex_build.source.patch import Letter, commits_between, merges_between, write_letters
+from apex_build.source.patch import Patch, commits_between, format_patches, merges_between
 from apex_build.source.tree import base_and_head, edits
 from apex_build.storage.json_files import write_json
 
@@ -24,38 +24,38 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Match:
-    """`commits`: commit -> its letter, base to HEAD without merges; `of`: name of a patch -> its commit; `unsaved`: (commit,
+class Applied:
+    """`commits`: commit -> its patch, base to HEAD without merges; `commit_of`: name of a patch -> its commit; `unsaved`: (commit,
     subject) that is a person's work the series does not hold; `complete`: the commits are the series, in order.
     """
 
     base: str
     head: str
-    commits: dict[str, Letter]
-    of: dict[str, str]
+    commits: dict[str, Patch]
+    commit_of: dict[str, str]
     unsaved: tuple[tuple[str, str], ...]
     complete: bool
 
 
-def match(path: Path, series: Sequence[Letter]) -> Match:
+def find_applied(path: Path, series: Sequence[Patch]) -> Applied:
     """A patch and a commit match when apex made one from the other here, or when they say the same (a rebase changes hashes)."""
     base, head = base_and_head(path)
-    commits = write_letters(path, base, head)
+    commits = format_patches(path, base, head)
     made = record(path).made
     of: dict[str, str] = {}
-    for letter in series:
+    for patch in series:
         for commit, own in commits.items():
-            if commit not in of.values() and (made.get(commit) == letter.sha256 or own.key == letter.key):
-                of[letter.name] = commit
+            if commit not in of.values() and (made.get(commit) == patch.sha256 or own.key == patch.key):
+                of[patch.name] = commit
                 break
     safe = {*of.values(), *made}
-    unsaved = [(commit, letter.subject) for commit, letter in commits.items() if commit not in safe]
+    unsaved = [(commit, patch.subject) for commit, patch in commits.items() if commit not in safe]
     unsaved += [(commit, _subject(path, commit)) for commit in merges_between(path, base, head)]
-    complete = [of.get(letter.name) for letter in series] == list(commits) == commits_between(path, base, head)
-    return Match(base, head, commits, of, tuple(unsaved), complete)
+    complete = [of.get(patch.name) for patch in series] == list(commits) == commits_between(path, base, head)
+    return Applied(base, head, commits, of, tuple(unsaved), complete)
 
 
-def unsaved_work(path: Path, series: Sequence[Letter]) -> tuple[str, ...]:
+def unsaved_work(path: Path, series: Sequence[Patch]) -> tuple[str, ...]:
     """All that exists only in this tree, a line each: edits, new and ignored files, commits of any branch, tag or stash."""
     base, _head = base_and_head(path)
     edited, untracked = edits(path)
@@ -63,12 +63,12 @@ def unsaved_work(path: Path, series: Sequence[Letter]) -> tuple[str, ...]:
     ignored = git(path, "status", "--porcelain", "-z", "--ignored=matching", "--untracked-files=all").split("\0")
     lines += [f"ignored: {entry[3:]}" for entry in ignored if entry.startswith("!! ") and "__pycache__/" not in entry]
     refs = ["HEAD", *git(path, "for-each-ref", "--format=%(objectname)", "refs/heads", "refs/stash", "refs/tags").split()]
-    keys, made = {letter.key for letter in series}, record(path).made
-    letters: dict[str, Letter] = {}
+    keys, made = {patch.key for patch in series}, record(path).made
+    patches: dict[str, Patch] = {}
     for ref in dict.fromkeys(refs):
-        letters |= write_letters(path, base, ref)
+        patches |= format_patches(path, base, ref)
     for commit in git(path, "rev-list", "--reverse", *refs, f"^{base}").split():
-        if commit not in made and (commit not in letters or letters[commit].key not in keys):
+        if commit not in made and (commit not in patches or patches[commit].key not in keys):
             lines.append(f"commit {commit[:9]} {_subject(path, commit)!r}")
     return tuple(lines)
 

@@ -1,4 +1,4 @@
-"""Patches as letters (`git format-patch`): read, compared with commits, and made into commits that are the same everywhere."""
+"""Patch files (`git format-patch`): read, compared with commits, and made into commits that are the same everywhere."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _FORMAT = [
 
 
 @dataclass(frozen=True)
-class Letter:
-    """A patch file. `date` is git's raw form (seconds and zone), `message` the whole commit message. `key` names what the letter
+class Patch:
+    """A patch file. `date` is git's raw form (seconds and zone), `message` the whole commit message. `key` names what the patch
     says, whatever flags or version of git wrote it: author, date, message, and the diff without line numbers and object names.
     """
 
@@ -64,16 +64,16 @@ class Letter:
 
 
 class ApplyFailed(Exception):
-    """A letter does not apply; `reason` names file and hunk."""
+    """A patch does not apply; `reason` names file and hunk."""
 
-    def __init__(self, letter: Letter, reason: str) -> None:
-        super().__init__(f"{letter.name} does not apply: {reason}")
-        self.letter = letter
+    def __init__(self, patch: Patch, reason: str) -> None:
+        super().__init__(f"{patch.name} does not apply: {reason}")
+        self.patch = patch
         self.reason = reason
 
 
-def read_letter(name: str, content: bytes) -> Letter:
-    """Raises PatchConflict for a file that is not a letter: no author, no date, no subject or no diff."""
+def read_patch(name: str, content: bytes) -> Patch:
+    """Raises PatchConflict for a file that is not a patch: no author, no date, no subject or no diff."""
     with scratch_folder("mail") as temp:
         arguments = ("mailinfo", "-b", "--encoding=UTF-8", "--no-scissors", "body", "diff")
         done = run(None, *arguments, feed=content, cwd=temp)
@@ -97,7 +97,7 @@ def read_letter(name: str, content: bytes) -> Letter:
     diff = _FOOTER.sub(b"\n", diff[start.start() :]) if start else b""
     said_by = "\0".join((head["Author"], head["Email"], date, message)).encode()
     key = sha256(said_by + b"\0" + b"\n".join(_plain(diff)))
-    return Letter(name, content, head["Subject"], head["Author"], head["Email"], date, message, diff, key)
+    return Patch(name, content, head["Subject"], head["Author"], head["Email"], date, message, diff, key)
 
 
 def _plain(diff: bytes) -> list[bytes]:
@@ -114,21 +114,21 @@ def merges_between(path: Path, base: str, head: str) -> list[str]:
     return git(path, "rev-list", "--min-parents=2", f"{base}..{head}").split()
 
 
-def write_letters(path: Path, base: str, head: str) -> dict[str, Letter]:
-    """Commit -> its letter, for base..head without merges, in order. The letters' content is canonical: no commit names in it."""
-    letters: dict[str, Letter] = {}
-    with scratch_folder("letters") as temp:
+def format_patches(path: Path, base: str, head: str) -> dict[str, Patch]:
+    """Commit -> its patch, for base..head without merges, in order. The patches' content is canonical: no commit names in it."""
+    patches: dict[str, Patch] = {}
+    with scratch_folder("patches") as temp:
         git(path, *_FORMAT, "-o", temp, f"{base}..{head}")
         for file in sorted(temp.iterdir(), key=lambda file: int(file.name.split("-", 1)[0])):
             content = file.read_bytes()
             commit = _FROM.match(content)
             assert commit, "git format-patch begins with the commit"
-            letters[commit[1].decode()] = read_letter(file.name, _FROM.sub(b"From " + b"0" * 40 + b" ", content))
-    return letters
+            patches[commit[1].decode()] = read_patch(file.name, _FROM.sub(b"From " + b"0" * 40 + b" ", content))
+    return patches
 
 
-def commit_letters(path: Path, parent: str, letters: Sequence[Letter]) -> list[str]:
-    """Commits of the letters on top of `parent`, made beside the working tree, which stays as it is. Raises ApplyFailed.
+def commit_patches(path: Path, parent: str, patches: Sequence[Patch]) -> list[str]:
+    """Commits of the patches on top of `parent`, made beside the working tree, which stays as it is. Raises ApplyFailed.
 
     The committer is fixed and commits at the author's time, so the same series gives the same hashes everywhere.
     """
@@ -136,14 +136,14 @@ def commit_letters(path: Path, parent: str, letters: Sequence[Letter]) -> list[s
     with scratch_folder("index") as temp:
         index = {"GIT_INDEX_FILE": str(temp / "index")}
         git(path, "read-tree", parent, env=index)
-        for letter in letters:
-            done = run(path, "apply", "--cached", "--whitespace=nowarn", "-", feed=letter.diff, env=index)
+        for patch in patches:
+            done = run(path, "apply", "--cached", "--whitespace=nowarn", "-", feed=patch.diff, env=index)
             if done.returncode != 0:
-                raise ApplyFailed(letter, explain(letter.diff, done.stderr))
+                raise ApplyFailed(patch, explain(patch.diff, done.stderr))
             tree = git(path, "write-tree", env=index)
-            who = {"GIT_AUTHOR_NAME": letter.author, "GIT_AUTHOR_EMAIL": letter.email, "GIT_AUTHOR_DATE": letter.date}
-            who |= {**_COMMITTER, "GIT_COMMITTER_DATE": letter.date}
-            parent = git(path, "commit-tree", tree, "-p", parent, feed=letter.message.encode(), env=who)
+            who = {"GIT_AUTHOR_NAME": patch.author, "GIT_AUTHOR_EMAIL": patch.email, "GIT_AUTHOR_DATE": patch.date}
+            who |= {**_COMMITTER, "GIT_COMMITTER_DATE": patch.date}
+            parent = git(path, "commit-tree", tree, "-p", parent, feed=patch.message.encode(), env=who)
             commits.append(parent)
     return commits
 

@@ -1,4 +1,4 @@
-"""The patch series: patches/llama.cpp/<pin>/series and its letters, applied to the tree as commits and written back from them."""
+"""The patch series: patches/llama.cpp/<pin>/series and the patch files it names, applied to the tree as commits and written back from them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Literal
 
 from apex_build.errors import PatchConflict, TreeEdited
 from apex_build.progress import Report, silent
-from apex_build.source.applied import match, record, remember
+from apex_build.source.applied import find_applied, record, remember
 from apex_build.source.git import git
-from apex_build.source.patch import ApplyFailed, Letter, commit_letters, merges_between, read_letter, write_letters
+from apex_build.source.patch import ApplyFailed, Patch, commit_patches, format_patches, merges_between, read_patch
 from apex_build.source.pins import Pin
 from apex_build.source.tree import edits, fetch_command, require_tree, some
 from apex_build.storage import outputs
 from apex_build.storage.folders import locked, new_folder, put_in_place
 
 State = Literal["applied", "changed", "missing", "conflict"]
-_LETTER_NAME = re.compile(r"[0-9]{4}-[^/\\\s]+\.patch")
+_PATCH_NAME = re.compile(r"[0-9]{4}-[^/\\\s]+\.patch")
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,28 @@ class Saved:
     removed: tuple[str, ...]
 
 
-def read_series(pin: Pin) -> tuple[Letter, ...]:
-    """The letters that `series` names, in order; none without such a file. Raises PatchConflict for one that is no letter."""
+def read_series(pin: Pin) -> tuple[Patch, ...]:
+    """The patches that `series` names, in order; none without such a file. Raises PatchConflict for a file that is not a patch."""
     series = pin.patches_folder / "series"
-    letters: list[Letter] = []
+    patches: list[Patch] = []
     for name in _names(series):
         try:
-            content = (pin.patches_folder / name).read_bytes() if _LETTER_NAME.fullmatch(name) else None
+            content = (pin.patches_folder / name).read_bytes() if _PATCH_NAME.fullmatch(name) else None
         except OSError as error:
             raise PatchConflict(f"{series} names {name}, which cannot be read: {error.strerror}") from None
         if content is None:
             raise PatchConflict(f"{series} names {name!r}; a patch is called NNNN-what-it-does.patch and lies beside the series")
-        if any(letter.name == name for letter in letters):
+        if any(patch.name == name for patch in patches):
             raise PatchConflict(f"{series} names {name} twice")
-        letters.append(read_letter(name, content))
-    return tuple(letters)
+        patches.append(read_patch(name, content))
+    return tuple(patches)
 
 
 def series_digest(pin: Pin) -> str:
     """sha256 over the sha256 of each patch of the series, in order, a line each: names what is laid over the pin's tree."""
     digest = hashlib.sha256()
-    for letter in read_series(pin):
-        digest.update(f"{letter.sha256}\n".encode())
+    for patch in read_series(pin):
+        digest.update(f"{patch.sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -90,23 +90,23 @@ def series_status(pin: Pin) -> SeriesStatus:
     """How tree and series stand to each other. Raises SourceMissing, and TreeEdited for a tree that is not one of ours."""
     path = require_tree(pin)
     series = read_series(pin)
-    found = match(path, series)
-    changed = {letter.subject: commit for commit, letter in found.commits.items() if commit not in found.of.values()}
+    found = find_applied(path, series)
+    changed = {patch.subject: commit for commit, patch in found.commits.items() if commit not in found.commit_of.values()}
     states: list[PatchState] = []
     head = found.head
-    for letter in series:
-        if commit := found.of.get(letter.name):
-            states.append(PatchState(letter.name, letter.subject, "applied", commit))
-        elif letter.subject in changed:
-            states.append(PatchState(letter.name, letter.subject, "changed", changed[letter.subject]))
+    for patch in series:
+        if commit := found.commit_of.get(patch.name):
+            states.append(PatchState(patch.name, patch.subject, "applied", commit))
+        elif patch.subject in changed:
+            states.append(PatchState(patch.name, patch.subject, "changed", changed[patch.subject]))
         else:
             try:
-                head = commit_letters(path, head, [letter])[-1]
-                states.append(PatchState(letter.name, letter.subject, "missing"))
+                head = commit_patches(path, head, [patch])[-1]
+                states.append(PatchState(patch.name, patch.subject, "missing"))
             except ApplyFailed as error:
-                states.append(PatchState(letter.name, letter.subject, "conflict", detail=error.reason))
+                states.append(PatchState(patch.name, patch.subject, "conflict", detail=error.reason))
     edited, untracked = edits(path)
-    unlisted = sorted({file.name for file in pin.patches_folder.glob("*.patch")} - {letter.name for letter in series})
+    unlisted = sorted({file.name for file in pin.patches_folder.glob("*.patch")} - {patch.name for patch in series})
     return SeriesStatus(tuple(states), found.unsaved, edited, untracked, tuple(unlisted), found.complete)
 
 
@@ -123,7 +123,7 @@ def apply_series(pin: Pin, report: Report = silent) -> tuple[str, ...]:
 def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
     """`apply_series` for a tree at `path`; call with the lock held."""
     series = read_series(pin)
-    found = match(path, series)
+    found = find_applied(path, series)
     if found.complete:
         return ()
     edited, _untracked = edits(path)
@@ -132,11 +132,11 @@ def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
             f"{path} has uncommitted edits, in {some(edited)}; applying patches could lose them",
             hint=f"git -C {path} commit -a, then {verb(pin, 'apply')}",
         )
-    done = [letter.name in found.of for letter in series]
+    done = [patch.name in found.commit_of for patch in series]
     if not found.unsaved:
         start, todo = found.base, list(series)
     elif len(found.unsaved) == len(found.commits) - sum(done) and done == sorted(done, reverse=True):
-        start, todo = found.head, [letter for letter in series if letter.name not in found.of]
+        start, todo = found.head, [patch for patch in series if patch.name not in found.commit_of]
     else:
         named = some([f"{commit[:9]} {subject!r}" for commit, subject in found.unsaved])
         raise TreeEdited(
@@ -144,15 +144,15 @@ def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
             hint=f"{verb(pin, 'save')} writes them into the series; {verb(pin, 'status')} shows both",
         )
     try:
-        made = commit_letters(path, start, todo)
+        made = commit_patches(path, start, todo)
     except ApplyFailed as error:
         raise PatchConflict(
-            f"{pin.patches_folder / error.letter.name} does not apply to {path}: {error.reason}",
+            f"{pin.patches_folder / error.patch.name} does not apply to {path}: {error.reason}",
             hint=f"{fetch_command(pin)} --no-patches, apply it there with git am --reject, commit, then {verb(pin, 'save')}",
         ) from None
-    remember(path, made={commit: letter.sha256 for commit, letter in zip(made, todo, strict=True)})
+    remember(path, made={commit: patch.sha256 for commit, patch in zip(made, todo, strict=True)})
     _switch(path, found.head, made[-1] if made else start)
-    return tuple(letter.name for letter in todo if letter.name not in found.of)
+    return tuple(patch.name for patch in todo if patch.name not in found.commit_of)
 
 
 def _switch(path: Path, old: str, new: str) -> None:
@@ -173,23 +173,23 @@ def save_series(pin: Pin, report: Report = silent) -> Saved:
     path = require_tree(pin)
     with locked(path, report):
         series = read_series(pin)
-        found = match(path, series)
+        found = find_applied(path, series)
         for commit in merges_between(path, found.base, found.head):
             raise TreeEdited(
                 f"{path}: commit {commit[:9]} is a merge; a series is a line of commits",
                 hint=f"git -C {path} rebase {found.base[:9]}",
             )
-        had, subjects = record(path).had, {letter.subject for letter in found.commits.values()}
-        for letter in series:
-            if not (letter.name in found.of or letter.sha256 in had or letter.subject in subjects):
+        had, subjects = record(path).had, {patch.subject for patch in found.commits.values()}
+        for patch in series:
+            if not (patch.name in found.commit_of or patch.sha256 in had or patch.subject in subjects):
                 raise TreeEdited(
-                    f"saving would drop {letter.name}, which this tree never had",
+                    f"saving would drop {patch.name}, which this tree never had",
                     hint=f"{verb(pin, 'apply')}, then {verb(pin, 'save')}",
                 )
-        letters = list(found.commits.values())
-        _read_back(path, found.base, found.head, letters)
-        saved = _write(pin, letters)
-        remember(path, had=[letter.sha256 for letter in (*series, *letters)])
+        patches = list(found.commits.values())
+        _read_back(path, found.base, found.head, patches)
+        saved = _write(pin, patches)
+        remember(path, had=[patch.sha256 for patch in (*series, *patches)])
         return saved
 
 
@@ -209,24 +209,24 @@ def _names(series: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _read_back(path: Path, base: str, head: str, letters: Sequence[Letter]) -> None:
-    """Saving must lose nothing: the letters, applied to the base, give the same files and the same letters again."""
-    for letter in letters:
-        if not letter.diff:
+def _read_back(path: Path, base: str, head: str, patches: Sequence[Patch]) -> None:
+    """Saving must lose nothing: the patches, applied to the base, give the same files and the same patches again."""
+    for patch in patches:
+        if not patch.diff:
             raise TreeEdited(
-                f"{path}: the commit {letter.subject!r} changes nothing; a patch cannot hold it",
+                f"{path}: the commit {patch.subject!r} changes nothing; a patch cannot hold it",
                 hint=f"git -C {path} rebase apex-base",
             )
     try:
-        made = commit_letters(path, base, letters)
+        made = commit_patches(path, base, patches)
     except ApplyFailed as error:
-        raise TreeEdited(f"{path}: the commit {error.letter.subject!r} cannot be written as a patch: {error.reason}") from None
+        raise TreeEdited(f"{path}: the commit {error.patch.subject!r} cannot be written as a patch: {error.reason}") from None
     end = made[-1] if made else base
-    again = [letter.content for letter in write_letters(path, base, end).values()]
-    for letter, content in zip(letters, again, strict=True):
-        if letter.content != content:
+    again = [patch.content for patch in format_patches(path, base, end).values()]
+    for patch, content in zip(patches, again, strict=True):
+        if patch.content != content:
             raise TreeEdited(
-                f"{path}: the message of the commit {letter.subject!r} does not survive a mail: it has a line `---`, or a diff",
+                f"{path}: the message of the commit {patch.subject!r} does not survive a mail: it has a line `---`, or a diff",
                 hint=f"git -C {path} rebase -i {base[:9]}, and reword it",
             )
     if git(path, "rev-parse", f"{end}^{{tree}}") != git(path, "rev-parse", f"{head}^{{tree}}"):
@@ -235,14 +235,14 @@ def _read_back(path: Path, base: str, head: str, letters: Sequence[Letter]) -> N
         )
 
 
-def _write(pin: Pin, letters: Sequence[Letter]) -> Saved:
+def _write(pin: Pin, patches: Sequence[Patch]) -> Saved:
     """Replace the folder as a whole. Comment lines at the head of `series`, and files that are not patches, stay."""
     final = pin.patches_folder
     old = {file.name: file.read_bytes() for file in sorted(final.glob("*.patch"))} if final.is_dir() else {}
     series = final / "series"
     text = series.read_text(encoding="utf-8") if series.is_file() else ""
     head = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*", text)
-    new = {letter.name: letter.content for letter in letters}
+    new = {patch.name: patch.content for patch in patches}
     listed = _names(series)
     if foreign := [name for name in new if name in old and name not in listed and old[name] != new[name]]:
         raise TreeEdited(

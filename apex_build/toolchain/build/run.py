@@ -191,7 +191,7 @@ def _manifest(plan: BuildPlan, files: Mapping[str, Any], cached_by: str, seconds
         **plan.ingredients,
         "key": plan.key,
         "recipe": cache.RECIPE,
-        "patches": [{"name": letter.name, "sha256": letter.sha256} for letter in read_series(plan.pin)] if plan.pin else [],
+        "patches": [{"name": patch.name, "sha256": patch.sha256} for patch in read_series(plan.pin)] if plan.pin else [],
         "compiler": _of(plan.compiler),
         "compiler_cache": cached_by,
         "host": platform.machine(),

@@ -31,7 +31,7 @@ _OLDEST_DRIVER = {"12": 525, "13": 580}
 
 
 @dataclass(frozen=True)
-class Outlook:
+class BuildOption:
     """One build that could be made. `minutes` is about what it takes here, 0 where it is in the cache.
 
     `command` makes it; `why_not` says what stands against it, and `hint` what to try; `notes` what else is worth knowing.
@@ -50,7 +50,7 @@ class Outlook:
         return not self.why_not
 
 
-def outlooks(pin: Pin, survey: Survey, plugins: Plugins) -> tuple[Outlook, ...]:
+def build_options(pin: Pin, survey: Survey, plugins: Plugins) -> tuple[BuildOption, ...]:
     """The CPU build, and a CUDA build for the GPUs of this machine, or an example where it has none."""
     cuda: tuple[GpuTarget, ...]
     if survey.gpus:
@@ -58,12 +58,12 @@ def outlooks(pin: Pin, survey: Survey, plugins: Plugins) -> tuple[Outlook, ...]:
     else:
         cuda, name, command = resolve([EXAMPLE], plugins), f"cuda, for example for {EXAMPLE}", f"apex build --gpu {EXAMPLE}"
     return (
-        _outlook("cpu", "apex build --backend cpu", pin, (), survey),
-        _outlook(name, command, pin, cuda, survey),
+        _option("cpu", "apex build --backend cpu", pin, (), survey),
+        _option(name, command, pin, cuda, survey),
     )
 
 
-def _outlook(name: str, command: str, pin: Pin, targets: Sequence[GpuTarget], survey: Survey) -> Outlook:
+def _option(name: str, command: str, pin: Pin, targets: Sequence[GpuTarget], survey: Survey) -> BuildOption:
     notes: list[str] = []
     cached = False
     work = float(_CPU_MINUTES)
@@ -83,7 +83,7 @@ def _outlook(name: str, command: str, pin: Pin, targets: Sequence[GpuTarget], su
     except ApexError as error:
         why_not, hint = error.message, error.hint or ""
     minutes = 0.0 if cached else work / default_jobs()
-    return Outlook(name, command, why_not, hint, minutes, cached, tuple(note for note in notes if note))
+    return BuildOption(name, command, why_not, hint, minutes, cached, tuple(note for note in notes if note))
 
 
 def _in_cache(source: Path, pin: Pin, compiler: Compiler, cuda: CudaPlan | None) -> bool:
