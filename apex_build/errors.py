@@ -325,6 +325,12 @@ class SystemUnsupported(ApexError):
     exit_code = 81
 
 
+class PluginIncompatible(ApexError):
+    """A plugin was made for a version of the plugin API that this apex-build does not have."""
+
+    exit_code = 82
+
+
 class CheckFailed(ApexError):
     """A file that was checked writes no text, or its draft head is not accepted."""
 

@@ -1,16 +1,16 @@
-"""The plugin API: the hooks, and the data that crosses them. Built-in plugins use nothing else.
+"""The hooks of the plugin API, and the data that crosses them. Plugins import both from `apex_build.plugin_api`.
 
 A plugin is a folder with a `plugin.py`, or a module that a package names in the entry-point group `apex_build`. It writes a
 function of a hook's name, marked with `@hookimpl`:
 
-    from apex_build.hookspecs import PolicySpec, hookimpl
+    from apex_build.plugin_api import PolicySpec, hookimpl
 
     @hookimpl
     def apex_policies() -> list[PolicySpec]:
         return [PolicySpec(name="mine", template=Path(__file__).with_name("mine.jinja"), base_type="Q4_K_M")]
 
 Hooks give data and do no work until they are asked. Each hook function is called on its own, so that an error in it can be
-reported under its plugin's name; pluggy's wrappers have no effect.
+reported under its plugin's name; pluggy's wrappers have no effect. docs/plugins.md has an example of each hook.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
@@ -32,6 +32,48 @@ if TYPE_CHECKING:
 hookspec = pluggy.HookspecMarker("apex_build")
 hookimpl = pluggy.HookimplMarker("apex_build")
 
+# The version of this API. A plugin says which it was made for with a line `APEX_API = 2`; without one it was made for 1. It grows
+# with each addition that a plugin may rely on; OLDEST_API is raised where something that plugins rely on is taken away.
+API_VERSION = 2
+OLDEST_API = 1
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a tensor is for. Policies give types by role; `ROLES` has those that there are, `apex_roles` adds to them."""
+
+    name: str
+    description: str
+
+
+ROLES = (
+    Role("routed", "experts that a router chooses for each token"),
+    Role("shared", "an expert beside the routed ones that every token passes"),
+    Role("dense", "feed-forward that every token passes"),
+    Role("attention", "attention: queries, keys, values, output"),
+    Role("ssm", "what stands in attention's place: state-space models, delta nets, short convolutions"),
+    Role("router", "the choice among experts"),
+    Role("conv", "kernels of short convolutions"),
+    Role("norm", "normalization"),
+    Role("nextn", "what only a draft head has: the joining of token and hidden state, embeddings and output of its own"),
+    Role("embedding", "rows that are looked up by token or position"),
+    Role("output", "the output matrix"),
+    Role("vision", "parts that see: towers and projectors"),
+    Role("audio", "parts that hear or speak"),
+    Role("other", "none of these: biases, scalars, and what no plugin knows"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor's role, and whether it belongs to the draft head, where its block does not tell.
+
+    Without this, the draft head is the blocks after the trunk's (`nextn_predict_layers` of them), as llama.cpp lays it out.
+    """
+
+    role: str
+    draft_head: bool
+
 
 @dataclass(frozen=True)
 class PolicySpec:
@@ -40,7 +82,8 @@ class PolicySpec:
     The template renders `pattern=type`, one a line; `base_type` is llama-quantize's own type argument, whose mixture decides
     for every tensor that no line names (`{name}` stands for the value of a parameter); `calibrated` says that the policy is
     meant for use with an imatrix; `fit` that a tensor whose rows cannot hold its type gets the nearest that they can, instead of
-    a refusal; `needs` what a model must have: 'head'.
+    a refusal; `needs` what a model must have: 'head'; `otherwise` the policy to take for a model without it. `sweeps`: apex sweep
+    takes this policy where no other is asked for.
 
     A line `# warning: TEXT` of the rendered rules is shown to the user.
     """
@@ -53,9 +96,8 @@ class PolicySpec:
     description: str = ""
     fit: bool = False
     needs: tuple[str, ...] = ()
-    # filled in when the plugin is loaded: its name, and where the templates of all plugins lie, for include and extends
-    plugin: str = ""
-    library: Mapping[str, tuple[Path, ...]] = field(default_factory=dict, repr=False)
+    otherwise: str = ""
+    sweeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +129,11 @@ class Figure:
 
     `name` is for scripts, dotted and stable: `depth1.agreement`. `domain` is that of the text or prompts it was taken over, empty
     for all of them. `n` counts what it was taken over: positions, prompts, tasks. Where `value` is None, `note` says why.
+
+    `better` says whether a lower or a higher value is the better one; without it nothing is called a gain or a loss, and a sweep
+    has no knee. `paired` names the figure that is this one's paired difference from the reference (file minus reference, on the
+    same positions), by custom `NAME.difference`; a figure that is such a difference itself, as a divergence is, names itself.
+    `label` is the figure in words, for a plot; of an evaluator's figures a sweep shows the first one with `plot`.
     """
 
     name: str
@@ -97,6 +144,30 @@ class Figure:
     n: int | None = None
     domain: str = ""
     note: str = ""
+    better: Literal["", "lower", "higher"] = ""
+    paired: str = ""
+    label: str = ""
+    plot: bool = False
+
+
+@dataclass(frozen=True)
+class Service:
+    """What apex takes an evaluator for by itself, without its being asked for by name.
+
+    purpose   taken by                                        figures that it must name
+    sweep     apex sweep, where no evaluator is asked for     -
+    head      the same, where the files differ in the         -
+              draft head alone
+    auto      a parameter at 'auto' (Parameter.measured)      agreement (in %), tokens (for each step of the trunk)
+    check     apex check                                      perplexity; or acceptance (in %), and perhaps same_text (in %)
+
+    `figures`: meaning -> name of the figure; `settings`: its parameters for the purpose. For 'auto', apex also sets the parameters
+    `rows` and `chunks` of an evaluator that has them.
+    """
+
+    purpose: Literal["sweep", "head", "auto", "check"]
+    figures: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,12 +190,10 @@ class Evaluator:
     # of those with one heading the first that is there counts. Without any it is the evaluator's first figure
     headline: tuple[tuple[str, str], ...] = ()
     # for the time left: the tasks that it will report (Step.task), in order, and about how many tokens the model reads in each (one
-    # that it writes counts as apex_build.evaluation.pace.GENERATED of them)
+    # that it writes counts as GENERATED of them)
     runs: Callable[[Task], Mapping[str, float]] | None = None
     version: int = 1  # to be raised when it gives other figures for the same: what an earlier one recorded is measured again
-    # filled in when the plugin is loaded: its name, and what tells its code from another (empty for a built-in one)
-    plugin: str = ""
-    code: str = ""
+    serves: tuple[Service, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,10 +221,16 @@ def apex_policies() -> list[PolicySpec]:  # type: ignore[empty-body]
 
 
 @hookspec
-def apex_tensor_roles(architecture: str) -> Callable[[str], str | None] | None:
+def apex_roles() -> list[Role]:  # type: ignore[empty-body]
+    """Roles beside `ROLES`, for policies that know them; every other policy leaves their tensors to its base type's mixture."""
+
+
+@hookspec
+def apex_tensor_roles(architecture: str) -> Callable[[str], str | Part | None] | None:
     """The role of each tensor name of this architecture, or None for an architecture the plugin does not know.
 
-    The function gives None for a tensor it does not know; the next plugin is asked then, the last loaded first.
+    The function gives None for a tensor it does not know; the next plugin is asked then, the last loaded first. A role is one of
+    `ROLES` or of `apex_roles`; a `Part` also says whether the tensor belongs to the draft head.
     """
 
 
@@ -176,4 +251,4 @@ def apex_commands() -> list[click.Command]:  # type: ignore[empty-body]
 
 @hookspec
 def apex_evaluators() -> list[Evaluator]:  # type: ignore[empty-body]
-    """Evaluators, by name. What they are given is an `apex_build.evaluation.task.Task`."""
+    """Evaluators, by name. What they are given is a `Task`."""

@@ -32,7 +32,8 @@ class Parameter:
     anything.
     `words` are further values of a 'type' parameter, to which the template gives a meaning of its own; with `mixtures` it also
     takes two types, A+B. One that has `measured` takes the word 'auto': the smallest of these values whose loss, measured on the
-    user's model against the first of them, is under a bound. They stand in the order in which they are tried: the largest first.
+    user's model against the first of them, is under a bound, the value of the parameter that `bound` names (without one 0.5
+    points). They stand in the order in which they are tried: the largest first.
     """
 
     default: str | int | float | bool
@@ -41,6 +42,7 @@ class Parameter:
     words: tuple[str, ...] = ()
     mixtures: bool = False
     measured: tuple[str, ...] = ()
+    bound: str = ""
 
 
 def resolve(policy: PolicySpec, given: Mapping[str, Value], ggml: Ggml) -> dict[str, Value]:

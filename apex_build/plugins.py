@@ -4,42 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
-import os
 import re
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
 from apex_build import hookspecs
-from apex_build.errors import ApexError, PluginFailed, PolicyUnknown, Terminated
-from apex_build.hookspecs import Document, Evaluator, Figure, GpuTarget, PolicySpec, Source
+from apex_build.errors import ApexError, PluginFailed, PolicyUnknown
+from apex_build.hookspecs import ROLES, Evaluator, GpuTarget, Part, PolicySpec, Role, Source
+from apex_build.loaded import LoadedEvaluator, LoadedPolicy, loaded_evaluator, loaded_policy
 from apex_build.near import nearby
 from apex_build.places import cache_root, data_root
+from apex_build.plugin_blame import blame, blaming, blaming_evaluator
+from apex_build.plugin_finding import (
+    GROUP,
+    PACKAGE,
+    api_in_source,
+    api_of,
+    builtin_folders,
+    check_api,
+    code_of,
+    entry_source,
+    installed,
+    module_of,
+    package_of,
+    spelt,
+    state_of,
+    switched_off,
+)
 from apex_build.storage.json_files import write_json
 
 if TYPE_CHECKING:
-    import click
+    import importlib.metadata
 
-    from apex_build.evaluation.task import Task
+    import click
 
 _log = logging.getLogger("apex_build")
 
-GROUP = "apex_build"
-_PACKAGE = "package "  # what the origin of an installed plugin begins with
 T = TypeVar("T")
-Read = Callable[[Mapping[str, Any], Path], Iterator[Document]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +55,10 @@ class Plugins:
 
     manager: pluggy.PluginManager
     origins: Mapping[str, str]  # plugin name -> folder or distribution it came from
+    apis: Mapping[str, int]  # plugin name -> version of the API that it was made for
     broken: Mapping[str, str] = field(default_factory=dict)  # installed plugins that were left out: name -> what is wrong with each
 
-    def policies(self) -> dict[str, PolicySpec]:
+    def policies(self) -> dict[str, LoadedPolicy]:
         """Policies by name, sorted; two plugins with a policy of the same name are refused."""
         found = self._named("apex_policies", PolicySpec)
         library: dict[str, tuple[Path, ...]] = {}
@@ -63,9 +71,9 @@ class Plugins:
                 continue
             folder = policy.template.resolve().parent
             library[plugin] = (*(f for f in library.get(plugin, ()) if f != folder), folder)
-        return {name: replace(policy, plugin=plugin, library=library) for name, (plugin, policy) in sorted(found.items())}
+        return {name: loaded_policy(policy, plugin, library) for name, (plugin, policy) in sorted(found.items())}
 
-    def policy(self, name: str) -> PolicySpec:
+    def policy(self, name: str) -> LoadedPolicy:
         """The policy of this name. Raises PolicyUnknown with names that are near."""
         known = self.policies()
         if name not in known:
@@ -79,15 +87,16 @@ class Plugins:
     def calibration_sources(self) -> dict[str, Source]:
         """Sources by name; reading from one blames its plugin for what it raises."""
         found = self._named("apex_calibration_sources", Source)
-        return {name: replace(source, read=_blaming(plugin, source.read)) for name, (plugin, source) in sorted(found.items())}
+        return {
+            name: Source(source.name, blaming(plugin, source.read), source.options)
+            for name, (plugin, source) in sorted(found.items())
+        }
 
-    def evaluators(self) -> dict[str, Evaluator]:
+    def evaluators(self) -> dict[str, LoadedEvaluator]:
         """Evaluators by name; an error inside one blames its plugin."""
         found = self._named("apex_evaluators", Evaluator)
         return {
-            name: replace(
-                evaluator, plugin=plugin, code=_code_of(self.origins[plugin]), evaluate=_blaming_evaluator(plugin, evaluator)
-            )
+            name: loaded_evaluator(evaluator, plugin, code_of(self.origins[plugin]), evaluate=blaming_evaluator(plugin, evaluator))
             for name, (plugin, evaluator) in sorted(found.items())
         }
 
@@ -101,26 +110,52 @@ class Plugins:
 
         return {name: command for name, (_, command) in sorted(self._named("apex_commands", click.Command).items())}
 
-    def role_of(self, architecture: str, tensor: str) -> str | None:
+    def roles(self) -> dict[str, Role]:
+        """Roles by name: those of every apex-build, and what plugins add."""
+        return dict(_roles(self))
+
+    def role_of(self, architecture: str, tensor: str) -> str | Part | None:
         """Role of a tensor, from the plugin loaded last that knows it (`gguf_model.catalogue.RoleOf`)."""
         for plugin, role in _role_functions(self, architecture):
-            with _blame(plugin):
+            with blame(plugin):
                 found = role(tensor)
             if found is not None:
+                self._check_role(plugin, found, tensor)
                 return found
         return None
+
+    def _check_role(self, plugin: str, found: object, tensor: str) -> None:
+        role = found.role if isinstance(found, Part) else found
+        if role in _roles(self) or (isinstance(role, str) and self.apis[plugin] < 2):  # before version 2 there was no list
+            return
+        near = nearby(role, _roles(self)) if isinstance(role, str) else ""
+        raise PluginFailed(
+            f"plugin '{plugin}': its role of {tensor} is {found!r:.80}, and there is no such role{near}. "
+            f"There are: {', '.join(_roles(self))}",
+            hint="the hook apex_roles adds one: docs/plugins.md",
+        )
+
+    def given(self, plugin: str) -> dict[str, tuple[str, ...]]:
+        """What a plugin gives: kind -> names. Roles are those that it adds; `has_hook` tells whether it gives roles to tensors."""
+        return {
+            kind: tuple(sorted(name for name, (owner, _) in self._named(hook, of).items() if owner == plugin))
+            for kind, (hook, of) in _kinds().items()
+        }
+
+    def has_hook(self, plugin: str, hook: str) -> bool:
+        return any(one.plugin_name == plugin for one in getattr(self.manager.hook, hook).get_hookimpls())
 
     def files(self) -> Iterator[Path]:
         """Code, templates and data of the plugins that are folders: what no output may replace."""
         for origin in self.origins.values():
-            if not origin.startswith(_PACKAGE):
+            if not origin.startswith(PACKAGE):
                 for pattern in ("*.py", "*.jinja", "*.toml", "*.jsonl"):
                     yield from Path(origin).rglob(pattern)
 
     def _call(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """(plugin, result) of each plugin that has the hook, the last loaded first."""
         for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
-            with _blame(implementation.plugin_name):
+            with blame(implementation.plugin_name):
                 result = implementation.function(**{name: arguments[name] for name in implementation.argnames})
             yield implementation.plugin_name, result
 
@@ -131,7 +166,7 @@ class Plugins:
         for implementation in sorted(hooks, key=lambda one: self._installed(one.plugin_name)):
             plugin = implementation.plugin_name
             try:
-                with _blame(plugin):
+                with blame(plugin):
                     results = implementation.function()
                 if not isinstance(results, Sequence) or not all(isinstance(item, kind) for item in results):
                     raise PluginFailed(f"plugin '{plugin}': {hook}() must give a list of {kind.__name__}, not {results!r:.200}")
@@ -149,7 +184,7 @@ class Plugins:
         return found
 
     def _installed(self, plugin: str) -> bool:
-        return self.origins[plugin].startswith(_PACKAGE)
+        return self.origins[plugin].startswith(PACKAGE)
 
     def _leave_out(self, plugin: str, error: PluginFailed) -> None:
         """What an installed plugin gives is done without where it is broken; what is ours, or asked for, must be whole."""
@@ -163,9 +198,9 @@ def load_plugins(folders: Sequence[Path] = ()) -> Plugins:
 
     The same folders give the same object. An installed plugin that is broken is left out with a warning, and so is, without
     one, what APEX_PLUGINS_OFF names: plugins or packages, with commas between them. Raises PluginFailed for any other, naming the
-    plugin and the line of its code.
+    plugin and the line of its code, and PluginIncompatible for one that was made for another version of the API.
     """
-    return _load(tuple(dict.fromkeys(Path(folder).resolve() for folder in folders)), data_root(), _switched_off())
+    return _load(tuple(dict.fromkeys(Path(folder).resolve() for folder in folders)), data_root(), switched_off())
 
 
 @functools.lru_cache(maxsize=16)
@@ -173,23 +208,30 @@ def _load(folders: tuple[Path, ...], data: Path, off: frozenset[str]) -> Plugins
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     origins: dict[str, str] = {}
-    for path in sorted((data / "plugins").glob("*/plugin.py")):
-        _register(manager, origins, path.parent.name, str(path.parent), functools.partial(_module_of, path.parent))
+    apis: dict[str, int] = {}
+
+    def from_folder(folder: Path) -> None:
+        load = functools.partial(module_of, folder)
+        apis[folder.name] = _register(manager, origins, folder.name, str(folder), load, folder / "plugin.py")
+
+    for folder in builtin_folders():
+        from_folder(folder)
     broken: dict[str, str] = {}
-    for entry in _installed():
-        if off & {_spelt(entry.name), _spelt(_package(entry))}:
+    for entry in installed():
+        if off & {spelt(entry.name), spelt(package_of(entry))}:
             continue
+        origin = f"{PACKAGE}{package_of(entry)}"
         try:
-            _register(manager, origins, entry.name, f"{_PACKAGE}{_package(entry)}", entry.load)
+            apis[entry.name] = _register(manager, origins, entry.name, origin, entry.load, entry_source(entry))
         except ApexError as error:
             broken[entry.name] = error.message
-            _warn_left_out(entry.name, f"{_PACKAGE}{_package(entry)}", error.message)
+            _warn_left_out(entry.name, origin, error.message)
     for folder in folders:
         if not (folder / "plugin.py").is_file():
-            raise PluginFailed(f"no plugin in {folder}: a plugin folder holds a file plugin.py")
+            raise PluginFailed(f"no plugin in {folder}: a plugin folder holds a file plugin.py", hint="apex plugins new")
         if str(folder) not in origins.values():  # a built-in one, named once more
-            _register(manager, origins, folder.name, str(folder), functools.partial(_module_of, folder))
-    return Plugins(manager, origins, broken)
+            from_folder(folder)
+    return Plugins(manager, origins, apis, broken)
 
 
 def command_summaries() -> dict[str, str]:
@@ -198,7 +240,7 @@ def command_summaries() -> dict[str, str]:
     if not built_in and not entries:
         return {}
     known = [[str(path), path.stat().st_mtime_ns] for path in built_in]
-    key = [*known, *([entry.name, entry.value, _package(entry), *_state(entry)] for entry in entries)]
+    key = [*known, *([entry.name, entry.value, package_of(entry), *state_of(entry)] for entry in entries)]
     cached = cache_root() / "plugin-verbs.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         before = json.loads(cached.read_text(encoding="utf-8"))
@@ -221,35 +263,9 @@ def may_have_commands() -> bool:
 def _with_commands() -> tuple[list[Path], list[importlib.metadata.EntryPoint]]:
     """Built-in plugins that name the hook, and all that are installed and not switched off."""
     folders = sorted((data_root() / "plugins").glob("*/plugin.py"))
-    off = _switched_off()
-    entries = [entry for entry in _installed() if not off & {_spelt(entry.name), _spelt(_package(entry))}]
+    off = switched_off()
+    entries = [entry for entry in installed() if not off & {spelt(entry.name), spelt(package_of(entry))}]
     return [path for path in folders if "apex_commands" in path.read_text(encoding="utf-8")], entries
-
-
-def _installed() -> list[importlib.metadata.EntryPoint]:
-    return sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
-
-
-def _package(entry: importlib.metadata.EntryPoint) -> str:
-    return entry.dist.name if entry.dist else entry.value
-
-
-def _state(entry: importlib.metadata.EntryPoint) -> list[Any]:
-    """What changes with the code of an installed plugin, as far as that is seen without importing it."""
-    try:
-        spec = importlib.util.find_spec(entry.module.partition(".")[0])
-        changed = Path(spec.origin).stat().st_mtime_ns if spec and spec.origin else None
-    except (ImportError, OSError, ValueError):
-        changed = None
-    return [entry.dist.version if entry.dist else None, changed]
-
-
-def _switched_off() -> frozenset[str]:
-    return frozenset(_spelt(name) for name in os.environ.get("APEX_PLUGINS_OFF", "").split(",") if name.strip())
-
-
-def _spelt(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 @functools.cache
@@ -258,61 +274,37 @@ def _warn_left_out(plugin: str, origin: str, why: str) -> None:
     _log.warning(f"{said}; it is left out (APEX_PLUGINS_OFF={plugin} does that without this warning)")
 
 
-def _register(manager: pluggy.PluginManager, origins: dict[str, str], name: str, origin: str, load: Callable[[], Any]) -> None:
+def _register(
+    manager: pluggy.PluginManager, origins: dict[str, str], name: str, origin: str, load: Callable[[], Any], source: Path | None
+) -> int:
+    """Load a plugin; gives the version of the API that it was made for."""
     if name in origins:
         raise PluginFailed(f"two plugins are named '{name}': {origins[name]} and {origin}", hint="rename one of them")
+    if source is not None and (declared := api_in_source(source)) is not None:
+        check_api(declared, name, origin)  # before its imports fail for want of what another version has
     try:
-        with _blame(name, origin):
-            manager.register(load(), name=name)
+        with blame(name, origin):
+            module = load()
+            api = api_of(module, name, origin)
+            check_api(api, name, origin)
+            manager.register(module, name=name)
             manager.check_pending()  # a hook function of a name that is no hook: misspelt, or made for another version
     except BaseException:
         if manager.has_plugin(name):
             manager.unregister(name=name)
         raise
     origins[name] = origin
-
-
-def _module_of(folder: Path) -> ModuleType:
-    """Import `folder/plugin.py` as a package of a name of its own, so that its relative imports find the files beside it."""
-    name = f"_apex_plugin_{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, folder / "plugin.py", submodule_search_locations=[str(folder)])
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot import {folder / 'plugin.py'}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _code_of(origin: str) -> str:
-    """What tells a plugin's code from what it was before: digest of its Python files, or version of its package.
-
-    Empty for a built-in one, whose evaluators have versions of their own.
-    """
-    if origin.startswith(_PACKAGE):
-        package = origin.removeprefix(_PACKAGE)
-        try:
-            return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            return package
-    folder = Path(origin)
-    if folder.parent == data_root() / "plugins":
-        return ""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode(errors="surrogateescape") + content)
-    return digest.hexdigest()
+    return api
 
 
 def _policy_hint(name: str, known: Mapping[str, PolicySpec]) -> str:
-    """A type in place of a policy is what llama-quantize would take: 'uniform' has it as a parameter."""
-    if "uniform" in known and (given := _type_like(name)):
-        return f"--policy uniform --set type={given}, for every tensor of one type; apex policies lists the others"
+    """A type in place of a policy is what llama-quantize would take: a policy of one type has it as a parameter."""
+    if given := _type_like(name):
+        for policy in known.values():
+            parameter = re.fullmatch(r"\{([\w.]+)\}", policy.base_type)
+            if parameter and parameter[1] in policy.parameters and policy.parameters[parameter[1]].kind == "type":
+                one = f"--policy {policy.name} --set {parameter[1]}={given}"
+                return f"{one}, for every tensor of one type; apex policies lists the others"
     return "apex policies"
 
 
@@ -327,9 +319,33 @@ def _type_like(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _role_functions(plugins: Plugins, architecture: str) -> tuple[tuple[str, Callable[[str], str | None]], ...]:
+def _role_functions(plugins: Plugins, architecture: str) -> tuple[tuple[str, Callable[[str], str | Part | None]], ...]:
     answers = plugins._call("apex_tensor_roles", architecture=architecture)
     return tuple((plugin, role) for plugin, role in answers if role is not None)
+
+
+def _kinds() -> dict[str, tuple[str, type[Any]]]:
+    """What plugins give by name: kind -> its hook, and what that gives a list of."""
+    import click
+
+    return {
+        "policies": ("apex_policies", PolicySpec),
+        "roles": ("apex_roles", Role),
+        "sources": ("apex_calibration_sources", Source),
+        "evaluators": ("apex_evaluators", Evaluator),
+        "gpus": ("apex_gpu_targets", GpuTarget),
+        "commands": ("apex_commands", click.Command),
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _roles(plugins: Plugins) -> Mapping[str, Role]:
+    known = {role.name: role for role in ROLES}
+    for name, (plugin, role) in plugins._named("apex_roles", Role).items():
+        if name in known:
+            raise PluginFailed(f"plugin '{plugin}': apex_roles() gives '{name}', a role that every apex-build has")
+        known[name] = role
+    return known
 
 
 def _refuse_unusable(plugin: str, policy: PolicySpec) -> None:
@@ -350,44 +366,3 @@ def _refuse_ambiguous(plugin: str, policy: PolicySpec) -> None:
                 f"plugin '{plugin}': policy '{policy.name}' has a parameter '{name}', but the variable '{variable}' {what}"
             )
         taken.add(variable)
-
-
-def _blaming(plugin: str, read: Read) -> Read:
-    def blamed(options: Mapping[str, Any], folder: Path) -> Iterator[Document]:
-        with _blame(plugin):
-            yield from read(options, folder)
-
-    return blamed
-
-
-def _blaming_evaluator(plugin: str, evaluator: Evaluator) -> Callable[[Task], Sequence[Figure]]:
-    def blamed(task: Task) -> Sequence[Figure]:
-        with _blame(plugin):
-            figures = list(evaluator.evaluate(task))
-        if not all(isinstance(figure, Figure) for figure in figures):
-            raise PluginFailed(f"plugin '{plugin}': evaluator '{evaluator.name}' must give a list of Figure, not {figures!r:.200}")
-        return figures
-
-    return blamed
-
-
-@contextmanager
-def _blame(plugin: str, origin: str = "") -> Iterator[None]:
-    """Turn whatever a plugin raises into PluginFailed. Its own ApexErrors pass: they are meant for the user."""
-    try:
-        yield
-    except (ApexError, Terminated):
-        raise
-    except (Exception, SystemExit) as error:
-        source = f" ({origin})" if origin else ""
-        raise PluginFailed(f"plugin '{plugin}'{source}: {type(error).__name__}: {error}{_where(error)}") from error
-
-
-def _where(error: BaseException) -> str:
-    """', at FILE:LINE' of the innermost frame that is neither ours nor a library's."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f", at {error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = (str(Path(__file__).parent), str(Path(traceback.__file__).parent), "<frozen")
-    theirs = [frame for frame in frames if not frame.filename.startswith(own)] or frames
-    return f", at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""

@@ -96,7 +96,7 @@ def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
     wanted = [str(tools.tool("llama-imatrix")), "--model", str(model.path.absolute()), "--parse-special"]
     wanted += ["--ctx-size", str(settings.context), "--batch-size", str(settings.context)]
     wanted += ["--output-frequency", str(_NO_SAVES), "--save-frequency", str(settings.snapshot_every)]
-    if settings.head and model.head_layers:
+    if settings.head and model.has_head:
         wanted += ["--mtp", *tool_arguments(settings.rows, model.architecture)]
     if settings.threads is not None:
         wanted += ["--threads", str(settings.threads)]
@@ -263,9 +263,9 @@ def _head_not_run(model: Model) -> VerificationFailed:
 def _verify(found: Imatrix, model: Model, settings: Settings) -> None:
     check_values(found)
     covered = coverage(found, model)
-    if settings.head and model.head_layers and found.head_tokens is None:
+    if settings.head and model.has_head and found.head_tokens is None:
         raise _head_not_run(model)
-    if settings.head and model.head_layers and (asked := tool_arguments(settings.rows, model.architecture)):
+    if settings.head and model.has_head and (asked := tool_arguments(settings.rows, model.architecture)):
         expected = CHOICES[asked[-1]]
         if found.head_rows != expected:
             raise VerificationFailed(
@@ -296,7 +296,7 @@ class _Watch:
         self.warn = warnings_of(self.report, "llama-imatrix")
 
     def line(self, line: str) -> None:
-        if self.settings.head and self.model.head_layers and output.head_left_out(line):
+        if self.settings.head and self.model.has_head and output.head_left_out(line):
             raise _head_not_run(self.model)
         self.warn(line)
         if plan := output.planned(line):

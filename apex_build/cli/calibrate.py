@@ -144,9 +144,9 @@ def command(
         wanted = [*arguments(model, settings, tools), "--file", text.name, "--output", str(out)]
         _show_plan(text, wanted if chunks is None else [*wanted, "--chunks", str(chunks)], out, json_)
         return
-    if head and not model.head_layers and not json_:
+    if head and not model.has_head and not json_:
         show.note("the model has no draft head: calibrating its trunk")
-    with_head, known = head and model.head_layers > 0, trained_on(model.architecture)
+    with_head, known = head and model.has_head, trained_on(model.architecture)
     if with_head and rows == AUTO and known is None:
         click.echo(
             f"warning: which hidden rows the draft heads of {model.architecture} were trained on is not known: "

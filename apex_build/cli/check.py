@@ -66,7 +66,7 @@ def command(
     plugins = load_plugins(folders)
     model = read_model(file, plugins.role_of)
     against = read_model(reference, plugins.role_of) if reference else None
-    if against and model.head_layers and not against.head_layers:
+    if against and model.has_head and not against.has_head:
         raise EvaluationRefused(
             f"{against.path} has no draft head to compare that of {model.path} with", hint="leave out --reference"
         )

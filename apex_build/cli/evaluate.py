@@ -39,6 +39,7 @@ from apex_build.evaluation.run import (
 from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import Evaluator, Figure
+from apex_build.loaded import LoadedEvaluator
 from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import find_toolset
 from apex_build.parameters import parse_settings
@@ -272,7 +273,7 @@ def data_files(given: Sequence[str], evaluators: Mapping[str, Evaluator]) -> dic
     return found
 
 
-def _list(evaluators: Mapping[str, Evaluator], json_: bool) -> None:
+def _list(evaluators: Mapping[str, LoadedEvaluator], json_: bool) -> None:
     if json_:
         rows: list[dict[str, Any]] = [
             {

@@ -124,7 +124,7 @@ def _measured(
 ) -> str | None:
     """Put what was measured before in the place of 'auto', and say so, or that nothing was."""
     name = parameter_at_auto(policy, parameters)
-    if name is None or not model.head_layers:
+    if name is None or not model.has_head:
         return None
     if imatrix is not None:
         texts = built_in_texts(model, plugins.calibration_sources())

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from apex_build.cli import show, values
-from apex_build.hookspecs import PolicySpec
+from apex_build.loaded import LoadedPolicy
 from apex_build.plugins import load_plugins
 
 
@@ -46,7 +46,7 @@ def command(name: str | None, folders: tuple[Path, ...], json_: bool) -> None:
     show.table("Parameters, for --set NAME=VALUE", ("name", "default", "takes", "meaning"), settings)
 
 
-def _json(policy: PolicySpec) -> dict[str, Any]:
+def _json(policy: LoadedPolicy) -> dict[str, Any]:
     return {
         "name": policy.name,
         "plugin": policy.plugin,

@@ -18,6 +18,7 @@ VERBS = {
     "inspect": "inspect",
     "patch": "patch",
     "plan": "plan",
+    "plugins": "plugins",
     "policies": "policies",
     "quantize": "quantize",
     "source": "source",

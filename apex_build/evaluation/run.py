@@ -23,6 +23,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.runnable import check_runnable
 from apex_build.hookspecs import Evaluator, Figure
+from apex_build.loaded import origin_of
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
 from apex_build.near import nearby
@@ -114,9 +115,8 @@ def plan_work(
     prompts = inputs.prompts if "prompts" in takes else ()
     data = inputs.data.get(evaluator.name) if "data" in takes else None
     settings = settings_of(evaluator, inputs.settings, tools)
-    task = Task(
-        evaluator.name, model, tools, reference, texts, prompts, data, settings, threads, report, inputs.options, evaluator.code
-    )
+    _, code = origin_of(evaluator)
+    task = Task(evaluator.name, model, tools, reference, texts, prompts, data, settings, threads, report, inputs.options, code)
     parts: dict[str, Any] = {
         "evaluator": evaluator.name,
         "model": fingerprint(model),
@@ -128,8 +128,8 @@ def plan_work(
         "tools": tools.identity,
         **inputs.options.parts(tools),
     }
-    if evaluator.code:
-        parts["code"] = evaluator.code
+    if code:
+        parts["code"] = code
     if evaluator.version != 1:
         parts["version"] = evaluator.version
     if evaluator.timed:
@@ -250,7 +250,7 @@ def record(result: Result) -> dict[str, Any]:
         "identity": result.work.identity,
         "file": task.model.path.name,
         **result.work.parts,
-        "plugin": result.work.evaluator.plugin,
+        "plugin": origin_of(result.work.evaluator)[0],
         "apex": __version__,
         "reference_file": task.reference.path.name if task.reference else None,
         "figures": [asdict(figure) for figure in result.figures],
@@ -271,7 +271,7 @@ def _checked(evaluator: Evaluator, figures: Sequence[Figure]) -> tuple[Figure, .
     try:
         return tuple(map(_plain, figures))
     except (TypeError, ValueError) as error:
-        raise PluginFailed(f"plugin '{evaluator.plugin}': evaluator '{evaluator.name}' gave {error}") from None
+        raise PluginFailed(f"plugin '{origin_of(evaluator)[0]}': evaluator '{evaluator.name}' gave {error}") from None
 
 
 def _plain(figure: Figure) -> Figure:
@@ -296,7 +296,7 @@ def _figure(data: Mapping[str, Any]) -> Figure:
 def _lacking(evaluator: Evaluator, model: Model, inputs: Inputs) -> tuple[str, str] | None:
     """What the evaluator needs and is not there: what to say, and the mend."""
     tests: dict[str, tuple[Callable[[], bool], str, str]] = {
-        "head": (lambda: model.head_layers > 0, "the file has no draft head", "apex inspect FILE"),
+        "head": (lambda: model.has_head, "the file has no draft head", "apex inspect FILE"),
         "text": (lambda: bool(inputs.texts), "it needs a text", "--text FILE (several times, one for each domain)"),
         "prompts": (lambda: bool(inputs.prompts), "it needs prompts", "--prompts FILE.jsonl"),
         "reference": (lambda: inputs.reference is not None, "it needs a reference model", "--reference F16.gguf"),
@@ -305,7 +305,7 @@ def _lacking(evaluator: Evaluator, model: Model, inputs: Inputs) -> tuple[str, s
     for need in evaluator.needs:
         if need not in tests:
             raise EvaluationRefused(
-                f"evaluator '{evaluator.name}' of plugin '{evaluator.plugin}' needs '{need}', which nothing gives"
+                f"evaluator '{evaluator.name}' of plugin '{origin_of(evaluator)[0]}' needs '{need}', which nothing gives"
             )
         there, what, mend = tests[need]
         if not there():

@@ -111,7 +111,7 @@ class Task:
     threads: int | None = None  # None: as many as the tools take by themselves
     report: Report = silent
     options: ToolOptions = ToolOptions()
-    code: str = ""  # of the evaluator's plugin: Evaluator.code
+    code: str = ""  # of the evaluator's plugin: LoadedEvaluator.code
 
     def number(self, name: str) -> int:
         """A setting of the kind 'int'."""

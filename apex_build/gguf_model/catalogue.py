@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apex_build.hookspecs import Part
+
 # (architecture, tensor name) -> role, or None where this function does not know the architecture or the tensor
-RoleOf = Callable[[str, str], str | None]
+RoleOf = Callable[[str, str], "str | Part | None"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,9 @@ class Tensor:
     shape: tuple[int, ...]
     type: str  # as ggml names its types: F16, Q4_K, IQ2_XXS
     n_bytes: int
-    role: str  # routed, shared, attention, ssm, router, norm, conv, nextn, embedding, output, other: see plugins/moe_roles
+    role: str  # one of hookspecs.ROLES, or of a plugin's own
     layer: int | None  # the block number, None outside blocks
-    draft_head: bool  # in an appended block: layer >= Model.trunk_layers
+    draft_head: bool  # in a block after the trunk's, layer >= Model.trunk_layers, unless a plugin says otherwise (Part)
 
     @property
     def n_elements(self) -> int:
@@ -44,3 +46,8 @@ class Model:
     file_type: int | None  # general.file_type (LLAMA_FTYPE)
     metadata: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has a draft head, in blocks of its own or as a plugin's roles say."""
+        return self.head_layers > 0 or any(tensor.draft_head for tensor in self.tensors)

@@ -12,6 +12,7 @@ from apex_build.gguf_model.catalogue import Model, RoleOf, Tensor
 from apex_build.gguf_model.cursor import shown
 from apex_build.gguf_model.header import Header, read_header
 from apex_build.gguf_model.quantizable import n_dims
+from apex_build.hookspecs import Part
 
 # how llama-gguf-split names shards (llama_split_path in src/llama.cpp)
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -86,14 +87,16 @@ def _tensors(headers: tuple[Header, ...], architecture: str, n_blocks: int, trun
                 raise ModelInvalid(
                     f"{header.path}: the tensor {entry.name} is of block {layer}, but {architecture}.block_count says {n_blocks}"
                 )
+            part = role_of(architecture, entry.name) or OTHER
+            head = layer is not None and layer >= trunk_layers
             yield Tensor(
                 name=entry.name,
                 shape=entry.shape[: n_dims(entry.shape)],
                 type=entry.type,
                 n_bytes=entry.n_bytes,
-                role=role_of(architecture, entry.name) or OTHER,
+                role=part.role if isinstance(part, Part) else part,
                 layer=layer,
-                draft_head=layer is not None and layer >= trunk_layers,
+                draft_head=part.draft_head if isinstance(part, Part) else head,
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from apex_build.errors import TemplateFailed, TemplateUnsafe
 from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.hookspecs import PolicySpec
+from apex_build.loaded import library_of
 from apex_build.native import sandbox_child
 from apex_build.policy import sandbox
 from apex_build.printable import printable
@@ -35,7 +36,7 @@ def render(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantiza
 def template_files(policy: PolicySpec) -> Iterator[Path]:
     """A policy's template, and those that it may include."""
     yield policy.template
-    for folders in policy.library.values():
+    for folders in library_of(policy)[1].values():
         for folder in folders:
             yield from folder.glob("*.jinja")
 
@@ -55,8 +56,8 @@ def idle_settings(
 
 def _request(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]) -> dict[str, Any]:
     folder = policy.template.resolve().parent
-    library = {plugin: [str(path) for path in paths] for plugin, paths in policy.library.items()}
-    own = policy.plugin or "policy"
+    own, folders = library_of(policy)
+    library = {plugin: [str(path) for path in paths] for plugin, paths in folders.items()}
     library[own] = [str(folder), *(path for path in library.get(own, ()) if path != str(folder))]
     return {
         "library": library,

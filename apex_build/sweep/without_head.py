@@ -18,6 +18,10 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 def holds_head(name: str, model: Model) -> bool:
     """Whether an entry of this name is data of the model's draft head."""
+    weight = name.removesuffix(".in_sum2").removesuffix(".counts")
+    known = next((tensor for tensor in model.tensors if tensor.name == weight), None)
+    if known is not None:
+        return known.draft_head
     found = _BLOCK.match(name)
     return found is not None and int(found[1]) >= model.trunk_layers
 

@@ -1,11 +1,13 @@
-"""The APEX tiers: a type for each tensor by its role and its depth (Adaptive Precision for EXpert models)."""
+"""The APEX tiers: a type for each tensor by its role and its depth (Adaptive Precision for EXpert models); and the head alone."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from apex_build.hookspecs import Parameter, PolicySpec, hookimpl
+from apex_build.plugin_api import Parameter, PolicySpec, hookimpl
+
+APEX_API = 2
 
 _HERE = Path(__file__).parent
 
@@ -15,6 +17,14 @@ QUARTER = "quarter"  # a mixture for the head, in head.jinja
 # What draft_head=auto chooses among: routed experts (of a dense head: feed-forward) and the rest. The head's part of a model's
 # quality is not known before it is measured: docs/results/draft-head.md.
 MEASURED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K+Q5_K", "Q3_K+Q5_K", "IQ3_XXS+Q5_K", "IQ2_S+Q5_K", "IQ2_XXS+Q4_K")
+HEAD_PARTS = {
+    "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
+    "draft_head.shared": Parameter("inherit", "type", "the head's shared expert", _INHERIT),
+    "draft_head.dense": Parameter("inherit", "type", "the head's dense feed-forward, where it has no experts", _INHERIT),
+    "draft_head.attention": Parameter("inherit", "type", "the head's attention", _INHERIT),
+    "draft_head.eh_proj": Parameter("inherit", "type", "nextn.eh_proj, which joins token and hidden state", _INHERIT),
+    "draft_head.other": Parameter("inherit", "type", "all of the head that has no setting of its own", _INHERIT),
+}
 PARAMETERS = {
     "edge": Parameter(5, "int", "routed and shared experts: this many layers at either end of the trunk are 'edge'"),
     "near": Parameter(5, "int", "routed experts: this many layers next to the edges are 'near', the rest is 'middle'"),
@@ -34,16 +44,12 @@ PARAMETERS = {
         ("tier", QUARTER),
         mixtures=True,
         measured=MEASURED,
+        bound="draft_loss",
     ),
     "draft_loss": Parameter(
         0.5, "number", "bound for draft_head=auto: points of agreement, and twice as many per cent of the tokens per step"
     ),
-    "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
-    "draft_head.shared": Parameter("inherit", "type", "the head's shared expert", _INHERIT),
-    "draft_head.dense": Parameter("inherit", "type", "the head's dense feed-forward, where it has no experts", _INHERIT),
-    "draft_head.attention": Parameter("inherit", "type", "the head's attention", _INHERIT),
-    "draft_head.eh_proj": Parameter("inherit", "type", "nextn.eh_proj, which joins token and hidden state", _INHERIT),
-    "draft_head.other": Parameter("inherit", "type", "all of the head that has no setting of its own", _INHERIT),
+    **HEAD_PARTS,
 }
 
 # template -> base type, description. The types of each tier stand in its template.
@@ -63,7 +69,7 @@ def apex_policies() -> list[PolicySpec]:
     policies = [_policy(tier, tier, calibrated=tier.startswith("i-")) for tier in _TIERS]
     # the same types, with an importance matrix
     policies += [_policy(f"i-{tier}", tier, calibrated=True) for tier in ("quality", "balanced", "compact")]
-    return policies + [_with_small_head(policy) for policy in policies if policy.calibrated]
+    return [*policies, *(_with_small_head(policy) for policy in policies if policy.calibrated), _head_alone()]
 
 
 def _policy(name: str, tier: str, *, calibrated: bool) -> PolicySpec:
@@ -75,4 +81,28 @@ def _with_small_head(policy: PolicySpec) -> PolicySpec:
     """The tier with the smallest head that loses little: only tiers for use with calibration data, which small heads need."""
     parameters = {**policy.parameters, "draft_head": replace(PARAMETERS["draft_head"], default="auto")}
     description = f"{policy.name}, with the smallest draft head that loses little, measured on the model (draft_head=auto)"
-    return replace(policy, name=f"{policy.name}-mtp", parameters=parameters, description=description, needs=("head",))
+    return replace(
+        policy,
+        name=f"{policy.name}-mtp",
+        parameters=parameters,
+        description=description,
+        needs=("head",),
+        otherwise=policy.name,
+    )
+
+
+def _head_alone() -> PolicySpec:
+    trunk = "the type of the trunk, token_embd and output; 'keep' leaves them as they are"
+    return PolicySpec(
+        name="draft-head-only",
+        template=_HERE / "draft-head-only.jinja",
+        base_type="Q8_0",
+        parameters={
+            "trunk": Parameter("Q8_0", "type", trunk, ("keep",)),
+            "draft_head": Parameter("Q4_K", "type", "the whole draft head; A+B: its routed experts A, the rest B", mixtures=True),
+            **HEAD_PARTS,
+        },
+        needs=("head",),
+        sweeps=True,
+        description="the trunk of one type, the draft head of another: what does the head's type cost?",
+    )

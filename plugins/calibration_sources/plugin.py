@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apex_build.errors import CalibrationSetInvalid
-from apex_build.hookspecs import Document, Source, hookimpl
+from apex_build.plugin_api import CalibrationSetInvalid, Document, Source, hookimpl
+
+APEX_API = 2
 
 _PIECE = 6000  # characters of a long file in one piece, so that domains take turns often
 

@@ -7,12 +7,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apex_build.errors import ParameterUnknown
-from apex_build.evaluation.intervals import ratio_interval, share_interval
-from apex_build.evaluation.pace import GENERATED, tokens_of
-from apex_build.evaluation.task import Prompt, Server, Step, Task
-from apex_build.gguf_model.mtp_rows import AUTO, CHOICES
-from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+from apex_build.plugin_api import (
+    AUTO_ROWS,
+    GENERATED,
+    HEAD_ROWS,
+    Draft,
+    Evaluator,
+    Figure,
+    Parameter,
+    ParameterUnknown,
+    Prompt,
+    Server,
+    Step,
+    Task,
+    hookimpl,
+    ratio_interval,
+    share_interval,
+    tokens_of,
+)
+
+APEX_API = 2
 
 
 @hookimpl
@@ -59,7 +73,7 @@ class Writing:
     written: int
     drafted: int
     accepted: int
-    drafts: tuple[Any, ...] | None  # as Server.drafts gives them
+    drafts: tuple[Draft, ...] | None  # as Server.drafts gives them
 
     def at(self, place: int) -> tuple[int, int]:
         """Accepted and drafted tokens at this place of the drafts, the first being 1."""
@@ -85,11 +99,11 @@ def evaluate(task: Task) -> list[Figure]:
     modes = {"greedy": 0.0, **({"sampled": temperature} if temperature > 0 else {})}
     counter = _counter(task, len(task.prompts) * (1 + len(lengths) * len(modes)))
     rows = str(task.settings["rows"])
-    if rows not in (AUTO, *CHOICES):
-        raise ParameterUnknown(f"{task.evaluator}.rows takes {AUTO}, {' or '.join(CHOICES)}, not '{rows}'")
+    if rows not in (AUTO_ROWS, *HEAD_ROWS):
+        raise ParameterUnknown(f"{task.evaluator}.rows takes {AUTO_ROWS}, {' or '.join(HEAD_ROWS)}, not '{rows}'")
     base = ("--parallel", "1", "--ctx-size", str(task.number("context")))
     # a server without this project's patches does not know the option
-    drafting = ("--spec-type", "draft-mtp", *(() if rows == AUTO else ("--mtp-rows", rows)))
+    drafting = ("--spec-type", "draft-mtp", *(() if rows == AUTO_ROWS else ("--mtp-rows", rows)))
 
     with task.serve(*base) as server:
         server.check_room(((prompt.origin, prompt.text) for prompt in task.prompts), n_predict)

@@ -9,13 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from apex_build.errors import EvaluationRefused
-from apex_build.evaluation.intervals import Estimate, clustered_mean
-from apex_build.evaluation.task import Task
-from apex_build.gguf_model.mtp_rows import CHOICES, tool_arguments
-from apex_build.hookspecs import Figure
+from apex_build.plugin_api import HEAD_ROWS, Estimate, EvaluationRefused, Figure, Task, clustered_mean, head_rows_arguments
 
-from .scores import Scores, check_same_positions, rows_choice, scored
+from .scores import HeadScores, check_same_positions, rows_choice, scored
 
 Values = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -44,12 +40,12 @@ class Column:
 
 def draft_head(task: Task) -> list[Figure]:
     """All texts together, then each. A chunk is the unit that is taken as independent, the texts are strata."""
-    if task.model.head_layers == 0:
+    if not task.model.has_head:
         raise EvaluationRefused(f"{task.model.path} has no draft head to score", hint=f"apex inspect {task.model.path}")
     context, depth = task.number("context"), task.number("depth")
-    headless = task.reference is not None and task.reference.head_layers == 0
-    ours: list[Scores] = []
-    theirs: list[Scores] = []
+    headless = task.reference is not None and not task.reference.has_head
+    ours: list[HeadScores] = []
+    theirs: list[HeadScores] = []
     for domain in task.texts:
         ours.append(scored(task, domain))
         if task.reference is not None and not headless:
@@ -58,8 +54,8 @@ def draft_head(task: Task) -> list[Figure]:
     groups = {"": list(range(len(ours)))}
     if len(ours) > 1:
         groups |= {domain: [number] for number, domain in enumerate(task.texts)}
-    asked = tool_arguments(rows_choice(task), task.model.architecture)
-    note = f"{CHOICES[asked[1]]} rows" if asked else f"the tool's default rows: none are known for {task.model.architecture}"
+    asked = head_rows_arguments(rows_choice(task), task.model.architecture)
+    note = f"{HEAD_ROWS[asked[1]]} rows" if asked else f"the tool's default rows: none are known for {task.model.architecture}"
     figures: list[Figure] = []
     for domain, members in groups.items():
         columns = dict(columns_of([ours[number] for number in members], depth, context))
@@ -77,7 +73,7 @@ def draft_head(task: Task) -> list[Figure]:
     return figures
 
 
-def columns_of(parts: list[Scores], depth: int, context: int) -> Iterator[tuple[str, Column]]:
+def columns_of(parts: list[HeadScores], depth: int, context: int) -> Iterator[tuple[str, Column]]:
     """What is averaged for each figure, by the figure's name. Parts are texts."""
     text = np.concatenate([np.full(len(part.pos), number) for number, part in enumerate(parts)])
     pos, at, agree, p, kld, nll = (

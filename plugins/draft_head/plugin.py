@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+from apex_build.plugin_api import Evaluator, Figure, Parameter, hookimpl
 
 if TYPE_CHECKING:
-    from apex_build.evaluation.task import Task
+    from apex_build.plugin_api import Task
+
+APEX_API = 2
 
 
 @hookimpl
@@ -37,7 +39,7 @@ def apex_evaluators() -> list[Evaluator]:
 
 def _runs(task: Task) -> dict[str, float]:
     """The reference's are passed over where they are kept in the cache."""
-    models = [task.model, *([task.reference] if task.reference and task.reference.head_layers else [])]
+    models = [task.model, *([task.reference] if task.reference and task.reference.has_head else [])]
     names = [model.path.name for model in models]
     each = 1 + 0.4 * task.number("depth")  # every draft runs the head and the output once more
     return {f"{task.evaluator}: {name} on {domain}": each * task.tokens_of_text(domain) for domain in task.texts for name in names}

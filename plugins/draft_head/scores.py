@@ -9,14 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from apex_build.errors import ApexError, CalibrationSetInvalid, EvaluationRefused, ParameterUnknown, ToolFailed
-from apex_build.evaluation.head_scores import Scores, read_csv
-from apex_build.evaluation.task import Task
-from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, tool_arguments
-from apex_build.native import output
+from apex_build.plugin_api import (
+    AUTO_ROWS,
+    HEAD_ROWS,
+    ApexError,
+    CalibrationSetInvalid,
+    EvaluationRefused,
+    HeadScores,
+    ParameterUnknown,
+    Task,
+    ToolFailed,
+    head_rows_arguments,
+    head_rows_used,
+    read_head_scores,
+)
 
 
-def scored(task: Task, domain: str, *, of_reference: bool = False) -> Scores:
+def scored(task: Task, domain: str, *, of_reference: bool = False) -> HeadScores:
     """Scores of the task's model, or of its reference, over the text of a domain; made once for all that ask.
 
     Raises CalibrationSetInvalid for a text that is too short, ToolFailed naming the model, ParameterUnknown.
@@ -30,7 +39,7 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> Scores:
             f"expected from 1 to {max(1, context - 1 - context // 2)}, the scored positions of a chunk"
         )
 
-    rows = tool_arguments(rows_choice(task), model.architecture)
+    rows = head_rows_arguments(rows_choice(task), model.architecture)
 
     def make(part: Path) -> None:
         csv = part.with_name(f"{part.name}.csv")
@@ -53,16 +62,16 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> Scores:
             ran = task.run(
                 "llama-perplexity", *arguments, *rows, *chunks, *special, what=f"{model.path.name} on {domain or text.name}"
             )
-            scores = read_csv(csv)
-            used = next(filter(None, map(output.head_rows, reversed(ran.lines))), None)
-            if rows and used != CHOICES[rows[1]]:
-                raise ToolFailed(f"llama-perplexity was asked for {CHOICES[rows[1]]} rows of the draft head and took {used}")
+            scores = read_head_scores(csv)
+            used = next(filter(None, map(head_rows_used, reversed(ran.lines))), None)
+            if rows and used != HEAD_ROWS[rows[1]]:
+                raise ToolFailed(f"llama-perplexity was asked for {HEAD_ROWS[rows[1]]} rows of the draft head and took {used}")
         except ToolFailed as error:
             raise _named(error, model.path, text) from None
         finally:
             csv.unlink(missing_ok=True)
         with part.open("wb") as file:
-            np.savez_compressed(file, **{field.name: getattr(scores, field.name) for field in fields(Scores)})
+            np.savez_compressed(file, **{field.name: getattr(scores, field.name) for field in fields(HeadScores)})
 
     about = {
         "text": task.identity_of_text(domain),
@@ -78,12 +87,12 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> Scores:
 def rows_choice(task: Task) -> str:
     """Raises ParameterUnknown."""
     choice = str(task.settings["rows"])
-    if choice not in (AUTO, *CHOICES):
-        raise ParameterUnknown(f"{task.evaluator}.rows takes {AUTO}, {' or '.join(CHOICES)}, not '{choice}'")
+    if choice not in (AUTO_ROWS, *HEAD_ROWS):
+        raise ParameterUnknown(f"{task.evaluator}.rows takes {AUTO_ROWS}, {' or '.join(HEAD_ROWS)}, not '{choice}'")
     return choice
 
 
-def check_same_positions(scores: Scores, reference: Scores, task: Task, domain: str) -> None:
+def check_same_positions(scores: HeadScores, reference: HeadScores, task: Task, domain: str) -> None:
     """Raises EvaluationRefused where the two were not scored on the same tokens, so that nothing about them is paired."""
     assert task.reference is not None
     for name in ("pos", "depth", "token"):
@@ -98,10 +107,10 @@ def check_same_positions(scores: Scores, reference: Scores, task: Task, domain: 
             )
 
 
-def _load(path: Path) -> Scores:
+def _load(path: Path) -> HeadScores:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Scores(**{field.name: arrays[field.name] for field in fields(Scores)})
+            return HeadScores(**{field.name: arrays[field.name] for field in fields(HeadScores)})
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise EvaluationRefused(f"{path}: damaged in the cache: {error}", hint=f"rm {path}, and run again") from None
 

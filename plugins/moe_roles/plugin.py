@@ -11,7 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from apex_build.hookspecs import hookimpl
+from apex_build.plugin_api import hookimpl
+
+APEX_API = 2
 
 _BLOCK = re.compile(r"^(?:dec\.|enc\.)?blk\.\d+\.")
 # parts of a file that see or hear: towers (mmproj files, some models' own), projectors, the vocoder's parts

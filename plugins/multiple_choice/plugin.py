@@ -7,13 +7,22 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from apex_build.errors import EvaluationRefused, ToolFailed
-from apex_build.evaluation.intervals import share_interval
-from apex_build.evaluation.task import Step, Task
-from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
-from apex_build.storage.scratch import scratch_folder
+from apex_build.plugin_api import (
+    EvaluationRefused,
+    Evaluator,
+    Figure,
+    Parameter,
+    Step,
+    Task,
+    ToolFailed,
+    hookimpl,
+    scratch_folder,
+    share_interval,
+)
 
 from .tasks import Reader, read_hellaswag, read_multiple_choice, read_winogrande
+
+APEX_API = 2
 
 # `12\t33.33333333%\t[...]`, `12\t33.3333\t-4.5 ...` or `12\t33.33333333`: tasks so far, and their accuracy
 _PROGRESS = re.compile(r"(\d+)\t(\d+\.\d+)(?:%?\t.*)?\s*")

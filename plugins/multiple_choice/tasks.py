@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apex_build.errors import EvaluationRefused
+from apex_build.plugin_api import EvaluationRefused
 
 _LARGEST = 512 << 20  # bytes; the largest of the known files has some 8 MB
 _MOST_ANSWERS = 100  # the tool's own bound

@@ -6,7 +6,9 @@ instructions that llama.cpp uses) where there is such a variant. Those of Volta 
 
 from __future__ import annotations
 
-from apex_build.hookspecs import GpuTarget, hookimpl
+from apex_build.plugin_api import GpuTarget, hookimpl
+
+APEX_API = 2
 
 _COMMON = ("all-common",)  # one GPU of each architecture
 

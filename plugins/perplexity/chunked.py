@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from apex_build.errors import CalibrationSetInvalid, ParameterUnknown, ToolFailed
-from apex_build.evaluation.task import Task
+from apex_build.plugin_api import CalibrationSetInvalid, ParameterUnknown, Task, ToolFailed
 
 T = TypeVar("T")
 

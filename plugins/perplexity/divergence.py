@@ -10,10 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from apex_build.errors import EvaluationRefused, VocabularyMismatch
-from apex_build.evaluation.intervals import NORMAL, Estimate, clustered_ratio
-from apex_build.evaluation.task import Task
-from apex_build.hookspecs import Figure
+from apex_build.plugin_api import NORMAL, Estimate, EvaluationRefused, Figure, Task, VocabularyMismatch, clustered_ratio
 
 from .chunked import check_context, planned, run, scored_positions
 from .reference import reference_logits

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from apex_build.evaluation.intervals import clustered_ratio
-from apex_build.evaluation.task import Task
-from apex_build.hookspecs import Figure
+from apex_build.plugin_api import Figure, Task, clustered_ratio
 
 from .chunked import check_context, planned, run, scored_positions, text_arguments
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+from apex_build.plugin_api import Evaluator, Figure, Parameter, hookimpl
 
 if TYPE_CHECKING:
-    from apex_build.evaluation.task import Task
+    from apex_build.plugin_api import Task
+
+APEX_API = 2
 
 _PARAMETERS = {
     "context": Parameter(512, "int", "tokens in a chunk; its second half is scored"),

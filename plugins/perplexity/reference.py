@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apex_build.errors import DiskTooSmall, ToolFailed
-from apex_build.evaluation.task import Task
+from apex_build.plugin_api import DiskTooSmall, Task, ToolFailed
 
 from .chunked import planned, run, scored_positions, text_arguments
 

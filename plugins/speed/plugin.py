@@ -11,11 +11,25 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from apex_build.errors import ParameterUnknown, ToolFailed, ToolKilled
-from apex_build.evaluation.intervals import ratio_interval, student
-from apex_build.evaluation.pace import GENERATED, tokens_of
-from apex_build.evaluation.task import Prompt, Server, Step, Task
-from apex_build.hookspecs import Evaluator, Figure, Parameter, hookimpl
+from apex_build.plugin_api import (
+    GENERATED,
+    Evaluator,
+    Figure,
+    Parameter,
+    ParameterUnknown,
+    Prompt,
+    Server,
+    Step,
+    Task,
+    ToolFailed,
+    ToolKilled,
+    hookimpl,
+    ratio_interval,
+    student,
+    tokens_of,
+)
+
+APEX_API = 2
 
 _UNIT = "tokens/s"
 
@@ -45,7 +59,7 @@ def apex_evaluators() -> list[Evaluator]:
 def _runs(task: Task) -> dict[str, float]:
     name, written = f"{task.evaluator}: {task.model.path.name}", task.number("generate") * GENERATED
     runs = {f"{name}, llama-bench": (task.number("repetitions") + 1) * (task.number("prompt") + written)}
-    if task.prompts and task.model.head_layers and task.number("n_max"):
+    if task.prompts and task.model.has_head and task.number("n_max"):
         read = sum(tokens_of(len(prompt.text.encode())) for prompt in task.prompts)
         runs[name] = 2 * (read + len(task.prompts) * written)
     return runs
@@ -64,7 +78,7 @@ def evaluate(task: Task) -> list[Figure]:
         if not task.number(name):
             raise ParameterUnknown(f"speed.{name} takes a number from 1")
     figures = _bench(task)
-    if task.prompts and task.model.head_layers and task.number("n_max"):
+    if task.prompts and task.model.has_head and task.number("n_max"):
         figures += _end_to_end(task)
     return figures
 

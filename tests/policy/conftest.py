@@ -13,6 +13,7 @@ from shapes import write_header_only
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import Parameter, PolicySpec
+from apex_build.loaded import LoadedPolicy
 from apex_build.native.ggml import Ggml
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
@@ -61,6 +62,6 @@ def make_policy(tmp_path: Path) -> MakePolicy:
         for name, content in files.items():
             (folder / f"{name}.jinja").write_text(content, encoding="utf-8")
         library = load_plugins().policy("i-nano").library
-        return PolicySpec("mine", folder / "mine.jinja", base_type, parameters=parameters or {}, plugin="mine", library=library)
+        return LoadedPolicy("mine", folder / "mine.jinja", base_type, parameters=parameters or {}, plugin="mine", library=library)
 
     return make

@@ -196,7 +196,7 @@ def test_the_written_file_is_the_plan_to_the_byte(
 ) -> None:
     policy = load_plugins().policy(tier)
     imatrix = trunk_imatrix if policy.calibrated else None
-    plan = make_plan(small, policy, {**(SMALL if policy.plugin == "apex" else {}), **parameters}, tools, imatrix)
+    plan = make_plan(small, policy, {**(SMALL if "edge" in policy.parameters else {}), **parameters}, tools, imatrix)
     added: dict[str, str | int | float | bool] = {
         "apex.policy": tier,
         "general.name": "Ähm",

@@ -36,7 +36,7 @@ def quantized(testbed: Path, imatrix: Path, tools: Toolset, folder: Path) -> tup
     from apex_build.hookspecs import PolicySpec
 
     (folder / "t.jinja").write_text("".join(f"^blk\\.\\d+\\.{part}\\.weight$={kind}\n" for kind, part in RULES.items()))
-    policy = PolicySpec("mine", folder / "t.jinja", "Q3_K_S", plugin="mine", library={})
+    policy = PolicySpec("mine", folder / "t.jinja", "Q3_K_S")
     plan = make_plan(read(testbed), policy, {}, tools, imatrix)
     (folder / "rules").write_text(plan.rules)
     command = [

@@ -1,0 +1,159 @@
+"""`apex plugins`: what is loaded, whether a plugin is whole, and a new one to start from."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from apex_build.cli import show
+from apex_build.cli.groups import Group
+from apex_build.cli.verbs import VERBS
+from apex_build.errors import OutputUnwritable, PluginFailed
+from apex_build.hookspecs import API_VERSION
+from apex_build.places import data_root
+from apex_build.plugin_check import CheckedPlugin, check_plugin
+from apex_build.plugins import Plugins, load_plugins
+from apex_build.printable import printable
+from apex_build.storage.outputs import whole_file
+
+_PATH = click.Path(path_type=Path)
+_SKELETONS = Path(__file__).parents[1] / "skeletons"
+# kind of a new plugin -> what it gives, as `Plugins.given` calls it
+KINDS = {
+    "policy": "policies",
+    "roles": "roles",
+    "source": "sources",
+    "evaluator": "evaluators",
+    "gpu": "gpus",
+    "command": "commands",
+}
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+@click.group(cls=Group)
+def command() -> None:
+    """List plugins, check one, or write a new one to start from.
+
+    \b
+    Examples:
+      apex plugins list
+      apex plugins new policy small-head
+      apex plugins check small-head/
+    """
+
+
+@command.command("list")
+@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def list_(folders: tuple[Path, ...], json_: bool) -> None:
+    """List the plugins with what each gives: built in, installed, and those of --plugin."""
+    plugins = load_plugins(folders)
+    rows = [_row(plugins, name) for name in plugins.origins]
+    if json_:
+        broken = [{"name": name, "error": error} for name, error in plugins.broken.items()]
+        show.as_json({"api": API_VERSION, "plugins": rows, "left_out": broken})
+        return
+    built_in = str(data_root())
+    cells = [
+        [row["name"], "built in" if row["origin"].startswith(built_in) else row["origin"], str(row["api"]), _told(row)]
+        for row in rows
+    ]
+    show.table(f"Plugins (API version {API_VERSION})", ("plugin", "from", "API", "gives"), cells)
+    for name, error in plugins.broken.items():
+        click.echo(f"left out: {name}: {printable(error)}")
+
+
+@command.command()
+@click.argument("folder", type=_PATH)
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+def check(folder: Path, json_: bool) -> None:
+    """Load the plugin in FOLDER, call its hooks, and render its policies for sample models.
+
+    FOLDER holds plugin.py, or is a project around one such folder. Nothing is built or measured.
+    """
+    checked = check_plugin(folder)
+    _check_verbs(checked)
+    if json_:
+        show.as_json({"name": checked.name, "folder": str(checked.folder), "api": checked.api, "gives": checked.given})
+        return
+    for kind, names in checked.given.items():
+        if names:
+            click.echo(f"{kind}: {', '.join(names)}")
+    if checked.plugins.has_hook(checked.name, "apex_tensor_roles"):
+        click.echo("gives roles to tensors")
+    click.echo(f"{checked.folder}: good, made for version {checked.api} of the plugin API")
+
+
+@command.command()
+@click.argument("kind", type=click.Choice(list(KINDS)))
+@click.argument("name")
+@click.option("-o", "--output", "parent", type=_PATH, default=".", help="Where the folder NAME is made.  [default: here]")
+def new(kind: str, name: str, parent: Path) -> None:
+    """Write a plugin of KIND to start from: NAME/, a Python project with a test.
+
+    \b
+    Examples:
+      apex plugins new policy small-head
+      apex plan model.gguf --plugin small-head/small_head --policy small-head
+    """
+    package = name.replace("-", "_")
+    if not _NAME.fullmatch(name):
+        raise click.UsageError(f"NAME is '{name}': expected small letters, digits and hyphens, such as small-head")
+    if importlib.util.find_spec(package) is not None:
+        raise click.UsageError(f"NAME is '{name}', and there is a Python module '{package}' already: take another")
+    plugins = load_plugins()
+    if name in plugins.origins or any(name in plugins.given(one)[KINDS[kind]] for one in plugins.origins):
+        raise click.UsageError(f"NAME is '{name}', which a plugin has already: take another")
+    root = parent / name
+    if root.exists():
+        raise OutputUnwritable(f"{root} exists", hint="another NAME, or another folder with -o")
+    for path, text in project(kind, name).items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(root / path) as part:
+            part.write_text(text, encoding="utf-8")
+    check_plugin(root / package)
+    show.note(f"its test: python -m pytest {root}")
+    show.note(f"use it: --plugin {root / package}; or install it: pip install {root}")
+    click.echo(root)
+
+
+def project(kind: str, name: str) -> dict[str, str]:
+    """The files of a new plugin: path in its folder -> text."""
+    package = name.replace("-", "_")
+
+    def named(text: str) -> str:
+        return text.replace("my-name", name).replace("my_name", package)
+
+    files = {"pyproject.toml": _SKELETONS / "pyproject.toml"}
+    for path in sorted((_SKELETONS / kind).iterdir()):
+        if path.suffix in (".py", ".jinja"):
+            files[f"tests/{path.name}" if path.name.startswith("test_") else f"{package}/{named(path.name)}"] = path
+    texts = {where: named(path.read_text(encoding="utf-8")) for where, path in files.items()}
+    return {**texts, f"{package}/__init__.py": ""}
+
+
+def _check_verbs(checked: CheckedPlugin) -> None:
+    """A verb of a plugin never takes the place of one of apex's own."""
+    for name in checked.given["commands"]:
+        if name in VERBS:
+            raise PluginFailed(f"plugin '{checked.name}': its command '{name}' is a verb of apex already", hint="rename it")
+
+
+def _row(plugins: Plugins, name: str) -> dict[str, Any]:
+    roles = {"tensor_roles": plugins.has_hook(name, "apex_tensor_roles")}
+    return {"name": name, "origin": plugins.origins[name], "api": plugins.apis[name], **plugins.given(name), **roles}
+
+
+def _told(row: dict[str, Any]) -> str:
+    """`policies: i-nano, i-mini`; of many the first few."""
+    told = []
+    for kind in KINDS.values():
+        names = row[kind]
+        more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+        if names:
+            told.append(f"{kind}: {', '.join(names[:3] if more else names)}{more}")
+    return "; ".join([*told, *(["roles of tensors"] if row["tensor_roles"] else [])])
