@@ -13,7 +13,7 @@ from apex_build.errors import SourceMissing
 from apex_build.hookspecs import GpuTarget
 from apex_build.native.toolset import find_toolset
 from apex_build.places import in_checkout
-from apex_build.plugins import load_plugins
+from apex_build.plugins import Plugins, load_plugins
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import DEFAULT_PIN, Pin, load_pin
 from apex_build.source.tree import require_tree
@@ -85,6 +85,7 @@ class _Wanted:
 @click.option("--cuda-runtime/--no-cuda-runtime", default=True, help="--export: with NVIDIA's libraries (the default), or not.")
 @click.option("--import", "import_", type=click.Path(path_type=Path), metavar="FILE.tar.zst", help="Verify and install one.")
 @click.option("--make-current", is_flag=True, help="--import: let the other verbs use it.")
+@click.option("--plugin", "folders", multiple=True, type=click.Path(path_type=Path), help="Load a plugin from this folder (GPUs).")
 @click.option("--json", "json_", is_flag=True, help="Print JSON: the build's manifest and folder.")
 def command(
     pin_name: str,
@@ -104,6 +105,7 @@ def command(
     cuda_runtime: bool,
     import_: Path | None,
     make_current: bool,
+    folders: tuple[Path, ...],
     json_: bool,
 ) -> None:
     """Compile llama.cpp's tools from a pinned, patched source; fetch the source if it is not there.
@@ -136,7 +138,7 @@ def command(
     if list_:
         _list(json_)
     elif list_gpus:
-        packed_builds.list_gpus(json_)
+        packed_builds.list_gpus(load_plugins(folders), json_)
     elif import_:
         packed_builds.import_build(import_, make_current, json_)
     elif verify:
@@ -147,11 +149,11 @@ def command(
         else:
             click.echo(f"{count} files of {toolset.root} are as they were built")
     elif dry_run:
-        wanted = _Wanted(_targets(backend, gpus), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
+        wanted = _Wanted(_targets(backend, gpus, load_plugins(folders)), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
         _dry_run(load_pin(pin_name), wanted, jobs, json_)
     else:
         pin = load_pin(pin_name)
-        wanted = _Wanted(_targets(backend, gpus), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
+        wanted = _Wanted(_targets(backend, gpus, load_plugins(folders)), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
         _check(wanted)  # before anything is fetched
         with show.progress() as report:
             plan = _plan(ensure_source(pin, report), wanted, pin)
@@ -160,13 +162,12 @@ def command(
         _show(built, packed, json_)
 
 
-def _targets(backend: str, gpus: tuple[str, ...]) -> tuple[GpuTarget, ...]:
+def _targets(backend: str, gpus: tuple[str, ...], plugins: Plugins) -> tuple[GpuTarget, ...]:
     """The GPUs to build for: those that are named, else those of this machine; none for a CPU build."""
     if backend == "cpu":
         if gpus:
             raise click.UsageError("--gpu goes with --backend cuda, and --backend cpu was asked for")
         return ()
-    plugins = load_plugins()
     if gpus:
         return resolve(gpus, plugins)
     survey = survey_gpus()

@@ -10,15 +10,15 @@ from typing import Any
 import click
 
 from apex_build.cli import show
-from apex_build.plugins import load_plugins
+from apex_build.plugins import Plugins
 from apex_build.source.pins import DEFAULT_PIN
 from apex_build.toolchain.machine.gpus import runs_on, survey_gpus
 from apex_build.toolchain.packed.packing import Packed
 from apex_build.toolchain.packed.unpacking import take_in
 
 
-def list_gpus(json_: bool) -> None:
-    targets = load_plugins().gpu_targets().values()
+def list_gpus(plugins: Plugins, json_: bool) -> None:
+    targets = plugins.gpu_targets().values()
     if json_:
         show.as_json([asdict(target) for target in targets])
         return
