@@ -45,7 +45,7 @@ import signal, sys
 from pathlib import Path
 from apex_build.cli import main
 from apex_build.toolchain.backends import Backend
-from apex_build.toolchain.build import build, plan_build
+from apex_build.toolchain.build.run import build, plan_build
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     done = build(plan_build(Path(sys.argv[1]), Backend("tiny", {}, ("tool",))))
