@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import random
 import struct
-import time
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from counted import counted
 from shapes import QWEN_35B_A3B, TINY, write_header_only
 
 from apex_build.errors import ModelInvalid, ModelMissing
@@ -76,15 +76,12 @@ def test_the_testbed_reads_as_gguf_py_reads_it(testbed: Path) -> None:
     assert_same_as_gguf_py(testbed)
 
 
-def test_71_gb_with_248320_tokens_open_in_far_under_a_second(large: Path) -> None:
+def test_71_gb_with_248320_tokens_cost_no_more_than_the_header(large: Path) -> None:
     assert large.stat().st_size > 71e9
     assert large.stat().st_blocks * 512 < 50e6
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
+    with counted() as work:
         header = read_header(large)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.5
+    assert work.lines < 4_000_000 and work.read < 1e6 and work.faults < 1000
     assert len(header.tensors) == 753
     tokens = header.metadata["tokenizer.ggml.tokens"]
     assert (tokens.type, tokens.count) == ("STRING", QWEN_35B_A3B.vocabulary)
@@ -240,14 +237,14 @@ def test_a_hostile_header_of_a_huge_sparse_file_costs_little(tmp_path: Path) -> 
     path = tmp_path / "hole.gguf"
     path.write_bytes(gguf_bytes(array(8, 1 << 32), n_keys=1))
     os.truncate(path, 1 << 40)
-    began = time.perf_counter()
-    with pytest.raises(ModelInvalid, match="longer than any real one"):
+    with counted() as work, pytest.raises(ModelInvalid, match="longer than any real one"):
         read_header(path)
+    assert work.lines < 10_000 and work.read < 1e6 and work.faults < 1000
     path.write_bytes(gguf_bytes(2000 * array(8, 1000), n_keys=2000))
     os.truncate(path, 1 << 40)
-    with pytest.raises(ModelInvalid):
+    with counted() as work, pytest.raises(ModelInvalid):
         read_header(path)
-    assert time.perf_counter() - began < 1
+    assert work.lines < 10_000 and work.read < 1e6 and work.faults < 1000
 
 
 def test_damage_anywhere_gives_a_valid_parse_or_model_invalid(tmp_path: Path) -> None:
@@ -291,10 +288,9 @@ def test_many_small_arrays_cost_as_little_as_few(tmp_path: Path) -> None:
         for number in range(29_000):
             key = f"k{number}".encode()
             file.write(struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 8, 1024) + strings)
-    began = time.process_time()
-    with pytest.raises(ModelInvalid, match="no real file has as many"):
+    with counted() as work, pytest.raises(ModelInvalid, match="no real file has as many"):
         read_header(path)
-    assert time.process_time() - began < 2
+    assert work.lines < 4_000_000  # of some 60 million for all of it
 
 
 def test_long_arrays_of_empty_strings_are_counted_too(tmp_path: Path) -> None:
@@ -302,7 +298,6 @@ def test_long_arrays_of_empty_strings_are_counted_too(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(gguf_bytes(n_keys=1, rest=0) + struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 23))
         file.write(b"\0" * (8 << 23))
-    began = time.process_time()
-    with pytest.raises(ModelInvalid, match="no real file has as many"):
+    with counted() as work, pytest.raises(ModelInvalid, match="no real file has as many"):
         read_header(path)
-    assert time.process_time() - began < 2
+    assert work.lines < 10_000

@@ -166,18 +166,17 @@ def test_a_signal_takes_the_server_down(tools: Toolset, testbed: Path, number: s
 
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "])
 def test_an_answer_in_drops_ends_at_the_deadline(start: bytes) -> None:
+    """The drops have no end: only the deadline ends this."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def drip() -> None:
             connection, _ = listening.accept()
             with connection, contextlib.suppress(OSError):
                 connection.sendall(start)
-                for _ in range(200):
+                while True:
                     connection.sendall(b"x")
                     time.sleep(0.05)
 
         threading.Thread(target=drip, daemon=True).start()
-        began = time.monotonic()
         with pytest.raises(TimeoutError):
             request(f"http://127.0.0.1:{listening.getsockname()[1]}", "GET", "/health", None, 1.0)
-        assert time.monotonic() - began < 3

@@ -245,11 +245,9 @@ def test_folders_in_use_and_those_of_others_stay(tmp_path: Path) -> None:
 
 
 def test_a_tool_that_takes_too_much_memory_is_ended() -> None:
-    code = "import time\nprint('begun', flush=True)\nx = bytearray(600 << 20)\ntime.sleep(60)"
-    began = time.monotonic()
+    code = "import time\nprint('begun', flush=True)\nx = bytearray(600 << 20)\ntime.sleep(3600)"
     with pytest.raises(ToolKilled, match=r"took 0\.\d GB of memory, and was ended: it may have 0\.2 GB"):
         run_tool([sys.executable, "-c", code], memory=200 << 20)
-    assert time.monotonic() - began < 20
 
 
 def test_what_is_only_mapped_does_not_count(tmp_path: Path) -> None:

