@@ -11,6 +11,7 @@ from apex_build.errors import AlreadyQuantized, DataMissing, HeadRowsMismatch, S
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, can_have_data, disagreements
 from apex_build.gguf_model.mtp_rows import CHOICE_OF, Rows, trained_on
+from apex_build.gguf_model.soundness import unsound
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.places import model_stem
@@ -68,7 +69,8 @@ def check_plan(plan: Plan, model: Model, covered: Coverage | None, policy: Polic
             hint=f"accept that with --allow-fallback (it concerns {len(plan.fallbacks)} tensors), or plan another type",
         )
     rows = check_head_rows(plan.entries, model, covered, allowed.head_rows) if covered is not None else []
-    return [*plan.warnings, *remarks(plan, ggml), *rows, *_data(changed, model, covered, policy, allowed)]
+    doubts = [f"llama.cpp cannot load {model.path} or what is made of it: {reason}" for reason in unsound(model)]
+    return [*doubts, *plan.warnings, *remarks(plan, ggml), *rows, *_data(changed, model, covered, policy, allowed)]
 
 
 def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, given: Rows | None) -> list[str]:
