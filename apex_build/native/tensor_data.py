@@ -61,6 +61,9 @@ class Codec:
         function(self._pointer("void *", data), self._pointer("float *", out), out.size)
         return out
 
+    def decodes(self, type_name: str) -> bool:
+        return type_name in (*_PLAIN, "BF16") or self._decoder(type_name) is not None
+
     def encode(self, type_name: str, rows: Floats, weights: Floats | None) -> Bytes:
         """What ggml_quantize_chunk makes of rows that share one row of importance `weights`. It aborts on what is no number."""
         number = int(gguf.GGMLQuantizationType[type_name])
@@ -83,7 +86,7 @@ class Codec:
         except AttributeError:
             pass
         try:
-            self.ffi.cdef(f"void {name}(const void * x, float * y, int64_t k);")
+            self.ffi.cdef(f"void {name}(const void * x, float * y, int64_t k);", override=True)
             return getattr(self.lib, name)
         except (AttributeError, cffi.CDefError):
             return None

@@ -54,6 +54,21 @@ def check_against(
             report(Step("comparing with the source", done / 1e6, total / 1e6, "million weights"))
 
 
+def not_compared(plan: Plan, reading: Codec) -> list[str]:
+    """Warnings for tensors that `check_against` cannot compare, for the library decodes one of their two types not at all."""
+    blind: dict[str, list[str]] = {}
+    for entry in plan.entries:
+        unknown = [name for name in (entry.from_type, entry.type) if entry.type != entry.from_type and not reading.decodes(name)]
+        if unknown:
+            blind.setdefault(unknown[0], []).append(entry.name)
+    return [
+        f"this build's libggml does not decode {kind}: {names[0]}"
+        + (f" and {len(names) - 1} others" if len(names) > 1 else "")
+        + " will not be compared with the source"
+        for kind, names in blind.items()
+    ]
+
+
 def _fault(entry: Entry, new: _Tensor, old: _Tensor, share: float, imatrix: Imatrix | None, reading: Codec) -> Fault | None:
     matrices = entry.n_elements // math.prod(entry.shape[:2])
     of_matrix = len(new.rows) // matrices

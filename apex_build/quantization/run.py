@@ -20,6 +20,7 @@ from apex_build.native import output
 from apex_build.native.ggml import Ggml
 from apex_build.native.memory import memory_limit
 from apex_build.native.run import run_tool, unwinding_signals
+from apex_build.native.tensor_data import codec
 from apex_build.native.toolset import Toolset
 from apex_build.parameters import Value
 from apex_build.policy.lists import TypeList
@@ -27,6 +28,7 @@ from apex_build.policy.plan import Plan, make_plan
 from apex_build.policy.render import template_files
 from apex_build.policy.size import file_size, imatrix_keys
 from apex_build.progress import Report, Step, silent
+from apex_build.quantization.against import not_compared
 from apex_build.quantization.load_check import check_input, check_loads
 from apex_build.quantization.naming import file_name
 from apex_build.quantization.preflight import Allowed, check_data, check_output, check_plan, check_policy
@@ -117,7 +119,7 @@ def prepare(
         words = check_data(covered, borrowed)
         derived = bool(borrowed) or not covered.examined.sound
     plan = make_plan(model, policy, parameters, tools, imatrix, types)
-    warnings = words + check_plan(plan, model, covered, policy, Ggml(tools), allowed)
+    warnings = words + check_plan(plan, model, covered, policy, Ggml(tools), allowed) + not_compared(plan, codec(tools))
     if name is not None:
         out = out / file_name(model.path, plan, policy, name)
     rows = covered.imatrix.head_rows if covered and any(tensor.has_data for tensor in covered.head) else None
