@@ -138,6 +138,8 @@ def make_plan(
     )
     identity = _identity(base_type, rules, calibrated, entries)
     untouched = idle_settings(policy, values, model, quantizable, parameters)
+    if BASE_TYPE in parameters and not any(entry.source == MIXTURE for entry in entries):
+        untouched.append(BASE_TYPE)
     warnings = (*policy_warnings(lines), *idle, *(f"{name}={values[name]} touches no tensor of {model.name}" for name in untouched))
     plan = Plan(policy.name, values, base_type, calibrated, rules_text(rules), entries, identity, warnings)
     if f"{plan.n_bytes / (1 << 20):.2f}" != f"{run.mib:.2f}":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,32 @@ def template_files(policy: PolicySpec) -> Iterator[Path]:
 def idle_settings(
     policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str], names: Iterable[str]
 ) -> list[str]:
-    """Those of these 'type' parameters whose value reaches no tensor: with any other type, the policy renders the same rules."""
-    wanted = [name for name in names if name in policy.parameters and policy.parameters[name].kind == "type"]
-    if not wanted:
+    """Those of these parameters whose value decides for no tensor: with any other value, the policy renders the same rules.
+
+    A text, which may have few values that a template takes, is not tried, nor what the template does not read at all (draft_loss).
+    """
+    source = "".join(file.read_text("utf-8") for file in template_files(policy))
+    tried = [
+        (name, {name.replace(".", "_"): other})
+        for name in names
+        if name in policy.parameters and re.search(rf"\b{name.replace('.', '_')}\b", source)
+        for other in _others(policy.parameters[name].kind, values[name])
+    ]
+    if not tried:
         return []
-    variants = [{name.replace(".", "_"): "F32" if values[name] != "F32" else "Q8_0"} for name in wanted]
-    request = {**_request(policy, values, model, quantizable), "variants": variants}
+    request = {**_request(policy, values, model, quantizable), "variants": [variant for _, variant in tried]}
     answer = _run(request, about=f"template of policy '{policy.name}', {policy.template}")
-    return [name for name, same in zip(wanted, answer.get("same", ()), strict=False) if same]
+    reached = {name for (name, _), same in zip(tried, answer.get("same", ()), strict=False) if not same}
+    return [name for name in dict.fromkeys(name for name, _ in tried) if name not in reached] if "same" in answer else []
+
+
+def _others(kind: str, value: Any) -> tuple[Any, ...]:
+    """Values of which at least one gives other rules, if any does: a number of layers has its least and one over all."""
+    if kind == "type":
+        return ("F32" if value != "F32" else "Q8_0",)
+    if kind == "flag":
+        return (not value,)
+    return (0, 1 << 19) if kind in ("int", "number") else ()
 
 
 def _request(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]) -> dict[str, Any]:

@@ -171,13 +171,13 @@ def find(patterns: Sequence[str], names: Sequence[str]) -> list[list[tuple[int, 
 
 
 def _same(request: Mapping[str, Any]) -> list[bool]:
-    """For each variant of the parameters, whether it renders what they do without it."""
+    """For each variant of the parameters, whether it renders the rules that they do without it."""
     seen = views(request["catalogue"])
-    texts = [
-        render(request["library"], request["template"], {**seen, **request["parameters"], **variant})[0]
-        for variant in ({}, *request["variants"])
-    ]
-    return [text == texts[0] for text in texts[1:]]
+    rules = []
+    for variant in ({}, *request["variants"]):
+        text, _ = render(request["library"], request["template"], {**seen, **request["parameters"], **variant})
+        rules.append([line for line in text.splitlines() if line.partition("#")[0].strip()])  # not what it only says
+    return [one == rules[0] for one in rules[1:]]
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:

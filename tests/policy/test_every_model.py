@@ -141,6 +141,14 @@ def test_what_touches_nothing_is_said(testbed: Path, small: Model, tools: Toolse
         "as it is anyway, and still about something"
     )
     assert any(line.startswith("dense=Q4_K touches no") for line in plan_of(small, tools, "compact", dense="Q4_K").warnings)
+    # numbers and flags too; what only a warning's words depend on is no rule
+    for name, value in (("near", 2), ("edge", 7), ("attention_edge", 1)):
+        given: dict[str, str | int] = {"edge": 1, name: value}
+        said = [line for line in plan_of(small, tools, "i-quality", **given).warnings if "touches no tensor" in line]
+        assert said == ([f"attention_edge=1 touches no tensor of {small.name}"] if name == "attention_edge" else []), name
+    said = plan_of(small, tools, "uniform", type="Q4_K", base_type="Q8_0", token_embd="Q4_K", output="Q4_K").warnings
+    assert said == (f"base_type=Q8_0 touches no tensor of {small.name}",)
+    assert plan_of(small, tools, "i-nano", edge=1, near=1, draft_loss="0.2").warnings == (), "how a choice is made is no rule"
     assert "--policy i-nano\n" in run_apex("plan", headless, "--policy", "i-nano-mtp", code=66).stderr
 
 
