@@ -193,7 +193,7 @@ def _plan(source: Path, wanted: _Wanted, pin: Pin) -> BuildPlan:
     compiler = find_compiler()
     cuda = plan_cuda(wanted.targets, compiler, wanted.toolchain, ptx=wanted.ptx)
     for note in cuda.notes:
-        click.echo(f"not used: {note}", err=True)
+        show.note(f"not used: {note}")
     return plan_build(source, backend_of(cuda, compiler, all_kv_types=wanted.all_kv_types), pin, cuda=cuda)
 
 

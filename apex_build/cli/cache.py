@@ -108,7 +108,7 @@ def prune(
         said = "would remove" if dry_run else "removed"
         click.echo(f"{said} {item.path} ({item.kind}, {show.size(item.n_bytes)}, last used {_ago(item.used)})")
     for item in stayed:
-        click.echo(f"stays: {item.path} ({item.kind}): {item.kept}", err=True)
+        show.note(f"stays: {item.path} ({item.kind}): {item.kept}")
     click.echo(f"{show.size(sum(item.n_bytes for item in gone))} {'would be freed' if dry_run else 'freed'}")
 
 

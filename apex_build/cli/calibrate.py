@@ -161,7 +161,7 @@ def command(
             check = _rows_check(model, settings, tools, report) if with_head and rows == AUTO and rows_check else None
             done = calibrate(model, text, tools, out, settings, force=force, check=check, report=report)
     except KeyboardInterrupt:
-        click.echo("the last snapshot is kept: the same command resumes from there", err=True)
+        show.note("the last snapshot is kept: the same command resumes from there")
         raise
     covered = done.coverage.imatrix
     if not done.reused and not done.resumed_at and covered.chunk_count and covered.chunk_size:
@@ -183,7 +183,7 @@ def _rows_check(model: Model, settings: Settings, tools: Toolset, report: Report
         )
         if found is None:
             return None
-        click.echo(found.said(), err=True)
+        show.note(found.said())
         return asdict(found)
 
     return check

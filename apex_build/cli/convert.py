@@ -82,9 +82,9 @@ def command(
     for warning in job.warnings:
         click.echo(f"warning: {warning}", err=True)
     for reason, names in (left_out or {}).items():
-        click.echo(f"note: {len(names)} tensors are not in the model, {reason}: {_shown(names)}", err=True)
+        show.note(f"note: {len(names)} tensors are not in the model, {reason}: {_shown(names)}")
     if left_out is None:
-        click.echo("note: which tensors would be left out is known once the converter's environment is made", err=True)
+        show.note("note: which tensors would be left out is known once the converter's environment is made")
     if json_:
         show.as_json({"path": str(out), **(manifest or {"left_out": left_out}), "checkpoint": _facts(job)})
     elif manifest is None:

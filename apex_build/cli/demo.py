@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from apex_build.cli import show
 from apex_build.cli.check import checked, print_checked
 from apex_build.cli.serving import command_line
 from apex_build.errors import ModelMissing, OutputUnwritable
+from apex_build.evaluation.pace import active_parameters, expect, tokens_of
+from apex_build.evaluation.pieces import piece_of
 from apex_build.evaluation.run import Inputs, Work, evaluate, plan_work
 from apex_build.evaluation.task import read_prompts
 from apex_build.gguf_model.catalogue import Model
@@ -22,6 +26,7 @@ from apex_build.gguf_model.metadata import who_quantizes
 from apex_build.gguf_model.model import read_model
 from apex_build.parameters import Value
 from apex_build.plugins import load_plugins
+from apex_build.progress import Piece, Report, Whole
 from apex_build.quantization.naming import TEMPLATE
 from apex_build.quantization.run import prepare, run
 from apex_build.source.fetch import ensure_source
@@ -33,6 +38,7 @@ from apex_build.toolchain.machine.compilers import find_compiler
 _SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
 _FILES: tuple[tuple[str, dict[str, Value]], ...] = (("i-nano", {}), ("i-nano, head IQ3_XXS+Q5_K", {"draft_head": "IQ3_XXS+Q5_K"}))
 _DRAFTING = {"draft-acceptance.lengths": "2", "draft-acceptance.temperature": "0"}
+_QUANTIZING, _CHECKING = 4.0, 8.0  # seconds, about
 _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "head calibrated", "drafts accepted")
 
 
@@ -67,6 +73,7 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
     except OSError as error:
         raise OutputUnwritable(f"{output}: the folder cannot be made: {error.strerror}", hint="apex demo -o FOLDER") from None
     plugins = load_plugins()
+    drafting = plugins.evaluators()["draft-acceptance"]
     with show.progress() as report:
         find_compiler()  # before anything is fetched
         pin = load_pin()
@@ -74,7 +81,12 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
         model = read_model(source_model, plugins.role_of)
         text = compose(load_set("default"), plugins.calibration_sources(), model)
         how = Settings(threads=threads)
-        calibrated = calibrate(model, text, tools, output / "testbed.imatrix.gguf", how, replace=True, report=report)
+        inputs = Inputs(prompts=read_prompts(testbed / "heldout" / "prompts.jsonl"), settings=_DRAFTING)
+        pieces = _pieces(model, len(text.data), plan_work(drafting, model, inputs, tools, threads=threads))
+        whole = Whole("demo", report, pieces)
+        numbers = iter(range(len(pieces)))
+        with _piece(whole, next(numbers)) as report:
+            calibrated = calibrate(model, text, tools, output / "testbed.imatrix.gguf", how, replace=True, report=report)
         rows = [_row("F16", model, None)]
         for name, settings in _FILES:
             policy = plugins.policy("i-nano")
@@ -88,15 +100,17 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
                 metadata=who_quantizes(()),
                 name=TEMPLATE,
             )
-            run(job, replace=True, threads=threads, report=report)
+            with _piece(whole, next(numbers)) as report:
+                run(job, replace=True, threads=threads, report=report)
             rows.append(_row(name, read_model(job.out, plugins.role_of), calibrated.coverage))
-        inputs = Inputs(prompts=read_prompts(testbed / "heldout" / "prompts.jsonl"), settings=_DRAFTING)
         for row in rows:
-            drafting = plugins.evaluators()["draft-acceptance"]
-            drafted = read_model(Path(row["path"]), plugins.role_of)
-            work = plan_work(drafting, drafted, inputs, tools, threads=threads, report=report)
-            row["acceptance"] = _acceptance(work, output)
-        verdict = checked(read_model(Path(rows[-1]["path"]), plugins.role_of), plugins, tools, threads=threads, report=report)
+            number, drafted = next(numbers), read_model(Path(row["path"]), plugins.role_of)
+            with _piece(whole, number) as report:
+                work = plan_work(drafting, drafted, inputs, tools, threads=threads, report=report)
+                pieces[number], _ = piece_of([work])
+                row["acceptance"] = _acceptance(work, output)
+        with _piece(whole, next(numbers)) as report:
+            verdict = checked(read_model(Path(rows[-1]["path"]), plugins.role_of), plugins, tools, threads=threads, report=report)
     if json_:
         show.as_json(rows)
         verdict.refuse()
@@ -110,6 +124,24 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
     print_checked(verdict)
     verdict.refuse()
     click.echo(f"run the last: {command_line(Path(rows[-1]['path']), model, tools)}")
+
+
+def _pieces(model: Model, n_bytes: int, work: Work) -> list[Piece]:
+    """What is to be done once the tools are there; the drafting of files that do not exist yet is expected to be like F16's."""
+    tokens = tokens_of(n_bytes) * active_parameters(model)
+    drafted, _ = piece_of([work])
+    return [
+        Piece("calibrate", {"calibrating": 1.0}, expect("calibrate", tokens).seconds),
+        *(Piece("quantize", {}, _QUANTIZING) for _ in _FILES),
+        *(Piece(drafted.kind, {name: drafted.units}, drafted.expected) for name in ("F16", *(name for name, _ in _FILES))),
+        Piece("check", {}, _CHECKING),
+    ]
+
+
+@contextmanager
+def _piece(whole: Whole, number: int) -> Iterator[Report]:
+    yield whole.of(number)
+    whole.finish(number)
 
 
 def _row(name: str, model: Model, covered: Coverage | None) -> dict[str, Any]:

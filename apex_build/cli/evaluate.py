@@ -233,9 +233,9 @@ def with_built_in(inputs: Inputs, file: Path, only: Sequence[str], plugins: Plug
         if prompts:
             inputs = replace(inputs, prompts=built_in_prompts(model, sources, _PROMPTS))
     except ChatTemplateFailed as error:
-        click.echo(f"without --text: the built-in texts are left out: {printable(error.message)}", err=True)
+        click.echo(f"warning: without --text: the built-in texts are left out: {printable(error.message)}", err=True)
         return inputs
-    click.echo(f"measured on the built-in {'texts' if texts else 'prompts'} (--text, --prompts: others)", err=True)
+    show.note(f"measured on the built-in {'texts' if texts else 'prompts'} (--text, --prompts: others)")
     return inputs
 
 

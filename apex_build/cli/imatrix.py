@@ -96,8 +96,10 @@ def _write(files: tuple[Path, ...], out: Path, form: str, chunk_size: int | None
         manifest = _manifest(merged, part, form)
         write_json(beside(out, MANIFEST), manifest)
         put(part, out)
-    for line in (*merged.notes, *(f"the .dat format does not keep {what}" for what in lost)):
-        click.echo(f"note: {line}", err=True)
+    for line in merged.notes:
+        show.note(f"note: {line}")
+    for what in lost:
+        click.echo(f"warning: the .dat format does not keep {what}", err=True)
     if json_:
         show.as_json({"path": str(out), **manifest})
         return

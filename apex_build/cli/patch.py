@@ -97,4 +97,4 @@ def save(pin_name: str) -> None:
     if not saved.written and not saved.removed:
         click.echo(f"{len(saved.names)} patches, all as saved before")
     for name in series.series_status(pin).edited:
-        click.echo(f"note: {name} has edits that are not committed, so not saved", err=True)
+        click.echo(f"warning: {name} has edits that are not committed, so not saved", err=True)

@@ -110,7 +110,7 @@ def command(
     for warning in said:
         click.echo(f"warning: {warning}", err=True)
     if measured:
-        click.echo(f"note: {measured}", err=True)
+        show.note(f"note: {measured}")
 
 
 def _measured(
@@ -151,12 +151,12 @@ def tell_of_list(types: TypeList, plan: Plan, model: Model) -> None:
         shown = ", ".join(f"{rule.line} (line {rule.where.rpartition(':')[2]})" for rule in idle[:3])
         more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
         count = f"{len(idle)} of the {len(types.rules)} rules of {types.path}"
-        click.echo(f"note: {count} find no tensor of the model: {shown}{more}", err=True)
+        show.note(f"note: {count} find no tensor of the model: {shown}{more}")
     left = [entry for entry in plan.entries if entry.source != KEPT and entry.name not in deciding]
     if left:
         share = sum(entry.n_bytes for entry in left) / plan.n_bytes
         by = f"the base type, {plan.base_type}" if plan.policy == own_types().name else f"policy '{plan.policy}'"
-        click.echo(f"note: {len(left)} tensors, {share:.1%} of the bytes, are not in {types.path}: {by} decides", err=True)
+        show.note(f"note: {len(left)} tensors, {share:.1%} of the bytes, are not in {types.path}: {by} decides")
 
 
 def _json(plan: Plan, covered: Coverage | None, ggml: Ggml) -> dict[str, Any]:
@@ -210,9 +210,8 @@ def _warn(plan: Plan, covered: Coverage | None, ggml: Ggml) -> None:
         if plan.needing_data:
             in_head = sum(entry.draft_head for entry in plan.needing_data)
             of_head = f", {in_head} of them in the draft head" if in_head else ""
-            click.echo(
-                f"note: {len(plan.needing_data)} tensors get types that need calibration data{of_head}: quantize with --imatrix",
-                err=True,
+            show.note(
+                f"note: {len(plan.needing_data)} tensors get types that need calibration data{of_head}: quantize with --imatrix"
             )
         return
     if missing := _without_data(plan, covered):

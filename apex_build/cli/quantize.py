@@ -12,6 +12,7 @@ import click
 from apex_build.cli import show, values
 from apex_build.cli.check import as_json, checked, print_checked
 from apex_build.cli.evaluate import texts_by_domain
+from apex_build.cli.groups import QUIET, verbosity
 from apex_build.cli.head_rows import mtp_rows_option, rows_of
 from apex_build.cli.plan import policy_of, tell_of_list
 from apex_build.cli.serving import command_line
@@ -225,7 +226,7 @@ def command(
 
 
 def _measured(question: Question) -> Choice:
-    click.echo(f"measuring draft heads for {question.policy.name} on {question.model.path.name} ...", err=True)
+    show.note(f"measuring draft heads for {question.policy.name} on {question.model.path.name} ...")
     choice = measure(question, progress=show.progress)
     rows = [
         [one.value, str(one.head_bytes), value_of(one.agreement), value_of(one.tokens), "yes" if one.fits else "no"]
@@ -233,8 +234,9 @@ def _measured(question: Question) -> Choice:
     ]
     title = f"Draft heads against {question.policy.parameters[choice.parameter].measured[0]}, {choice.positions} positions"
     columns = ("head", "bytes", "loss of agreement, points", "loss of tokens a step, %", f"within {choice.bound:g} points")
-    show.table(title, columns, rows, right=columns[1:4], err=True)
-    click.echo(f"{choice.parameter}: {choice.value}{', as measured before' if choice.reused else ''}", err=True)
+    if verbosity() != QUIET:
+        show.table(title, columns, rows, right=columns[1:4], err=True)
+    show.note(f"{choice.parameter}: {choice.value}{', as measured before' if choice.reused else ''}")
     return choice
 
 

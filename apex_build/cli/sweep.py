@@ -154,7 +154,7 @@ def command(
         _dry_run(sweep, json_)
         return
     if not plot.available():
-        click.echo(plot.MISSING, err=True)  # now, when it can still be installed before the hours of work
+        click.echo(f"warning: {plot.MISSING}", err=True)  # now, when it can still be installed before the hours of work
     outcomes = _run(sweep, scores, keep)
     rows = [outcome.row for outcome in outcomes]
     by_head = request.sweeps_head
@@ -229,7 +229,7 @@ def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
                 if outcome.errors and outcome.row.baseline:
                     raise outcome.errors[0]  # there would be nothing to compare the others with
     except KeyboardInterrupt:
-        click.echo(_kept(sweep), err=True)
+        show.note(_kept(sweep))
         raise
     return outcomes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -10,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from apex_runs import run_apex
+from apex_runs import SMALL, run_apex
+
+from apex_build.cli import show
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -118,6 +121,21 @@ def test_quiet_and_verbose(run: Run, testbed: Path) -> None:
     assert "llama-quantize --dry-run" not in usual.stderr and usual.stdout == quiet.stdout == verbose.stdout
     assert re.search(r"^\$ \S*llama-quantize", run("-v", "plan", testbed, "--policy", "compact").stderr, re.MULTILINE)
     assert "exclude each other" in run("plan", testbed, "--policy", "compact", "-q", "-v", code=2).stderr
+    small = ("plan", testbed, "--policy", "i-nano", *SMALL)
+    assert "note:" in run(*small).stderr and "note:" not in run(*small, "-q").stderr
+
+
+def test_remarks_are_left_to_the_one_place_that_knows_of_quiet() -> None:
+    """What a verb writes to standard error by itself is a warning or an error; all else goes through `show.note`."""
+    of_their_own = ("show.py", "groups.py", "__init__.py")  # where that is decided, what -v adds, how a run ends
+    for file in sorted(
+        set(Path(show.__file__).parent.glob("*.py")) - {Path(show.__file__).with_name(name) for name in of_their_own}
+    ):
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            named = {keyword.arg: keyword.value for keyword in call.keywords}
+            if ast.unparse(call.func) == "click.echo" and "err" in named:
+                text = ast.unparse(call.args[0]).lstrip("f")
+                assert re.match(r"['\"](warning: |try: |failed: )", text), f"{file.name}:{call.lineno}: {text}"
 
 
 @pytest.mark.parametrize(
