@@ -73,6 +73,12 @@ class GitFailed(ApexError):
     exit_code = 17
 
 
+class PatchUnknown(ApexError):
+    """No patch of this number or name in the series, or more than one."""
+
+    exit_code = 18
+
+
 # --- toolchain: compilers and builds ------------------------------------------------------------------------------------
 class CompilerMissing(ApexError):
     """No usable C++ compiler or build tool."""

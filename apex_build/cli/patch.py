@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import show, values
 from apex_build.cli.groups import Group
 from apex_build.cli.source import pin_option
+from apex_build.errors import SourceMissing
 from apex_build.source import series
-from apex_build.source.pins import load_pin
+from apex_build.source.pins import DEFAULT_PIN, all_pins, load_pin
+from apex_build.workshop.each_builds import build_each
+from apex_build.workshop.overview import Overview, overview
 
 
 @click.group(cls=Group)
@@ -44,39 +48,117 @@ def apply(pin_name: str) -> None:
 
 
 @command.command()
-@pin_option
+@click.option(
+    "--pin", "pin_name", metavar="NAME", shell_complete=values.pins, help=f"Pin, or a pin's TOML file. [default: {DEFAULT_PIN}]"
+)
+@click.option("--all", "all_", is_flag=True, help="All pins.")
+@click.option("--build", "build_", is_flag=True, help="Compile the source up to each patch that nobody built yet.")
+@click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(pin_name: str, as_json: bool) -> None:
-    """Show what is applied, what is missing or no longer applies, and what is not saved yet.
+def status(pin_name: str | None, all_: bool, build_: bool, jobs: int | None, as_json: bool) -> None:
+    """Show of each patch whether it is in the tree, applies, builds, and passes tests.
+
+    \b
+    tree      applied, changed (the tree has another version), missing, conflict
+    applies   on the pin's source: yes, offset, conflict, upstream (it has it)
+    builds    as the cache of builds knows: -, where nobody tried
+    tests     as the last `apex patch test` found: -, where it was not run
+
+    Below: what is not saved yet, and what is missing to be green, as `apex pin bump` wants it.
 
     \b
     Examples:
       apex patch status
-      apex patch status --json
+      apex patch status --all --json
+      apex patch status --build                # long: compiles patch by patch
     """
-    pin = load_pin(pin_name)
-    found = series.series_status(pin)
+    if all_ and pin_name:
+        raise click.UsageError("--all and --pin exclude each other")
+    shown: list[dict[str, Any]] = []
+    for pin in all_pins() if all_ else [load_pin(pin_name)]:
+        try:
+            found = overview(pin)
+            if build_:
+                found = _build(found, jobs)
+        except SourceMissing as error:
+            if not all_:
+                raise
+            shown.append({"pin": pin.name, "fetched": False})
+            if not as_json:
+                click.echo(f"{pin.name}: not fetched    ({error.hint})\n")
+            continue
+        shown.append({"fetched": True, **_json(found)})
+        if not as_json:
+            _show(found)
     if as_json:
-        show.as_json({"pin": pin.name, "series_digest": series.series_digest(pin), **asdict(found)})
-        return
-    rows = [(patch.name, patch.state, (patch.commit or "")[:9], patch.detail or patch.subject) for patch in found.patches]
+        show.as_json({"pins": shown} if all_ else shown[0])
+
+
+def _build(found: Overview, jobs: int | None) -> Overview:
+    with show.progress() as report:
+        for name, error in build_each(found, jobs=jobs, report=report):
+            show.note(f"{name}: {'builds' if error is None else 'does not build'}")
+    return overview(found.pin)
+
+
+def _json(found: Overview) -> dict[str, Any]:
+    series = asdict(found.series)
+    rows = zip(series.pop("patches"), found.standing, found.known, strict=True)
+    return {
+        "pin": found.pin.name,
+        "series_digest": found.digest,
+        "green": not found.lacking,
+        "lacking": list(found.lacking),
+        "builds": found.whole.builds,
+        "tests": found.whole.tests,
+        "patches": [
+            {**patch, "applies": one.applies, "applies_detail": one.detail, "builds": known.builds, "build_error": known.error}
+            | {"tests": known.tests}
+            for patch, one, known in rows
+        ],
+        **series,
+    }
+
+
+def _show(found: Overview) -> None:
+    pin, series = found.pin, found.series
+    rows = [
+        (patch.name[:4], patch.state, one.applies, _yes_no(known.builds), _tests(known.tests), patch.subject)
+        for patch, one, known in zip(series.patches, found.standing, found.known, strict=True)
+    ]
     if rows:
-        show.table(f"Patches of {pin.name}", ("patch", "state", "commit", "what"), rows)
+        show.table(f"Patches of {pin.name}", ("", "tree", "applies", "builds", "tests", "what"), rows)
     else:
         click.echo(f"{pin.name}: the series is empty ({pin.patches_folder})")
-    for commit, subject in found.unsaved:
+    for patch, one, known in zip(series.patches, found.standing, found.known, strict=True):
+        for what, detail in (("in the tree", patch.detail), (one.applies, one.detail), ("build", known.error)):
+            if detail:
+                click.echo(f"{patch.name[:4]}, {what}: {detail}")
+    for commit, subject in series.unsaved:
         click.echo(f"not in the series: commit {commit[:9]} {subject}    (apex patch save)")
-    for name in found.edited:
+    for name in series.edited:
         click.echo(f"not committed: {name}")
-    for name in found.untracked:
+    for name in series.untracked:
         click.echo(f"new, not committed: {name}")
-    for name in found.unlisted:
+    for name in series.unlisted:
         click.echo(f"not listed in `series`: {name}")
+    click.echo(f"{pin.name}: " + ("green" if not found.lacking else f"not green: {'; '.join(found.lacking)}"))
+
+
+def _yes_no(value: bool | None) -> str:
+    return "-" if value is None else "yes" if value else "no"
+
+
+def _tests(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return f"{len(found['broken'])} broken" if found["broken"] else f"{found['passed']} of {found['ran']}"
 
 
 @command.command()
 @pin_option
-def save(pin_name: str) -> None:
+@click.option("--force", is_flag=True, help="Overwrite patch files that were changed since the tree had them.")
+def save(pin_name: str, force: bool) -> None:
     """Write the tree's commits, from apex-base on, back as the series.
 
     The same commits always give the same bytes: applying a saved series and saving it again changes nothing. Uncommitted edits are
@@ -89,7 +171,7 @@ def save(pin_name: str) -> None:
     """
     pin = load_pin(pin_name)
     with show.progress() as report:
-        saved = series.save_series(pin, report)
+        saved = series.save_series(pin, report, force=force)
     for name in saved.written:
         click.echo(f"wrote {saved.folder / name}")
     for name in saved.removed:

@@ -13,7 +13,17 @@ from apex_build.source.applied import unsaved_work
 from apex_build.source.pins import Pin
 from apex_build.source.sdist import check_sdist, download_sdist, read_archive
 from apex_build.source.series import apply_to, read_series, series_status, verb
-from apex_build.source.tree import fetch_command, lay_out, require_tree, some, status, tree_path, verify_base, verify_clean
+from apex_build.source.tree import (
+    fetch_command,
+    lay_out,
+    require_tree,
+    some,
+    status,
+    tree_path,
+    under_way,
+    verify_base,
+    verify_clean,
+)
 from apex_build.source.upstream import upstream_files
 from apex_build.storage.folders import locked, mend, new_folder, put_in_place
 from apex_build.storage.outputs import writing
@@ -71,7 +81,8 @@ def fetch(
 def ensure_source(pin: Pin, report: Report = silent) -> Path:
     """The tree, ready for a build: fetched if it is missing, its series applied if that takes nothing away.
 
-    A tree that somebody works in (edits, commits not in the series) is returned as it is: `tree_identity` tells builds apart.
+    A tree that somebody works in (edits, commits not in the series, a rebase) is returned as it is: `tree_identity` tells builds
+    apart.
     """
     path = tree_path(pin)
     with locked(path, report):
@@ -82,7 +93,7 @@ def ensure_source(pin: Pin, report: Report = silent) -> Path:
     if found.outdated:
         return path if unsaved_work(path, read_series(pin)) else fetch(pin, report=report).path
     series = series_status(pin)
-    if series.complete or series.unsaved or series.edited:
+    if series.complete or series.unsaved or series.edited or under_way(path):
         return path
     return fetch(pin, report=report).path
 

@@ -1,4 +1,7 @@
-"""The patch series: patches/llama.cpp/<pin>/series and the patch files it names, applied to the tree as commits and written back from them."""
+"""The patch series: patches/llama.cpp/<pin>/series and the patch files it names.
+
+Applied to the tree as commits, and written back from them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from apex_build.source.applied import find_applied, record, remember
 from apex_build.source.git import git
 from apex_build.source.patch import ApplyFailed, Patch, commit_patches, format_patches, merges_between, read_patch
 from apex_build.source.pins import Pin
-from apex_build.source.tree import edits, fetch_command, require_tree, some
+from apex_build.source.tree import edits, fetch_command, refuse_under_way, require_tree, some
 from apex_build.storage import outputs
 from apex_build.storage.folders import locked, new_folder, put_in_place
 
@@ -122,6 +125,7 @@ def apply_series(pin: Pin, report: Report = silent) -> tuple[str, ...]:
 
 def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
     """`apply_series` for a tree at `path`; call with the lock held."""
+    refuse_under_way(path)
     series = read_series(pin)
     found = find_applied(path, series)
     if found.complete:
@@ -164,33 +168,45 @@ def _switch(path: Path, old: str, new: str) -> None:
         raise
 
 
-def save_series(pin: Pin, report: Report = silent) -> Saved:
+def save_series(pin: Pin, report: Report = silent, *, force: bool = False) -> Saved:
     """Write the tree's commits back as the series; the same commits always give the same bytes.
 
-    Raises TreeEdited for what a series cannot hold (a merge, an empty commit, a message that does not read back), and when it would
-    drop a patch that this tree never had.
+    Raises TreeEdited for what a series cannot hold (a merge, an empty commit, a message that does not read back), while git is in
+    the middle of something, and when it would drop a patch that this tree never had, or (unless `force`) overwrite another version.
     """
     path = require_tree(pin)
     with locked(path, report):
-        series = read_series(pin)
-        found = find_applied(path, series)
-        for commit in merges_between(path, found.base, found.head):
+        return save_from(pin, path, force=force)
+
+
+def save_from(pin: Pin, path: Path, *, force: bool = False) -> Saved:
+    """`save_series` for a tree at `path`; call with the lock held."""
+    refuse_under_way(path)
+    series = read_series(pin)
+    found = find_applied(path, series)
+    for commit in merges_between(path, found.base, found.head):
+        raise TreeEdited(
+            f"{path}: commit {commit[:9]} is a merge; a series is a line of commits",
+            hint=f"git -C {path} rebase {found.base[:9]}",
+        )
+    had, subjects = record(path).had, {patch.subject for patch in found.commits.values()}
+    for patch in series:
+        if not (patch.name in found.commit_of or patch.sha256 in had or patch.subject in subjects):
             raise TreeEdited(
-                f"{path}: commit {commit[:9]} is a merge; a series is a line of commits",
-                hint=f"git -C {path} rebase {found.base[:9]}",
+                f"saving would drop {patch.name}, which this tree never had",
+                hint=f"{verb(pin, 'apply')}, then {verb(pin, 'save')}",
             )
-        had, subjects = record(path).had, {patch.subject for patch in found.commits.values()}
-        for patch in series:
-            if not (patch.name in found.commit_of or patch.sha256 in had or patch.subject in subjects):
-                raise TreeEdited(
-                    f"saving would drop {patch.name}, which this tree never had",
-                    hint=f"{verb(pin, 'apply')}, then {verb(pin, 'save')}",
-                )
-        patches = list(found.commits.values())
-        _read_back(path, found.base, found.head, patches)
-        saved = _write(pin, patches)
-        remember(path, had=[patch.sha256 for patch in (*series, *patches)])
-        return saved
+    for patch in series:
+        if not (patch.name in found.commit_of or patch.sha256 in had or force):
+            raise TreeEdited(
+                f"{pin.patches_folder / patch.name} was changed since this tree had it; saving would overwrite it",
+                hint=f"keep a copy of it, then apex patch save --force{pin.option}",
+            )
+    patches = list(found.commits.values())
+    _read_back(path, found.base, found.head, patches)
+    saved = _write(pin, patches)
+    remember(path, had=[patch.sha256 for patch in (*series, *patches)])
+    return saved
 
 
 def verb(pin: Pin, name: str) -> str:

@@ -214,6 +214,39 @@ def tree_identity(path: Path) -> str:
     return sha256_json({"tree digest": digest_of((name, file.read_bytes()) for name, file in named if wanted(name))})
 
 
+def commit_identity(path: Path, commit: str) -> str:
+    """`tree_identity` of the tree where it is clean at this commit."""
+    return sha256_json({"git tree": git(path, "rev-parse", "--verify", f"{commit}^{{tree}}")})
+
+
+def check_out(path: Path, commit: str, folder: Path) -> None:
+    """Bring `folder` (one of ours, with its index beside it) to a commit of the tree. Files that do not differ keep their times."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where = (f"--git-dir={path / '.git'}", f"--work-tree={folder}")
+    done = run(None, *where, "read-tree", "--reset", "-u", commit, env={"GIT_INDEX_FILE": f"{folder}.index"}, cwd=folder)
+    if done.returncode != 0:
+        raise failed(f"git read-tree failed in {folder}", done.stderr)
+
+
+def under_way(path: Path) -> str | None:
+    """What git is in the middle of in this tree: `rebase`, `am`, `cherry-pick`, `revert` or `merge`."""
+    if (path / git(path, "rev-parse", "--git-path", "rebase-merge")).exists():
+        return "rebase"
+    if (folder := path / git(path, "rev-parse", "--git-path", "rebase-apply")).exists():
+        return "am" if (folder / "applying").exists() else "rebase"
+    heads = {"cherry-pick": "CHERRY_PICK_HEAD", "revert": "REVERT_HEAD", "merge": "MERGE_HEAD"}
+    return next((verb for verb, head in heads.items() if run(path, "rev-parse", "-q", "--verify", head).returncode == 0), None)
+
+
+def refuse_under_way(path: Path) -> None:
+    """Raise TreeEdited while git is in the middle of something: HEAD is then neither what was there nor what will be."""
+    if verb := under_way(path):
+        raise TreeEdited(
+            f"{path}: a git {verb} is under way",
+            hint=f"git -C {path} {verb} --continue ends it, git -C {path} {verb} --abort undoes it",
+        )
+
+
 def _content_tree(path: Path, *, afresh: bool = False) -> str:
     """git's tree hash of the folder's present content, by way of a scratch index and object folder: the tree stays untouched."""
     objects = (path / git(path, "rev-parse", "--git-path", "objects")).resolve()

@@ -1,0 +1,76 @@
+"""Whether a series builds patch by patch: each commit compiled on top of the last, in one work folder."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from apex_build.errors import BuildFailed
+from apex_build.progress import Report, Step, silent
+from apex_build.source.git import git
+from apex_build.source.pins import Pin
+from apex_build.source.tree import BASE, check_out, commit_identity, require_tree
+from apex_build.storage.folders import locked
+from apex_build.storage.outputs import check_room, writing
+from apex_build.toolchain.backends import BACKENDS, Backend
+from apex_build.toolchain.build import cache, cmake
+from apex_build.toolchain.build.launcher import launcher
+from apex_build.toolchain.build.run import WORK_SIZE
+from apex_build.toolchain.machine.compilers import find_compiler
+from apex_build.workshop import results
+from apex_build.workshop.overview import Overview
+
+
+def build_each(
+    found: Overview, *, backend: Backend = BACKENDS["cpu"], jobs: int | None = None, report: Report = silent
+) -> Iterator[tuple[str, str | None]]:
+    """Compile the source up to each patch that is not known to build; gives (patch, the compiler's words or None), as they come.
+
+    The base is one too where the series is empty. What is found out is remembered.
+    """
+    pin, path = found.pin, require_tree(found.pin)
+    todo = [
+        (one.patch.name, one.commit, one.identity)
+        for one, known in zip(found.standing, found.known, strict=True)
+        if one.commit and one.identity and known.builds is None
+    ]
+    if not found.standing and found.whole.builds is None:
+        base = git(path, "rev-parse", "--verify", f"refs/tags/{BASE}^{{commit}}")
+        todo = [(BASE, base, commit_identity(path, base))]
+    for number, (name, commit, identity) in enumerate(todo, 1):
+        said = _told(report, f"{number} of {len(todo)}, {name[:-6] if name.endswith('.patch') else name}")
+        error = compile_commit(pin, commit, backend, backend.targets, jobs=jobs, report=said)
+        results.remember(identity, "builds", {"ok": error is None, "error": error})
+        yield name, error
+
+
+def _told(report: Report, detail: str) -> Report:
+    return lambda step: report(step if step.said else replace(step, detail=detail))
+
+
+def compile_commit(
+    pin: Pin, commit: str, backend: Backend, targets: Sequence[str], *, jobs: int | None = None, report: Report = silent
+) -> str | None:
+    """Compile a commit of the pin's tree, in a folder of its own; the compiler's words where it fails."""
+    folder = cache.work_root() / f"patches-{pin.name}"
+    source, work = folder / "source", folder / "build"
+    with locked(folder, report), writing(folder):
+        check_room(cache.work_root(), 0 if work.is_dir() else WORK_SIZE, "a build", hint="APEX_CACHE_DIR=FOLDER: another disk")
+        check_out(require_tree(pin), commit, source)
+        return _compile(source, work, backend, targets, jobs, report)
+
+
+def _compile(source: Path, work: Path, backend: Backend, targets: Sequence[str], jobs: int | None, report: Report) -> str | None:
+    compiler = find_compiler()
+    work.mkdir(parents=True, exist_ok=True)
+    with launcher(cache.work_root().parent, [source, work]) as front:
+        try:
+            report(Step("configuring", 0))
+            cmake.configure(source, work, backend.cmake_options(native=True), compiler, front, report)
+            cmake.compile_targets(source, work, targets, jobs or cmake.default_jobs(), front, report)
+        except BuildFailed as error:
+            lines = [line.strip(" |") for line in error.message.splitlines()[1:]]
+            return "\n".join(itertools.islice((line for line in lines if line), 12)) or error.message
+    return None

@@ -1,0 +1,88 @@
+"""How the patches of a series go onto a pin's source, one on top of the other, whatever is in the tree at the moment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from apex_build.errors import PatchUnknown
+from apex_build.near import nearby
+from apex_build.source.git import git, run
+from apex_build.source.patch import Patch, commit_patches, explain
+from apex_build.source.tree import BASE, commit_identity
+from apex_build.storage.scratch import scratch_folder
+
+Applies = Literal["yes", "offset", "conflict", "upstream"]
+_FILE = re.compile(r"Checking patch (.+)\.\.\.")
+_OFFSET = re.compile(r"Hunk #(\d+) succeeded at \d+ \(offset (-?\d+) lines?\)")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A patch on what it stands on: the base and those before it that apply.
+
+    `detail` names file and hunk of what moved or does not apply. `upstream`: the source has the change already. `commit` is made of
+    it, beside the working tree; `identity` names the source up to it, as a build does (None where it adds nothing).
+    """
+
+    patch: Patch
+    applies: Applies
+    detail: str | None
+    commit: str | None
+    identity: str | None
+
+
+def stand(path: Path, patches: Sequence[Patch], onto: str | None = None) -> Iterator[Standing]:
+    """Each patch on the base of the tree at `path`, or on the commit `onto`. Nothing in the working tree is touched."""
+    head = onto or git(path, "rev-parse", "--verify", f"refs/tags/{BASE}^{{commit}}")
+    for patch in patches:
+        applies, detail = _try(path, head, patch)
+        commit = identity = None
+        if applies in ("yes", "offset"):
+            head = commit = commit_patches(path, head, [patch])[-1]
+            identity = commit_identity(path, commit)
+        yield Standing(patch, applies, detail, commit, identity)
+
+
+def _try(path: Path, onto: str, patch: Patch) -> tuple[Applies, str | None]:
+    check = ("apply", "--cached", "--check", "--whitespace=nowarn")
+    with scratch_folder("index") as temp:
+        index = {"GIT_INDEX_FILE": str(temp / "index")}
+        git(path, "read-tree", onto, env=index)
+        done = run(path, *check, "--verbose", "-", feed=patch.diff, env=index)
+        if done.returncode == 0:
+            moved = _moved(done.stderr.decode("utf-8", "replace"))
+            return ("offset", moved) if moved else ("yes", None)
+        if patch.diff and run(path, *check, "--reverse", "-", feed=patch.diff, env=index).returncode == 0:
+            return "upstream", None
+        done = run(path, *check, "-", feed=patch.diff, env=index)  # without all the lines that it looked for
+    return "conflict", explain(patch.diff, done.stderr)
+
+
+def _moved(said: str) -> str:
+    """`src/a.cpp, hunk 2 by 12 lines`, of what git apply says of itself."""
+    file, found = "", []
+    for line in said.splitlines():
+        if named := _FILE.match(line):
+            file = named[1]
+        elif moved := _OFFSET.match(line):
+            found.append(f"{file}, hunk {moved[1]} by {moved[2]} lines")
+    return "; ".join(found)
+
+
+def find_patch(patches: Sequence[Patch], given: str) -> Patch:
+    """The patch of this number (3, 0003), of this name, or with this in its subject alone. Raises PatchUnknown."""
+    numbered = [patch for patch in patches if given.isdigit() and int(patch.name[:4]) == int(given)]
+    named = numbered or [patch for patch in patches if given in (patch.name, patch.name.removesuffix(".patch"), patch.subject)]
+    found = named or [patch for patch in patches if given.casefold() in patch.subject.casefold()]
+    if len(found) == 1:
+        return found[0]
+    known = [patch.name for patch in found or patches]
+    why = "more than one patch is meant by" if found else "no patch of the series is called"
+    listed = ", ".join(known) or "none"
+    raise PatchUnknown(
+        f"{why} {given!r}; there are: {listed}{nearby(given, known)}", hint="a number or a name, as apex patch status"
+    )
