@@ -6,6 +6,7 @@ What holds for it holds for a GPU as far as reading tensors goes: a pointer into
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_edit import changed
 
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.native.toolset import Toolset
@@ -68,27 +70,63 @@ def device(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         server.wait()
 
 
-def run(tool: Path, *arguments: object, device: dict[str, str] | None = None) -> None:
+def run(tool: Path, *arguments: object, device: dict[str, str] | None = None) -> str:
     """`-dev` goes first, because it is what makes the tool look for the device."""
     command = [tool, *(["-dev", "RPC0"] if device else []), *arguments, "-t", 1]
     ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace", env=device)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert not device or "RPC0[" in ran.stdout + ran.stderr, "the device was not used"
+    return ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("layers", [99, 3], ids=["the whole model", "half of it"])
-def test_the_imatrix_is_the_same(
+def test_the_imatrix_is_summed_up_there(
     layers: int, device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
     tool, common = tools.tool("llama-imatrix"), ["-m", testbed, "-f", heldout / "code.txt", "-c", 256, "-b", 1024, "--chunks", 6]
     run(tool, *common, "--mtp", "-o", tmp_path / "host.gguf")
-    run(tool, *common, "--mtp", "-ngl", layers, "-v", "-o", tmp_path / "device.gguf", device=device)
+    said = run(tool, *common, "--mtp", "-ngl", layers, "-v", "-o", tmp_path / "device.gguf", device=device)
     host, there = read_imatrix(tmp_path / "host.gguf"), read_imatrix(tmp_path / "device.gguf")
     assert host.head_tokens == there.head_tokens == 6 * 256
     assert host.entries.keys() == there.entries.keys()
+    summed = set(re.findall(r"adding up (\S+) on RPC0", said))
+    assert "is not supported by" not in said
     for name, entry in host.entries.items():
         assert entry.counts == there.entries[name].counts, name
-        assert np.array_equal(entry.values(), there.entries[name].values()), name
+        # the kernels are the same, and the rows are added up in another order
+        assert np.allclose(entry.values(), there.entries[name].values(), rtol=5e-6, atol=0), name
+        if name not in summed:
+            assert layers < 99 and np.array_equal(entry.values(), there.entries[name].values()), name
+    assert {name.split(".")[1] for name in summed} >= ({"0", "3", "6"} if layers == 99 else {"5", "6"})
+
+
+def test_sums_that_stay_on_the_device_are_continued_and_saved_in_between(
+    device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
+    tool, common = tools.tool("llama-imatrix"), ["-m", testbed, "-f", heldout / "code.txt", "-c", 256, "-b", 256, "-ngl", 99, "-v"]
+    whole, three, rest = (tmp_path / f"{name}.gguf" for name in ("whole", "three", "rest"))
+    run(tool, *common, "--mtp", "--chunks", 6, "--save-frequency", 3, "-o", whole, device=device)
+    run(tool, *common, "--mtp", "--chunks", 3, "-o", three, device=device)
+    run(tool, *common, "--mtp", "--chunk", 3, "--chunks", 3, "--in-file", three, "-o", rest, device=device)
+    for one, other in ((whole, rest), (three, Path(f"{whole}.at_3"))):
+        a, b = read_imatrix(one), read_imatrix(other)
+        assert a.head_tokens == b.head_tokens and a.entries.keys() == b.entries.keys()
+        for name, entry in a.entries.items():
+            assert entry.counts == b.entries[name].counts, name
+            assert np.array_equal(entry.values(), b.entries[name].values()), name
+
+
+def test_a_value_on_the_device_that_is_not_finite_is_refused_when_it_is_saved(
+    device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
+    model = changed(testbed, tmp_path / "spoilt.gguf", lambda name, values: values * np.nan if name == "blk.5.ssm_a" else values)
+    assert model.read_bytes() != testbed.read_bytes()
+    command = [tools.tool("llama-imatrix"), "-dev", "RPC0", "-ngl", 99, "-m", model, "-f", heldout / "code.txt", "-c", 256]
+    command += ["--chunks", 3, "-t", 1, "-o", tmp_path / "out.gguf"]
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace", env=device)
+    assert ran.returncode == 1
+    assert "nan detected in blk.5." in ran.stdout + ran.stderr
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_the_scores_of_the_head_are_the_same(
