@@ -9,6 +9,7 @@ import click
 
 from apex_build.cli import show, values
 from apex_build.cli.groups import Group
+from apex_build.cli.patch_changes import drop, edit, new, reorder, tell
 from apex_build.cli.source import pin_option
 from apex_build.errors import SourceMissing
 from apex_build.source import series
@@ -172,11 +173,10 @@ def save(pin_name: str, force: bool) -> None:
     pin = load_pin(pin_name)
     with show.progress() as report:
         saved = series.save_series(pin, report, force=force)
-    for name in saved.written:
-        click.echo(f"wrote {saved.folder / name}")
-    for name in saved.removed:
-        click.echo(f"removed {saved.folder / name}")
-    if not saved.written and not saved.removed:
-        click.echo(f"{len(saved.names)} patches, all as saved before")
+    tell(saved)
     for name in series.series_status(pin).edited:
         click.echo(f"warning: {name} has edits that are not committed, so not saved", err=True)
+
+
+for one in (edit, new, drop, reorder):
+    command.add_command(one)

@@ -75,14 +75,15 @@ def run(
     feed: bytes | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    own: bool = True,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run git to its end and return it, whatever its return code."""
+    """Run git to its end and return it, whatever its return code. `own` as in `environment`."""
     try:
         return subprocess.run(
             command(repository, *arguments),
             input=b"" if feed is None else feed,
             capture_output=True,
-            env=environment(env),
+            env=environment(env, own=own),
             cwd=cwd or repository or "/",  # never where the user stands: a .git there has settings that name programs
             check=False,
         )

@@ -13,7 +13,7 @@ from apex_build.source.git import git, last_words, run
 from apex_build.source.tree_digest import sha256
 from apex_build.storage.scratch import scratch_folder
 
-_COMMITTER = {"GIT_COMMITTER_NAME": "apex-build", "GIT_COMMITTER_EMAIL": "apex-build@localhost"}
+COMMITTER = {"GIT_COMMITTER_NAME": "apex-build", "GIT_COMMITTER_EMAIL": "apex-build@localhost"}
 _FROM = re.compile(rb"\AFrom ([0-9a-f]{40}) ")
 _FOOTER = re.compile(rb"\n-- \n[^ +\-\\@\n][^\n]*\n*\Z")  # `-- ` and git's version
 # Whatever the tree's own configuration says, and whatever else is in its object store, a commit is always written the same.
@@ -127,22 +127,26 @@ def format_patches(path: Path, base: str, head: str) -> dict[str, Patch]:
     return patches
 
 
-def commit_patches(path: Path, parent: str, patches: Sequence[Patch]) -> list[str]:
+def commit_patches(path: Path, parent: str, patches: Sequence[Patch], *, three_way: bool = False) -> list[str]:
     """Commits of the patches on top of `parent`, made beside the working tree, which stays as it is. Raises ApplyFailed.
 
-    The committer is fixed and commits at the author's time, so the same series gives the same hashes everywhere.
+    `three_way`: merge where the lines around a change differ, by the blobs that a patch names, if the repository has them. The
+    committer is fixed and commits at the author's time, so the same series gives the same hashes everywhere.
     """
     commits: list[str] = []
     with scratch_folder("index") as temp:
         index = {"GIT_INDEX_FILE": str(temp / "index")}
         git(path, "read-tree", parent, env=index)
         for patch in patches:
-            done = run(path, "apply", "--cached", "--whitespace=nowarn", "-", feed=patch.diff, env=index)
+            how = ("--cached", "--3way") if three_way else ("--cached",)
+            done = run(path, "apply", *how, "--whitespace=nowarn", "-", feed=patch.diff, env=index)
             if done.returncode != 0:
-                raise ApplyFailed(patch, explain(patch.diff, done.stderr))
+                git(path, "read-tree", parent, env=index)  # once more without merging: git then names the hunk
+                plain = run(path, "apply", "--cached", "--check", "-", feed=patch.diff, env=index)
+                raise ApplyFailed(patch, explain(patch.diff, plain.stderr or done.stderr))
             tree = git(path, "write-tree", env=index)
             who = {"GIT_AUTHOR_NAME": patch.author, "GIT_AUTHOR_EMAIL": patch.email, "GIT_AUTHOR_DATE": patch.date}
-            who |= {**_COMMITTER, "GIT_COMMITTER_DATE": patch.date}
+            who |= {**COMMITTER, "GIT_COMMITTER_DATE": patch.date}
             parent = git(path, "commit-tree", tree, "-p", parent, feed=patch.message.encode(), env=who)
             commits.append(parent)
     return commits

@@ -155,11 +155,11 @@ def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
             hint=f"{fetch_command(pin)} --no-patches, apply it there with git am --reject, commit, then {verb(pin, 'save')}",
         ) from None
     remember(path, made={commit: patch.sha256 for commit, patch in zip(made, todo, strict=True)})
-    _switch(path, found.head, made[-1] if made else start)
+    move_to(path, found.head, made[-1] if made else start)
     return tuple(patch.name for patch in todo if patch.name not in found.commit_of)
 
 
-def _switch(path: Path, old: str, new: str) -> None:
+def move_to(path: Path, old: str, new: str) -> None:
     """Move the branch and the (clean) working tree to `new`, touching only files that differ."""
     try:
         git(path, "reset", "--quiet", "--keep", new)

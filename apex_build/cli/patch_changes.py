@@ -1,0 +1,114 @@
+"""`apex patch edit`, `new`, `drop`, `reorder`: changing the series."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from apex_build.cli import show
+from apex_build.cli.source import pin_option
+from apex_build.source.pins import load_pin
+from apex_build.source.series import Saved, verb
+from apex_build.workshop import changing
+
+
+@click.command()
+@click.argument("patch", required=False)
+@pin_option
+def edit(patch: str | None, pin_name: str) -> None:
+    """Open the tree for work: one commit a patch, on top of apex-base.
+
+    With PATCH (a number, a name or a word of its subject) an interactive rebase stops at that patch. Change files there, then do as
+    is printed. Nothing is saved before `apex patch save`; `apex build` compiles what is in the tree.
+
+    \b
+    Examples:
+      apex patch edit            # where the tree is, and which commit is which
+      apex patch edit 3          # stop at the third patch
+    """
+    pin = load_pin(pin_name)
+    with show.progress() as report:
+        opened = changing.edit(pin, patch, report)
+    git = f"git -C {opened.path}"
+    for commit, name in opened.commits:
+        click.echo(f"{'->' if name == opened.at else '  '} {commit[:9]} {name}")
+    if opened.at is None:
+        click.echo(f"change the commits:  {git} rebase -i apex-base")
+    else:
+        click.echo(f"change files, then:  {git} commit -a --amend")
+        click.echo(f"                     {git} rebase --continue")
+        click.echo(f"or leave it:         {git} rebase --abort")
+    click.echo(f"then:                {verb(pin, 'save')}")
+
+
+@click.command()
+@click.argument("subject")
+@click.argument("files", nargs=-1)
+@click.option("--message", "-m", default="", metavar="TEXT", help="What follows the subject: why, and how it was tested.")
+@click.option(
+    "--message-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE", help="The same, from a file."
+)
+@pin_option
+def new(subject: str, files: tuple[str, ...], message: str, message_file: Path | None, pin_name: str) -> None:
+    """Make a patch of what is edited in the tree, at the end of the series, and save it.
+
+    FILES, relative to the tree, are what goes into it; by default all edits and new files. Its author is that of the series.
+
+    \b
+    Examples:
+      apex patch new "imatrix : say which tensors have no data"
+      apex patch new "perplexity : fix a typo" tools/perplexity/README.md
+    """
+    if message and message_file:
+        raise click.UsageError("--message and --message-file exclude each other")
+    text = message_file.read_text(encoding="utf-8") if message_file else message
+    with show.progress() as report:
+        saved = changing.new_patch(load_pin(pin_name), subject, text, files, report)
+    tell(saved)
+
+
+@click.command()
+@click.argument("patch")
+@pin_option
+def drop(patch: str, pin_name: str) -> None:
+    """Take a patch out of the series and the tree, and save the rest.
+
+    Refused where a later patch stands on it; nothing is changed then.
+
+    \b
+    Examples:
+      apex patch drop 4
+      apex patch drop parse-special --pin latest
+    """
+    with show.progress() as report:
+        dropped, commit, saved = changing.drop(load_pin(pin_name), patch, report)
+    tell(saved)
+    click.echo(f"dropped {dropped.name}; its commit was {commit[:9]}")
+
+
+@click.command()
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
+@pin_option
+def reorder(patches: tuple[str, ...], pin_name: str) -> None:
+    """Put these patches first, in this order; the others follow as they were. Then save.
+
+    Refused where a patch does not go where it is put, or the files in the end would differ; nothing is changed then.
+
+    \b
+    Examples:
+      apex patch reorder 6               # the sixth becomes the first
+      apex patch reorder 1 6 2
+    """
+    with show.progress() as report:
+        saved = changing.reorder(load_pin(pin_name), patches, report)
+    tell(saved)
+
+
+def tell(saved: Saved) -> None:
+    for name in saved.written:
+        click.echo(f"wrote {saved.folder / name}")
+    for name in saved.removed:
+        click.echo(f"removed {saved.folder / name}")
+    if not saved.written and not saved.removed:
+        click.echo(f"{len(saved.names)} patches, all as saved before")

@@ -1,0 +1,191 @@
+"""Changing a series: a new patch, one less, another order; and the tree opened at a patch, for git's own tools."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from apex_build.errors import PatchConflict, PatchUnknown, TreeEdited
+from apex_build.progress import Report, silent
+from apex_build.source.applied import find_applied, remember
+from apex_build.source.git import failed, git, run
+from apex_build.source.patch import COMMITTER, ApplyFailed, Patch, commit_patches
+from apex_build.source.pins import Pin
+from apex_build.source.series import Saved, apply_to, move_to, read_series, save_from, verb
+from apex_build.source.tree import edits, refuse_under_way, require_tree, some
+from apex_build.storage.folders import locked
+from apex_build.storage.scratch import scratch_folder
+from apex_build.workshop.standing import find_patch
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The tree, ready to be worked in. `commits`: (commit, patch), oldest first; `at`: the patch whose commit HEAD is."""
+
+    path: Path
+    commits: tuple[tuple[str, str], ...]
+    at: str | None
+
+
+def edit(pin: Pin, given: str | None = None, report: Report = silent) -> Opened:
+    """Bring the tree to the series, one commit a patch. `given`: begin an interactive rebase that stops at this patch.
+
+    Raises TreeEdited where edits are not committed, or git is in the middle of something; PatchUnknown.
+    """
+    path = require_tree(pin)
+    with locked(path, report):
+        refuse_under_way(path)
+        if given is not None:
+            _refuse_edits(pin, path)
+        if not find_applied(path, read_series(pin)).unsaved:
+            apply_to(pin, path)
+        found = find_applied(path, read_series(pin))
+        named = {commit: name for name, commit in found.commit_of.items()}
+        commits = tuple((commit, named.get(commit, patch.subject)) for commit, patch in found.commits.items())
+        if given is None:
+            return Opened(path, commits, None)
+        patch = find_patch(read_series(pin), given)
+        if patch.name not in found.commit_of:
+            raise PatchUnknown(f"{patch.name} is not applied in {path}", hint=f"{verb(pin, 'status')} shows what is")
+        _stop_at(path, found.base, found.commit_of[patch.name])
+        return Opened(path, commits, patch.name)
+
+
+# What git runs as its editor, in place of the user's: the list of steps, with `edit` for `pick` at one commit.
+_EDITOR = """#!{python}
+import sys
+from pathlib import Path
+todo = Path(sys.argv[1])
+lines = todo.read_text(encoding="utf-8", errors="surrogateescape").splitlines(True)
+steps = (line.split(" ", 2) for line in lines)
+found = ["edit " + line[5:] if step[0] == "pick" and {commit!r}.startswith(step[1]) else line for line, step in zip(lines, steps)]
+todo.write_text("".join(found), encoding="utf-8", errors="surrogateescape")
+"""
+
+
+def _stop_at(path: Path, base: str, commit: str) -> None:
+    with scratch_folder("todo") as temp:
+        editor = temp / "editor"
+        editor.write_text(_EDITOR.format(python=sys.executable, commit=commit), encoding="utf-8")
+        editor.chmod(0o700)
+        done = run(path, "rebase", "--interactive", base, env={**COMMITTER, "GIT_SEQUENCE_EDITOR": shlex.quote(str(editor))})
+    if done.returncode != 0:
+        run(path, "rebase", "--abort")
+        raise failed(f"git rebase failed in {path}", done.stderr)
+
+
+def new_patch(pin: Pin, subject: str, message: str = "", files: Sequence[str] = (), report: Report = silent) -> Saved:
+    """Commit what is edited in the tree (or only these files) as a new patch on top, and save the series.
+
+    Its author is the series' own, or whoever git is configured for. Raises TreeEdited where there is nothing to commit.
+    """
+    path = require_tree(pin)
+    with locked(path, report):
+        refuse_under_way(path)
+        edited, untracked = edits(path)
+        if not edited and not untracked:
+            raise TreeEdited(f"nothing is edited in {path}", hint=f"edit files there first, then {verb(pin, 'new')} once more")
+        series = read_series(pin)
+        if not subject.strip() or "\n" in subject:
+            raise TreeEdited(
+                "the subject of a patch is one line, such as 'imatrix : say what has no data'", hint="apex patch new -h"
+            )
+        git(path, "add", "--all", "--", *(files or ["."]))
+        only = ("--only", "--", *files) if files else ()
+        who = _author(path, series)
+        text = "\n\n".join(filter(None, (subject.strip(), message.strip()))) + "\n"
+        done = run(path, "commit", "--quiet", "--file=-", *only, feed=text.encode(), env=who)
+        if done.returncode != 0:
+            raise failed(f"git commit failed in {path}", done.stdout + done.stderr)
+        return save_from(pin, path)
+
+
+def _author(path: Path, series: Sequence[Patch]) -> dict[str, str]:
+    """Of the last patch, so that a series keeps one author; of the user's own git for the first one."""
+    if series:
+        name, email = series[-1].author, series[-1].email
+    else:
+        name, email = (_configured(path, key) for key in ("user.name", "user.email"))
+    when = f"{int(time.time())} +0000"
+    return {**COMMITTER, "GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email, "GIT_AUTHOR_DATE": when, "GIT_COMMITTER_DATE": when}
+
+
+def _configured(path: Path, key: str) -> str:
+    done = run(path, "config", "--get", key, own=False)
+    if done.returncode != 0 or not done.stdout.strip():
+        raise TreeEdited(f"git does not know who the author is: {key} is not set", hint=f"git config --global {key} ...")
+    return done.stdout.decode("utf-8", "replace").strip()
+
+
+def drop(pin: Pin, given: str, report: Report = silent) -> tuple[Patch, str, Saved]:
+    """Take a patch out of the series and the tree; gives it, its last commit, and what was saved.
+
+    Raises PatchConflict where later patches stand on it, with everything as it was.
+    """
+    with _at_series(pin, report) as (path, series):
+        patch = find_patch(series, given)
+        commit = find_applied(path, series).commit_of[patch.name]
+        return patch, commit, _rebuild(pin, path, [one for one in series if one is not patch], f"without {patch.name}")
+
+
+def reorder(pin: Pin, given: Sequence[str], report: Report = silent) -> Saved:
+    """Put the patches named first, in this order; the others follow as they were. The files in the end are the same.
+
+    Raises PatchConflict where a patch does not go where it is put, with everything as it was.
+    """
+    with _at_series(pin, report) as (path, series):
+        first = [find_patch(series, one) for one in given]
+        if twice := next((patch.name for patch in first if first.count(patch) > 1), None):
+            raise PatchUnknown(f"{twice} is named twice", hint=f"{verb(pin, 'status')} shows the order")
+        return _rebuild(pin, path, [*first, *(one for one in series if one not in first)], "in that order", same=True)
+
+
+def _rebuild(pin: Pin, path: Path, patches: Sequence[Patch], how: str, *, same: bool = False) -> Saved:
+    """Make the tree these patches, by three-way merges (each patch's blobs are in the tree's repository), and save it."""
+    found = find_applied(path, read_series(pin))
+    by_hand = f"{verb(pin, 'edit')}, then git -C {path} rebase -i apex-base"
+    try:
+        made = commit_patches(path, found.base, patches, three_way=True)
+    except ApplyFailed as error:
+        raise PatchConflict(f"{how}, {error.patch.name} does not apply: {error.reason}", hint=by_hand) from None
+    end = made[-1] if made else found.base
+    if same and git(path, "rev-parse", f"{end}^{{tree}}") != git(path, "rev-parse", f"{found.head}^{{tree}}"):
+        raise PatchConflict(f"{how}, the patches end in other files than before", hint=by_hand)
+    move_to(path, found.head, end)
+    try:
+        saved = save_from(pin, path)
+    except BaseException:
+        move_to(path, end, found.head)
+        raise
+    remember(path, made={commit: patch.sha256 for commit, patch in zip(made, read_series(pin), strict=True)})
+    return saved
+
+
+@contextmanager
+def _at_series(pin: Pin, report: Report) -> Iterator[tuple[Path, tuple[Patch, ...]]]:
+    """The tree and the series, both the same: applied in full, nothing unsaved."""
+    path = require_tree(pin)
+    with locked(path, report):
+        refuse_under_way(path)
+        _refuse_edits(pin, path)
+        series = read_series(pin)
+        if unsaved := find_applied(path, series).unsaved:
+            raise TreeEdited(
+                f"{path} has commits that the series does not hold: {some([repr(subject) for _, subject in unsaved])}",
+                hint=f"{verb(pin, 'save')} writes them into it",
+            )
+        apply_to(pin, path)
+        remember(path, had=[patch.sha256 for patch in series])
+        yield path, series
+
+
+def _refuse_edits(pin: Pin, path: Path) -> None:
+    if names := (*edits(path)[0], *edits(path)[1]):
+        raise TreeEdited(
+            f"{path} has edits that are not committed: {some(names)}", hint=f"{verb(pin, 'new')} makes a patch of them"
+        )
