@@ -29,6 +29,7 @@ from apex_build.source.pins import DEFAULT_PIN, load_pin
     "--meta", metavar="KEY=VALUE", multiple=True, help="Metadata: name, license, base_model=ORG/NAME, ... (several times)."
 )
 @click.option("--pin", "pin_name", metavar="NAME", default=DEFAULT_PIN, show_default=True, help="Pin whose converter to use.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the converter.  [default: as torch and NumPy choose]")
 @click.option("--python", type=click.Path(path_type=Path), help="Python with torch and transformers. [env: APEX_CONVERT_PYTHON]")
 @click.option("--force", is_flag=True, help="Replace OUT.gguf, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done.")
@@ -42,6 +43,7 @@ def command(
     drop: tuple[str, ...],
     meta: tuple[str, ...],
     pin_name: str,
+    threads: int | None,
     python: Path | None,
     force: bool,
     dry_run: bool,
@@ -75,6 +77,7 @@ def command(
             python=python,
             drop=drop,
             metadata=parse_meta(meta),
+            threads=threads,
             force=force,
         )
         manifest = None if dry_run else run(job, report)

@@ -24,6 +24,7 @@ from apex_build.gguf_model.metadata import Setting, parse_meta, who_quantizes
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
+from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.parameters import AUTO, Value, parse_settings
 from apex_build.plugins import Plugins, load_plugins
@@ -87,6 +88,7 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 @click.option("--gpu-layers", type=int, help="Layers on the GPU when measuring or checking.  [default: all that fit]")
 @click.option("--check/--no-check", "check_", default=False, help="Load each file in llama-server: does its draft head work?")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY)
 @click.option(
     "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
 )
@@ -113,6 +115,7 @@ def command(
     gpu_layers: int | None,
     check_: bool,
     threads: int | None,
+    memory: float | None,
     tools_path: Path | None,
     folders: tuple[Path, ...],
     force: bool,
@@ -168,6 +171,7 @@ def command(
             types=types,
         )
 
+    options = ToolOptions(gpu_layers, memory=bytes_of(memory))
     jobs = [planned(policy) for policy in policies]
     if types is not None:
         tell_of_list(types, jobs[0].plan, model)
@@ -190,7 +194,7 @@ def command(
                 tools,
                 plugins.evaluators(),
                 given,
-                ToolOptions(gpu_layers),
+                options,
                 threads,
                 head_rows=rows_of(mtp_rows),
             )
@@ -210,10 +214,11 @@ def command(
         for warning in job.warnings:
             click.echo(f"warning: {warning}", err=True)
         with show.progress() as report:
+            job = replace(job, memory=options.memory)
             done.append(_made(job, split_size, force=force, threads=threads, load_check=load_check, report=report))
         if not json_:
             _print(done[-1], job, choice)
-    verdicts = [_checked(one.path, plugins, tools, threads, gpu_layers) for one in done] if check_ else []
+    verdicts = [_checked(one.path, plugins, tools, threads, options) for one in done] if check_ else []
     if json_:
         shown = [_json(*one) for one in zip(done, jobs, choices, strict=True)]
         for row, verdict in zip(shown, verdicts, strict=False):
@@ -240,10 +245,10 @@ def _measured(question: Question) -> Choice:
     return choice
 
 
-def _checked(path: Path, plugins: Plugins, tools: Toolset, threads: int | None, gpu_layers: int | None) -> Checked:
+def _checked(path: Path, plugins: Plugins, tools: Toolset, threads: int | None, options: ToolOptions) -> Checked:
     with show.progress() as report:
         model = read_model(path, plugins.role_of)
-        return checked(model, plugins, tools, threads=threads, options=ToolOptions(gpu_layers), report=report)
+        return checked(model, plugins, tools, threads=threads, options=options, report=report)
 
 
 def _show_head(job: Job, choice: Choice | None) -> None:

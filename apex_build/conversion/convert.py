@@ -50,6 +50,7 @@ from apex_build.storage.scratch import scratch_folder
 
 OUTTYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 _BYTES = {"f32": 4.0, "q8_0": 34 / 32}  # a value; the others take 2
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _MARK = "apex: every tensor is accounted for"  # said by driver.py before the first byte is written
 _WRITING = re.compile(r"Writing:\s+(\d+)%")
 _METHODS = {"awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "gptq": "GPTQ", "mlx": "MLX", "modelopt": "ModelOpt"}
@@ -88,6 +89,7 @@ class Job:
     metadata: tuple[Setting, ...] = ()
     warnings: tuple[str, ...] = ()
     can_omit_head: bool = False
+    threads: int | None = None
 
 
 def prepare(
@@ -101,6 +103,7 @@ def prepare(
     python: Path | None = None,
     drop: Sequence[str] = (),
     metadata: Sequence[Setting] = (),
+    threads: int | None = None,
     force: bool = False,
 ) -> Job:
     """Say no before anything is done. `source` is a pinned tree, `python` the converter's interpreter (see environment.choose),
@@ -145,6 +148,7 @@ def prepare(
         tuple(metadata),
         warnings,
         code.can_omit_head,
+        threads,
     )
 
 
@@ -220,6 +224,8 @@ def _convert(job: Job, python: Path, part: Path, scratch: Path, log: Path | None
         "PYTHONUNBUFFERED": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
+    if job.threads is not None:  # torch's and NumPy's own, whichever library they were built with
+        environment |= dict.fromkeys(_THREADS, str(job.threads))
     command: list[str | Path] = [
         python,
         driver.__file__,

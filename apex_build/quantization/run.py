@@ -57,11 +57,7 @@ class Job:
     policy: PolicySpec
     types: TypeList | None = None
     derived: bool = False  # llama-quantize is not given the imatrix itself but a copy: see `data_path`
-
-    @property
-    def memory(self) -> int:
-        """Bytes that llama-quantize may take."""
-        return memory_limit(sum(tensor.n_bytes for tensor in self.model.tensors))
+    memory: int | None = None  # bytes that llama-quantize may take; None: by the model's size
 
     @property
     def inputs(self) -> Iterator[Path]:
@@ -205,7 +201,7 @@ def run(
                     log=beside(out, LOG),
                     on_line=progress.line,
                     explain=output.explain,
-                    memory=job.memory,
+                    memory=job.memory or memory_limit(sum(sizes.values())),
                 )
             progress.end()
             verify(part, job.plan, job.keys, job.n_bytes, job.tools, source=job.model, imatrix=data, report=report)

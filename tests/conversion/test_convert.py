@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint
@@ -174,6 +175,17 @@ def test_the_command(folder: Path, python: Path, tmp_path: Path, monkeypatch: py
     done = CliRunner().invoke(apex, arguments)
     assert done.exit_code == 0
     assert "draft head of 1 block" in done.stdout
+    seen: list[str | None] = []
+    real = convert.run_tool
+
+    def run_tool(*given: Any, **how: Any) -> Any:
+        seen.append(how["env"].get("OMP_NUM_THREADS"))
+        return real(*given, **how)
+
+    monkeypatch.setattr(convert, "run_tool", run_tool)
+    assert CliRunner().invoke(apex, [*arguments, "--force", "--threads", "1"]).exit_code == 0
+    assert CliRunner().invoke(apex, [*arguments, "--force"]).exit_code == 0
+    assert seen == ["1", None]
 
 
 # --- without ------------------------------------------------------------------------------------------------------------

@@ -255,3 +255,10 @@ def command_of(pid: int) -> str:
 def processes(fragment: str) -> list[int]:
     pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
     return [pid for pid in pids if fragment in (line := command_of(pid)) and "/llama-quantize " in line]
+
+
+def test_the_memory_that_llama_quantize_may_take(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
+    wanted = ("quantize", testbed, "--policy", "compact", *SMALL, "-o", tmp_path / "x.gguf", "--no-load-check")
+    said = run_apex(*wanted, "--memory", 0.001, code=31).stderr
+    assert "llama-quantize took 0." in said and "and was ended" in said and "try:   --memory 1" in said
+    assert not (tmp_path / "x.gguf").exists()

@@ -51,11 +51,20 @@ def key_of(ingredients: Mapping[str, Any]) -> str:
 
 def look_up(key: str) -> Toolset | None:
     """The finished build of this key, None where there is none or it is damaged."""
+    return _opened(key)[0]
+
+
+def damage(key: str) -> str:
+    """What is wrong with the finished build of this key; empty where it is whole, or there is none."""
+    return _opened(key)[1]
+
+
+def _opened(key: str) -> tuple[Toolset | None, str]:
     root = builds_root() / key
     try:
-        return open_build(root) if root.is_dir() else None
-    except BuildMissing:
-        return None
+        return open_build(root) if root.is_dir() else None, ""
+    except BuildMissing as error:
+        return None, error.message
 
 
 def make_current(toolset: Toolset, *, prefer: bool = True) -> None:

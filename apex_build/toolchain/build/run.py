@@ -132,6 +132,8 @@ def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, pref
     with locked(plan.root, report):
         if not force and (found := cache.look_up(plan.key)):  # another apex built it while we waited
             return _done(found, True, began, prefer)
+        if not force and (wrong := cache.damage(plan.key)):
+            report(Step(f"the finished build is damaged, so it is built again: {wrong}", 0, said=True))
         with locked(plan.work, report), writing(plan.work):
             if force:
                 shutil.rmtree(plan.work, ignore_errors=True)

@@ -185,8 +185,11 @@ def test_a_damaged_build_is_made_again(source: Path) -> None:
     tool.write_bytes(tool.read_bytes()[:100])
     assert build_cache.look_up(plan.key) is None
     assert build_cache.all_builds() == []
-    mended = build(plan)
+    said: list[Step] = []
+    mended = build(plan, report=said.append)
     assert not mended.reused
+    (warning,) = (step.task for step in said if step.said)
+    assert warning.startswith("the finished build is damaged, so it is built again: ") and "bin/tool" in warning
     assert run_tool([mended.toolset.tool("tool")]).lines == ("42",)
 
 
