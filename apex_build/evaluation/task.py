@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from apex_build.places import cache_root, lock_path
 from apex_build.progress import Report, Step, silent
 from apex_build.storage.digests import sha256_file, sha256_json
 from apex_build.storage.json_files import write_json
-from apex_build.storage.outputs import whole_file
+from apex_build.storage.outputs import check_room, whole_file
 
 __all__ = ["Prompt", "Server", "Step", "Task", "read_prompts"]  # what a plugin may rely on
 
@@ -124,6 +124,21 @@ class Task:
         command: list[str | Path] = [self.tools.tool(tool), *own, *self._options(tool, own)]
         with self._machine():
             return run_tool(command, on_line=watch, explain=output.explain, log=log, memory=self._memory(own))
+
+    def needing_room(self, folder: Path, n_bytes: Callable[[int], int], what: Callable[[int], str]) -> Task:
+        """This task, for a tool that writes `n_bytes(chunks)` into `folder`: where they do not fit, it is ended with DiskTooSmall
+        as soon as it has read the text and says how many chunks that has. `what(chunks)` names them.
+        """
+
+        def guard(step: Step) -> None:
+            if step.unit == "chunks" and step.total and step.done == 0:
+                chunks = int(step.total)
+                fewer = f"fewer positions (--set {self.evaluator}.chunks={max(1, chunks // 4)})"
+                hint = f"{fewer}, or APEX_CACHE_DIR=FOLDER on a larger disk" if "chunks" in self.settings else None
+                check_room(folder, n_bytes(chunks), what(chunks), hint=hint)
+            self.report(step)
+
+        return replace(self, report=guard)
 
     @contextmanager
     def serve(self, *arguments: str) -> Iterator[Server]:

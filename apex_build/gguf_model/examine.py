@@ -137,15 +137,18 @@ def write_examined(imatrix: Imatrix, out: Path, matrices: Mapping[str, int] | No
     An earlier copy is used or replaced; any other file of that name is not. Raises OutputUnwritable.
     """
     origin = {_SOURCE: sha256_file(imatrix.path), _FLOOR: f"{FLOOR:g}", _NAMES: sha256_json(sorted(imatrix.entries))}
-    if out.exists():
-        there = _origin(out)
-        if there == origin:
-            return out
-        if there[_SOURCE] is None:
-            raise OutputUnwritable(f"{out} exists, and apex did not write it", hint="move it away, or write elsewhere with -o")
+    check_copy_free(out)
+    if out.exists() and _origin(out) == origin:
+        return out
     with whole_file(out) as part:
         _write(imatrix, part, matrices or {}, origin)
     return out
+
+
+def check_copy_free(out: Path) -> None:
+    """Raises OutputUnwritable where another file than an earlier copy is at `out`."""
+    if out.exists() and _origin(out)[_SOURCE] is None:
+        raise OutputUnwritable(f"{out} exists, and apex did not write it", hint="move it away, or write elsewhere with -o")
 
 
 def _origin(path: Path) -> dict[str, str | None]:

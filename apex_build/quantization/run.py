@@ -10,7 +10,7 @@ from typing import Any
 from apex_build.errors import ModelInvalid, ModelMissing
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage, matrices_of
-from apex_build.gguf_model.examine import write_examined
+from apex_build.gguf_model.examine import check_copy_free, write_examined
 from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.header import read_header
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
@@ -154,6 +154,7 @@ def check_outputs(jobs: Sequence[Job], *, force: bool = False) -> None:
         if force or not _recorded(job):
             before = taken.get(job.out.parent, 0)
             check_output(job.out, job.inputs, job.n_bytes, force=force, before=before)
+            _check_copy(job)
             taken[job.out.parent] = before + job.n_bytes
 
 
@@ -213,14 +214,21 @@ def run(
     return Quantized(out, job.plan, job.n_bytes, ran.seconds, job.warnings, False)
 
 
+def _check_copy(job: Job) -> None:
+    """Raises OutputUnwritable where the examined copy of the imatrix would take the place of a file that is not one."""
+    if job.derived and job.data_path is not None:
+        check_place(job.data_path)
+        check_apart([job.data_path], job.inputs)
+        check_copy_free(job.data_path)
+
+
 def _examined(job: Job) -> Imatrix | None:
     """The data that the run uses, with the copy of the imatrix written where one is needed."""
     if job.imatrix is None or job.data_path is None:
         return None
     found, _ = crossed(read_imatrix(job.imatrix), job.model)
     if job.derived:
-        check_place(job.data_path)
-        check_apart([job.data_path], job.inputs)
+        _check_copy(job)
         write_examined(found, job.data_path, matrices_of(job.model))
     return found
 

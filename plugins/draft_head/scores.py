@@ -24,6 +24,8 @@ from apex_build.plugin_api import (
     read_head_scores,
 )
 
+_LINE = 64  # bytes of the tool's CSV for a position and depth: 46 on the test model, and long positions and tokens have more digits
+
 
 def scored(task: Task, domain: str, *, of_reference: bool = False) -> HeadScores:
     """Scores of the task's model, or of its reference, over the text of a domain; made once for all that ask.
@@ -56,10 +58,15 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> HeadScores
             "--mtp-output-file",
             csv,
         ]
+        roomy = task.needing_room(
+            part.parent,
+            lambda chunks: chunks * (context - 1 - context // 2) * depth * _LINE,
+            lambda chunks: f"the file with what is known of the draft head at each position of {chunks} chunks",
+        )
         chunks = ["--chunks", str(task.number("chunks"))] if task.number("chunks") else []
         special = ["--parse-special"] if task.settings["parse_special"] else []
         try:
-            ran = task.run(
+            ran = roomy.run(
                 "llama-perplexity", *arguments, *rows, *chunks, *special, what=f"{model.path.name} on {domain or text.name}"
             )
             scores = read_head_scores(csv)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from apex_build.plugin_api import DiskTooSmall, Task, ToolFailed
+from apex_build.plugin_api import Model, Task, ToolFailed
 
 from .chunked import planned, run, scored_positions, text_arguments
 
-_ROOM = 256 << 20  # bytes that stay free
 _HEAD = struct.Struct("<8s3i")  # b"_logits_", tokens in a chunk, tokens in the vocabulary, chunks (tools/perplexity/perplexity.cpp)
 
 
@@ -22,14 +18,9 @@ def reference_logits(task: Task, domain: str) -> Path:
     assert reference is not None
 
     def make(part: Path) -> None:
-        def guard(step: Any) -> None:  # the tool has read the text by now, and knows its chunks
-            if step.unit == "chunks" and step.total and step.done == 0:
-                _check_disk(task, part.parent, int(step.total))
-            task.report(step)
-
         arguments = [*text_arguments(task, text), "--kl-divergence-base", part]
         what = f"reference {reference.path.name} on {domain or text.name}"
-        run(replace(task, report=guard), reference.path, text, arguments, what, planned)
+        run(_with_room(task, reference, part.parent), reference.path, text, arguments, what, planned)
         _check_whole(part, reference.path)
 
     about = {
@@ -47,18 +38,16 @@ def logits_bytes(chunks: int, context: int, vocabulary: int) -> int:
     return _HEAD.size + chunks * (4 * context + scored_positions(context) * row)
 
 
-def _check_disk(task: Task, folder: Path, chunks: int) -> None:
-    assert task.reference is not None
+def _with_room(task: Task, reference: Model, folder: Path) -> Task:
+    """Ended where the disk is too small, before anything is written."""
     context = task.number("context")
-    vocabulary = len(task.reference.metadata.get("tokenizer.ggml.tokens", ()))
-    needed, free = logits_bytes(chunks, context, vocabulary), shutil.disk_usage(folder).free
-    if free < needed + _ROOM:
-        raise DiskTooSmall(
-            f"{folder}: {free / 1e9:.2f} GB free, expected {(needed + _ROOM) / 1e9:.2f} GB: the log-probabilities of "
-            f"{task.reference.path.name} at {chunks * scored_positions(context)} positions, each for {vocabulary} tokens, take "
-            f"{needed / 1e9:.2f} GB, and {_ROOM / 1e9:.2f} GB are to stay free",
-            hint=f"fewer positions (--set {task.evaluator}.chunks={max(1, chunks // 4)}), or APEX_CACHE_DIR on a larger disk",
-        )
+    vocabulary = len(reference.metadata.get("tokenizer.ggml.tokens", ()))
+    each = scored_positions(context)
+
+    def what(chunks: int) -> str:
+        return f"the file with the log-probabilities of {reference.path.name} at {chunks * each} positions, each for {vocabulary} tokens,"
+
+    return task.needing_room(folder, lambda chunks: logits_bytes(chunks, context, vocabulary), what)
 
 
 def _check_whole(path: Path, model: Path) -> None:

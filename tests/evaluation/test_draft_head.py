@@ -12,7 +12,7 @@ import pytest
 from gguf_edit import copy, random_glm4moe, uneven_norms, without_head
 from scoring import CONTEXT, SCORED, Figures, measure, perplexity_tool, plugin_module, quantize, task_of
 
-from apex_build.errors import CalibrationSetInvalid, EvaluationRefused, ParameterUnknown, ToolFailed
+from apex_build.errors import CalibrationSetInvalid, DiskTooSmall, EvaluationRefused, ParameterUnknown, ToolFailed
 from apex_build.evaluation.intervals import Estimate, clustered_mean
 from apex_build.hookspecs import Figure
 from apex_build.native.toolset import Toolset
@@ -249,6 +249,18 @@ def test_scores_that_are_no_scores(tools: Toolset, testbed: Path, texts: dict[st
     assert made["depth1.agreement"].value == 100 == made["depth1.agreement"].low
     assert made["depth1.kld"].value is None and "no finite numbers" in made["depth1.kld"].note
     assert made["depth1.ppl"].value == pytest.approx(np.exp(2.0))
+
+
+def test_a_disk_too_small_for_the_scores(
+    tools: Toolset, testbed: Path, texts: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: type("Usage", (), {"free": 64 << 20}))
+    with pytest.raises(
+        DiskTooSmall, match=r"the file with what is known of the draft head at each position of 9 chunks takes"
+    ) as caught:
+        measure("draft-head", tools, testbed, {"code": texts["code"]}, chunks=9)
+    assert "--set draft-head.chunks=2" in str(caught.value.hint)
+    assert not list(cache.glob("evaluation/*/*.csv"))
 
 
 def test_a_damaged_cache_is_said(tools: Toolset, testbed: Path, texts: dict[str, Path], cache: Path) -> None:

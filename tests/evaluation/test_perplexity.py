@@ -197,10 +197,10 @@ def test_a_disk_too_small_for_the_reference(
     tools: Toolset, testbed: Path, texts: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = plugin_module("perplexity", "reference").logits_bytes(11, CONTEXT, 2048)
-    room = needed + (256 << 20) - 1
+    room = needed + (64 << 20) - 1
     monkeypatch.setattr("shutil.disk_usage", lambda _folder: type("Usage", (), {"free": room}))
     before = set(cache.glob("evaluation/*/*.logits*"))
-    with pytest.raises(DiskTooSmall, match=r"at 693 positions, each for 2048 tokens, take 0\.00 GB") as caught:
+    with pytest.raises(DiskTooSmall, match=r"at 693 positions, each for 2048 tokens, takes 2\.8 MB") as caught:
         measure("kld", tools, testbed, {"code": texts["code"]}, testbed, chunks=11)
     assert "kld.chunks=2" in str(caught.value.hint)
     assert set(cache.glob("evaluation/*/*.logits*")) == before

@@ -75,8 +75,9 @@ def test_runs_of_zeros_lose_no_weights(policy: str, testbed: Path, calibrated: P
     # made of the same parts: used again; and no file of the user's is replaced by the copy
     assert "was made before" in run_apex("quantize", testbed, "--policy", policy, *SMALL, "--imatrix", bad, "-o", out).stdout
     (tmp_path / "out" / "bad.examined.gguf").write_text("mine")
-    common = ["--imatrix", bad, "-o", out, "--force"]
-    assert "apex did not write it" in run_apex("quantize", testbed, "--policy", policy, *SMALL, *common, code=71).stderr
+    for more in (["--force"], ["--force", "--dry-run"]):
+        common = ["--imatrix", bad, "-o", out, *more]
+        assert "apex did not write it" in run_apex("quantize", testbed, "--policy", policy, *SMALL, *common, code=71).stderr
     assert (tmp_path / "out" / "bad.examined.gguf").read_text() == "mine"
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from apex_build import places
-from apex_build.errors import ArchiveUnsafe, DiskTooSmall, HashMismatch, ToolkitUnusable
+from apex_build.errors import ArchiveUnsafe, HashMismatch, ToolkitUnusable
 from apex_build.fetching.download import IndexFile, download
 from apex_build.fetching.pip_config import read_pip_config
 from apex_build.progress import Report, Step, silent
 from apex_build.storage.digests import sha256_json
 from apex_build.storage.folders import locked, new_folder, put_in_place
 from apex_build.storage.json_files import read_json, write_json
-from apex_build.storage.outputs import writing
+from apex_build.storage.outputs import amount, check_room, writing
 from apex_build.toolchain.cuda.toolkit import CudaToolkit, judge
 
 if sys.version_info >= (3, 11):
@@ -143,13 +143,8 @@ def _check_disk(wheels: Wheels) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     to_come = sum(file.size or 0 for file in wheels.files.values() if not file.cached.is_file())
-    needed, free = to_come + wheels.unpacked, shutil.disk_usage(folder).free
-    if free < needed:
-        raise DiskTooSmall(
-            f"{folder}: the CUDA toolkit needs {needed / 1e9:.1f} GB there ({to_come / 1e9:.1f} GB to download, "
-            f"{wheels.unpacked / 1e9:.1f} GB unpacked), and {free / 1e9:.1f} GB are free",
-            hint="APEX_CACHE_DIR=FOLDER names a cache on another disk",
-        )
+    what = f"the CUDA toolkit ({amount(to_come)} to download, {amount(wheels.unpacked)} unpacked)"
+    check_room(folder, to_come + wheels.unpacked, what, hint="APEX_CACHE_DIR=FOLDER names a cache on another disk")
 
 
 def _unpack(wheel: Path, package: str, root: Path) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 import re
-import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from apex_build.errors import ArchiveUnsafe, BuildForeign, DiskTooSmall, HashMismatch, ToolFailed, ToolTimeout
+from apex_build.errors import ArchiveUnsafe, BuildForeign, HashMismatch, ToolFailed, ToolTimeout
 from apex_build.fetching.archive import MAX_MEMBERS, MAX_TOTAL, member_path, members_of, open_tar
 from apex_build.native.run import run_tool, tail
 from apex_build.native.toolset import Toolset, misshapen, open_build
 from apex_build.progress import Report, Step, silent
 from apex_build.storage.folders import locked, mend, new_folder, put_in_place
 from apex_build.storage.json_files import write_json
-from apex_build.storage.outputs import writing
+from apex_build.storage.outputs import check_room, writing
 from apex_build.toolchain.build import cache
 from apex_build.toolchain.machine.cpu import cpu_flags
 from apex_build.toolchain.packed.packing import MANIFEST, SUMS, key_of
@@ -201,12 +200,8 @@ def _check_machine(archive: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_disk(root: Path, manifest: Mapping[str, Any]) -> None:
-    needed, free = sum(about["size"] for about in manifest["files"].values()), shutil.disk_usage(root).free
-    if needed > free:
-        raise DiskTooSmall(
-            f"{root}: the build needs {needed / 1e9:.2f} GB there, and {free / 1e9:.2f} GB are free",
-            hint="APEX_CACHE_DIR=FOLDER names a cache on another disk",
-        )
+    n_bytes = sum(about["size"] for about in manifest["files"].values())
+    check_room(root, n_bytes, "the unpacked build", hint="APEX_CACHE_DIR=FOLDER names a cache on another disk")
 
 
 def _extract(

@@ -151,7 +151,7 @@ def test_a_file_that_is_no_wheel(offered: Path, cache: Path) -> None:
 
 
 def test_no_disk_for_it(offered: Path, cache: Path) -> None:
-    with pytest.raises(DiskTooSmall, match=r"the CUDA toolkit needs 1000000000\.0 GB there .* and \d+\.\d GB are free") as caught:
+    with pytest.raises(DiskTooSmall, match=r"the CUDA toolkit \(.* to download, .* unpacked\) takes") as caught:
         install(replace(pinned(offered), unpacked=10**18))
     assert "APEX_CACHE_DIR" in str(caught.value.hint)
     assert left_behind(cache) == []

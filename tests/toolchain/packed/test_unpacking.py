@@ -184,4 +184,4 @@ def test_a_window_that_would_take_all_memory(packed: Path, elsewhere: Path) -> N
 def test_no_room_for_it(packed: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(packed.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    refused(packed, DiskTooSmall, "GB are free", elsewhere)
+    refused(packed, DiskTooSmall, "the unpacked build takes", elsewhere)
