@@ -61,7 +61,7 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> HeadScores
         roomy = task.needing_room(
             part.parent,
             lambda chunks: chunks * (context - 1 - context // 2) * depth * _LINE,
-            lambda chunks: f"the file with what is known of the draft head at each position of {chunks} chunks",
+            lambda chunks: f"the file with the scores of the draft head over {chunks} chunks",
         )
         chunks = ["--chunks", str(task.number("chunks"))] if task.number("chunks") else []
         special = ["--parse-special"] if task.settings["parse_special"] else []

@@ -45,7 +45,8 @@ def _with_room(task: Task, reference: Model, folder: Path) -> Task:
     each = scored_positions(context)
 
     def what(chunks: int) -> str:
-        return f"the file with the log-probabilities of {reference.path.name} at {chunks * each} positions, each for {vocabulary} tokens,"
+        where = f"at {chunks * each} positions, each for {vocabulary} tokens,"
+        return f"the file with the log-probabilities of {reference.path.name} {where}"
 
     return task.needing_room(folder, lambda chunks: logits_bytes(chunks, context, vocabulary), what)
 

@@ -255,9 +255,7 @@ def test_a_disk_too_small_for_the_scores(
     tools: Toolset, testbed: Path, texts: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _folder: type("Usage", (), {"free": 64 << 20}))
-    with pytest.raises(
-        DiskTooSmall, match=r"the file with what is known of the draft head at each position of 9 chunks takes"
-    ) as caught:
+    with pytest.raises(DiskTooSmall, match=r"the file with the scores of the draft head over 9 chunks takes") as caught:
         measure("draft-head", tools, testbed, {"code": texts["code"]}, chunks=9)
     assert "--set draft-head.chunks=2" in str(caught.value.hint)
     assert not list(cache.glob("evaluation/*/*.csv"))
