@@ -30,6 +30,11 @@ def packaged() -> Path | None:
     return found[0] if found else None
 
 
+def half_split(rows: Array, heads: int) -> Array:
+    """Rows of a query or key matrix, put from the interleaved order of `llama` files into that of rotary embedding by halves."""
+    return rows.reshape(heads, HEAD // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
 def padded(name: str, values: Array) -> Array:
     """A tensor with zeros for the channels and heads that are new."""
     if name.endswith("norm.weight"):
