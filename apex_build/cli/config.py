@@ -38,8 +38,8 @@ def show_(json_: bool) -> None:
         if (named := apex.get_command(context, verb)) is not None:
             defaults.defaults(verb, named)  # raises for an option that the verb does not have
     over = {(*one.section, one.key): one.path for one in found}  # the later one counts
-    folders = {name.replace("_", "-"): variable for name, variable in defaults.FOLDERS.items()}
-    variables = {**folders, "plugins.off": defaults.PLUGINS_OFF}
+    variables = {name.replace("_", "-"): variable for name, variable in defaults.AT_TOP.items()}
+    variables["plugins.off"] = defaults.PLUGINS_OFF
     rows = [
         {
             "setting": one.name, "value": one.value, "file": str(one.path),

@@ -2,6 +2,7 @@
 
     threads = 8                # at the top: for every verb that has the option
     cache_dir = "/big/apex"    # as APEX_CACHE_DIR
+    quantized_by = "me"        # as APEX_QUANTIZED_BY: what files say of who made them
 
     [plugins]
     off = ["some-package"]     # as APEX_PLUGINS_OFF
@@ -38,14 +39,16 @@ else:
 NAME = "apex.toml"
 VARIABLE = "APEX_CONFIG"
 FOLDERS = {"cache_dir": "APEX_CACHE_DIR", "source_dir": "APEX_SOURCE_DIR"}
+AT_TOP = {**FOLDERS, "quantized_by": "APEX_QUANTIZED_BY"}
 PLUGINS_OFF = "APEX_PLUGINS_OFF"
 _EVERYWHERE = ("pin", "threads", "gpu-layers", "tools", "quiet", "verbose")  # options that may stand at the top
 _PLUGINS = ("off", "folders")
 # The environment comes before a file, and these options have a variable of their own.
 _VARIABLES = {"tools": "APEX_TOOLS", "python": "APEX_CONVERT_PYTHON"}
-# What a folder's file may not set: with it whoever wrote that file would choose what is run, or what is overwritten.
+# What a folder's file may not set: its writer would choose what is run, what is overwritten, or in whose name files are made.
 _USERS_OWN = {
-    *("cache-dir", "source-dir", "tools", "plugin", "python", "tool-argument", "repository", "archive", "from", "import"),
+    *("cache-dir", "source-dir", "quantized-by", "tools", "plugin", "python", "tool-argument"),
+    *("repository", "archive", "from", "import"),
     *("force", "make-current", "allow-uncalibrated", "allow-fallback", "allow-requantize", "no-load-check", "folders"),
     *("output", "export", "write-text", "memory"),
 }  # fmt: skip
@@ -105,9 +108,8 @@ def apply() -> None:
         where = (*setting.section, setting.key)
         if where == ("plugins", "off"):
             _export(PLUGINS_OFF, ",".join(_texts(setting)))
-        elif setting.key.replace("-", "_") in FOLDERS and not setting.section:
-            folder = _path(setting, _text(setting))
-            _export(FOLDERS[setting.key.replace("-", "_")], folder)
+        elif (name := setting.key.replace("-", "_")) in AT_TOP and not setting.section:
+            _export(AT_TOP[name], _path(setting, _text(setting)) if name in FOLDERS else _text(setting))
 
 
 def defaults(verb: str, command: click.Command) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def _flat(path: Path, own: bool, section: tuple[str, ...], table: Mapping[str, A
 def _check(setting: Setting) -> None:
     """What can be checked without importing a verb."""
     if not setting.section:
-        known = [*(name.replace("_", "-") for name in FOLDERS), *_EVERYWHERE]
+        known = [*(name.replace("_", "-") for name in AT_TOP), *_EVERYWHERE]
         if setting.key not in known:
             raise _unknown(setting, setting.key, [*known, *VERBS], "at the top may stand")
     elif setting.section[0] == "plugins":

@@ -14,6 +14,7 @@ import pytest
 from apex_runs import SMALL, run_apex
 
 from apex_build.cli import show
+from apex_build.gguf_model.header import read_header
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -113,6 +114,39 @@ def test_config_show(run: Run, here: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     said = run("config", "show").stdout
     assert f"your own: {tmp_path / 'own.toml'}" in said and f"this folder's: {here / 'apex.toml'}" in said
+
+
+def test_who_quantizes(run: Run, testbed: Path, tmp_path: Path, here: Path) -> None:
+    """From the configuration, never guessed."""
+    (tmp_path / "own.toml").write_text('quantized_by = "Some One"\n')
+    quantize = (
+        "quantize",
+        testbed,
+        "--policy",
+        "uniform",
+        "--set",
+        "type=Q8_0",
+        "--no-load-check",
+        "--force",
+        "-o",
+        here / "x.gguf",
+    )
+
+    def said() -> object:
+        return read_header(here / "x.gguf").metadata.get("general.quantized_by")
+
+    run(*quantize)
+    assert said() == "Some One"
+    run(*quantize, APEX_QUANTIZED_BY="Another")
+    assert said() == "Another"
+    run(*quantize, "--meta", "quantized_by=A Third", APEX_QUANTIZED_BY="Another")
+    assert said() == "A Third"
+    (here / "apex.toml").write_text('quantized_by = "a stranger"\n')
+    assert "may only be set in your own file" in run("policies", code=3).stderr
+    (here / "apex.toml").unlink()
+    (tmp_path / "own.toml").unlink()
+    run(*quantize)
+    assert said() is None
 
 
 def test_quiet_and_verbose(run: Run, testbed: Path) -> None:
