@@ -5,9 +5,9 @@
 
 TOOLS are folders of built tools; the one of `--before` needs only llama-imatrix. The model is a random one with layers as
 those of the 35B-A3B (tests/patches/random_moe.py, which needs gguf), or `--model`. Each command runs with a few chunks and with
-more, in turn; the difference of the two is what a token takes, without the time to start. Decoding alone is llama-perplexity: it
-computes the logits of half of the tokens, llama-imatrix of all, which is little with a small vocabulary. Ratios are of CPU time
-on one thread, else of time.
+more, in turn; the difference of the two is what a token takes, without the time to start. Decoding alone is llama-perplexity, which
+computes the logits of half of the tokens; for the logits of all, as llama-imatrix has them, give with `--alone` the folder of an
+llama-imatrix that was built with `params.cb_eval = nullptr`. Ratios are of CPU time on one thread, else of time.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--before", type=Path, required=True)
     parser.add_argument("--after", type=Path, required=True)
+    parser.add_argument("--alone", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--type", default="q8_0")
@@ -99,7 +100,9 @@ def main() -> None:
     common += ["-b", str(max(CONTEXT, given.ubatch)), "-ub", str(given.ubatch)]
     imatrix = {tools: [str(tools / "llama-imatrix"), *common] for tools in (given.before, given.after)}
     commands = {
-        "decoding alone": [str(given.after / "llama-perplexity"), *common],
+        "decoding alone": [str(given.after / "llama-perplexity"), *common]
+        if given.alone is None
+        else [str(given.alone / "llama-imatrix"), *common, "-o", str(folder / "alone.gguf")],
         "before": [*imatrix[given.before], "-o", str(folder / "before.gguf")],
         "after": [*imatrix[given.after], "-o", str(folder / "after.gguf")],
         "after, with the head": [*imatrix[given.after], "-o", str(folder / "head.gguf"), "--mtp"],

@@ -105,6 +105,8 @@ def values(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, r
 
 
 def random_moe(out: Path, shape: Shape, kind: str = "f16", vocabulary: Path = TESTBED, seed: int = 0) -> Path:
+    if shape.layers < FULL_ATTENTION:
+        raise ValueError("llama.cpp cannot run a trunk without a layer of full attention: at least 4 layers")
     random = np.random.default_rng(seed)
     reader = gguf.GGUFReader(vocabulary)
     writer = gguf.GGUFWriter(out, "qwen35moe")
