@@ -1,4 +1,4 @@
-# The front door. Every target is one call of apex or of tox, in a virtual environment of the project's own.
+# The front door. Every target runs in a virtual environment of the project's own.
 PYTHON ?= python3
 VENV   := .venv
 STAMP  := $(VENV)/.installed
@@ -6,13 +6,16 @@ STAMP  := $(VENV)/.installed
 # make build GPU=dgx-spark; GPU="h100 rtx4090"; GPU=all-common. Without GPU: for those of this machine, for the CPU where there is none.
 BUILD  := apex build $(foreach name,$(GPU),--gpu $(name))
 
-.PHONY: help build demo test lint clean
+.PHONY: help build demo test test-fast test-all lint dist clean
 
 help:
 	@echo "make build   fetch, verify, patch and compile llama.cpp's tools; GPU=dgx-spark for a GPU that is elsewhere"
 	@echo "make demo    the whole road on a small model: build, calibrate, quantize, compare"
-	@echo "make test    the tests, on the real tools"
+	@echo "make test    lint, and the tests on the real tools"
+	@echo "make test-fast  the tests that need neither the tools nor a package index; under a minute"
+	@echo "make test-all   lint, and the tests on every Python that is here"
 	@echo "make lint    ruff and mypy"
+	@echo "make dist    the sdist and the wheel in dist/, and the wheel tried in a fresh environment"
 
 build: $(STAMP)
 	$(VENV)/bin/$(BUILD)
@@ -20,11 +23,30 @@ build: $(STAMP)
 demo: $(STAMP)
 	$(VENV)/bin/apex demo
 
-test: $(STAMP)
+test: lint
+	$(VENV)/bin/python -m pytest
+
+test-fast: $(STAMP)
+	$(VENV)/bin/python -m pytest -m "not tools and not network"
+
+test-all: lint
 	$(VENV)/bin/tox run
 
 lint: $(STAMP)
-	$(VENV)/bin/tox run -e lint,types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# The wheel is made from the sdist, so both are tried. Planning needs the tools: make build.
+dist: $(STAMP)
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist .
+	$(PYTHON) -m venv dist/tried
+	dist/tried/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	dist/tried/bin/apex --help
+	dist/tried/bin/apex doctor
+	dist/tried/bin/apex plan tests/testbed/testbed-f16.gguf --policy compact
+	rm -rf dist/tried
 
 $(STAMP): pyproject.toml
 	@echo "installing apex-build and the build tools it needs into $(VENV)"
