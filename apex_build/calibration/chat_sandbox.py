@@ -93,4 +93,4 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sandbox_child.serve(_answer, cpu_seconds=CPU_SECONDS)
+    sandbox_child.serve(_answer, cpu_seconds=lambda _request: CPU_SECONDS)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apex_build.gguf_model.header import Header
 from apex_build.hookspecs import Part
 
 # (architecture, tensor name) -> role, or None where this function does not know the architecture or the tensor
@@ -46,6 +47,7 @@ class Model:
     file_type: int | None  # general.file_type (LLAMA_FTYPE)
     metadata: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
+    headers: tuple[Header, ...] = field(default=(), repr=False, compare=False)  # of the files, as they were read
 
     @property
     def has_head(self) -> bool:

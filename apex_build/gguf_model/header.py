@@ -65,11 +65,15 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A GGUF file's header. Metadata values are str, int, float, bool, a tuple of those, or an ArrayValue."""
+    """A GGUF file's header. Metadata values are str, int, float, bool, a tuple of those, or an ArrayValue.
+
+    `key_bytes`: how many bytes each key takes in the file, with its value.
+    """
 
     path: Path
     version: int
     metadata: Mapping[str, Any]
+    key_bytes: Mapping[str, int]
     tensors: tuple[TensorEntry, ...]
     alignment: int
     data_offset: int
@@ -111,21 +115,24 @@ def _parse(cursor: Cursor) -> Header:
             raise cursor.invalid(f"damaged: the header says that there are {count} {what}; no real file has more than {most}")
 
     metadata: dict[str, Any] = {}
+    key_bytes: dict[str, int] = {}
     counted = _Counted()
     alignment = GGUF_DEFAULT_ALIGNMENT
     for index in range(n_keys):
+        start = cursor.at
         key = cursor.word(f"key {index + 1} of {n_keys}", longest=MAX_KEY, blanks=True)
         if key in metadata:
             raise cursor.invalid(f"the key {key} is there twice")
         type_ = _value_type(cursor, f"the key {key}")
         metadata[key] = _value(cursor, type_, f"the key {key}", counted)
+        key_bytes[key] = cursor.at - start
         if key == "general.alignment":
             alignment = _alignment(cursor, type_, metadata[key])
 
     listed = _listed_tensors(cursor, n_tensors)
     data_offset = cursor.at + (-cursor.at % alignment if n_tensors else 0)
     tensors = _placed(cursor, listed, alignment, data_offset)
-    return Header(cursor.path, version, metadata, tensors, alignment, data_offset, cursor.file_size)
+    return Header(cursor.path, version, metadata, key_bytes, tensors, alignment, data_offset, cursor.file_size)
 
 
 def _value_type(cursor: Cursor, what: str) -> GGUFValueType:

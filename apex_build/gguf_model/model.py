@@ -63,6 +63,7 @@ def model_of(header: Header, role_of: RoleOf) -> Model:
         file_type=file_type if _is_count(file_type) else None,
         metadata=first.metadata,
         tensors=tuple(_tensors(headers, architecture, n_blocks, trunk_layers, role_of)),
+        headers=headers,
     )
 
 

@@ -49,19 +49,20 @@ def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict
     return answer
 
 
-def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]], *, cpu_seconds: int) -> None:
-    """The child's side: one request from stdin, one answer to stdout, under limits."""
+def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]], *, cpu_seconds: Callable[[Mapping[str, Any]], int]) -> None:
+    """The child's side: one request from stdin, one answer to stdout, under limits. `cpu_seconds`: what a request may take."""
+    request = json.load(sys.stdin)
     try:
         import resource  # not everywhere
 
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds(request),) * 2)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes to pipes only
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (ImportError, AttributeError, OSError, ValueError) as error:  # as on macOS
         json.dump({"unbounded": f"setrlimit: {error}"}, sys.stdout)
         return
-    text = json.dumps(answer(json.load(sys.stdin)))
+    text = json.dumps(answer(request))
     if len(text) > ANSWER_CHARACTERS:
         sys.exit(f"it gives more than {ANSWER_CHARACTERS >> 20} MiB")
     sys.stdout.write(text)

@@ -13,6 +13,7 @@ import gguf
 
 from apex_build.errors import PlanMismatch, ShapeUnfit, TemplateFailed, ToolFailed, TypeUnknown
 from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.fingerprint import Files, files_of
 from apex_build.native.output import Fallback, TensorLine, explain, fallbacks, quantized_size, tensor_lines
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
@@ -23,6 +24,7 @@ from apex_build.storage.scratch import scratch_folder
 _SECONDS = 600.0
 _LISTED_TYPE = re.compile(r"\s*(\d+)\s+or\s+(\w+)\s*:")
 _UNFIT = re.compile(r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\)")
+_asked: dict[tuple[Files, Toolset], frozenset[str]] = {}
 _REGEX = re.compile(r"failed to quantize: (.*regular expression.*|.*regex.*)", re.IGNORECASE)
 
 
@@ -35,11 +37,9 @@ class DryRun:
     mib: float  # of all tensors, to the two decimals that it prints
 
 
-def dry_run(
-    model: Model, base_type: str, rules: str, tools: Toolset, *, imatrix: Path | None = None, as_if_calibrated: bool = False
-) -> DryRun:
+def dry_run(model: Model, base_type: str, rules: str, tools: Toolset, *, calibrated: bool = False) -> DryRun:
     """`llama-quantize --dry-run` with these rules. The mixtures of some base types depend on whether an imatrix is given, not on
-    what is in it: `as_if_calibrated` gives one that is empty but for a name.
+    what is in it: `calibrated` gives one that is empty but for a name.
 
     Raises TypeUnknown for a base type it does not know, ShapeUnfit, and ToolFailed.
     """
@@ -48,10 +48,8 @@ def dry_run(
         arguments: list[str | Path] = [tools.tool("llama-quantize"), "--dry-run"]
         if rules:
             arguments += ["--tensor-type-file", _written(folder / "rules.txt", rules)]
-        if imatrix is None and as_if_calibrated:
-            imatrix = _empty_imatrix(folder / "imatrix.gguf")
-        if imatrix is not None:
-            arguments += ["--imatrix", imatrix.absolute()]
+        if calibrated:
+            arguments += ["--imatrix", _empty_imatrix(folder / "imatrix.gguf")]
         lines = _run([*arguments, model.path.absolute(), base_type])
     size = quantized_size(lines)
     tensors = {line.name: line for line in tensor_lines(lines)}
@@ -63,9 +61,16 @@ def dry_run(
 def quantizable_tensors(model: Model, tools: Toolset) -> frozenset[str]:
     """Names of the tensors whose type llama-quantize changes when it is asked to; all others it copies, whatever the rules say.
 
-    Asked of the tool: to a type that is not quantized it converts exactly those, and a tensor that has that type already shows in
-    the run to the other.
+    Asked of the tool, once for a model and a build: to a type that is not quantized it converts exactly those, and a tensor that
+    has that type already shows in the run to the other. (`gguf_model.quantizable` says it of a model without a build.)
     """
+    key = (files_of(model), tools)
+    if key not in _asked:
+        _asked[key] = _ask_quantizable(model, tools)
+    return _asked[key]
+
+
+def _ask_quantizable(model: Model, tools: Toolset) -> frozenset[str]:
     found: set[str] = set()
     for target in ("BF16", "F16"):
         run = dry_run(model, target, "", tools)

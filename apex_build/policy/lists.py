@@ -8,7 +8,7 @@ first that is found decides: so the lists are taken as they are, and a rule may 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from apex_build.gguf_model.catalogue import Tensor
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.parameters import writable_type
-from apex_build.policy.render import find
+from apex_build.policy.render import Places, find
 from apex_build.policy.rules import Rule
 
 MAX_BYTES = 4 << 20
@@ -69,15 +69,18 @@ def read_list(path: Path, ggml: Ggml) -> TypeList:
     return TypeList(path, tuple(rules))
 
 
-def apply_list(found: TypeList, tensors: Sequence[Tensor]) -> tuple[dict[str, Rule], list[Rule]]:
+def apply_list(
+    found: TypeList, tensors: Sequence[Tensor], places: Mapping[str, Places] | None = None
+) -> tuple[dict[str, Rule], list[Rule]]:
     """Tensor name -> the rule that decides for it, and the rules that find no tensor."""
     deciding: dict[str, Rule] = {}
     idle: list[Rule] = []
-    places = find([rule.pattern for rule in found.rules], [tensor.name for tensor in tensors])
-    for rule, matches in zip(found.rules, places, strict=True):
-        if not matches:
+    if places is None:
+        places = find((rule.pattern for rule in found.rules), [tensor.name for tensor in tensors])
+    for rule in found.rules:
+        if not places[rule.pattern]:
             idle.append(rule)
-        for index, _, _ in matches:
+        for index, _, _ in places[rule.pattern]:
             deciding.setdefault(tensors[index].name, rule)
     return deciding, idle
 

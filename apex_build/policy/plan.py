@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from apex_build.errors import PlanMismatch, PolicyUnfit
+from apex_build.errors import PlanMismatch, PolicyUnfit, ShapeUnfit
 from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
@@ -15,8 +15,9 @@ from apex_build.native.toolset import Toolset
 from apex_build.parameters import BASE_TYPE, Value, resolve
 from apex_build.policy.dry_run import DryRun, dry_run, quantizable_tensors
 from apex_build.policy.lists import TypeList, apply_list
-from apex_build.policy.render import idle_settings, render
+from apex_build.policy.render import Places, Rendered, find, render_each
 from apex_build.policy.rules import Rule, apply_rules, fitted, idle_rules, parse_rules, policy_warnings, rules_text
+from apex_build.progress import Report, Step, silent
 from apex_build.storage.digests import sha256_json
 
 MIXTURE = "mixture"
@@ -96,6 +97,15 @@ class Plan:
         return tuple(entry for entry in self.entries if entry.needs_data)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a plan is asked for with. `parameters`: values given by the user, as text or typed; the others take their defaults.
+    `imatrix`: there is one; a calibrated policy is planned as with one, also while there is none yet."""
+
+    parameters: Mapping[str, Value]
+    imatrix: bool = False
+
+
 def make_plan(
     model: Model,
     policy: PolicySpec,
@@ -104,47 +114,100 @@ def make_plan(
     imatrix: Path | None = None,
     types: TypeList | None = None,
 ) -> Plan:
-    """Render the policy for the model and have llama-quantize say what it would do with it.
+    """`make_plans` for one. Raises ShapeUnfit too."""
+    (plan,) = make_plans(model, policy, [Wanted(parameters, imatrix is not None)], tools, types)
+    if isinstance(plan, ShapeUnfit):
+        raise plan
+    return plan
 
-    `parameters`: values given by the user, as text or typed; the others take their defaults. For a calibrated policy the plan holds
-    for a run with an imatrix, also while there is none yet. `types`: a user's list, whose rules come before the policy's.
 
-    Raises ParameterUnknown, TypeUnknown, TemplateFailed, TemplateUnsafe, ShapeUnfit, ToolFailed; PlanMismatch where llama-quantize
-    would not do what the rules say.
+def make_plans(
+    model: Model,
+    policy: PolicySpec,
+    wanted: Sequence[Wanted],
+    tools: Toolset,
+    types: TypeList | None = None,
+    report: Report = silent,
+) -> list[Plan | ShapeUnfit]:
+    """Render the policy for the model and have llama-quantize say what it would do with it; ShapeUnfit where it would do nothing.
+
+    Two child processes for the templates and the patterns of all of them, and a run of the tool for each that differs.
+    `types`: a user's list, whose rules come before the policy's.
+
+    Raises ParameterUnknown, TypeUnknown, TemplateFailed, TemplateUnsafe, ToolFailed; PlanMismatch where llama-quantize would not
+    do what the rules say.
     """
     ggml = Ggml(tools)
-    values = resolve(policy, parameters, ggml)
-    base_type = str(values[BASE_TYPE])
+    values = [resolve(policy, one.parameters, ggml) for one in wanted]
     check_suits(policy, model)
     quantizable = quantizable_tensors(model, tools)
-    lines = render(policy, values, model, quantizable)
-    rules = parse_rules(lines, ggml)
-    deciding = apply_rules(rules, model.tensors, quantizable)
-    idle = idle_rules(rules, deciding)
-    if types is not None:
-        rules = (*types.rules, *rules)
-        deciding |= apply_list(types, model.tensors)[0]
-        values[TYPE_LIST] = sha256_json(rules_text(types.rules))
-    deciding = {name: rule for name, rule in deciding.items() if name in quantizable}
-    wanted = {name: rule.type for name, rule in deciding.items()}
-    if policy.fit and (nearest := fitted(deciding, model.tensors, ggml)):
-        rules = (*nearest, *rules)
-        deciding |= apply_rules(nearest, model.tensors, quantizable)
-    calibrated = imatrix is not None or policy.calibrated
-    run = dry_run(model, base_type, rules_text(rules), tools, imatrix=imatrix, as_if_calibrated=calibrated)
-    entries = tuple(
-        _entry(tensor, run, deciding.get(tensor.name), tensor.name in quantizable, base_type, ggml, wanted.get(tensor.name))
-        for tensor in model.tensors
-    )
-    identity = _identity(base_type, rules, calibrated, entries)
-    untouched = idle_settings(policy, values, model, quantizable, parameters)
-    if BASE_TYPE in parameters and not any(entry.source == MIXTURE for entry in entries):
-        untouched.append(BASE_TYPE)
-    warnings = (*policy_warnings(lines), *idle, *(f"{name}={values[name]} touches no tensor of {model.name}" for name in untouched))
-    plan = Plan(policy.name, values, base_type, calibrated, rules_text(rules), entries, identity, warnings)
-    if f"{plan.n_bytes / (1 << 20):.2f}" != f"{run.mib:.2f}":
-        raise PlanMismatch(f"the plan for {model.path} adds up to {plan.n_bytes} bytes, but llama-quantize says {run.mib:.2f} MiB")
-    return plan
+    given = [(each, one.parameters) for each, one in zip(values, wanted, strict=True)]
+    rendered = render_each(policy, given, model, quantizable)
+    rules = [parse_rules(one.lines, ggml) for one in rendered]
+    every = [*(types.rules if types else ()), *(rule for some in rules for rule in some)]
+    places = find((rule.pattern for rule in every), [tensor.name for tensor in model.tensors])
+    asked = _Asked(model, policy, quantizable, types, tools, ggml, places)
+    plans: list[Plan | ShapeUnfit] = []
+    for number, one in enumerate(wanted):
+        report(Step("planning", number, len(wanted), "files"))
+        try:
+            plans.append(asked.plan(values[number], rendered[number], rules[number], one))
+        except ShapeUnfit as error:
+            plans.append(error)
+    return plans
+
+
+@dataclass
+class _Asked:
+    """What all plans of one call share; `runs` keeps what the tool said."""
+
+    model: Model
+    policy: PolicySpec
+    quantizable: frozenset[str]
+    types: TypeList | None
+    tools: Toolset
+    ggml: Ggml
+    places: Mapping[str, Places]
+    runs: dict[tuple[str, str, bool], DryRun] = field(default_factory=dict)
+
+    def plan(self, values: dict[str, Value], rendered: Rendered, rules: tuple[Rule, ...], wanted: Wanted) -> Plan:
+        model, policy, quantizable, ggml = self.model, self.policy, self.quantizable, self.ggml
+        base_type = str(values[BASE_TYPE])
+        deciding = apply_rules(rules, model.tensors, quantizable, self.places)
+        idle = idle_rules(rules, deciding)
+        if self.types is not None:
+            rules = (*self.types.rules, *rules)
+            deciding |= apply_list(self.types, model.tensors, self.places)[0]
+            values[TYPE_LIST] = sha256_json(rules_text(self.types.rules))
+        deciding = {name: rule for name, rule in deciding.items() if name in quantizable}
+        types = {name: rule.type for name, rule in deciding.items()}
+        if policy.fit and (nearest := fitted(deciding, model.tensors, ggml)):
+            rules = (*(rule for _, rule in nearest), *rules)
+            deciding |= dict(nearest)
+        calibrated = wanted.imatrix or policy.calibrated
+        run = self._run(base_type, rules_text(rules), calibrated)
+        entries = tuple(
+            _entry(tensor, run, deciding.get(tensor.name), tensor.name in quantizable, base_type, ggml, types.get(tensor.name))
+            for tensor in model.tensors
+        )
+        identity = _identity(base_type, rules, calibrated, entries)
+        untouched = [*rendered.idle]
+        if BASE_TYPE in wanted.parameters and not any(entry.source == MIXTURE for entry in entries):
+            untouched.append(BASE_TYPE)
+        no_use = (f"{name}={values[name]} touches no tensor of {model.name}" for name in untouched)
+        warnings = (*policy_warnings(rendered.lines), *idle, *no_use)
+        plan = Plan(policy.name, values, base_type, calibrated, rules_text(rules), entries, identity, warnings)
+        if f"{plan.n_bytes / (1 << 20):.2f}" != f"{run.mib:.2f}":
+            raise PlanMismatch(
+                f"the plan for {model.path} adds up to {plan.n_bytes} bytes, but llama-quantize says {run.mib:.2f} MiB"
+            )
+        return plan
+
+    def _run(self, base_type: str, rules: str, calibrated: bool) -> DryRun:
+        key = (base_type, rules, calibrated)
+        if key not in self.runs:
+            self.runs[key] = dry_run(self.model, base_type, rules, self.tools, calibrated=calibrated)
+        return self.runs[key]
 
 
 def check_suits(policy: PolicySpec, model: Model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,56 @@ from apex_build.printable import printable
 _WALL_SECONDS = 60.0
 
 
-def render(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]) -> list[tuple[str, str]]:
-    """Lines of the rendered template, each with where it was rendered: `FILE:LINE`.
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered template. `lines`: each with where it was rendered, `FILE:LINE`; `idle`: the parameters, of those that the user
+    gave, whose value decides for no tensor: with any other value, the policy renders the same rules."""
 
-    `values`: the parameters (`parameters.resolve`). Raises TemplateFailed and TemplateUnsafe, naming the template's file and line.
+    lines: list[tuple[str, str]]
+    idle: list[str]
+
+
+def render_each(
+    policy: PolicySpec,
+    wanted: Sequence[tuple[Mapping[str, Any], Collection[str]]],
+    model: Model,
+    quantizable: Collection[str],
+) -> list[Rendered]:
+    """The policy rendered with each of these parameters (`parameters.resolve`), beside the names of those that the user gave.
+
+    In one child process, however many there are. Raises TemplateFailed and TemplateUnsafe, naming the template's file and line.
     """
-    answer = _run(_request(policy, values, model, quantizable), about=f"template of policy '{policy.name}', {policy.template}")
-    if "error" in answer:
-        error = TemplateUnsafe if answer["error"] == "unsafe" else TemplateFailed
-        where = f"{answer['file']}:{answer['line']}" if answer["file"] else str(policy.template)
-        raise error(f"template of policy '{policy.name}', {where}: {printable(answer['message'])}")
-    literal = {file: _lines_of(Path(file)) for file in {file for file, _ in answer["places"] if file}}
-    lines = answer["text"].split("\n")
-    return [(line, _where(line, file, number, literal)) for line, (file, number) in zip(lines, answer["places"], strict=False)]
+    source = "".join(file.read_text("utf-8") for file in template_files(policy))
+    tried = [_tried(policy, values, names, source) for values, names in wanted]
+    renders = [
+        {
+            "parameters": {name.replace(".", "_"): value for name, value in values.items()},
+            "variants": [{name.replace(".", "_"): other} for name, other in others],
+        }
+        for (values, _), others in zip(wanted, tried, strict=True)
+    ]
+    request = {**_request(policy, model, quantizable), "renders": renders}
+    answer = _run(request, f"template of policy '{policy.name}', {policy.template}")
+    literal: dict[str, dict[str, list[int]]] = {}
+    found = []
+    for rendered, others in zip(answer["rendered"], tried, strict=True):
+        if "error" in rendered:
+            error = TemplateUnsafe if rendered["error"] == "unsafe" else TemplateFailed
+            where = f"{rendered['file']}:{rendered['line']}" if rendered["file"] else str(policy.template)
+            raise error(f"template of policy '{policy.name}', {where}: {printable(rendered['message'])}")
+        for file in {file for file, _ in rendered["places"] if file} - literal.keys():
+            literal[file] = _lines_of(Path(file))
+        lines = rendered["text"].split("\n")
+        placed = [(line, _where(line, file, at, literal)) for line, (file, at) in zip(lines, rendered["places"], strict=False)]
+        names = [name for name, _ in others] if len(rendered["same"]) == len(others) else []
+        reached = {name for name, same in zip(names, rendered["same"], strict=False) if not same}
+        found.append(Rendered(placed, [name for name in dict.fromkeys(names) if name not in reached]))
+    return found
+
+
+def render(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]) -> list[tuple[str, str]]:
+    """The lines alone, of one rendering."""
+    return render_each(policy, [(values, ())], model, quantizable)[0].lines
 
 
 def template_files(policy: PolicySpec) -> Iterator[Path]:
@@ -42,26 +80,17 @@ def template_files(policy: PolicySpec) -> Iterator[Path]:
             yield from folder.glob("*.jinja")
 
 
-def idle_settings(
-    policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str], names: Iterable[str]
-) -> list[str]:
-    """Those of these parameters whose value decides for no tensor: with any other value, the policy renders the same rules.
+def _tried(policy: PolicySpec, values: Mapping[str, Any], names: Iterable[str], source: str) -> list[tuple[str, Any]]:
+    """For those of these parameters that may decide for no tensor, other values to try, each beside the parameter's name.
 
     A text, which may have few values that a template takes, is not tried, nor what the template does not read at all (draft_loss).
     """
-    source = "".join(file.read_text("utf-8") for file in template_files(policy))
-    tried = [
-        (name, {name.replace(".", "_"): other})
+    return [
+        (name, other)
         for name in names
         if name in policy.parameters and re.search(rf"\b{name.replace('.', '_')}\b", source)
         for other in _others(policy.parameters[name].kind, values[name])
     ]
-    if not tried:
-        return []
-    request = {**_request(policy, values, model, quantizable), "variants": [variant for _, variant in tried]}
-    answer = _run(request, about=f"template of policy '{policy.name}', {policy.template}")
-    reached = {name for (name, _), same in zip(tried, answer.get("same", ()), strict=False) if not same}
-    return [name for name in dict.fromkeys(name for name, _ in tried) if name not in reached] if "same" in answer else []
 
 
 def _others(kind: str, value: Any) -> tuple[Any, ...]:
@@ -73,17 +102,12 @@ def _others(kind: str, value: Any) -> tuple[Any, ...]:
     return (0, 1 << 19) if kind in ("int", "number") else ()
 
 
-def _request(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]) -> dict[str, Any]:
+def _request(policy: PolicySpec, model: Model, quantizable: Collection[str]) -> dict[str, Any]:
     folder = policy.template.resolve().parent
     own, folders = library_of(policy)
     library = {plugin: [str(path) for path in paths] for plugin, paths in folders.items()}
     library[own] = [str(folder), *(path for path in library.get(own, ()) if path != str(folder))]
-    return {
-        "library": library,
-        "template": f"{own}/{policy.template.name}",
-        "catalogue": catalogue(model, quantizable),
-        "parameters": {name.replace(".", "_"): value for name, value in values.items()},
-    }
+    return {"library": library, "template": f"{own}/{policy.template.name}", "catalogue": catalogue(model, quantizable)}
 
 
 def catalogue(model: Model, quantizable: Collection[str]) -> dict[str, Any]:
@@ -113,12 +137,17 @@ def depth(model: Model, tensor: Tensor) -> int | None:
     return min(tensor.layer, model.trunk_layers - 1 - tensor.layer)
 
 
-def find(patterns: Sequence[str], names: Sequence[str]) -> list[list[tuple[int, int, int]]]:
+Places = list[tuple[int, int, int]]
+
+
+def find(patterns: Iterable[str], names: Sequence[str]) -> dict[str, Places]:
     """For each pattern, (index of the name, start, end) in each name that it is found in. The patterns must compile."""
-    answer = _run({"patterns": patterns, "names": names}, about="the patterns of the rules")
+    patterns = list(dict.fromkeys(patterns))
+    answer = _run({"patterns": patterns, "names": names}, "the patterns of the rules")
     if "error" in answer:
         raise TemplateFailed(f"the patterns of the rules: {answer['message']}")
-    return [[(index, start, end) for index, start, end in places] for places in answer["found"]]
+    found = ([(index, start, end) for index, start, end in places] for places in answer["found"])
+    return dict(zip(patterns, found, strict=True))
 
 
 def _run(request: Mapping[str, Any], about: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from apex_build.errors import TemplateFailed, TypeUnknown
 from apex_build.gguf_model.catalogue import Tensor
 from apex_build.native.ggml import Ggml
 from apex_build.parameters import writable_type
-from apex_build.policy.render import find
+from apex_build.policy.render import Places, find
 from apex_build.policy.sandbox import exactly
 from apex_build.printable import printable
 
@@ -68,18 +68,26 @@ def parse_rules(lines: Iterable[tuple[str, str]], ggml: Ggml) -> tuple[Rule, ...
     return tuple(rules)
 
 
-def apply_rules(rules: Sequence[Rule], tensors: Sequence[Tensor], quantizable: Collection[str] | None = None) -> dict[str, Rule]:
-    """Tensor name -> the rule that decides for it. Only tensors that would be quantized count (None: all).
+def apply_rules(
+    rules: Sequence[Rule],
+    tensors: Sequence[Tensor],
+    quantizable: Collection[str] | None = None,
+    places: Mapping[str, Places] | None = None,
+) -> dict[str, Rule]:
+    """Tensor name -> the rule that decides for it. Only tensors that would be quantized count (None: all). `places`: where the
+    patterns are found, if that is known (`render.find`).
 
     Raises TemplateFailed for a rule that finds no tensor, or finds by accident: one that cuts a word of a name (`attn_q` in
     `attn_qkv`, `blk.1` in `blk.12`), or is not anchored and finds tensors of several roles. A whole block is none: `blk\\.6\\.`.
     """
     deciding: dict[str, Rule] = {}
-    for rule, places in zip(rules, find([rule.pattern for rule in rules], [tensor.name for tensor in tensors]), strict=True):
-        if not places and not rule.optional:
+    if places is None:
+        places = find((rule.pattern for rule in rules), [tensor.name for tensor in tensors])
+    for rule in rules:
+        if not places[rule.pattern] and not rule.optional:
             hint = "end the line with '# optional' if that is right"
             raise TemplateFailed(f"{rule.where}: the pattern '{rule.pattern}' is found in no tensor of the model", hint=hint)
-        found = [(tensors[index], start, end) for index, start, end in places]
+        found = [(tensors[index], start, end) for index, start, end in places[rule.pattern]]
         counted = [one for one in found if quantizable is None or one[0].name in quantizable]
         _refuse_accidents(rule, counted)
         for tensor, _, _ in counted:
@@ -95,10 +103,10 @@ def idle_rules(rules: Sequence[Rule], deciding: Mapping[str, Rule]) -> list[str]
     return [f"{rule.where}: the rule '{rule.line}' decides for no tensor: {why}" for rule in idle]
 
 
-def fitted(deciding: Mapping[str, Rule], tensors: Sequence[Tensor], ggml: Ggml) -> tuple[Rule, ...]:
-    """Rules to stand before the others: the nearest type that they can hold, for tensors whose rows cannot hold their rule's."""
+def fitted(deciding: Mapping[str, Rule], tensors: Sequence[Tensor], ggml: Ggml) -> tuple[tuple[str, Rule], ...]:
+    """For tensors whose rows cannot hold the type of their rule, a rule to stand before it: the nearest type that they can hold."""
     return tuple(
-        Rule(exactly(tensor.name), _nearest(tensor, rule.type, ggml), rule.where)
+        (tensor.name, Rule(exactly(tensor.name), _nearest(tensor, rule.type, ggml), rule.where))
         for tensor in tensors
         if (rule := deciding.get(tensor.name)) and tensor.shape[0] % ggml.type_traits(rule.type).block_size
     )

@@ -5,18 +5,14 @@ Follows gguf_get_meta_size (ggml/src/gguf.cpp) and the writing loop of llama_mod
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
-from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from apex_build.errors import ModelInvalid
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.cursor import SCALARS, U32, U64, Cursor
-from apex_build.gguf_model.header import Header, read_header
 from apex_build.gguf_model.imatrix import Imatrix
-from apex_build.gguf_model.open_file import open_file
 from apex_build.gguf_model.quantizable import n_dims
 from apex_build.policy.plan import Plan
 
@@ -32,13 +28,13 @@ def file_size(plan: Plan, model: Model, added: Mapping[str, str | int | float | 
     `added`: metadata that the run sets, by --override-kv or, for its imatrix, by itself (`imatrix_keys`).
     Raises ModelInvalid for a model that llama-quantize would make an unreadable file of.
     """
-    header = read_header(model.path)
+    header = model.headers[0]
     if header.alignment != GGUF_DEFAULT_ALIGNMENT:
         raise ModelInvalid(
             f"{header.path}: general.alignment is {header.alignment}; llama-quantize copies that key but writes the tensors "
             f"at multiples of {GGUF_DEFAULT_ALIGNMENT}, a file that nothing can read"
         )
-    keys = _key_bytes(header)
+    keys = dict(header.key_bytes)
     for key in _REMOVED:
         keys.pop(key, None)
     for key, value in {**dict.fromkeys(_SET, 0), **added}.items():
@@ -55,26 +51,6 @@ def imatrix_keys(path: Path, imatrix: Imatrix) -> dict[str, str | int]:
     if imatrix.chunk_count:
         keys["quantize.imatrix.chunks_count"] = imatrix.chunk_count
     return keys
-
-
-def _key_bytes(header: Header) -> dict[str, int]:
-    """Bytes of each key with its value, as the file has them; the header has been checked by `read_header`."""
-    sizes: dict[str, int] = {}
-    with open_file(header.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = Cursor(header.path, data, _COUNTS_END, len(data), len(data))
-        for _ in header.metadata:
-            start = cursor.at
-            key = cursor.string("a key")
-            kind = GGUFValueType(cursor.scalar(U32, key))
-            if kind == GGUFValueType.STRING:
-                cursor.skip(kind, 1, key)
-            elif kind == GGUFValueType.ARRAY:
-                element = GGUFValueType(cursor.scalar(U32, key))
-                cursor.skip(element, cursor.scalar(U64, key), key)
-            else:
-                cursor.at += SCALARS[kind].size
-            sizes[key] = cursor.at - start
-    return sizes
 
 
 def _value_bytes(value: str | int | float | bool) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from apex_build.errors import VerificationFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.examine import weights
-from apex_build.gguf_model.header import Header, read_header
+from apex_build.gguf_model.header import Header
 from apex_build.gguf_model.imatrix import Imatrix
 from apex_build.native.tensor_data import Bytes, Codec, Floats, codec
 from apex_build.native.toolset import Toolset
@@ -41,7 +41,7 @@ def check_against(
     reading = codec(tools)
     share = COMPARED / max(1, plan.n_elements)
     done, total = 0, plan.n_elements
-    with _mapped([header]) as written, _mapped([read_header(path) for path in source.files]) as given:
+    with _mapped([header]) as written, _mapped(source.headers) as given:
         for entry in plan.entries:
             new, old = written[entry.name], given[entry.name]
             if fault := _fault(entry, new, old, share, imatrix, reading):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from gguf.utility import size_label
 
@@ -30,9 +29,9 @@ _LONGEST = 127  # of a --override-kv text: llama_model_kv_override.val_str in in
 
 
 def provenance(
-    plan: Plan, policy: PolicySpec, model: Model, imatrix: Path | None, tools: Toolset, head_rows: str | None = None
+    plan: Plan, policy: PolicySpec, model: Model, imatrix: str, tools: Toolset, head_rows: str | None = None
 ) -> dict[str, str]:
-    """Metadata keys and values. Digests are sha256. `head_rows`: those of the imatrix's data for the draft head."""
+    """Metadata keys and values; digests are sha256. `imatrix`: its digest; `head_rows`: those of its data for the draft head."""
     given = {name: value for name, value in plan.parameters.items() if name in policy.parameters}
     changed = " ".join(f"{name}={value}" for name, value in given.items() if value != policy.parameters[name].default)
     keys = {
@@ -41,7 +40,7 @@ def provenance(
         "apex.parameters": changed if len(changed.encode()) <= _LONGEST else f"sha256 {sha256_json(changed)}",
         "apex.plan": plan.identity,
         "apex.input": fingerprint(model),
-        "apex.imatrix": sha256_file(imatrix) if imatrix else "",
+        "apex.imatrix": imatrix,
         "apex.head_rows": head_rows or "",
         "apex.tools": _tools(tools),
     }

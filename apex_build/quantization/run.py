@@ -9,7 +9,7 @@ from typing import Any
 
 from apex_build.errors import ModelInvalid, ModelMissing
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.coverage import Coverage, coverage, matrices_of
+from apex_build.gguf_model.coverage import Coverage, matrices_of
 from apex_build.gguf_model.examine import check_copy_free, write_examined
 from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.header import read_header
@@ -29,9 +29,10 @@ from apex_build.policy.render import template_files
 from apex_build.policy.size import file_size, imatrix_keys
 from apex_build.progress import Report, Step, silent
 from apex_build.quantization.against import not_compared
+from apex_build.quantization.data import Data, read_data
 from apex_build.quantization.load_check import check_input, check_loads
 from apex_build.quantization.naming import file_name
-from apex_build.quantization.preflight import Allowed, check_data, check_output, check_plan, check_policy
+from apex_build.quantization.preflight import Allowed, check_output, check_plan, check_policy
 from apex_build.quantization.provenance import Value as Keyed
 from apex_build.quantization.provenance import description, identity, override, provenance
 from apex_build.quantization.verify import verify
@@ -101,27 +102,32 @@ def prepare(
     metadata: Sequence[Setting] = (),
     name: str | None = None,
     types: TypeList | None = None,
+    plan: Plan | None = None,
+    data: Data | None = None,
 ) -> Job:
     """Plan a file and refuse what can be refused: see preflight. The output's place is checked by `check_outputs` and `run`.
 
     `metadata`: keys to set in the file. With `name` (see naming.file_name) `out` is the folder of a file that is named by its plan.
-    `types`: a list of types that goes before the policy's rules.
+    `types`: a list of types that goes before the policy's rules. `plan` and `data`: where the file has been planned, and its
+    imatrix read, already.
     """
     check_policy(policy, model, imatrix)
-    covered, words, derived = None, [], False
-    if imatrix is not None:
-        found, borrowed = crossed(read_imatrix(imatrix), model)
-        covered = coverage(found, model)
-        words = check_data(covered, borrowed)
-        derived = bool(borrowed) or not covered.examined.sound
-    plan = make_plan(model, policy, parameters, tools, imatrix, types)
-    warnings = words + check_plan(plan, model, covered, policy, Ggml(tools), allowed) + not_compared(plan, codec(tools))
+    if imatrix is not None and data is None:
+        data = read_data(imatrix, model)
+    covered = data.covered if data else None
+    plan = plan or make_plan(model, policy, parameters, tools, imatrix, types)
+    remarks = check_plan(plan, model, covered, policy, Ggml(tools), allowed)
+    warnings = [*(data.warnings if data else ()), *remarks, *not_compared(plan, codec(tools))]
     if name is not None:
         out = out / file_name(model.path, plan, policy, name)
     rows = covered.imatrix.head_rows if covered and any(tensor.has_data for tensor in covered.head) else None
-    keys = {**provenance(plan, policy, model, imatrix, tools, rows), **description(plan, model, metadata, tools)}
-    if derived:
-        keys["apex.imatrix.examined"] = "; ".join(words)[:100]
+    keys = {
+        **provenance(plan, policy, model, data.sha256 if data else "", tools, rows),
+        **description(plan, model, metadata, tools),
+    }
+    derived = data is not None and data.derived
+    if data and derived:
+        keys["apex.imatrix.examined"] = "; ".join(data.warnings)[:100]
     job = Job(model, plan, covered, imatrix, out, keys, 0, tuple(warnings), tools, policy, types, derived)
     return replace(job, n_bytes=file_size(plan, model, added_keys(job, covered.imatrix if covered else None)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +19,12 @@ from apex_build.hookspecs import Evaluator, PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
 from apex_build.parameters import Value, resolve
-from apex_build.policy.plan import Plan, make_plan
+from apex_build.policy.plan import Plan, Wanted, make_plans
 from apex_build.policy.render import template_files
-from apex_build.progress import Report, Step, silent
+from apex_build.progress import Report, silent
+from apex_build.quantization.data import Data, read_data
 from apex_build.quantization.naming import source_stem
-from apex_build.quantization.preflight import Allowed
+from apex_build.quantization.preflight import Allowed, check_policy
 from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, prepare
 from apex_build.storage.digests import sha256_file, sha256_json
@@ -128,10 +128,13 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
         wanted = [first, *(one for one in wanted if one != first)]
     with scratch_folder("sweep") as scratch:
         imatrices, derived = _imatrices(request, curves, scratch)
-        points = []
-        for number, (values, curve) in enumerate(wanted):
-            report(Step("planning", number, len(wanted), "files"))
-            points.append(_point(request, values, curve, imatrices[curve], parts, baseline=paired and number == 0))
+        asked = [Wanted({**request.parameters, **values}, imatrices[curve] is not None) for values, curve in wanted]
+        plans = make_plans(request.model, request.policy, asked, request.tools, report=report)
+        data: dict[Path | None, Data] = {path: read_data(path, request.model) for path in set(imatrices.values()) if path}
+        points = [
+            _point(request, values, curve, plan, data.get(imatrices[curve]), parts, baseline=paired and number == 0)
+            for number, ((values, curve), plan) in enumerate(zip(wanted, plans, strict=True))
+        ]
         jobs = [point.job for point in points if point.job]
         if paired and points[0].job is None:
             raise DataMissing(
@@ -219,7 +222,14 @@ def _imatrices(request: Request, curves: Sequence[bool], scratch: Path) -> tuple
 
 
 def _point(
-    request: Request, values: Mapping[str, str], head_data: bool, imatrix: Path | None, parts: Mapping[str, Any], *, baseline: bool
+    request: Request,
+    values: Mapping[str, str],
+    head_data: bool,
+    planned: Plan | ShapeUnfit,
+    data: Data | None,
+    parts: Mapping[str, Any],
+    *,
+    baseline: bool,
 ) -> Point:
     name = "-".join([source_stem(request.model.path), *(f"{key}-{value}" for key, value in values.items())])
     if len(name) > _LONGEST_NAME:
@@ -227,18 +237,30 @@ def _point(
     name = f"{name}-{curve_name(head_data).replace(' ', '-')}-{{tag}}"
     parameters = {**request.parameters, **values}
     allowed = Allowed(uncalibrated=not head_data, head_rows=request.head_rows)
-    plan, job, refused = None, None, ""
+    plan, job, refused = None if isinstance(planned, ShapeUnfit) else planned, None, ""
+    imatrix = data.path if data else None
     try:
-        job = prepare(request.model, request.policy, parameters, request.tools, Path(), imatrix=imatrix, allowed=allowed, name=name)
-        plan = job.plan
+        if isinstance(planned, ShapeUnfit):
+            check_policy(request.policy, request.model, imatrix)
+            raise planned
+        job = prepare(
+            request.model,
+            request.policy,
+            parameters,
+            request.tools,
+            Path(),
+            imatrix=imatrix,
+            allowed=allowed,
+            name=name,
+            plan=planned,
+            data=data,
+        )
     except (DataMissing, ShapeUnfit) as error:
         if imatrix is None and isinstance(error, DataMissing):
             hint = f"apex calibrate {request.model.path}, then --imatrix"
             raise DataMissing(f"this sweep needs an imatrix, and none was given: {error.message}", hint=hint) from None
         refused = error.message.replace(str(imatrix), imatrix.name) if imatrix else error.message
-        with contextlib.suppress(ShapeUnfit):  # for the bytes that it would have
-            plan = make_plan(request.model, request.policy, parameters, request.tools, imatrix)
-    file = file_identity(job.keys) if job else sha256_file(imatrix) if imatrix else ""
+    file = file_identity(job.keys) if job else data.sha256 if data else ""
     identity = sha256_json({"sweep": parts, "values": values, "head_data": head_data, "file": file})
     return Point(values, head_data, baseline, plan, job, refused, identity)
 

@@ -116,10 +116,10 @@ def _rules(model: Model, policy: PolicySpec) -> dict[str, str]:
     """Tensor -> type, by the policy's template: rendered here, since our own templates need no process with limits."""
     names = {tensor.name for tensor in model.tensors if quantizable(tensor.name, tensor.shape)}
     values = {name: parameter.default for name, parameter in policy.parameters.items()}
-    request = render._request(policy, values, model, names)
-    text, _ = sandbox.render(
-        request["library"], request["template"], {**sandbox.views(request["catalogue"]), **request["parameters"]}
-    )
+    request = render._request(policy, model, names)
+    parameters = {name.replace(".", "_"): value for name, value in values.items()}
+    made, seen = sandbox.environment(request["library"]), sandbox.views(request["catalogue"])
+    text, _ = sandbox.render(made, request["template"], {**seen, **parameters})
     lines = (line.partition("=") for line in text.splitlines() if line and not line.startswith("#"))
     exactly = {sandbox.exactly(name): name for name in names}
     return {exactly[pattern]: type_name for pattern, _, type_name in lines}

@@ -17,6 +17,7 @@ from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.quantizable import quantizable
 from apex_build.hookspecs import Parameter
+from apex_build.native.output import quantized_size, tensor_lines
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
@@ -63,10 +64,11 @@ def test_base_types_come_from_the_tools_own_help(tools: Toolset) -> None:
 def test_the_mixture_knows_whether_there_is_an_imatrix(small: Model, tools: Toolset, trunk_imatrix: Path) -> None:
     """IQ3_XXS gives ffn_down more bits where there is none; an empty imatrix makes a dry run behave as with a real one."""
     without = dry_run(small, "IQ3_XXS", "", tools)
-    empty = dry_run(small, "IQ3_XXS", "", tools, as_if_calibrated=True)
-    real = dry_run(small, "IQ3_XXS", "", tools, imatrix=trunk_imatrix)
-    assert without.mib > empty.mib == real.mib
-    assert {name: line.target for name, line in empty.tensors.items()} == {name: line.target for name, line in real.tensors.items()}
+    empty = dry_run(small, "IQ3_XXS", "", tools, calibrated=True)
+    command = [tools.tool("llama-quantize"), "--dry-run", "--imatrix", trunk_imatrix, small.path, "IQ3_XXS"]
+    real = run_tool(command).lines
+    assert without.mib > empty.mib == quantized_size(real)[0]
+    assert {name: line.target for name, line in empty.tensors.items()} == {line.name: line.target for line in tensor_lines(real)}
 
 
 def test_a_calibrated_policy_is_planned_as_with_an_imatrix(
