@@ -1,4 +1,4 @@
-"""`apex patch edit`, `new`, `drop`, `reorder`: changing the series."""
+"""`apex patch edit`, `new`, `drop`, `reorder`, `port`: changing a series, and carrying it to another pin."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import show, values
 from apex_build.cli.source import pin_option
-from apex_build.source.pins import load_pin
+from apex_build.source.pins import DEFAULT_PIN, Pin, load_pin
 from apex_build.source.series import Saved, verb
-from apex_build.workshop import changing
+from apex_build.workshop import changing, porting
 
 
 @click.command()
@@ -112,3 +112,64 @@ def tell(saved: Saved) -> None:
         click.echo(f"removed {saved.folder / name}")
     if not saved.written and not saved.removed:
         click.echo(f"{len(saved.names)} patches, all as saved before")
+
+
+@click.command()
+@click.argument("patches", nargs=-1, metavar="[PATCH...]")
+@click.option(
+    "--onto", "onto_name", metavar="PIN", required=True, shell_complete=values.pins, help="Pin to port to, or a pin's TOML file."
+)
+@click.option("--from", "from_name", metavar="PIN", shell_complete=values.pins, help=f"Pin to port from. [default: {DEFAULT_PIN}]")
+@click.option("--dry-run", is_flag=True, help="Only say which patches apply as they are.")
+@click.option("--continue", "continue_", is_flag=True, help="Go on: the conflict is resolved, and added with git.")
+@click.option("--skip", is_flag=True, help="Go on without the patch that conflicts.")
+@click.option("--abort", is_flag=True, help="Bring the tree back to what it was.")
+def port(
+    patches: tuple[str, ...], onto_name: str, from_name: str | None, dry_run: bool, continue_: bool, skip: bool, abort: bool
+) -> None:
+    """Port patches to another pin, and save them in its series. The series they come from stays.
+
+    Without PATCH, all that the other series has no patch of the same subject of. They are merged three-way, one by one. At a
+    conflict git stops with its marks in the files (of the other pin's tree, with the common version between): edit, git add, and
+    --continue. What --abort takes away is kept as a commit, and named.
+
+    \b
+    Examples:
+      apex patch port --onto latest --dry-run
+      apex patch port --onto latest
+      apex patch port --onto latest --continue
+      apex patch port 3 --onto latest --from pr-22673
+    """
+    if sum((dry_run, continue_, skip, abort)) > 1:
+        raise click.UsageError("--dry-run, --continue, --skip and --abort exclude each other")
+    onto = load_pin(onto_name)
+    if (continue_ or skip or abort) and (patches or from_name):
+        raise click.UsageError("--continue, --skip and --abort go on with the port that is under way: no PATCH, no --from")
+    with show.progress() as report:
+        if abort:
+            kept = porting.abort_port(onto, report)
+            click.echo(f"{onto.name} is as it was; what the port had come to: git show {kept[:9]} there, or {porting.ABORTED}")
+            return
+        if continue_ or skip:
+            _tell_port(onto, porting.continue_port(onto, report, skip=skip))
+            return
+        origin = load_pin(from_name)
+        if origin == onto:
+            raise click.UsageError("--onto and --from name the same pin")
+        if not dry_run:
+            _tell_port(onto, porting.port(onto, origin, patches, report))
+            return
+    for one in porting.preview(onto, origin, patches):
+        click.echo(f"{one.applies:<9} {one.patch.name}{f': {one.detail}' if one.detail else ''}")
+
+
+def _tell_port(onto: Pin, ported: porting.Ported) -> None:
+    port = ported.port
+    for names, what in ((port.done, "ported"), (port.upstream, "not needed, the source has it"), (port.skipped, "left out")):
+        for name in names:
+            click.echo(f"{what}: {name}")
+    if ported.saved is None:
+        click.echo(f"nothing to port: {onto.name} has a patch of each subject of {port.origin}")
+        return
+    tell(ported.saved)
+    click.echo(f"next: apex build{onto.option}, apex patch test{onto.option}")
