@@ -67,10 +67,17 @@ def plan_merge(paths: Sequence[Path], chunk_size: int | None = None) -> Merged:
         raise ImatrixMismatch(f"chunks of {chunk_size} tokens, and of {sizes[0]} in {found[0].path}: no size of chunk fits both")
     counted = [one.chunk_count for one in found if one.chunk_count is not None]
     chunks = sum((one.chunk_count or 0) * (one.chunk_size or size) // size for one in found) if counted else 0
+    silent = [one for one in found if one.format == "legacy" and any(".nextn." in name for name in one.entries)]
+    notes += [
+        f"{one.path} has data of a draft head: the older format does not say over which hidden rows of the trunk it was run, "
+        "so apex quantize will not use it for the head"
+        for one in silent
+    ]
     heads = [one for one in found if one.head_tokens]
     tokens = sum(one.head_tokens or 0 for one in heads) if heads else None
+    rows = _head_rows([*heads, *silent])
     datasets = tuple(dict.fromkeys(name for one in found for name in one.datasets)) or ("unknown",)
-    return Merged(found, size, chunks, datasets, tokens, _head_rows(heads), tuple(notes))
+    return Merged(found, size, chunks, datasets, tokens, rows, tuple(notes))
 
 
 def write_gguf(merged: Merged, part: Path) -> None:

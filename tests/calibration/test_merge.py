@@ -104,6 +104,11 @@ def test_what_does_not_belong_together(halves: list[Path], tools: Toolset, tmp_p
     run_apex("imatrix", "convert", halves[0], "-o", tmp_path / "x.dat")
     ran = run_apex("imatrix", "merge", halves[1], tmp_path / "x.dat", "-o", out, code=43)
     assert "does not tell experts apart" in ran.stderr
+    run_apex("imatrix", "convert", halves[1], "-o", tmp_path / "y.dat")
+    ran = run_apex("imatrix", "merge", tmp_path / "x.dat", tmp_path / "y.dat", "-o", tmp_path / "both.gguf")
+    assert (
+        f"note: {tmp_path / 'y.dat'} has data of a draft head: the older format does not say over which hidden rows" in ran.stderr
+    )
     copy = tmp_path / "copy.imatrix.gguf"
     shutil.copy(halves[0], copy)
     manifest = json.loads(halves[0].with_name(halves[0].name + ".json").read_text())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import platform
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from packed_builds import Edit, Files, contents, edited, manifested, write
 
 from apex_build.errors import ApexError, ArchiveUnsafe, BuildForeign, DiskTooSmall, DownloadFailed, HashMismatch
 from apex_build.fetching import archive as source_archive
+from apex_build.native.run import run_tool
 from apex_build.toolchain.packed.packing import MANIFEST, SUMS
 from apex_build.toolchain.packed.unpacking import take_in
 
@@ -151,6 +154,38 @@ def test_a_tool_that_does_not_start(packed: Path, elsewhere: Path) -> None:
     refused(
         edited(packed, replace), BuildForeign, "(?s)tool does not run on this machine: it ended with 127.*GLIBC_2.99", elsewhere
     )
+
+
+def trap(folder: Path) -> tuple[bytes, Path]:
+    """A library that leaves a mark as soon as any program loads it."""
+    mark, code = folder / "mark", folder / "trap.c"
+    code.write_text(f'#include <stdio.h>\n__attribute__((constructor)) void go(void) {{ fclose(fopen("{mark}", "w")); }}\n')
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "trap.so", code], check=True)
+    ctypes.CDLL(str(folder / "trap.so"))
+    assert mark.exists(), "it works"
+    mark.unlink()
+    return (folder / "trap.so").read_bytes(), mark
+
+
+@pytest.mark.parametrize("name", ["bin/libpart.so.1", "bin/libpart.so.1.2", "bin/libggml-blas.so", "bin/libc.so.6", "libpart.so.1"])
+def test_a_library_that_runs_when_it_is_loaded(name: str, packed: Path, elsewhere: Path, tmp_path: Path) -> None:
+    """One that the lists do not know, or know otherwise, is never near a program that is started."""
+    code, mark = trap(tmp_path)
+    refused(edited(packed, lambda files, _: files.update({name: code}), sums=False), HashMismatch, "differ|sha256", elsewhere)
+    assert not mark.exists()
+
+
+def test_libraries_beside_the_archive_and_in_the_current_folder(
+    packed: Path, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, mark = trap(tmp_path)
+    for folder in (packed.parent, here := tmp_path / "here"):
+        folder.mkdir(exist_ok=True)
+        for name in ("libpart.so.1", "libggml-blas.so", "libggml-cpu.so", "libc.so.6"):
+            (folder / name).write_bytes(code)
+    monkeypatch.chdir(here)
+    assert run_tool([take_in(packed).toolset.tool("tool")]).lines == ("42",)
+    assert not mark.exists()
 
 
 def test_cut_short_or_something_else(packed: Path, elsewhere: Path, tmp_path: Path) -> None:
