@@ -18,6 +18,7 @@ from apex_build.policy import sandbox
 from apex_build.printable import printable
 
 _WALL_SECONDS = 60.0
+_EXACT = re.compile(r"\^((?:[0-9A-Za-z_-]|\\[^0-9A-Za-z_])+)\$")  # see sandbox.exactly
 
 
 @dataclass(frozen=True)
@@ -141,13 +142,31 @@ Places = list[tuple[int, int, int]]
 
 
 def find(patterns: Iterable[str], names: Sequence[str]) -> dict[str, Places]:
-    """For each pattern, (index of the name, start, end) in each name that it is found in. The patterns must compile."""
-    patterns = list(dict.fromkeys(patterns))
-    answer = _run({"patterns": patterns, "names": names}, "the patterns of the rules")
-    if "error" in answer:
-        raise TemplateFailed(f"the patterns of the rules: {answer['message']}")
-    found = ([(index, start, end) for index, start, end in places] for places in answer["found"])
-    return dict(zip(patterns, found, strict=True))
+    """For each pattern, (index of the name, start, end) in each name that it is found in. The patterns must compile.
+
+    One that `exactly` made is looked up: no more is needed for a tier, and no process.
+    """
+    places: dict[str, Places] = {}
+    numbers = {name: index for index, name in enumerate(names)}
+    others: list[str] = []
+    for pattern in dict.fromkeys(patterns):
+        if (name := only_name(pattern)) is not None:
+            places[pattern] = [(numbers[name], 0, len(name))] if name in numbers else []
+        else:
+            others.append(pattern)
+    if others:
+        answer = _run({"patterns": others, "names": names}, "the patterns of the rules")
+        if "error" in answer:
+            raise TemplateFailed(f"the patterns of the rules: {answer['message']}")
+        found = ([(index, start, end) for index, start, end in each] for each in answer["found"])
+        places |= dict(zip(others, found, strict=True))
+    return places
+
+
+def only_name(pattern: str) -> str | None:
+    """The one name that a pattern of `exactly` finds; None for any other pattern."""
+    literal = _EXACT.fullmatch(pattern)
+    return re.sub(r"\\(.)", r"\1", literal[1]) if literal else None
 
 
 def _run(request: Mapping[str, Any], about: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from apex_build.errors import TemplateFailed, TypeUnknown
 from apex_build.gguf_model.catalogue import Tensor
 from apex_build.native.ggml import Ggml
 from apex_build.parameters import writable_type
-from apex_build.policy.render import Places, find
+from apex_build.policy.render import Places, find, only_name
 from apex_build.policy.sandbox import exactly
 from apex_build.printable import printable
 
@@ -58,7 +58,8 @@ def parse_rules(lines: Iterable[tuple[str, str]], ggml: Ggml) -> tuple[Rule, ...
                 f"{where}: '{pattern}': llama-quantize lower-cases patterns, so this one would not mean what it says"
             )
         try:
-            re.compile(pattern)
+            if only_name(pattern) is None:
+                re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise TemplateFailed(f"{where}: '{pattern}' is not a regular expression: {error}") from None
         try:

@@ -7,7 +7,10 @@ import pytest
 from apex_build.errors import ApexError, TemplateFailed, TypeUnknown
 from apex_build.gguf_model.catalogue import Model
 from apex_build.native.ggml import Ggml
+from apex_build.policy import sandbox
+from apex_build.policy.render import find, only_name
 from apex_build.policy.rules import Rule, apply_rules, parse_rules, rules_text
+from apex_build.policy.sandbox import exactly
 
 
 def parsed(ggml: Ggml, *lines: str) -> tuple[Rule, ...]:
@@ -97,3 +100,14 @@ def test_an_optional_rule_may_find_nothing(ggml: Ggml, small: Model) -> None:
 def test_a_pattern_that_backtracks_for_years_is_stopped(ggml: Ggml, small: Model) -> None:
     with pytest.raises(TemplateFailed, match="more computing than is allowed"):
         applied(ggml, small, r"^(((\w|\.)+)+)+!$=Q4_K")
+
+
+def test_a_pattern_for_one_name_is_looked_up() -> None:
+    """It finds what the search finds, and anything more than a name is searched."""
+    names = ["blk.3.attn_q.weight", "blk.33attn_q.weight", "output.weight", "a-b_c"]
+    exact = [exactly(name) for name in (*names, "absent", "^", "a\\b")]
+    assert [only_name(pattern) for pattern in exact] == [*names, "absent", "^", "a\\b"]
+    searched = [r"^blk.3.attn_q\.weight$", r"^output\.weight", r"^\d$", r"^a+$", r"^$", r"^a\-b_c$|x"]
+    assert [only_name(pattern) for pattern in searched] == [None] * len(searched)
+    looked_up = [[list(place) for place in places] for places in find(exact, names).values()]
+    assert looked_up == [[list(place) for place in places] for places in sandbox.find(exact, names)]
