@@ -79,6 +79,12 @@ class PatchUnknown(ApexError):
     exit_code = 18
 
 
+class SeriesUnfit(ApexError):
+    """A series, or a pin, is not fit for what was asked: several authors to export, or a status that is not green."""
+
+    exit_code = 19
+
+
 # --- toolchain: compilers and builds ------------------------------------------------------------------------------------
 class CompilerMissing(ApexError):
     """No usable C++ compiler or build tool."""

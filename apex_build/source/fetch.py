@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -136,3 +136,8 @@ def _refuse_loss(pin: Pin, path: Path) -> None:
             f"{path} holds work that fetching again would lose: {some(work, '; ')}",
             hint=f"git -C {path} commit -a, then {verb(pin, 'save')}; or move the folder away",
         )
+
+
+def further_files(pin: Pin, want: Callable[[str], bool], report: Report = silent) -> Iterator[tuple[str, bytes]]:
+    """Files of the pinned commit that no build uses, such as its tests: from the same archive, which its sha256 names."""
+    return read_archive(download_sdist(pin, report), pin.folder, pin.commit, want)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from apex_build.errors import ApexError, ArchiveUnsafe, DiskTooSmall, GitFailed
@@ -122,7 +122,9 @@ def last_words(stderr: bytes) -> str:
     return "; ".join(lines[-4:]) or "it said nothing"
 
 
-def committed_files(repository: Path, revision: str, env: Mapping[str, str] | None = None) -> Iterator[tuple[str, bytes]]:
+def committed_files(
+    repository: Path, revision: str, env: Mapping[str, str] | None = None, want: Callable[[str], bool] = wanted
+) -> Iterator[tuple[str, bytes]]:
     """The wanted files of a commit: (path, content), read from the objects, so that no attribute or line-end rule applies.
 
     Raises ArchiveUnsafe for a link or a submodule among them.
@@ -132,7 +134,7 @@ def committed_files(repository: Path, revision: str, env: Mapping[str, str] | No
     for entry in filter(None, listing.split("\0")):
         description, path = entry.split("\t", 1)
         mode, _kind, object_id = description.split(" ")
-        if wanted(path):
+        if want(path):
             if mode not in ("100644", "100755"):
                 kind = {"120000": "a symbolic link", "160000": "a submodule"}.get(mode, f"an entry of mode {mode}")
                 raise ArchiveUnsafe(f"{revision[:12]}: {path} is {kind}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from apex_build.errors import ArchiveUnsafe, DownloadFailed, HashMismatch
@@ -33,7 +33,7 @@ def _sdist(pin: Pin) -> IndexFile:
     return IndexFile(pin.requirement, pin.file, pin.sha256, pin.size, f"pin {pin.name}")
 
 
-def read_archive(archive: Path, folder: str, commit: str) -> Iterator[tuple[str, bytes]]:
+def read_archive(archive: Path, folder: str, commit: str, want: Callable[[str], bool] = wanted) -> Iterator[tuple[str, bytes]]:
     """The wanted files of llama.cpp in a tar archive: (path, content).
 
     The tree may lie in `<top>/<folder>/` (an sdist), in `<top>/` (git archive, or a hosting site's tarball) or at the top. Raises
@@ -51,7 +51,7 @@ def read_archive(archive: Path, folder: str, commit: str) -> Iterator[tuple[str,
             members.append((member_path(archive, member), member))
         _check_commit(archive, str(tar.pax_headers.get("comment", "")), commit)
         top = _top(archive, [path for path, member in members if member.isfile()], folder)
-        chosen = _choose(archive, members, top)
+        chosen = _choose(archive, members, top, want)
         for path, member in chosen.items():
             file = tar.extractfile(member)
             content = b"" if file is None else file.read()
@@ -73,12 +73,14 @@ def _top(archive: Path, paths: list[str], folder: str) -> str:
     raise HashMismatch(f"{archive} holds no llama.cpp: no CMakeLists.txt with a ggml/ beside it was found")
 
 
-def _choose(archive: Path, members: list[tuple[str, tarfile.TarInfo]], top: str) -> dict[str, tarfile.TarInfo]:
+def _choose(
+    archive: Path, members: list[tuple[str, tarfile.TarInfo]], top: str, want: Callable[[str], bool]
+) -> dict[str, tarfile.TarInfo]:
     chosen: dict[str, tarfile.TarInfo] = {}
     for path, member in members:
         path = path[len(top) :] if path.startswith(top) else ""
         link = member.issym() or member.islnk()
-        if member.isdir() or not (wanted(path) or (link and wanted(f"{path}/file"))):
+        if member.isdir() or not (want(path) or (link and want(f"{path}/file"))):
             continue
         check_path(path, archive.name)
         if link:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from apex_build.errors import DownloadFailed, HashMismatch
 from apex_build.progress import Report, Step, silent
 from apex_build.source.git import command, committed_files, environment, git, last_words, missing
 from apex_build.source.pins import Pin
+from apex_build.source.tree_digest import wanted
 from apex_build.storage.scratch import scratch_folder
 
 _ELSEWHERE = "apex source fetch --from pypi, or --archive FILE"
 _PROGRESS = re.compile(r"(?:remote: )?([A-Z][A-Za-z ]+):\s+\d+% \((\d+)/(\d+)\)")
 
 
-def upstream_files(pin: Pin, repository: str | None, report: Report = silent) -> Iterator[tuple[str, bytes]]:
+def upstream_files(
+    pin: Pin, repository: str | None, report: Report = silent, want: Callable[[str], bool] = wanted
+) -> Iterator[tuple[str, bytes]]:
     """The wanted files of the pinned commit: (path, content). `repository` (a URL or a folder) stands in for the pin's own.
 
     Raises DownloadFailed when git cannot fetch, HashMismatch when what came is another commit.
@@ -32,7 +35,7 @@ def upstream_files(pin: Pin, repository: str | None, report: Report = silent) ->
         found = git(folder, "rev-parse", "--verify", "FETCH_HEAD^{commit}", env={"GIT_NO_REPLACE_OBJECTS": "1"})
         if found != pin.commit:
             raise HashMismatch(f"{place} gave commit {found}, pin {pin.name} names {pin.commit}")
-        yield from committed_files(folder, pin.commit, env={"GIT_NO_REPLACE_OBJECTS": "1"})
+        yield from committed_files(folder, pin.commit, env={"GIT_NO_REPLACE_OBJECTS": "1"}, want=want)
 
 
 def _fetch(folder: Path, place: str, pin: Pin, report: Report) -> None:
