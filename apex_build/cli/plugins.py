@@ -50,7 +50,12 @@ def command() -> None:
 @click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
 @click.option("--json", "json_", is_flag=True, help="Print JSON.")
 def list_(folders: tuple[Path, ...], json_: bool) -> None:
-    """List the plugins with what each gives: built in, installed, and those of --plugin."""
+    """List the plugins with what each gives: built in, installed, and those of --plugin.
+
+    \b
+    Examples:
+      apex plugins list --json
+    """
     plugins = load_plugins(folders)
     rows = [_row(plugins, name) for name in plugins.origins]
     if json_:
@@ -74,6 +79,10 @@ def check(folder: Path, json_: bool) -> None:
     """Load the plugin in FOLDER, call its hooks, and render its policies for sample models.
 
     FOLDER holds plugin.py, or is a project around one such folder. Nothing is built or measured.
+
+    \b
+    Examples:
+      apex plugins check small-head/
     """
     checked = check_plugin(folder)
     _check_verbs(checked)
