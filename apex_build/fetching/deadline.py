@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,17 +18,25 @@ class OutOfTime(BaseException):
 def deadline(seconds: float) -> Iterator[Callable[[], None]]:
     """Raise OutOfTime in the block after so many seconds, whatever it waits for. What is given starts the time again.
 
-    By a timer of the process, and so in the main thread alone: in others there is no end.
+    By a timer of the process, and so in the main thread alone: in others there is no end. A timer that the caller has set, such as
+    that of a test's time limit, still rings when it is due.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
+    left, _ = signal.getitimer(signal.ITIMER_REAL)
+    callers = time.monotonic() + left if left else None  # when the caller's timer is due
 
-    def ring(_number: int, _frame: FrameType | None) -> None:
+    def until_callers() -> float:
+        return max(callers - time.monotonic(), 0.001) if callers else seconds
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        if callers and callers <= time.monotonic() and callable(before):
+            before(number, frame)
         raise OutOfTime
 
     def again() -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, min(seconds, until_callers()))
 
     before = signal.signal(signal.SIGALRM, ring)
     again()
@@ -36,3 +45,5 @@ def deadline(seconds: float) -> Iterator[Callable[[], None]]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if callers:
+            signal.setitimer(signal.ITIMER_REAL, until_callers())

@@ -1,0 +1,58 @@
+"""An end for what waits on others, beside timers of whoever calls."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import pytest
+
+from apex_build.fetching.deadline import OutOfTime, deadline
+
+
+class Rang(Exception):
+    """What the caller's timer raises."""
+
+
+@contextmanager
+def callers_timer(seconds: float) -> Iterator[None]:
+    """A timer of the caller's; that of the test's own time limit waits meanwhile."""
+
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        raise Rang
+
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+
+def test_a_deadline_holds_under_a_later_timer_which_goes_on() -> None:
+    with callers_timer(1.5):
+        with pytest.raises(OutOfTime), deadline(0.05):
+            time.sleep(3600)
+        with pytest.raises(Rang):
+            time.sleep(3600)
+
+
+def test_an_earlier_timer_rings_as_its_owner_wants() -> None:
+    with callers_timer(0.05), pytest.raises(Rang), deadline(300):
+        time.sleep(3600)
+
+
+def test_what_is_in_time_leaves_the_callers_timer() -> None:
+    for seconds in (0, 200):
+        with callers_timer(seconds):
+            with deadline(300) as again:
+                again()
+                assert signal.getitimer(signal.ITIMER_REAL)[0] <= (seconds or 300)
+            left, _ = signal.getitimer(signal.ITIMER_REAL)
+            assert 0 < left <= 200 if seconds else left == 0
