@@ -112,21 +112,7 @@ def test_without_text_and_chat_template_it_says_how_to_give_a_text(
     assert "no chat template" in ran.stderr and "--text FILE" in ran.stderr
 
 
-def test_quantize_shows_what_it_measured_and_the_file_says_it(
-    tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "auto.gguf"
-    own = tmp_path / "chat.txt"  # a text of its own: nothing was measured on it
-    own.write_text(f"{tmp_path.name} {time.time_ns()}\n" + (heldout / "chat.txt").read_text())
-    text = ("--text", own)
-    dry = run_apex("quantize", testbed, *AUTO, *text, "--imatrix", calibrated, "-o", out, "--dry-run")
-    assert "not measured" in dry.stdout and not out.exists()
-    ran = run_apex("quantize", testbed, *AUTO, *text, "--imatrix", calibrated, "-o", out)
-    assert "loss of agreement, points" in ran.stderr and "IQ2_XXS+Q4_K" in ran.stderr
-    assert "draft head: " in ran.stdout
-    assert "points of agreement" in ran.stdout or "Q8_0: none smaller loses less than 0.5 points" in ran.stdout
-    manifest = json.loads(out.with_name("auto.gguf.json").read_text())
-    assert manifest["parameters"]["draft_head"] != "auto" and "apex.draft_loss" in manifest["provenance"]
+def test_a_file_whose_head_was_not_measured_says_so(tools: Toolset, testbed: Path, calibrated: Path, tmp_path: Path) -> None:
     plain = run_apex("quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", calibrated, "-o", tmp_path / "plain.gguf")
     assert "its loss was not measured on this model (draft_head=auto measures it)" in plain.stdout
 
@@ -138,33 +124,29 @@ def test_a_plan_without_a_measurement_is_cautious_and_says_so(tools: Toolset, te
     assert "was not measured on this model" in run_apex("plan", testbed, "--policy", "i-nano-mtp").stderr
 
 
-def test_an_interrupted_measurement_is_resumed(
+def test_an_interrupted_measurement_is_resumed_and_shown_and_the_file_says_it(
     tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
 ) -> None:
     environment = {**os.environ, "APEX_CACHE_DIR": str(tmp_path / "cache"), "APEX_TOOLS": str(tools.bin)}
-    command = [
-        sys.executable,
-        "-m",
-        "apex_build",
-        "quantize",
-        testbed,
-        *AUTO,
-        "--text",
-        heldout / "code.txt",
-        "--imatrix",
-        calibrated,
-    ]
-    command = [str(word) for word in (*command, "-o", tmp_path / "out.gguf")]
+    out = tmp_path / "out.gguf"
+    given = ("--text", heldout / "chat.txt", "--imatrix", calibrated, "-o", out)
+    command = [str(word) for word in (sys.executable, "-m", "apex_build", "quantize", testbed, *AUTO, *given)]
+    dry = run_apex(*command[3:], "--dry-run", env=environment)
+    assert "not measured" in dry.stdout and not out.exists()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         while not list((tmp_path / "cache").glob("evaluation/auto/*/sweep.jsonl")):
             assert child.poll() is None, child.communicate()
             time.sleep(0.2)
         child.send_signal(signal.SIGINT)
         _, stderr = child.communicate(timeout=120)
-    assert child.returncode == 130 and "Traceback" not in stderr and not (tmp_path / "out.gguf").exists()
+    assert child.returncode == 130 and "Traceback" not in stderr and not out.exists()
     (kept,) = (tmp_path / "cache").glob("evaluation/auto/*/sweep.jsonl")
     before = {line["identity"]: line["measured"] for line in map(json.loads, kept.read_text().splitlines()) if line["measured"]}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr
+    ran = run_apex(*command[3:], env=environment)
     after = {line["identity"]: line["measured"] for line in map(json.loads, kept.read_text().splitlines())}
     assert before and before.items() <= after.items()
+    assert "loss of agreement, points" in ran.stderr and "IQ2_XXS+Q4_K" in ran.stderr
+    assert "draft head: " in ran.stdout
+    assert "points of agreement" in ran.stdout or "Q8_0: none smaller loses less than 0.5 points" in ran.stdout
+    manifest = json.loads(out.with_name("out.gguf.json").read_text())
+    assert manifest["parameters"]["draft_head"] != "auto" and "apex.draft_loss" in manifest["provenance"]
