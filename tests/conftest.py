@@ -1,10 +1,16 @@
-"""What all tests share: the tools that the project built, and the small trained model. Nothing is mocked."""
+"""What all tests share: the tools that the project built, and the small trained model. Nothing is mocked.
+
+A test that runs or loads what was built asks for the fixture `tools`, for one that stands on it, or for
+`pytest.mark.usefixtures("tools")`. It then has the mark `tools`. All others find neither a build nor the user's cache.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +23,37 @@ TESTBED = Path(__file__).parent / "testbed"
 # Where other work shares the cores, OpenMP's threads would spin at each barrier and slow all of it down many times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# fixtures, and what a test that uses one needs besides Python
+NEEDS = {"tools": "tools", "stock_imatrix": "tools", "real_toolkit": "network", "source_tree": "network"}
+NOWHERE = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = tempfile.TemporaryDirectory(prefix="apex-build-tests-")
+    config.add_cleanup(folder.cleanup)
+    config.stash[NOWHERE] = Path(folder.name)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for fixture, need in NEEDS.items():
+        if fixture in getattr(item, "fixturenames", ()):
+            item.add_marker(need)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hide the built tools from a test, and from fixtures that it is the first to use, where it does not ask for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        nowhere = item.config.stash[NOWHERE]
+        if item.get_closest_marker("tools"):
+            pass
+        elif item.get_closest_marker("network"):  # downloads are kept in the user's cache
+            patch.setenv("APEX_TOOLS", str(nowhere / "no-tools"))
+        else:
+            patch.delenv("APEX_TOOLS", raising=False)
+            patch.setenv("APEX_CACHE_DIR", str(nowhere / "cache"))
+        return (yield)
+
 
 @pytest.fixture(scope="session")
 def testbed() -> Path:
@@ -28,6 +65,15 @@ def testbed() -> Path:
 def heldout() -> Path:
     """Folder of text that the testbed was not trained on: chat.txt, code.txt, reasoning.txt, tool-calling.txt, prompts.jsonl."""
     return TESTBED / "heldout"
+
+
+@pytest.fixture(scope="session")
+def source_tree() -> Path:
+    """llama.cpp as the default pin has it, fetched where it is not there."""
+    from apex_build.source.fetch import ensure_source
+    from apex_build.source.pins import load_pin
+
+    return ensure_source(load_pin())
 
 
 @pytest.fixture(scope="session")
@@ -46,19 +92,16 @@ def tools() -> Toolset:
 
 
 @pytest.fixture(scope="session")
-def stock_imatrix() -> Path:
+def stock_imatrix(source_tree: Path) -> Path:
     """llama-imatrix of the same tree without our patches. The compiler cache has most of it; the cache of builds keeps it."""
     from apex_build.places import cache_root
-    from apex_build.source.fetch import ensure_source
-    from apex_build.source.pins import load_pin
     from apex_build.source.tree import BASE
     from apex_build.toolchain.backends import Backend
     from apex_build.toolchain.build.run import build, plan_build
 
-    tree = ensure_source(load_pin())
     stock = cache_root() / "tests" / "stock"
     shutil.rmtree(stock, ignore_errors=True)
-    subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(tree), str(stock)], check=True)
+    subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(source_tree), str(stock)], check=True)
     subprocess.run(["git", "-C", str(stock), "checkout", "--quiet", "--detach", BASE], check=True)
     built = build(plan_build(stock, Backend("cpu", targets=("llama-imatrix",))))
     return built.toolset.tool("llama-imatrix")

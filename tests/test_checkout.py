@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from apex_runs import run_apex
+
+from apex_build.errors import BuildMissing
+from apex_build.native.toolset import find_toolset
 
 ROOT = Path(__file__).parents[1]
 # Text that models read: paths and hosts in it are invented.
@@ -69,3 +73,9 @@ def test_pre_commit_runs_what_lint_runs() -> None:
     wanted = re.findall(r"\$\(VENV\)/bin/(.+)", recipe)
     hooks = re.findall(r"entry: \.venv/bin/(.+)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert hooks == wanted and len(wanted) == 3
+
+
+def test_a_test_that_does_not_ask_for_the_tools_finds_none(testbed: Path) -> None:
+    with pytest.raises(BuildMissing):
+        find_toolset()
+    assert "the native tools have not been built" in run_apex("plan", testbed, "--policy", "compact", code=22).stderr

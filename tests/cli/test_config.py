@@ -15,6 +15,7 @@ from apex_runs import SMALL, run_apex
 
 from apex_build.cli import show
 from apex_build.gguf_model.header import read_header
+from apex_build.native.toolset import Toolset
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -36,7 +37,7 @@ def run(tmp_path: Path, here: Path) -> Run:
     return run
 
 
-def test_defaults_of_a_verb(run: Run, here: Path, tmp_path: Path, testbed: Path) -> None:
+def test_defaults_of_a_verb(tools: Toolset, run: Run, here: Path, tmp_path: Path, testbed: Path) -> None:
     (tmp_path / "own.toml").write_text('[plan]\npolicy = "compact"\nset = ["edge=1", "near=1"]\njson = true\n')
     value = json.loads(run("plan", testbed).stdout)
     assert (value["policy"], value["parameters"]["edge"]) == ("compact", 1)
@@ -116,7 +117,7 @@ def test_config_show(run: Run, here: Path, tmp_path: Path) -> None:
     assert f"your own: {tmp_path / 'own.toml'}" in said and f"this folder's: {here / 'apex.toml'}" in said
 
 
-def test_who_quantizes(run: Run, testbed: Path, tmp_path: Path, here: Path) -> None:
+def test_who_quantizes(tools: Toolset, run: Run, testbed: Path, tmp_path: Path, here: Path) -> None:
     """From the configuration, never guessed."""
     (tmp_path / "own.toml").write_text('quantized_by = "Some One"\n')
     quantize = (
@@ -149,7 +150,7 @@ def test_who_quantizes(run: Run, testbed: Path, tmp_path: Path, here: Path) -> N
     assert said() is None
 
 
-def test_quiet_and_verbose(run: Run, testbed: Path) -> None:
+def test_quiet_and_verbose(tools: Toolset, run: Run, testbed: Path) -> None:
     verbose, usual, quiet = (run("plan", testbed, "--policy", "compact", *option) for option in (["-v"], [], ["-q"]))
     assert re.search(r"^\$ \S*llama-quantize .*--dry-run", verbose.stderr, re.MULTILINE)
     assert "llama-quantize --dry-run" not in usual.stderr and usual.stdout == quiet.stdout == verbose.stdout

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from apex_build.source.fetch import ensure_source
-from apex_build.source.pins import load_pin
-
 
 @pytest.fixture(scope="session")
-def source() -> Path:
-    return ensure_source(load_pin())
+def source(source_tree: Path) -> Path:
+    return source_tree
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +26,7 @@ def python() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("APEX_CACHE_DIR", str(folder))
     return folder

@@ -79,7 +79,7 @@ def test_the_same_file_is_not_made_twice_and_another_is_not_replaced(nano: Path,
     assert "exists" in ran.stderr and nano.stat().st_mtime_ns == before
 
 
-def test_several_policies_in_one_call(testbed: Path, tmp_path: Path) -> None:
+def test_several_policies_in_one_call(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
     run_apex("quantize", testbed, "--policy", "quality", "--policy", "compact", *SMALL, "-o", tmp_path)
     names = sorted(re.sub(r"X[A-Z]{4}\.gguf$", "", path.name) for path in tmp_path.glob("*.gguf"))
     assert len(names) == 2 and names[0].endswith("_COMPACT") and names[1].endswith("_QUALITY"), names
