@@ -49,7 +49,12 @@ class _Loads(Exception):
 
 
 def check_input(model: Model, tools: Toolset) -> None:
-    """`check_loads` of a model that is about to be worked on for hours, once for each file as it is."""
+    """`check_loads` of a model that is about to be worked on for hours, once for each file as it is; its header first."""
+    if reasons := unsound(model):
+        raise LoadFailed(
+            f"{model.path}: llama.cpp cannot load it: {reasons[0]}",
+            hint="apex inspect tells what is in a file; --no-load-check does without this",
+        )
     try:
         stat = model.path.stat()
     except OSError as error:

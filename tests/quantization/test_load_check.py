@@ -32,10 +32,10 @@ def broken(kind: str, testbed: Path, folder: Path) -> Path:
 
 
 KINDS = {
-    "tensors-without-key": "nextn",
-    "key-without-tensors": "draft head",
+    "tensors-without-key": "but no key qwen35moe.nextn_predict_layers",
+    "key-without-tensors": "promises a draft head",
     "pre-tokenizer": "pre-tokenizer",
-    "tensor-missing": "attn_qkv",
+    "tensor-missing": "missing tensor 'blk.2.attn_q",
 }
 
 
@@ -45,6 +45,7 @@ def test_what_cannot_be_loaded_is_told_before_the_hours(kind: str, testbed: Path
     for more in ([], ["--dry-run"]):
         ran = run_apex("quantize", model, "--policy", "compact", *SMALL, "-o", tmp_path / "x.gguf", *more, code=46)
         assert f"{model}: llama.cpp cannot load it" in ran.stderr and "try:" in ran.stderr
+        assert KINDS[kind] in ran.stderr
     assert not (tmp_path / "x.gguf").exists() and not (tmp_path / ".x.gguf.part").exists()
     if kind != "tensor-missing":
         said = run_apex("inspect", model)
