@@ -122,6 +122,12 @@ class BuildForeign(ApexError):
     exit_code = 27
 
 
+class UpstreamTestsFailed(ApexError):
+    """Tests of llama.cpp pass without the series and fail with it."""
+
+    exit_code = 28
+
+
 # --- conversion: Hugging Face folders to GGUF ----------------------------------------------------------------------------
 class EnvironmentUnusable(ApexError):
     """The converter's Python lacks packages, or its environment could not be made."""

@@ -10,7 +10,7 @@ import click
 from apex_build.cli import show, values
 from apex_build.cli.groups import Group
 from apex_build.cli.patch_changes import drop, edit, new, port, reorder, tell
-from apex_build.cli.patch_upstream import export
+from apex_build.cli.patch_upstream import export, test
 from apex_build.cli.source import pin_option
 from apex_build.errors import SourceMissing
 from apex_build.source import series
@@ -179,5 +179,5 @@ def save(pin_name: str, force: bool) -> None:
         click.echo(f"warning: {name} has edits that are not committed, so not saved", err=True)
 
 
-for one in (edit, new, drop, reorder, port, export):
+for one in (edit, new, drop, reorder, port, test, export):
     command.add_command(one)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,27 +49,31 @@ def _told(report: Report, detail: str) -> Report:
     return lambda step: report(step if step.said else replace(step, detail=detail))
 
 
+def workplace(pin: Pin) -> Path:
+    """Folder of the workshop's own checkout of a pin (`source`) and CMake's folder for it (`build`); to be used with its lock."""
+    return cache.work_root() / f"patches-{pin.name}"
+
+
 def compile_commit(
     pin: Pin, commit: str, backend: Backend, targets: Sequence[str], *, jobs: int | None = None, report: Report = silent
 ) -> str | None:
     """Compile a commit of the pin's tree, in a folder of its own; the compiler's words where it fails."""
-    folder = cache.work_root() / f"patches-{pin.name}"
+    folder = workplace(pin)
     source, work = folder / "source", folder / "build"
     with locked(folder, report), writing(folder):
         check_room(cache.work_root(), 0 if work.is_dir() else WORK_SIZE, "a build", hint="APEX_CACHE_DIR=FOLDER: another disk")
         check_out(require_tree(pin), commit, source)
-        return _compile(source, work, backend, targets, jobs, report)
-
-
-def _compile(source: Path, work: Path, backend: Backend, targets: Sequence[str], jobs: int | None, report: Report) -> str | None:
-    compiler = find_compiler()
-    work.mkdir(parents=True, exist_ok=True)
-    with launcher(cache.work_root().parent, [source, work]) as front:
-        try:
-            report(Step("configuring", 0))
-            cmake.configure(source, work, backend.cmake_options(native=True), compiler, front, report)
-            cmake.compile_targets(source, work, targets, jobs or cmake.default_jobs(), front, report)
-        except BuildFailed as error:
-            lines = [line.strip(" |") for line in error.message.splitlines()[1:]]
-            return "\n".join(itertools.islice((line for line in lines if line), 12)) or error.message
+        work.mkdir(parents=True, exist_ok=True)
+        with launcher(cache.work_root().parent, [source, work]) as front:
+            try:
+                report(Step("configuring", 0))
+                cmake.configure(source, work, backend.cmake_options(native=True), find_compiler(), front, report)
+                cmake.compile_targets(source, work, targets, jobs or cmake.default_jobs(), front, report)
+            except BuildFailed as error:
+                return compilers_words(error)
     return None
+
+
+def compilers_words(error: BuildFailed) -> str:
+    lines = [line.strip(" |") for line in error.message.splitlines()[1:]]
+    return "\n".join([line for line in lines if line][:12]) or error.message

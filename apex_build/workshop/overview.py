@@ -17,7 +17,7 @@ from apex_build.workshop.standing import Standing, stand
 class Known:
     """What is known of a source: `builds` and `tests` are None where nobody looked yet.
 
-    `tests`: `ran`, `passed`, `broken` (names of those that pass without the series and fail with it), `left_out`, `when`.
+    `tests`: `ran`, `runnable`, `passed`, `when`, and `broken`: names of those that pass without the series and fail with it.
     """
 
     builds: bool | None
@@ -50,6 +50,8 @@ class Overview:
             found.append("llama.cpp's tests were not run")
         elif self.whole.tests.get("broken"):
             found.append(f"it breaks tests: {', '.join(self.whole.tests['broken'])}")
+        elif self.whole.tests["ran"] < self.whole.tests["runnable"]:
+            found.append(f"only {self.whole.tests['ran']} of {self.whole.tests['runnable']} of llama.cpp's tests were run")
         return tuple(found)
 
 

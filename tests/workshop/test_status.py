@@ -48,7 +48,7 @@ def test_what_is_known_of_a_source(series: World, apex: Apex) -> None:
     assert found["patches"][1]["build_error"] == "a.cpp:1: error: no"
     assert found["lacking"][0] == "it does not build"
     results.remember(identity, "builds", {"ok": True, "error": None})
-    results.remember(identity, "tests", {"ran": 3, "passed": 2, "broken": [], "left_out": {}})
+    results.remember(identity, "tests", {"ran": 3, "runnable": 3, "passed": 2, "broken": [], "left_out": {}})
     said = apex("patch", "status")
     assert "2 of 3" in said.out and "tiny: green" in said.out
     (series.tree / IMATRIX).write_bytes(edited(10, "TEN"))
