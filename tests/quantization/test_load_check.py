@@ -35,7 +35,7 @@ KINDS = {
     "tensors-without-key": "but no key qwen35moe.nextn_predict_layers",
     "key-without-tensors": "promises a draft head",
     "pre-tokenizer": "pre-tokenizer",
-    "tensor-missing": "missing tensor 'blk.2.attn_q",
+    "tensor-missing": "llama-perplexity was ended",
 }
 
 
