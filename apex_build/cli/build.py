@@ -221,7 +221,7 @@ def _dry_run(pin: Pin, wanted: _Wanted, jobs: int | None, json_: bool) -> None:
         if json_:
             show.as_json({"pin": pin.name, "source": None, "cached": False})
         else:
-            click.echo(f"the source of {pin.name} would be fetched first: {pin.requirement}, or its commit {pin.commit[:12]}")
+            click.echo(f"the source of {pin.name} would be fetched first: {pin.carrier}, or its commit {pin.commit[:12]}")
         return
     cached = cache.look_up(plan.key) is not None
     facts: dict[str, Any] = {

@@ -55,7 +55,7 @@ def _sets() -> Iterable[tuple[str, str]]:
 def _pins() -> Iterable[tuple[str, str]]:
     from apex_build.source.pins import all_pins
 
-    return [(pin.name, pin.requirement) for pin in all_pins()]
+    return [(pin.name, pin.carrier) for pin in all_pins()]
 
 
 policies = _of(_policies)

@@ -17,6 +17,7 @@ VERBS = {
     "imatrix": "imatrix",
     "inspect": "inspect",
     "patch": "patch",
+    "pin": "pin",
     "plan": "plan",
     "plugins": "plugins",
     "policies": "policies",

@@ -89,6 +89,22 @@ def download(wanted: IndexFile, report: Report = silent, config: PipConfig | Non
     raise DownloadFailed(f"no package index that pip is configured with offers {wanted.file}{said}", hint=wanted.elsewhere)
 
 
+def offered_sha256(requirement: str, file: str) -> str:
+    """The sha256 that whatever pip is configured with gives for a file, so that it can be pinned. Raises DownloadFailed."""
+    config, wanted = read_pip_config(), IndexFile(requirement, file, "", None, requirement)
+    with _warnings() as warnings, open_session(config) as session:
+        for link in _candidates(wanted, config, session, warnings):
+            if offered := (link.hash_option or {}).get("sha256", []):
+                return str(offered[0])
+            if link.is_file:
+                return sha256_file(Path(link.file_path))
+    said = "".join(f"; {line}" for line in dict.fromkeys(warnings))
+    raise DownloadFailed(
+        f"no package index that pip is configured with offers {file} with its sha256{said}",
+        hint="pip index versions llama-cpp-python lists what there is",
+    )
+
+
 def _candidates(wanted: IndexFile, config: PipConfig, session: PyPIClient, warnings: list[str]) -> Iterator[Link]:
     """Links to the pinned file, from the nearest place to the farthest. One source out of order does not spoil the others."""
     for finder in _finders(config, session, warnings, wheels=wanted.file.endswith(".whl")):

@@ -117,7 +117,7 @@ def verify(pin: Pin) -> Verified:
 
 
 def _files(pin: Pin, origin: Origin, archive: Path | None, repository: str | None, report: Report) -> Iterator[tuple[str, bytes]]:
-    if origin == "git":
+    if origin == "git" or (archive is None and not pin.file):
         return upstream_files(pin, repository, report)
     if origin == "pypi" or archive is None:
         archive = download_sdist(pin, report)
@@ -139,5 +139,7 @@ def _refuse_loss(pin: Pin, path: Path) -> None:
 
 
 def further_files(pin: Pin, want: Callable[[str], bool], report: Report = silent) -> Iterator[tuple[str, bytes]]:
-    """Files of the pinned commit that no build uses, such as its tests: from the same archive, which its sha256 names."""
+    """Files of the pinned commit that no build uses, such as its tests: from the same verified archive, or from git."""
+    if not pin.file:
+        return upstream_files(pin, None, report, want)
     return read_archive(download_sdist(pin, report), pin.folder, pin.commit, want)

@@ -28,9 +28,9 @@ _FOLDER = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 class Pin:
     """One upstream commit.
 
-    `requirement`, `file`, `size` and `sha256` name the sdist that carries it, `folder` the tree inside that sdist; `tree_digest` is
-    the digest of the files a build uses (see source/tree_digest.py), the same from every origin; `patches` is its series' folder
-    and `own_file` its TOML file, for a pin that does not come with apex-build.
+    `requirement`, `file`, `size` and `sha256` name the sdist that carries it, `folder` the tree in it; all are empty for
+    a pin that only git has. `tree_digest` is the digest of the files a build uses (see source/tree_digest.py), the same from every
+    origin; `patches` is its series' folder and `own_file` its TOML file, for a pin that does not come with apex-build.
     """
 
     name: str
@@ -51,6 +51,11 @@ class Pin:
         if self.own_file:
             return f" --pin {self.own_file}"
         return "" if self.name == DEFAULT_PIN else f" --pin {self.name}"
+
+    @property
+    def carrier(self) -> str:
+        """What it is fetched as, for people."""
+        return self.requirement or f"git {self.commit[:12]}"
 
     @property
     def patches_folder(self) -> Path:
@@ -89,8 +94,12 @@ def _read(path: Path) -> Pin:
         raise PinUnknown(f"there is no pin file {path}", hint="apex source status") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PinUnknown(f"the pin file {path} cannot be read: {error}") from None
-    sdist = data.get("sdist")
-    sdist = sdist if isinstance(sdist, dict) else {}
+    sdist = data.get("sdist", {})
+    if not isinstance(sdist, dict):
+        raise PinUnknown(f"{path}: `sdist` must be a table, found {sdist!r}")
+    packaged = "sdist" in data or "origin" not in data
+    if not packaged and data["origin"] != "git":
+        raise PinUnknown(f"{path}: `origin` must be git, found {data['origin']!r}")
     size = sdist.get("size")
     if size is not None and not (isinstance(size, int) and size > 0):
         raise PinUnknown(f"{path}: `sdist.size` must be a number of bytes, not {size!r}")
@@ -101,10 +110,10 @@ def _read(path: Path) -> Pin:
         name=_text(path, data, "name", _NAME),
         commit=_text(path, data, "commit", _HEX40),
         repository=_text(path, data, "repository", re.compile(r"[^-\s]\S*")),
-        requirement=_text(path, sdist, "requirement", re.compile(r"\S.*"), "sdist."),
-        file=_text(path, sdist, "file", re.compile(r"[A-Za-z0-9][^/\\\s]*"), "sdist."),
-        sha256=_text(path, sdist, "sha256", _HEX64, "sdist."),
-        folder=_text(path, sdist, "folder", _FOLDER, "sdist."),
+        requirement=_text(path, sdist, "requirement", re.compile(r"\S.*"), "sdist.") if packaged else "",
+        file=_text(path, sdist, "file", re.compile(r"[A-Za-z0-9][^/\\\s]*"), "sdist.") if packaged else "",
+        sha256=_text(path, sdist, "sha256", _HEX64, "sdist.") if packaged else "",
+        folder=_text(path, sdist, "folder", _FOLDER, "sdist.") if packaged else "",
         tree_digest=_text(path, data, "tree_digest", _HEX64),
         size=size,
         patches=None if patches is None else (path.parent / patches).resolve(),

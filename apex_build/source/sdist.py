@@ -103,3 +103,14 @@ def _check_commit(archive: Path, comment: str, commit: str) -> None:
     """git archive writes the commit's name into the archive; if it is there, it must be the pinned one."""
     if re.fullmatch(r"[0-9a-f]{40}", comment) and comment != commit:
         raise HashMismatch(f"{archive.name} is of upstream commit {comment}, the pin is {commit}")
+
+
+def commit_of(archive: Path, folder: str) -> str | None:
+    """The commit that an sdist says its llama.cpp is of: it carries what git kept of the submodule. None where it says nothing."""
+    with open_tar(archive) as tar:
+        for member in members_of(archive, tar):
+            if member.isfile() and member.name.endswith(f"/.git/modules/{folder}/HEAD") and member.size < 100:
+                file = tar.extractfile(member)
+                text = "" if file is None else file.read().decode("ascii", "replace").strip()
+                return text if re.fullmatch(r"[0-9a-f]{40}", text) else None
+    return None

@@ -78,7 +78,7 @@ def _option(name: str, command: str, pin: Pin, targets: Sequence[GpuTarget], sur
         try:
             cached = _in_cache(require_tree(pin), pin, compiler, cuda)
         except SourceMissing:
-            notes.append(f"the source is fetched first: {pin.requirement}")
+            notes.append(f"the source is fetched first: {pin.carrier}")
         why_not, hint = ("", "") if cached else _disk_reason(cuda)
     except ApexError as error:
         why_not, hint = error.message, error.hint or ""

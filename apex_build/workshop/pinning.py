@@ -1,0 +1,117 @@
+"""New pins: a release of the package, or a commit of upstream's git; and moving an older pin on to a new one that is green."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from apex_build import places
+from apex_build.errors import DownloadFailed, HashMismatch, OutputUnwritable, PinUnknown, SeriesUnfit, TreeEdited
+from apex_build.fetching.download import offered_sha256
+from apex_build.progress import Report, Step, silent
+from apex_build.source.applied import unsaved_work
+from apex_build.source.pins import Pin, load_pin
+from apex_build.source.sdist import commit_of, download_sdist, read_archive
+from apex_build.source.series import read_series, verb
+from apex_build.source.tree import some, tree_path
+from apex_build.source.tree_digest import digest_of
+from apex_build.source.upstream import upstream_files
+from apex_build.storage.folders import new_folder, put_in_place
+from apex_build.storage.outputs import locked, whole_file, writing
+from apex_build.workshop.overview import overview
+
+PACKAGE = "llama-cpp-python"
+FOLDER = "vendor/llama.cpp"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def pin_file(name: str, given: Path | None = None) -> Path:
+    """Where a pin of this name is written: beside the others in a checkout, here otherwise. Raises OutputUnwritable."""
+    path = given or (places.data_root() / "vendor" / f"{name}.toml" if places.in_checkout() else Path(f"{name}.toml"))
+    if path.exists():
+        raise OutputUnwritable(f"{path} exists", hint="give the new pin another name, or its file with -o")
+    return path
+
+
+def add_release(name: str, version: str, path: Path, *, commit: str | None = None, report: Report = silent) -> Pin:
+    """Pin a release of the package: fetched once, and named by its sha256 from then on.
+
+    Its commit is the one that it says it is of, or the one given. Raises DownloadFailed, ArchiveUnsafe, HashMismatch.
+    """
+    file = f"{PACKAGE.replace('-', '_')}-{version}.tar.gz"
+    requirement = f"{PACKAGE}=={version}"
+    report(Step(f"looking for {file}", 0))
+    pin = Pin(name, commit or "0" * 40, _repository(), requirement, file, offered_sha256(requirement, file), FOLDER, "")
+    archive = download_sdist(pin, report)
+    said = commit_of(archive, FOLDER)
+    if commit is None and said is None:
+        raise DownloadFailed(f"{file} does not say which commit its llama.cpp is of", hint="name it: apex pin add --commit")
+    if commit and said and commit != said:
+        raise HashMismatch(f"{file} says that it is of commit {said}, not {commit}", hint="leave out --commit")
+    pin = replace(pin, commit=str(commit or said), size=archive.stat().st_size)
+    report(Step(f"reading {file}", 0))
+    return _write(replace(pin, tree_digest=digest_of(read_archive(archive, FOLDER, pin.commit))), path)
+
+
+def add_commit(name: str, commit: str, path: Path, *, repository: str | None = None, report: Report = silent) -> Pin:
+    """Pin a commit that only git has. Raises DownloadFailed where it cannot be fetched."""
+    if not _COMMIT.fullmatch(commit):
+        raise PinUnknown(f"a commit is named by 40 hexadecimal digits, not {commit!r}", hint="git ls-remote gives them")
+    pin = Pin(name, commit, repository or _repository(), "", "", "", "", "")
+    return _write(replace(pin, tree_digest=digest_of(upstream_files(pin, None, report))), path)
+
+
+def _repository() -> str:
+    return load_pin().repository
+
+
+def _write(pin: Pin, path: Path) -> Pin:
+    shipped = path.resolve().parent == (places.data_root() / "vendor").resolve()
+    with whole_file(path) as part:
+        part.write_text(_text(pin, None if shipped else f"{path.stem}-patches"), encoding="utf-8")
+    return load_pin(pin.name if shipped else str(path))
+
+
+def _text(pin: Pin, patches: str | None) -> str:
+    values = {"name": pin.name, "commit": pin.commit, "repository": pin.repository, "tree_digest": pin.tree_digest}
+    values |= {} if patches is None else {"patches": patches}
+    values |= {} if pin.file else {"origin": "git"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    if pin.file:
+        keys = ("requirement", "file", "size", "sha256", "folder")
+        lines += ["", "[sdist]", *(f"{key} = {json.dumps(getattr(pin, key))}" for key in keys)]
+    return "\n".join(lines) + "\n"
+
+
+def bump(name: str, to: str, report: Report = silent) -> tuple[Pin, Pin]:
+    """Let the pin `name` be what the pin `to` is, its series too; gives what it was, and what it is. Both trees stay as they are.
+
+    Raises SeriesUnfit unless `to` is green, TreeEdited where the tree of `name` holds work that is saved nowhere else.
+    """
+    old, new = load_pin(name), load_pin(to)
+    if old == new:
+        raise PinUnknown(f"{name} and {to} are the same pin", hint="apex pin list")
+    report(Step(f"looking at {new.name}", 0))
+    if lacking := overview(new).lacking:
+        raise SeriesUnfit(f"{new.name} is not green: {'; '.join(lacking)}", hint=verb(new, "status"))
+    tree = tree_path(old)
+    if tree.exists() and (work := unsaved_work(tree, read_series(old))):
+        raise TreeEdited(f"{tree} holds work that is saved nowhere else: {some(work, '; ')}", hint=verb(old, "save"))
+    target = old.own_file or places.data_root() / "vendor" / f"{old.name}.toml"
+    final = old.patches_folder
+    with writing(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+    with locked(final), new_folder(final) as part:
+        if new.patches_folder.is_dir():
+            shutil.copytree(new.patches_folder, part, symlinks=True)
+        else:
+            part.mkdir()
+        put_in_place(part, final)
+    patches = os.path.relpath(final, target.parent) if old.patches else None  # its series' folder stays the one named there
+    with whole_file(target) as part:
+        part.write_text(_text(replace(new, name=old.name), patches), encoding="utf-8")
+    return old, load_pin(str(old.own_file) if old.own_file else old.name)
