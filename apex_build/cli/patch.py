@@ -58,7 +58,7 @@ def apply(pin_name: str) -> None:
 @click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(pin_name: str | None, all_: bool, build_: bool, jobs: int | None, as_json: bool) -> None:
-    """Show of each patch whether it is in the tree, applies, builds, and passes tests.
+    """Show how each patch stands: applied, builds, passes tests.
 
     \b
     tree      applied, changed (the tree has another version), missing, conflict
@@ -168,7 +168,8 @@ def save(pin_name: str, force: bool) -> None:
 
     \b
     Examples:
-      git -C vendor/pr-22673 commit -a --fixup :/imatrix && git -C vendor/pr-22673 rebase -i --autosquash apex-base
+      git -C vendor/pr-22673 commit -a --fixup :/imatrix
+      git -C vendor/pr-22673 rebase -i --autosquash apex-base
       apex patch save
     """
     pin = load_pin(pin_name)

@@ -51,9 +51,10 @@ def edit(patch: str | None, pin_name: str) -> None:
 )
 @pin_option
 def new(subject: str, files: tuple[str, ...], message: str, message_file: Path | None, pin_name: str) -> None:
-    """Make a patch of what is edited in the tree, at the end of the series, and save it.
+    """Make a patch of what is edited in the tree, and save it.
 
-    FILES, relative to the tree, are what goes into it; by default all edits and new files. Its author is that of the series.
+    It comes last in the series. FILES, relative to the tree, are what goes into it; by default all edits and new files. Its
+    author is that of the series.
 
     \b
     Examples:
@@ -91,9 +92,10 @@ def drop(patch: str, pin_name: str) -> None:
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
 @pin_option
 def reorder(patches: tuple[str, ...], pin_name: str) -> None:
-    """Put these patches first, in this order; the others follow as they were. Then save.
+    """Put these patches first, in this order, and save.
 
-    Refused where a patch does not go where it is put, or the files in the end would differ; nothing is changed then.
+    The others follow as they were. Refused where a patch does not go where it is put, or the files in the end would differ;
+    nothing is changed then.
 
     \b
     Examples:
@@ -124,8 +126,16 @@ def tell(saved: Saved) -> None:
 @click.option("--continue", "continue_", is_flag=True, help="Go on: the conflict is resolved, and added with git.")
 @click.option("--skip", is_flag=True, help="Go on without the patch that conflicts.")
 @click.option("--abort", is_flag=True, help="Bring the tree back to what it was.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def port(
-    patches: tuple[str, ...], onto_name: str, from_name: str | None, dry_run: bool, continue_: bool, skip: bool, abort: bool
+    patches: tuple[str, ...],
+    onto_name: str,
+    from_name: str | None,
+    dry_run: bool,
+    continue_: bool,
+    skip: bool,
+    abort: bool,
+    as_json: bool,
 ) -> None:
     """Port patches to another pin, and save them in its series. The series they come from stays.
 
@@ -148,23 +158,35 @@ def port(
     with show.progress() as report:
         if abort:
             kept = porting.abort_port(onto, report)
+            if as_json:
+                show.as_json({"pin": onto.name, "kept": kept})
+                return
             click.echo(f"{onto.name} is as it was; what the port had come to: git show {kept[:9]} there, or {porting.ABORTED}")
             return
         if continue_ or skip:
-            _tell_port(onto, porting.continue_port(onto, report, skip=skip))
+            _tell_port(onto, porting.continue_port(onto, report, skip=skip), as_json)
             return
         origin = load_pin(from_name)
         if origin == onto:
             raise click.UsageError("--onto and --from name the same pin")
         if not dry_run:
-            _tell_port(onto, porting.port(onto, origin, patches, report))
+            _tell_port(onto, porting.port(onto, origin, patches, report), as_json)
             return
-    for one in porting.preview(onto, origin, patches):
+    found = porting.preview(onto, origin, patches)
+    if as_json:
+        show.as_json([{"patch": one.patch.name, "applies": one.applies, "detail": one.detail} for one in found])
+        return
+    for one in found:
         click.echo(f"{one.applies:<9} {one.patch.name}{f': {one.detail}' if one.detail else ''}")
 
 
-def _tell_port(onto: Pin, ported: porting.Ported) -> None:
+def _tell_port(onto: Pin, ported: porting.Ported, as_json: bool) -> None:
     port = ported.port
+    if as_json:
+        written = [str(ported.saved.folder / name) for name in ported.saved.written] if ported.saved else []
+        lists = {"ported": port.done, "upstream": port.upstream, "skipped": port.skipped, "written": written}
+        show.as_json({"pin": onto.name, "from": port.origin, **{key: list(names) for key, names in lists.items()}})
+        return
     for names, what in ((port.done, "ported"), (port.upstream, "not needed, the source has it"), (port.skipped, "left out")):
         for name in names:
             click.echo(f"{what}: {name}")

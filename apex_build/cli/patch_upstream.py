@@ -22,11 +22,11 @@ from apex_build.workshop import exporting, upstream_tests
 @click.option("--force", is_flag=True, help="Overwrite files of the same names that hold something else.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def export(pin_name: str, folder: Path | None, force: bool, as_json: bool) -> None:
-    """Write the series as mail for git am, and for each patch a draft of a pull request.
+    """Write the series as mail, with drafts of pull requests.
 
-    A draft has what and why from the commit's message, how it was tested, our figures, and what upstream's CONTRIBUTING.md asks of
-    whoever sends it. The lines that are added are checked by the tree's .editorconfig, and by clang-format where that is installed.
-    Refused where the patches have more than one author.
+    git am takes the mail. The draft of a patch has what and why from the commit's message, how it was tested, our figures, and
+    what upstream's CONTRIBUTING.md asks of whoever sends it. The lines that are added are checked by the tree's .editorconfig,
+    and by clang-format where that is installed. Refused where the patches have more than one author.
 
     \b
     Examples:
@@ -61,15 +61,15 @@ def export(pin_name: str, folder: Path | None, force: bool, as_json: bool) -> No
 @click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def test(pin_name: str, only: tuple[str, ...], timeout: float, jobs: int | None, as_json: bool) -> None:
-    """Build and run llama.cpp's own tests, without the series and with it.
+    """Run llama.cpp's own tests without the series, and with it.
 
-    All that a CPU can run without a download: quantization functions, ggml's operations on the CPU, tokenizers, GGUF, chat
-    templates, grammars, arguments. What ran is remembered, and shown by `apex patch status`; after a change to the series only its
-    side runs again. Exit code 28 where a test passes without the series and fails with it.
+    Those that a CPU can run without a download are built first: quantization functions, ggml's operations on the CPU,
+    tokenizers, GGUF, chat templates, grammars, arguments. What ran is remembered, and shown by `apex patch status`; after a
+    change to the series only its side runs again. Exit code 28 where a test passes without the series and fails with it.
 
     \b
     Examples:
-      apex patch test                                  # an hour or so on two cores
+      apex patch test                            # an hour or so on two cores
       apex patch test --only quantize --only gguf
       apex patch test --pin latest --jobs 2 --json
     """

@@ -57,8 +57,7 @@ def edit(pin: Pin, given: str | None = None, report: Report = silent) -> Opened:
 
 
 # What git runs as its editor, in place of the user's: the list of steps, with `edit` for `pick` at one commit.
-_EDITOR = """#!{python}
-import sys
+_EDITOR = """import sys
 from pathlib import Path
 todo = Path(sys.argv[1])
 lines = todo.read_text(encoding="utf-8", errors="surrogateescape").splitlines(True)
@@ -70,10 +69,10 @@ todo.write_text("".join(found), encoding="utf-8", errors="surrogateescape")
 
 def _stop_at(path: Path, base: str, commit: str) -> None:
     with scratch_folder("todo") as temp:
-        editor = temp / "editor"
-        editor.write_text(_EDITOR.format(python=sys.executable, commit=commit), encoding="utf-8")
-        editor.chmod(0o700)
-        done = run(path, "rebase", "--interactive", base, env={**COMMITTER, "GIT_SEQUENCE_EDITOR": shlex.quote(str(editor))})
+        editor = temp / "editor.py"
+        editor.write_text(_EDITOR.format(commit=commit), encoding="utf-8")
+        command = shlex.join([sys.executable, str(editor)])  # git gives this one to a shell
+        done = run(path, "rebase", "--interactive", base, env={**COMMITTER, "GIT_SEQUENCE_EDITOR": command})
     if done.returncode != 0:
         run(path, "rebase", "--abort")
         raise failed(f"git rebase failed in {path}", done.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from source.tiny import IMATRIX, LINES, World, commit, edited, folder, git
 from workshop.conftest import MakeLater, Run
@@ -41,6 +43,8 @@ def test_dry_run_touches_nothing(pair: tuple[World, World], run: Run) -> None:
     said = run("patch", "port", "--onto", later.toml, "--from", tiny.toml, "--dry-run")
     assert [line.split()[0] for line in said.out.splitlines()] == ["conflict", "yes", "upstream", "conflict"]
     assert f"{IMATRIX}, hunk 1 of 1" in said.out
+    found = json.loads(run("patch", "port", "--onto", later.toml, "--from", tiny.toml, "--dry-run", "--json").out)
+    assert found[1] == {"patch": "0002-ggml-ndern.patch", "applies": "yes", "detail": None}
     assert git(later.tree, "rev-list", "--count", "HEAD") == "1"
 
 
@@ -93,9 +97,10 @@ def test_a_patch_of_later_work_alone(pair: tuple[World, World], run: Run) -> Non
     git(later.tree, "commit", "--quiet", "--amend", "-m", "ggml: ändern\n\nAnd why.")
     save_series(later.pin)
     run("patch", "port", "--onto", later.toml, "--from", tiny.toml)
-    said = run("patch", "port", "--onto", later.toml, "--skip")
+    said = run("patch", "port", "--onto", later.toml, "--skip", "--json")
     assert said.code == 0, said.err
-    assert "left out: 0001-imatrix-record-the-draft-head.patch" in said.out
+    found = json.loads(said.out)
+    assert found["skipped"] == ["0001-imatrix-record-the-draft-head.patch"] and found["ported"] == ["0004-ggml-thirty.patch"]
     assert subjects(later) == ["ggml: ändern", "ggml: thirty"]
     commit(tiny.tree, {"ggml/src/new.c": b"newer\n"}, "ggml: newer")
     save_series(tiny.pin)
