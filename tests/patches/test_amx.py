@@ -13,7 +13,21 @@ from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import load_pin
 
 # What ggml's own CMake file sets for its variant `sapphirerapids`, without what these kernels do not use
-FEATURES = "fma f16c avx2 bmi2 avx512f avx512cd avx512vl avx512dq avx512bw avx512vbmi avx512vnni amx-tile amx-int8".split()
+FEATURES = [
+    "fma",
+    "f16c",
+    "avx2",
+    "bmi2",
+    "avx512f",
+    "avx512cd",
+    "avx512vl",
+    "avx512dq",
+    "avx512bw",
+    "avx512vbmi",
+    "avx512vnni",
+    "amx-tile",
+    "amx-int8",
+]
 NEEDED = ("avx512_vnni", "avx512vl", "avx512bw")
 
 
