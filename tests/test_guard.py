@@ -253,7 +253,8 @@ def test_a_sweep_writes_over_no_input(world: Path, monkeypatch: pytest.MonkeyPat
 def test_every_option_that_writes_is_in_these_tests() -> None:
     """A new one belongs into COMMANDS, or beside the verb's own tests."""
     elsewhere = {  # verb, option -> where it is tried
-        ("build", "--export"), ("convert", "--output"), ("demo", "--output"), ("imatrix", "--output"), ("sweep", "--output"),
+        ("build", "--export"), ("convert", "--output"), ("demo", "--output"), ("imatrix", "--output"), ("plugins", "--output"),
+        ("sweep", "--output"),
     }  # fmt: skip
     here = {
         (name.split()[0], {"-o": "--output"}.get(word, word)) for name in COMMANDS for word in name.split()[1:] if word[0] == "-"
