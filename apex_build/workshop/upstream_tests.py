@@ -40,7 +40,7 @@ _FOLDERS = ("tests/", "models/ggml-vocab-")
 _LABELS = {"model": "needs a model that is downloaded", "python": "needs packages of Python"}
 # What a test is given so that it tests something on a machine that has a CPU alone.
 _ARGUMENTS = {"test-backend-ops": ("test", "-b", "CPU")}
-_EXECUTABLE = re.compile(r"bin/([\w.+-]+): \w*EXECUTABLE_LINKER")
+_ADDED = re.compile(r'^add_test\((?:\[=*\[(?P<quoted>[^\]]+)\]=*\]|(?P<plain>[^\s"\[]+)) "(?P<program>[^"]+)"', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ def _side(
     if not todo:
         return known, reused, tests
     try:
-        targets = sorted({target for test in todo if (target := _target(bench, test.name))})
+        programs = _programs(bench)
+        targets = sorted({programs[test.name] for test in todo if test.name in programs})
         cmake.compile_targets(bench.source, bench.work, targets, bench.jobs, bench.front, _told(bench.report, which))
     except BuildFailed as error:
         raise BuildFailed(f"llama.cpp's tests cannot be built {which}:\n{compilers_words(error)}", hint=error.hint) from None
@@ -235,11 +236,13 @@ def _test(entry: Mapping[str, Any]) -> OwnTest:
     return OwnTest(entry["name"], command, str(properties.get("WORKING_DIRECTORY", ".")), code, why_not)
 
 
-def _target(bench: _Bench, name: str) -> str | None:
-    """The program of a test whose command is not known yet: of the same name, or of its beginning (test-tokenizer-0-falcon)."""
-    said = run_tool([cmake.programs()[1], "-C", bench.work, "-t", "targets", "all"])
-    programs = [found[1] for line in said.lines if (found := _EXECUTABLE.match(line))]
-    return max((one for one in programs if name == one or name.startswith(f"{one}-")), key=len, default=None)
+def _programs(bench: _Bench) -> dict[str, str]:
+    """Test -> the target that makes its program. ctest does not tell before it is built, the files that it reads do."""
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in bench.work.rglob("CTestTestfile.cmake")]
+    found = [match for text in texts for match in _ADDED.finditer(text)]
+    return {
+        match["plain"] or match["quoted"]: Path(match["program"]).name for match in found if f"{bench.work}/" in match["program"]
+    }
 
 
 def _run(bench: _Bench, test: OwnTest) -> State:

@@ -31,7 +31,7 @@ add_executable(test-value value.c)
 add_executable(test-slow slow.c)
 add_executable(test-never never.c)
 of(test-value test-value-40 main 40 ${PROJECT_SOURCE_DIR}/models/ggml-vocab-tiny.gguf)
-of(test-value test-value-fails main 1 ${PROJECT_SOURCE_DIR}/models/ggml-vocab-tiny.gguf)
+of(test-value test-of-a-value-fails main 1 ${PROJECT_SOURCE_DIR}/models/ggml-vocab-tiny.gguf)
 of(test-slow test-slow main)
 of(test-never test-with-a-model model)
 add_test(NAME test-url COMMAND ${CMAKE_COMMAND} -E echo https://models.example)
@@ -83,12 +83,12 @@ def test_both_sides(later: World, run: Run) -> None:
     assert said.out.splitlines() == [
         "without the series: 3 run, 2 passed",
         "with the series: 3 run, 2 passed",
-        "  test-value-fails: failed; without the series: failed",
+        "  test-of-a-value-fails: failed; without the series: failed",
         "left out: 3, needs a model that is downloaded",
         "later: no test passes without the series and fails with it (3 of 3 run)",
     ]
     status = json.loads(run("patch", "status", "--pin", later.toml, "--json").out)
-    assert status["tests"]["ran"] == 3 and status["tests"]["failed_without_too"] == ["test-value-fails"]
+    assert status["tests"]["ran"] == 3 and status["tests"]["failed_without_too"] == ["test-of-a-value-fails"]
     assert status["lacking"] == ["nobody built it yet"]
     assert not (later.tree / "tests").exists(), "the tree is what it was"
 
