@@ -11,7 +11,7 @@ BUILD  := apex build $(foreach name,$(GPU),--gpu $(name))
 help:
 	@echo "make build   fetch, verify, patch and compile llama.cpp's tools; GPU=dgx-spark for a GPU that is elsewhere"
 	@echo "make demo    the whole road on a small model: build, calibrate, quantize, compare"
-	@echo "make test    lint, and the tests on the real tools"
+	@echo "make test    lint, and the tests on the real tools; PIN=latest for those of patches and main road with that pin's"
 	@echo "make test-fast  the tests that need neither the tools nor a package index; under a minute"
 	@echo "make test-all   lint, and the tests on every Python that is here"
 	@echo "make lint    ruff and mypy"
@@ -23,8 +23,16 @@ build: $(STAMP)
 demo: $(STAMP)
 	$(VENV)/bin/apex demo
 
+# make test PIN=latest: the tests of the patches and of the main road, with the tools of another pin
+ROAD   := tests/patches tests/calibration/test_run.py tests/quantization/test_quantize.py tests/evaluation/test_draft_head.py
+
+ifdef PIN
+test: $(STAMP)
+	APEX_PIN=$(PIN) $(VENV)/bin/python -m pytest $(ROAD)
+else
 test: lint
 	$(VENV)/bin/python -m pytest
+endif
 
 test-fast: $(STAMP)
 	$(VENV)/bin/python -m pytest -m "not tools and not network"

@@ -1,6 +1,7 @@
 """Where things are: the data that travels with the package, and the user's folders.
 
-Environment: APEX_CACHE_DIR moves the cache (downloads, builds, environments), APEX_SOURCE_DIR the fetched llama.cpp trees.
+Environment: APEX_CACHE_DIR moves the cache (downloads, builds, environments), APEX_SOURCE_DIR the fetched llama.cpp trees; APEX_PIN
+names the llama.cpp that is worked with.
 """
 
 from __future__ import annotations
@@ -29,6 +30,26 @@ def data_root() -> Path:
 
 def in_checkout() -> bool:
     return data_root() == _PACKAGE.parent
+
+
+DEFAULT_PIN = "pr-22673"
+PIN_VARIABLE = "APEX_PIN"
+
+
+def chosen_pin() -> str:
+    """The pin that APEX_PIN, or apex.toml through it, chose: its name, or a TOML file of the user's; else the default one."""
+    return os.environ.get(PIN_VARIABLE) or DEFAULT_PIN
+
+
+def chosen_pin_name() -> str:
+    """The name of the chosen pin, as builds and their pointers have it."""
+    chosen = chosen_pin()
+    if not chosen.endswith(".toml"):
+        return chosen
+    with suppress(OSError, ValueError):
+        if named := re.search(r'(?m)^name\s*=\s*"([^"]*)"', Path(chosen).read_text(encoding="utf-8")):
+            return named[1]
+    return chosen
 
 
 # A checkout has a Makefile, an installed package has none.

@@ -69,7 +69,7 @@ def heldout() -> Path:
 
 @pytest.fixture(scope="session")
 def source_tree() -> Path:
-    """llama.cpp as the default pin has it, fetched where it is not there."""
+    """llama.cpp as the chosen pin (APEX_PIN) has it, fetched where it is not there."""
     from apex_build.source.fetch import ensure_source
     from apex_build.source.pins import load_pin
 
@@ -78,7 +78,7 @@ def source_tree() -> Path:
 
 @pytest.fixture(scope="session")
 def tools() -> Toolset:
-    """The patched tools of the default pin, built if they are not in the cache (APEX_TOOLS names others)."""
+    """The patched tools of the chosen pin (APEX_PIN), built if they are not in the cache (APEX_TOOLS names others)."""
     if os.environ.get("APEX_TOOLS"):
         from apex_build.native.toolset import find_toolset
 
@@ -92,14 +92,23 @@ def tools() -> Toolset:
 
 
 @pytest.fixture(scope="session")
+def rows_choice(tools: Toolset) -> None:
+    """For tests of --mtp-rows, which the tools of some pins do not have."""
+    from apex_build.gguf_model.mtp_rows import rows_can_be_chosen
+
+    if not rows_can_be_chosen(tools.tool("llama-perplexity")):
+        pytest.skip("these tools take the hidden rows that their llama.cpp has for an architecture")
+
+
+@pytest.fixture(scope="session")
 def stock_imatrix(source_tree: Path) -> Path:
     """llama-imatrix of the same tree without our patches. The compiler cache has most of it; the cache of builds keeps it."""
-    from apex_build.places import cache_root
+    from apex_build.places import cache_root, chosen_pin_name
     from apex_build.source.tree import BASE
     from apex_build.toolchain.backends import Backend
     from apex_build.toolchain.build.run import build, plan_build
 
-    stock = cache_root() / "tests" / "stock"
+    stock = cache_root() / "tests" / f"stock-{chosen_pin_name()}"
     shutil.rmtree(stock, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(source_tree), str(stock)], check=True)
     subprocess.run(["git", "-C", str(stock), "checkout", "--quiet", "--detach", BASE], check=True)

@@ -34,6 +34,7 @@ from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 from apex_build.places import unfinished
 from apex_build.progress import Report, Step, silent
+from apex_build.source.served import check_served, instead_of
 from apex_build.storage.digests import sha256_file, sha256_json
 from apex_build.storage.json_files import read_json, write_json
 from apex_build.storage.outputs import (
@@ -97,7 +98,7 @@ def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
     wanted += ["--ctx-size", str(settings.context), "--batch-size", str(settings.context)]
     wanted += ["--output-frequency", str(_NO_SAVES), "--save-frequency", str(settings.snapshot_every)]
     if settings.head and model.has_head:
-        wanted += ["--mtp", *tool_arguments(settings.rows, model.architecture)]
+        wanted += ["--mtp", *tool_arguments(settings.rows, model.architecture, tools.tool("llama-imatrix"))]
     if settings.threads is not None:
         wanted += ["--threads", str(settings.threads)]
     if settings.gpu_layers is not None:
@@ -151,6 +152,7 @@ def calibrate(
     ModelInvalid (it cannot be run).
     """
     check_runnable(model)
+    check_served(model, tools)
     work = work_folder(out)
     check_place(out)
     check_apart((*with_manifest_and_log(out), *files_in(work)), (*model.files, *text.files, *tools.files()))
@@ -176,7 +178,12 @@ def calibrate(
         with writing(work):
             _prepare(work, key, text, fresh=force)
         try:
-            manifest = {"identity": key, "from": parts, "text": _text_json(text), "rows_check": _checked(work, text, check, model)}
+            manifest = {
+                "identity": key,
+                "from": parts,
+                "text": _text_json(text),
+                "rows_check": _checked(work, text, check, model, tools),
+            }
             done = _run(model, text, tools, out, settings, work, manifest, report)
         except BaseException:
             if not _snapshots(work):  # nothing that a later run could go on from
@@ -211,12 +218,12 @@ def _prepare(work: Path, key: str, text: CalibrationText, *, fresh: bool) -> Non
         write_json(work / "identity.json", key)
 
 
-def _checked(work: Path, text: CalibrationText, check: Check | None, model: Model) -> dict[str, Any] | None:
+def _checked(work: Path, text: CalibrationText, check: Check | None, model: Model, tools: Toolset) -> dict[str, Any] | None:
     try:
         return check(work / "text" / text.name) if check is not None else None
     except ToolFailed as error:
         if output.HEAD_UNKNOWN in error.message:
-            raise _head_not_run(model) from None
+            raise _head_not_run(model, tools) from None
         raise
 
 
@@ -237,13 +244,13 @@ def _run(
         command += ["--in-file", f"../{snapshot.name}", "--chunk", str(done)]
     if settings.chunks is not None:
         command += ["--chunks", str(settings.chunks - done)]
-    watch = _Watch(model, work, done, settings, report)
+    watch = _Watch(model, tools, work, done, settings, report)
     partial.unlink(missing_ok=True)  # of a run that was ended before its last step
     memory = settings.memory or memory_limit(sum(tensor.n_bytes for tensor in model.tensors))
     log = beside(out, LOG)
     ran = run_tool(command, cwd=work / "text", log=log, on_line=watch.line, explain=output.explain, memory=memory)
     made = written(partial, out, model)
-    _verify(made, model, settings)
+    _verify(made, model, settings, tools)
     values = [] if done else [value for line in ran.lines if (value := output.perplexity(line))]
     # The manifest first: a file in place without it would not be known again.
     made_of = {**manifest, "head_rows": _rows_json(made, model, settings)}
@@ -253,21 +260,26 @@ def _run(
     return Calibration(out, manifest["identity"], covered, values[-1].value if values else None, ran.seconds, done, False)
 
 
-def _head_not_run(model: Model) -> VerificationFailed:
+def _head_not_run(model: Model, tools: Toolset) -> VerificationFailed:
+    alone = f"apex calibrate {shlex.quote(str(model.path))} --no-mtp, for an imatrix of the trunk alone"
+    other = instead_of(tools, model, head=True)
     return VerificationFailed(
         f"{model.path}: the draft head was not run: this llama.cpp cannot evaluate it for {model.architecture}",
-        hint=f"apex calibrate {shlex.quote(str(model.path))} --no-mtp, for an imatrix of the trunk alone",
+        hint=f"{other}; or {alone}" if other else alone,
     )
 
 
-def _verify(found: Imatrix, model: Model, settings: Settings) -> None:
+def _verify(found: Imatrix, model: Model, settings: Settings, tools: Toolset) -> None:
     check_values(found)
     covered = coverage(found, model)
     if settings.head and model.has_head and found.head_tokens is None:
-        raise _head_not_run(model)
-    if settings.head and model.has_head and (asked := tool_arguments(settings.rows, model.architecture)):
-        expected = CHOICES[asked[-1]]
-        if found.head_rows != expected:
+        raise _head_not_run(model, tools)
+    if settings.head and model.has_head:
+        asked = tool_arguments(settings.rows, model.architecture, tools.tool("llama-imatrix"))
+        known = trained_on(model.architecture)
+        # without a choice the tool says what its llama.cpp takes; some do not say it
+        expected = CHOICES[asked[-1]] if asked else known.rows if known else None
+        if expected and found.head_rows != expected and (asked or found.head_rows):
             raise VerificationFailed(
                 f"{model.path}: the draft head was to be run with {expected} rows, and was with {found.head_rows or 'unnamed ones'}"
             )
@@ -284,6 +296,7 @@ class _Watch:
     """Turns the tool's output into progress, and removes snapshots that a newer one has made useless."""
 
     model: Model
+    tools: Toolset
     work: Path
     before: int  # chunks done by earlier runs
     settings: Settings
@@ -297,7 +310,7 @@ class _Watch:
 
     def line(self, line: str) -> None:
         if self.settings.head and self.model.has_head and output.head_left_out(line):
-            raise _head_not_run(self.model)
+            raise _head_not_run(self.model, self.tools)
         self.warn(line)
         if plan := output.planned(line):
             self.total = self.before + plan.chunks

@@ -12,7 +12,7 @@ from apex_build.cli import packed_builds, show, values
 from apex_build.errors import SourceMissing
 from apex_build.hookspecs import GpuTarget
 from apex_build.native.toolset import find_toolset
-from apex_build.places import in_checkout
+from apex_build.places import PIN_VARIABLE, chosen_pin_name, in_checkout
 from apex_build.plugins import Plugins, load_plugins
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import DEFAULT_PIN, Pin, load_pin
@@ -46,6 +46,7 @@ class _Wanted:
     "pin_name",
     metavar="NAME",
     shell_complete=values.pins,
+    envvar=PIN_VARIABLE,
     default=DEFAULT_PIN,
     show_default=True,
     help="Pin, or a pin's TOML file.",
@@ -114,8 +115,8 @@ def command(
     installed CUDA toolkit. The other verbs use the build that was last made, or asked for again, here.
 
     The same source, patches, compiler and options are never built twice. An interrupted build goes on where it stopped. CC, CXX,
-    CFLAGS, CXXFLAGS and LDFLAGS count, and are part of a build's identity. A build that is not of the default pin is used with
-    APEX_TOOLS=<its folder>.
+    CFLAGS, CXXFLAGS and LDFLAGS count, and are part of a build's identity. Builds of two pins lie side by side: the other verbs
+    take that of the default pin, or of the one that APEX_PIN or apex.toml names.
 
     \b
     Examples:
@@ -207,8 +208,9 @@ def _show(built: Built, packed: Packed | None, json_: bool) -> None:
     counts = f", compiler cache: {', '.join(f'{count} {name}' for name, count in built.counts.items())}" if built.counts else ""
     how = "already built" if built.reused else f"built in {built.seconds:.0f} s{counts}"
     click.echo(f"{toolset.bin}: {how}")
-    if (toolset.manifest.get("pin") or {}).get("name") != DEFAULT_PIN:
-        click.echo(f"to use these tools: APEX_TOOLS={toolset.root}")
+    pin = (toolset.manifest.get("pin") or {}).get("name")
+    if pin != chosen_pin_name():
+        click.echo(f'to use these tools: {PIN_VARIABLE}={pin}, or `pin = "{pin}"` in apex.toml')
     if packed:
         packed_builds.show_packed(packed)
 

@@ -10,6 +10,7 @@ import click
 from apex_build.cli import show
 from apex_build.conversion.convert import OUTTYPES, Job, account_for, prepare, run
 from apex_build.gguf_model.metadata import parse_meta
+from apex_build.places import PIN_VARIABLE
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import DEFAULT_PIN, load_pin
 
@@ -28,7 +29,15 @@ from apex_build.source.pins import DEFAULT_PIN, load_pin
 @click.option(
     "--meta", metavar="KEY=VALUE", multiple=True, help="Metadata: name, license, base_model=ORG/NAME, ... (several times)."
 )
-@click.option("--pin", "pin_name", metavar="NAME", default=DEFAULT_PIN, show_default=True, help="Pin whose converter to use.")
+@click.option(
+    "--pin",
+    "pin_name",
+    metavar="NAME",
+    envvar=PIN_VARIABLE,
+    default=DEFAULT_PIN,
+    show_default=True,
+    help="Pin whose converter to use.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the converter.  [default: as torch and NumPy choose]")
 @click.option("--python", type=click.Path(path_type=Path), help="Python with torch and transformers. [env: APEX_CONVERT_PYTHON]")
 @click.option("--force", is_flag=True, help="Replace OUT.gguf, once the new one is complete.")

@@ -30,6 +30,7 @@ import platformdirs
 from apex_build.cli.verbs import VERBS, all_verbs
 from apex_build.errors import ConfigInvalid
 from apex_build.near import nearby
+from apex_build.places import PIN_VARIABLE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,9 +40,9 @@ else:
 NAME = "apex.toml"
 VARIABLE = "APEX_CONFIG"
 FOLDERS = {"cache_dir": "APEX_CACHE_DIR", "source_dir": "APEX_SOURCE_DIR"}
-AT_TOP = {**FOLDERS, "quantized_by": "APEX_QUANTIZED_BY"}
+AT_TOP = {**FOLDERS, "quantized_by": "APEX_QUANTIZED_BY", "pin": PIN_VARIABLE}
 PLUGINS_OFF = "APEX_PLUGINS_OFF"
-_EVERYWHERE = ("pin", "threads", "gpu-layers", "tools", "quiet", "verbose")  # options that may stand at the top
+_EVERYWHERE = ("threads", "gpu-layers", "tools", "quiet", "verbose")  # options that may stand at the top
 _PLUGINS = ("off", "folders")
 # The environment comes before a file, and these options have a variable of their own.
 _VARIABLES = {"tools": "APEX_TOOLS", "python": "APEX_CONVERT_PYTHON"}
@@ -109,7 +110,8 @@ def apply() -> None:
         if where == ("plugins", "off"):
             _export(PLUGINS_OFF, ",".join(_texts(setting)))
         elif (name := setting.key.replace("-", "_")) in AT_TOP and not setting.section:
-            _export(AT_TOP[name], _path(setting, _text(setting)) if name in FOLDERS else _text(setting))
+            text = _text(setting)
+            _export(AT_TOP[name], _path(setting, text) if name in FOLDERS or (name == "pin" and text.endswith(".toml")) else text)
 
 
 def defaults(verb: str, command: click.Command) -> dict[str, Any]:

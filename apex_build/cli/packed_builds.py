@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from apex_build.cli import show
+from apex_build.places import chosen_pin_name
 from apex_build.plugins import Plugins
-from apex_build.source.pins import DEFAULT_PIN
 from apex_build.toolchain.machine.gpus import runs_on, survey_gpus
 from apex_build.toolchain.packed.packing import Packed
 from apex_build.toolchain.packed.unpacking import take_in
@@ -47,7 +47,7 @@ def import_build(archive: Path, make_current: bool, json_: bool) -> None:
     _say_gpus(toolset.manifest.get("cuda") or {})
     if taken.left_out:
         click.echo(f"not in it, and needed from this machine for its GPU: {', '.join(taken.left_out)}")
-    if not make_current or (toolset.manifest["pin"] or {}).get("name") != DEFAULT_PIN:
+    if not make_current or (toolset.manifest["pin"] or {}).get("name") != chosen_pin_name():
         current = ", or import it with --make-current" if not make_current else ""
         click.echo(f"to use these tools: APEX_TOOLS={toolset.root}{current}")
 

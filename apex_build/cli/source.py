@@ -11,6 +11,7 @@ import click
 from apex_build.cli import show, values
 from apex_build.cli.groups import Group
 from apex_build.errors import ApexError
+from apex_build.places import PIN_VARIABLE
 from apex_build.source import fetch as fetching
 from apex_build.source.pins import DEFAULT_PIN, Pin, all_pins, load_pin
 from apex_build.source.series import series_status
@@ -21,6 +22,7 @@ pin_option = click.option(
     "pin_name",
     metavar="NAME",
     shell_complete=values.pins,
+    envvar=PIN_VARIABLE,
     default=DEFAULT_PIN,
     show_default=True,
     help="Pin, or a pin's TOML file.",

@@ -12,7 +12,7 @@ from apex_build.evaluation.head_scores import Scores, read_csv
 from apex_build.evaluation.intervals import clustered_mean
 from apex_build.evaluation.task import Task, ToolOptions
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.mtp_rows import CHOICES, trained_on
+from apex_build.gguf_model.mtp_rows import CHOICES, rows_can_be_chosen, trained_on
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, silent
 from apex_build.storage.digests import sha256_file
@@ -62,12 +62,12 @@ def check_rows(
     options: ToolOptions = ToolOptions(),  # noqa: B008  frozen
     report: Report = silent,
 ) -> RowsCheck | None:
-    """Score the first chunks of `text` with both; None where no choice is known for the architecture. Kept in the cache.
+    """Score the first chunks of `text` with both; None where no choice is known for the architecture, or the tools have none.
 
-    Raises HeadRowsDoubtful where what is known of it is clearly the worse choice, ToolFailed.
+    Kept in the cache. Raises HeadRowsDoubtful where what is known of it is clearly the worse choice, ToolFailed.
     """
     known = trained_on(model.architecture)
-    if known is None or known.choice is None:
+    if known is None or known.choice is None or not rows_can_be_chosen(tools.tool("llama-perplexity")):
         return None
     task = Task("hidden rows", model, tools, texts={"": text}, threads=threads, report=report, options=options)
     ours, others = known.choice, next(choice for choice in CHOICES if choice != known.choice)

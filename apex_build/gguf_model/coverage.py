@@ -13,8 +13,12 @@ from apex_build.gguf_model.imatrix import Entry, Imatrix
 from apex_build.gguf_model.quantizable import quantizable
 
 FEW = 0.01  # of the even share: an expert that saw less has hardly any data
-# looked up by token, never multiplied with: no run can record inputs for it
-_ROWS_ONLY = "nextn.embed_tokens.weight"
+# looked up by token, or added: never multiplied with, so that no run can record inputs for it
+_NO_INPUT = ("nextn.embed_tokens.weight", "_compressor_ape.weight")
+# deepseek4: one matrix in the file, loaded as one for each group of heads, and the imatrix has data for each
+_LOADED_AS_SEVERAL = "attn_output_a.weight"
+# picks tokens for sparse attention; llama.cpp's graphs of draft heads attend to all of them
+_NOT_IN_HEADS = ".indexer."
 # of the tokens that most of a layer's weights saw: llama-imatrix drops a batch's last rows at some of them, never so many
 _AGREE = 0.98
 # of these a run records as many rows as tokens
@@ -77,7 +81,7 @@ class Coverage:
             return ()
         layers: dict[int, list[tuple[TensorCoverage, float]]] = {}
         for tensor in self.tensors:
-            if tensor.has_data and tensor.role in _ALL_TOKENS and not _FEWER_ROWS.search(tensor.name):
+            if tensor.has_data and tensor.role in _ALL_TOKENS and not self._of_other_rows(tensor.name):
                 layers.setdefault(tensor.layer, []).append((tensor, self._tokens(tensor)))
         return tuple(
             (tensor, tokens, most)
@@ -86,6 +90,10 @@ class Coverage:
             for tensor, tokens in seen
             if tokens < _AGREE * most
         )
+
+    def _of_other_rows(self, name: str) -> bool:
+        streams = self.imatrix.head_rows == "streams" and ".nextn." in name  # several rows a token
+        return streams or _FEWER_ROWS.search(name) is not None
 
     def _tokens(self, tensor: TensorCoverage) -> float:
         routed = tensor.role == "routed" and tensor.experts > 1 and len(tensor.counts) == tensor.experts
@@ -155,16 +163,17 @@ def disagreements(covered: Coverage) -> list[str]:
 
 def wants_data(tensor: Tensor) -> bool:
     """Whether llama-imatrix can record data for this tensor and llama-quantize would use it: the matrices of the blocks."""
-    return can_have_data(tensor.name, tensor.shape, tensor.layer)
+    unused = tensor.draft_head and _NOT_IN_HEADS in tensor.name
+    return can_have_data(tensor.name, tensor.shape, tensor.layer) and not unused
 
 
 def can_have_data(name: str, shape: Sequence[int], layer: int | None) -> bool:
-    return layer is not None and quantizable(name, shape) and not name.endswith(_ROWS_ONLY)
+    return layer is not None and quantizable(name, shape) and not name.endswith(_NO_INPUT)
 
 
 def _covered(tensor: Tensor, imatrix: Imatrix, examined: Examined, threshold: float) -> TensorCoverage:
-    experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
     entry = imatrix.entries.get(tensor.name)
+    experts = tensor.shape[2] if len(tensor.shape) > 2 else _loaded_as(tensor, entry)
     if entry is not None:
         _fits(tensor, entry, experts, imatrix)
     counts = entry.counts if entry else ()
@@ -183,6 +192,13 @@ def _covered(tensor: Tensor, imatrix: Imatrix, examined: Examined, threshold: fl
     return TensorCoverage(
         tensor.name, tensor.role, tensor.layer, tensor.draft_head, experts, counts, without, few, finding.empty if finding else ()
     )
+
+
+def _loaded_as(tensor: Tensor, entry: Entry | None) -> int:
+    """How many matrices llama.cpp makes of one in the file."""
+    count, rest = divmod(entry.n_values, tensor.shape[0]) if entry else (1, 0)
+    several = tensor.name.endswith(_LOADED_AS_SEVERAL) and count > 0 and not rest and tensor.shape[1] % count == 0
+    return count if several else 1
 
 
 def _fits(tensor: Tensor, entry: Entry, experts: int, imatrix: Imatrix) -> None:

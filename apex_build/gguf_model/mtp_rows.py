@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from apex_build.errors import ParameterUnknown
+from apex_build.native.arguments import options_of
 
 Rows = Literal["pre_norm", "post_norm", "streams"]  # as imatrix.mtp_hidden names them; streams: of hyper-connections
 CHOICES: Mapping[str, Rows] = {"pre": "pre_norm", "post": "post_norm"}  # --mtp-rows of the tools
@@ -72,11 +76,27 @@ TRAINED_ON: Mapping[str, TrainedOn] = {
 AUTO = "auto"  # a user's choice, beside those of CHOICES: what is known of the architecture
 
 
-def tool_arguments(choice: str, architecture: str) -> list[str]:
-    """For the tools that run the head: the user's choice; none where nothing is known, so that the tool's default holds."""
+def tool_arguments(choice: str, architecture: str, program: Path | None = None) -> list[str]:
+    """For the tools that run the head: the user's choice; none where nothing is known, so that the tool's default holds.
+
+    Also none where `program` leaves no choice: its llama.cpp takes the rows that it has for the architecture. Raises
+    ParameterUnknown where others are asked for.
+    """
     known = trained_on(architecture)
+    if program is not None and not rows_can_be_chosen(program):
+        if choice != AUTO and not (known and known.choice == choice):
+            raise ParameterUnknown(
+                f"--mtp-rows {choice}: this {program.name} takes the rows that its llama.cpp has for {architecture}, and no others",
+                hint="leave it out; the tools of the pin pr-22673 have the choice: apex build --pin pr-22673",
+            )
+        return []
     wanted = choice if choice != AUTO else known.choice if known else None
     return ["--mtp-rows", wanted] if wanted else []
+
+
+def rows_can_be_chosen(program: Path) -> bool:
+    """Whether a tool has --mtp-rows."""
+    return "--mtp-rows" in options_of(program)
 
 
 def trained_on(architecture: str) -> TrainedOn | None:

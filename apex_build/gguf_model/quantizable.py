@@ -10,6 +10,7 @@ _KEPT = (
     *("ssm_conv1d", "shortconv.conv.weight", "attn_rel_b.weight"),
     *(f"time_mix_{part}.weight" for part in ("first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
     *("time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight"),
+    *("ffn_gate_tid2eid.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "a.rvq.codebook", "mm.a.code_embd"),  # latest
     *(".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger"),
 )
 _KEPT_WHOLE = ("position_embd.weight", "token_types.weight")

@@ -71,7 +71,7 @@ def _digest(folder: Path) -> str:
 
 
 def find_toolset(path: Path | None = None) -> Toolset:
-    """The tools to use: `path`, or the folder that APEX_TOOLS names, or the build of the default pin that was last asked for.
+    """The tools to use: `path`, or the folder that APEX_TOOLS names, or the build of the chosen pin that was last asked for.
 
     A given folder is one that `apex build` made, or the CMake build folder or `bin` folder of any llama.cpp build.
     Raises BuildMissing where there is none, or where files of it are gone or cut short.
@@ -82,24 +82,32 @@ def find_toolset(path: Path | None = None) -> Toolset:
         return _given(path)
     current = current_build()
     if current is None:
-        wrong = _pointers()[1]
-        raise BuildMissing("; ".join(wrong) or "the native tools have not been built", hint=_HINT)
+        wrong, pin = _pointers()[1], places.chosen_pin()
+        if pin == places.DEFAULT_PIN:
+            raise BuildMissing("; ".join(wrong) or "the native tools have not been built", hint=_HINT)
+        missing = f"the native tools of the pin {pin} have not been built, and {places.PIN_VARIABLE} or apex.toml asks for them"
+        raise BuildMissing("; ".join(wrong) or missing, hint=f"apex build --pin {pin}")
     return open_build(current)
 
 
-def current_build() -> Path | None:
-    """The folder of the build in use, if there is one. Each backend has a pointer; the one that was last asked for counts."""
-    pointers = _pointers()[0]
+def current_build(pin: str = "") -> Path | None:
+    """The folder of the build in use of the pin (the chosen one), if there is one.
+
+    Each pin and backend has a pointer; the one that was last asked for counts.
+    """
+    pointers = _pointers(pin)[0]
     return places.cache_root() / "builds" / max(pointers)[1] if pointers else None
 
 
-def _pointers() -> tuple[list[tuple[float, str]], list[str]]:
-    """When each build in use was asked for last, with its key; and what is wrong with pointers that are damaged."""
-    found, wrong = [], []
+def _pointers(pin: str = "") -> tuple[list[tuple[float, str]], list[str]]:
+    """When each build of the pin that is in use was asked for last, with its key; and what is wrong with damaged pointers."""
+    found, wrong, pin = [], [], pin or places.chosen_pin_name()
     for path in sorted((places.cache_root() / "builds").glob("current-*.json")):
         try:
             pointer = _json(path)
             at, key = pointer.get("at", 0), pointer.get("key")
+            if pointer.get("pin", places.DEFAULT_PIN) != pin:
+                continue
             if not isinstance(at, (int, float)) or not isinstance(key, str) or not re.fullmatch(r"[\w-]{1,64}", key):
                 raise BuildMissing(f"{path} is damaged: it names no build")
             found.append((float(at), key))

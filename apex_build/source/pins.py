@@ -11,13 +11,13 @@ from typing import Any
 from apex_build import places
 from apex_build.errors import PinUnknown
 from apex_build.near import nearby
+from apex_build.places import DEFAULT_PIN as DEFAULT_PIN
+from apex_build.source.serves import Serves, read_serves
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-DEFAULT_PIN = "pr-22673"
 
 _HEX40, _HEX64 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -30,7 +30,8 @@ class Pin:
 
     `requirement`, `file`, `size` and `sha256` name the sdist that carries it, `folder` the tree in it; all are empty for
     a pin that only git has. `tree_digest` is the digest of the files a build uses (see source/tree_digest.py), the same from every
-    origin; `patches` is its series' folder and `own_file` its TOML file, for a pin that does not come with apex-build.
+    origin; `patches` is its series' folder, `own_file` its TOML file, for a pin that does not come with apex-build, and `serves`
+    what its tools can do, if the file says so.
     """
 
     name: str
@@ -44,13 +45,13 @@ class Pin:
     size: int | None = None
     patches: Path | None = None
     own_file: Path | None = None
+    serves: Serves | None = None
 
     @property
     def option(self) -> str:
-        """What a command line needs to mean this pin, for a hint: nothing for the default one."""
-        if self.own_file:
-            return f" --pin {self.own_file}"
-        return "" if self.name == DEFAULT_PIN else f" --pin {self.name}"
+        """What a command line needs to mean this pin, for a hint: nothing for the chosen one."""
+        given = str(self.own_file or self.name)
+        return "" if given == places.chosen_pin() else f" --pin {given}"
 
     @property
     def carrier(self) -> str:
@@ -63,11 +64,11 @@ class Pin:
 
 
 def load_pin(name: str | None = None) -> Pin:
-    """The pin of this name, or the one in this TOML file when `name` is a path that ends in `.toml`.
+    """The pin of this name, or the one in this TOML file when `name` is a path that ends in `.toml`; without a name the chosen one.
 
     Raises PinUnknown, also for a file that lacks a key or holds a value of the wrong form.
     """
-    name = name or DEFAULT_PIN
+    name = name or places.chosen_pin()
     if name.endswith(".toml"):
         return replace(_read(Path(name)), own_file=Path(name))
     path = _folder() / f"{name}.toml"
@@ -117,6 +118,7 @@ def _read(path: Path) -> Pin:
         tree_digest=_text(path, data, "tree_digest", _HEX64),
         size=size,
         patches=None if patches is None else (path.parent / patches).resolve(),
+        serves=read_serves(path, data.get("serves")),
     )
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from apex_build import places
@@ -84,6 +84,9 @@ def _text(pin: Pin, patches: str | None) -> str:
     if pin.file:
         keys = ("requirement", "file", "size", "sha256", "folder")
         lines += ["", "[sdist]", *(f"{key} = {json.dumps(getattr(pin, key))}" for key in keys)]
+    if pin.serves:
+        names = {field.name: sorted(getattr(pin.serves, field.name)) for field in fields(pin.serves)}
+        lines += ["", "[serves]", *(f"{key} = {json.dumps(value)}" for key, value in names.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -113,5 +116,5 @@ def bump(name: str, to: str, report: Report = silent) -> tuple[Pin, Pin]:
         put_in_place(part, final)
     patches = os.path.relpath(final, target.parent) if old.patches else None  # its series' folder stays the one named there
     with whole_file(target) as part:
-        part.write_text(_text(replace(new, name=old.name), patches), encoding="utf-8")
+        part.write_text(_text(replace(new, name=old.name, serves=new.serves or old.serves), patches), encoding="utf-8")
     return old, load_pin(str(old.own_file) if old.own_file else old.name)

@@ -54,8 +54,8 @@ def draft_head(task: Task) -> list[Figure]:
     groups = {"": list(range(len(ours)))}
     if len(ours) > 1:
         groups |= {domain: [number] for number, domain in enumerate(task.texts)}
-    asked = head_rows_arguments(rows_choice(task), task.model.architecture)
-    note = f"{HEAD_ROWS[asked[1]]} rows" if asked else f"the tool's default rows: none are known for {task.model.architecture}"
+    asked = head_rows_arguments(rows_choice(task), task.model.architecture, task.tools.tool("llama-perplexity"))
+    note = f"{HEAD_ROWS[asked[1]]} rows" if asked else f"the rows that the tool's llama.cpp has for {task.model.architecture}"
     figures: list[Figure] = []
     for domain, members in groups.items():
         columns = dict(columns_of([ours[number] for number in members], depth, context))

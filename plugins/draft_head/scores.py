@@ -41,7 +41,7 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> HeadScores
             f"expected from 1 to {max(1, context - 1 - context // 2)}, the scored positions of a chunk"
         )
 
-    rows = head_rows_arguments(rows_choice(task), model.architecture)
+    rows = head_rows_arguments(rows_choice(task), model.architecture, task.tools.tool("llama-perplexity"))
 
     def make(part: Path) -> None:
         csv = part.with_name(f"{part.name}.csv")

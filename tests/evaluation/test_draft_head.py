@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from gguf_edit import copy, random_glm4moe, uneven_norms, without_head
+from architectures import write_model
+from gguf_edit import copy, uneven_norms, without_head
 from scoring import CONTEXT, SCORED, Figures, measure, perplexity_tool, plugin_module, quantize, task_of
 
 from apex_build.errors import CalibrationSetInvalid, DiskTooSmall, EvaluationRefused, ParameterUnknown, ToolFailed
@@ -191,9 +192,9 @@ def test_a_model_without_a_head(tools: Toolset, testbed: Path, texts: dict[str, 
     task = task_of("draft-head", tools, headless, texts)
     with pytest.raises(ToolFailed, match=r"headless\.gguf: llama-perplexity ended with code 1(.|\n)*the model has no MTP head"):
         plugin_module("draft_head", "scores").scored(task, "code")
-    unknown = random_glm4moe(testbed, tmp_path / "glm4moe.gguf")
+    unknown = write_model("exaone-moe", testbed, tmp_path / "exaone.gguf")
     with pytest.raises(
-        ToolFailed, match=r"glm4moe\.gguf: llama-perplexity ended(.|\n)*the MTP head of this architecture can not be"
+        ToolFailed, match=r"exaone\.gguf: llama-perplexity ended(.|\n)*the MTP head of this architecture can not be"
     ):
         measure("draft-head", tools, unknown, texts)
 

@@ -111,6 +111,18 @@ def test_a_damaged_pointer_is_none(content: str, cache: Path) -> None:
         run_apex(*verb, env={**os.environ, "APEX_CACHE_DIR": str(cache)})
 
 
+def test_builds_of_two_pins_lie_side_by_side(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, pin in (("abc", DEFAULT_PIN), ("def", "latest")):
+        make_current(Toolset(make_build(cache / "builds" / key), {"key": key, "backend": "cpu", "pin": {"name": pin}}))
+    assert find_toolset().root.name == "abc"
+    monkeypatch.setenv("APEX_PIN", "latest")
+    assert find_toolset().root.name == "def"
+    monkeypatch.setenv("APEX_PIN", "pr-1")
+    with pytest.raises(BuildMissing, match="the native tools of the pin pr-1 have not been built") as raised:
+        find_toolset()
+    assert raised.value.hint == "apex build --pin pr-1"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -49,7 +49,8 @@ def device(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     ggml, library = ensure_source(load_pin()) / "ggml", folder / "libclient.so"
     (folder / "client.cpp").write_text(_CLIENT)
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ggml}/include", f"-I{ggml}/src"]
-    command += ["-o", str(library), str(folder / "client.cpp"), *map(str, sorted((ggml / "src" / "ggml-rpc").glob("*.cpp")))]
+    sources = sorted(path for path in (ggml / "src" / "ggml-rpc").glob("*.cpp") if "apple" not in path.name)
+    command += ["-o", str(library), str(folder / "client.cpp"), *map(str, sources)]
     subprocess.run([*command, str(tools.library("ggml-base"))], check=True, capture_output=True)
 
     with closing(socket.create_server(("127.0.0.1", 0))) as free:

@@ -30,7 +30,7 @@ LOW = ("--policy", "i-nano", *SMALL, "--set", "draft_head=IQ2_XXS")
 
 
 @pytest.fixture(scope="module")
-def pre(tools: Toolset, testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pre(rows_choice: None, tools: Toolset, testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imatrix of rows that heads of qwen35moe were not trained on, asked for as such."""
     out = tmp_path_factory.mktemp("pre") / "pre.imatrix.gguf"
     run_apex("calibrate", testbed, "-o", out, "--chunks", 24, "--mtp-rows", "pre", "--threads", 1)
@@ -131,7 +131,7 @@ def test_an_architecture_that_nothing_is_known_of(
 
 
 def test_the_check_stops_where_the_other_rows_are_clearly_better(
-    tools: Toolset, testbed: Path, heldout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    rows_choice: None, tools: Toolset, testbed: Path, heldout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = uneven_norms(testbed, tmp_path / "uneven.gguf")
     text = heldout / "code.txt"
@@ -150,7 +150,7 @@ def test_the_check_stops_where_the_other_rows_are_clearly_better(
 
 
 def test_the_check_is_made_once(
-    tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows_choice: None, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept in the cache: a run that goes on, or is started again, does not wait for it."""
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
@@ -202,7 +202,9 @@ def test_arguments_that_llama_imatrix_alone_takes() -> None:
     assert without_own_arguments(extra) == ("--no-mmap", "--override-tensor", "exps=CPU")
 
 
-def test_a_tool_that_takes_other_rows_than_asked_is_found_out(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+def test_a_tool_that_takes_other_rows_than_asked_is_found_out(
+    rows_choice: None, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "llama-imatrix"
     script.write_text(f'#!/bin/sh\nexec {tools.tool("llama-imatrix")} "$@" --mtp-rows pre\n')

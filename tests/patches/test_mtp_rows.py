@@ -11,7 +11,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
-from gguf_edit import imatrix_without_rows, random_glm4moe, uneven_norms
+from architectures import write_model
+from gguf_edit import imatrix_without_rows, uneven_norms
 from reference import Reference
 
 from apex_build.evaluation.intervals import clustered_mean
@@ -25,6 +26,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 CONTEXT, CHUNKS = 128, 6
 HEAD = "blk.6."
 ROWS = ("post", "pre")
+pytestmark = pytest.mark.usefixtures("rows_choice")
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +281,7 @@ def test_the_server_drafts_with_either_rows(tools: Toolset, uneven: Path, heldou
 
 
 def test_an_architecture_without_a_choice_says_so(run: Run, testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    model = random_glm4moe(testbed, tmp_path / "glm4moe.gguf")
+    model = write_model("exaone-moe", testbed, tmp_path / "exaone.gguf")
     common = ["-m", model, "-f", heldout / "code.txt", "-c", 128, "--chunks", 2, "--mtp", "--mtp-rows", "pre"]
     ran = run("llama-perplexity", *common, check=False)
     assert ran.returncode == 1 and "the MTP head of this architecture can not be evaluated" in ran.stdout + ran.stderr

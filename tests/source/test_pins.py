@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from source.tiny import Apex, World
 
 from apex_build.errors import PinUnknown
-from apex_build.source.pins import DEFAULT_PIN, all_pins, load_pin
+from apex_build.places import chosen_pin_name
+from apex_build.source.pins import DEFAULT_PIN, Pin, all_pins, load_pin
+from apex_build.source.tree import tree_path
 
 
 def test_shipped_pins() -> None:
@@ -63,3 +68,31 @@ def test_bad_pin_file(world: World, old: str, new: str, words: str) -> None:
 def test_missing_pin_file(world: World) -> None:
     with pytest.raises(PinUnknown, match=r"there is no pin file .*absent\.toml"):
         load_pin(str(world.toml.with_name("absent.toml")))
+
+
+@pytest.mark.parametrize("pin", all_pins(), ids=lambda pin: pin.name)
+def test_what_a_pin_serves_is_what_its_tree_knows(pin: Pin) -> None:
+    source = tree_path(pin) / "src" / "llama-arch.cpp"
+    if not source.is_file():
+        pytest.skip(f"the source of {pin.name} has not been fetched")
+    names = source.read_text(encoding="utf-8").partition("LLM_ARCH_NAMES")[2].partition("};")[0]
+    known = {name for name in re.findall(r'\{\s*LLM_ARCH_\w+,\s*"([^"]+)"', names) if "unknown" not in name}
+    assert pin.serves is not None and pin.serves.architectures == known
+    assert pin.serves.heads | pin.serves.heads_idle < known and not pin.serves.heads & pin.serves.heads_idle
+
+
+@pytest.mark.parametrize(
+    "serves", ["3", "[]", "{ architectures = 3, heads = [], heads_idle = [] }", "{ architectures = [], heads = [1] }"]
+)
+def test_what_a_pin_serves_has_a_form(serves: str, world: World, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(f"serves = {serves}\n{world.toml.read_text()}")
+    with pytest.raises(PinUnknown, match="serves"):
+        load_pin(str(wrong))
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    monkeypatch.setenv("APEX_PIN", "latest")
+    assert load_pin().name == "latest" and load_pin().option == "" and load_pin(DEFAULT_PIN).option == f" --pin {DEFAULT_PIN}"
+    monkeypatch.setenv("APEX_PIN", str(world.toml))
+    assert load_pin() == world.pin and chosen_pin_name() == world.pin.name and load_pin().option == ""

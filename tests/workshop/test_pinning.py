@@ -103,6 +103,8 @@ def test_bump_only_to_what_is_green(series: World, make_later: MakeLater, run: R
     commit(later.tree, {"ggml/src/new.c": b"new\n"}, "ggml: new")
     save_series(later.pin)
     assert run("source", "fetch", "--force", "--pin", series.toml).code == 0  # the tree as apex lays it out
+    with series.toml.open("a") as file:
+        file.write('[serves]\narchitectures = ["tiny"]\nheads = []\nheads_idle = []\n')
     toml, patches = series.toml.read_bytes(), folder(series.patches)
     bump = ("pin", "bump", series.toml, "--to", later.toml)
     said = run(*bump)
@@ -121,7 +123,8 @@ def test_bump_only_to_what_is_green(series: World, make_later: MakeLater, run: R
     said = run(*bump)
     assert said.code == 0, said.err
     pin = load_pin(str(series.toml))
-    assert pin == dataclasses.replace(later.pin, name="tiny", own_file=series.toml, patches=series.patches)
+    assert pin.serves and pin.serves.architectures == {"tiny"}, "what it said it serves, it says still"
+    assert pin == dataclasses.replace(later.pin, name="tiny", own_file=series.toml, patches=series.patches, serves=pin.serves)
     assert [patch.subject for patch in read_series(pin)] == ["ggml: new"]
     assert folder(series.patches) == folder(later.patches), "and that of the other stays"
     assert run("source", "fetch", "--pin", series.toml).code == 0

@@ -68,19 +68,20 @@ def _opened(key: str) -> tuple[Toolset | None, str]:
 
 
 def make_current(toolset: Toolset, *, prefer: bool = True) -> None:
-    """Let `find_toolset` take this build, if it is one of the default pin.
+    """Let `find_toolset` take this build, where its pin is the chosen one.
 
     With `prefer` False a build of another backend that is in use stays so.
     """
     manifest = toolset.manifest
-    if (manifest.get("pin") or {}).get("name") != DEFAULT_PIN or current_build() == toolset.root:
+    pin = (manifest.get("pin") or {}).get("name")
+    if not isinstance(pin, str) or current_build(pin) == toolset.root:
         return
-    pointer = builds_root() / f"current-{manifest['backend']}.json"
+    pointer = builds_root() / f"current-{manifest['backend']}{'' if pin == DEFAULT_PIN else f'-{pin}'}.json"
     try:
         at = time.time() if prefer else float(read_json(pointer).get("at", 0))
     except (OSError, ValueError, AttributeError, TypeError, OverflowError):
         at = 0.0
-    write_json(pointer, {"key": manifest["key"], "pin": DEFAULT_PIN, "at": at})
+    write_json(pointer, {"key": manifest["key"], "pin": pin, "at": at})
 
 
 def all_builds() -> list[Build]:

@@ -53,7 +53,7 @@ def test_another_pin_is_built_but_does_not_become_the_current_one(as_default: Pa
     run(apex, ["build", "--backend", "cpu"])
     done = run(apex, ["build", "--backend", "cpu", "--pin", "latest"])
     assert done.exit_code == 0
-    assert "APEX_TOOLS=" in done.stdout
+    assert "to use these tools: APEX_PIN=latest" in done.stdout
     listed = json.loads(run(apex, ["build", "--list", "--json"]).stdout)
     assert {item["pin"]["name"]: item["current"] for item in listed} == {"pr-22673": True, "latest": False}
 
