@@ -62,7 +62,7 @@ def export(pin: Pin, folder: Path, *, force: bool = False, report: Report = sile
     program = style.clang_format()
     unchecked = [] if program else ["clang-format is not on this machine: the layout of code was not checked"]
     unchecked += [] if guide else [f"the source of {pin.name} comes without {GUIDE}"]
-    facts = _facts()
+    facts = export_facts()
     texts: dict[Path, bytes] = {}
     remarks: list[tuple[str, str]] = []
     for one in found.standing:
@@ -96,7 +96,7 @@ def check_author(pin: Pin, series: Sequence[Patch]) -> None:
         )
 
 
-def _facts() -> dict[str, Mapping[str, Any]]:
+def export_facts() -> dict[str, Mapping[str, Any]]:
     """By the subject of a patch: `tested` and `figures`, lists of sentences."""
     data = tomllib.loads(_FACTS.read_text(encoding="utf-8"))
     return {subject: entry for entry in data["patch"] for subject in entry["subjects"]}
