@@ -22,6 +22,7 @@ from apex_build.evaluation.check import Checked
 from apex_build.evaluation.task import ToolOptions
 from apex_build.gguf_model.metadata import Setting, parse_meta, who_quantizes
 from apex_build.gguf_model.model import read_model
+from apex_build.gguf_model.runnable import trunk_blocks
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.native.memory import MEMORY, bytes_of
@@ -312,4 +313,5 @@ def _print(done: Quantized, job: Job, choice: Choice | None) -> None:
     click.echo(f"{done.path}: {size}; {how}")
     _print_left(job)
     _show_head(job, choice)
-    click.echo(f"run it: {command_line(done.path, job.model, job.tools)}")
+    if trunk_blocks(job.model):
+        click.echo(f"run it: {command_line(done.path, job.model, job.tools)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from apex_build.errors import LoadFailed, ModelMissing, ToolFailed, ToolKilled
 from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.runnable import trunk_blocks
 from apex_build.gguf_model.soundness import PRE_TOKENIZER, unsound
 from apex_build.native.output import explain
 from apex_build.native.run import run_tool
@@ -55,6 +56,8 @@ def check_input(model: Model, tools: Toolset) -> None:
             f"{model.path}: llama.cpp cannot load it: {reasons[0]}",
             hint="apex inspect tells what is in a file; --no-load-check does without this",
         )
+    if not trunk_blocks(model):
+        return  # a draft head alone, which the tools load beside its model only
     try:
         stat = model.path.stat()
     except OSError as error:

@@ -11,6 +11,7 @@ from apex_build.errors import AlreadyQuantized, DataMissing, HeadRowsMismatch, S
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, can_have_data, disagreements
 from apex_build.gguf_model.mtp_rows import CHOICE_OF, Rows, trained_on
+from apex_build.gguf_model.runnable import trunk_blocks
 from apex_build.gguf_model.soundness import unsound
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
@@ -70,6 +71,8 @@ def check_plan(plan: Plan, model: Model, covered: Coverage | None, policy: Polic
         )
     rows = check_head_rows(plan.entries, model, covered, allowed.head_rows) if covered is not None else []
     doubts = [f"llama.cpp cannot load {model.path} or what is made of it: {reason}" for reason in unsound(model)]
+    if not trunk_blocks(model):
+        doubts.append(f"{model.path} holds a draft head alone: the tools load it beside its model only, so that is not tried")
     return [*doubts, *plan.warnings, *remarks(plan, ggml), *rows, *_data(changed, model, covered, policy, allowed)]
 
 

@@ -15,6 +15,7 @@ from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.header import read_header
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
 from apex_build.gguf_model.metadata import Setting
+from apex_build.gguf_model.runnable import trunk_blocks
 from apex_build.hookspecs import PolicySpec
 from apex_build.native import output
 from apex_build.native.ggml import Ggml
@@ -212,7 +213,7 @@ def run(
                 )
             progress.end()
             verify(part, job.plan, job.keys, job.n_bytes, job.tools, source=job.model, imatrix=data, report=report)
-            if load_check:
+            if load_check and trunk_blocks(job.model):
                 check_loads(part, job.tools, f"{out} as llama-quantize wrote it")
             # The manifest first: hashing takes minutes, and a file in place without its manifest would not be known again.
             write_json(beside(out, MANIFEST), _manifest(job, sha256_file(part)))

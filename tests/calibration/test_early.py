@@ -68,6 +68,8 @@ def test_a_head_alone_is_told_and_not_run(
     run_apex("evaluate", head_alone, *given, code=ModelInvalid.exit_code)
     assert "6 in the trunk (none of them in this file), 1 in the draft head" in run_apex("inspect", head_alone).stdout
     assert json.loads(run_apex("inspect", head_alone, "--json").stdout)["trunk_layers_here"] == 0
+    ran = run_apex("quantize", head_alone, "--policy", "i-nano", "--imatrix", calibrated, "-o", tmp_path / "q.gguf")
+    assert "holds a draft head alone" in ran.stderr and "run it" not in ran.stdout and (tmp_path / "q.gguf").exists()
     # the whole model's data is this file's too
     shown = run_apex("inspect", calibrated, "--model", head_alone).stdout
     assert "all of its 11 weights have data" in shown
