@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from apex_build.errors import OutputUnwritable, ParameterUnknown
@@ -17,7 +18,7 @@ from apex_build.hookspecs import PolicySpec
 from apex_build.near import nearby
 from apex_build.parameters import BASE_TYPE
 from apex_build.places import model_stem
-from apex_build.policy.plan import TYPE_LIST, Plan
+from apex_build.policy.plan import TYPE_LIST, Entry, Plan
 from apex_build.storage.digests import sha256_json
 
 TEMPLATE = "{model}-{tag}"
@@ -35,14 +36,23 @@ _LETTERS = 4  # of the digest for parameters
 
 
 def type_of_most_weights(plan: Plan) -> str:
-    """The file type, for the name and for general.file_type: what a person expects of size and quality.
+    """The file type for the name: what a person expects of size and quality.
 
     By bytes a few weights in a larger type may outnumber all others: a 35B by i-micro has 39 % of its bytes in Q3_K and 32 % in
     IQ1_M, and with 2.3 bits a weight it is no Q3_K_M to anybody.
     """
+    return _most(plan, lambda entry: entry.n_elements)
+
+
+def type_of_most_bytes(plan: Plan) -> str:
+    """The file type that says what most bytes of the file are: `general.file_type`."""
+    return _most(plan, lambda entry: entry.n_bytes)
+
+
+def _most(plan: Plan, amount: Callable[[Entry], int]) -> str:
     totals: dict[str, int] = {}
     for entry in plan.entries:
-        totals[entry.type] = totals.get(entry.type, 0) + entry.n_elements
+        totals[entry.type] = totals.get(entry.type, 0) + amount(entry)
     return file_type_of(max(totals, key=lambda name: totals[name]))
 
 

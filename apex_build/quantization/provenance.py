@@ -20,7 +20,7 @@ from apex_build.hookspecs import PolicySpec
 from apex_build.native.toolset import Toolset
 from apex_build.policy.dry_run import base_types
 from apex_build.policy.plan import Plan
-from apex_build.quantization.naming import type_of_most_weights
+from apex_build.quantization.naming import type_of_most_bytes
 from apex_build.storage.digests import sha256_file, sha256_json
 
 Value = str | int | float
@@ -48,13 +48,13 @@ def provenance(
 
 
 def description(plan: Plan, model: Model, settings: Sequence[Setting], tools: Toolset) -> dict[str, Value]:
-    """What the file is and whose: its file type as its name has it, its size where the model does not say it, and `settings`.
+    """What the file is and whose: its file type by most of its bytes, its size where the model does not say it, and `settings`.
 
     llama-quantize itself would name the base type, of which a mixture may have hardly a tensor. Raises ParameterUnknown for what
     cannot be set here.
     """
     keys: dict[str, Value] = {}
-    if (number := base_types(tools).get(type_of_most_weights(plan))) is not None:
+    if (number := base_types(tools).get(type_of_most_bytes(plan))) is not None:
         keys["general.file_type"] = number
     if not model.metadata.get("general.size_label"):
         keys["general.size_label"] = _size_label(model)

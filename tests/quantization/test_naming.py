@@ -26,7 +26,7 @@ from apex_build.parameters import BASE_TYPE
 from apex_build.places import source_root
 from apex_build.plugins import load_plugins
 from apex_build.policy.plan import Entry, Plan
-from apex_build.quantization.naming import FILE_TYPES, file_name, source_stem, type_of_most_weights
+from apex_build.quantization.naming import FILE_TYPES, file_name, source_stem, type_of_most_bytes, type_of_most_weights
 
 NAMES = Path(__file__).parent / "names"
 MODEL = Path("Qwen3.6-35B-A3B-F16.gguf")
@@ -155,7 +155,7 @@ def test_the_sources_type_is_dropped(name: str, stem: str) -> None:
     assert source_stem(Path(name)) == stem
 
 
-def test_the_type_is_that_of_most_weights_not_of_most_bytes() -> None:
+def test_the_name_tells_most_weights_and_the_file_type_most_bytes() -> None:
     """A 35B by i-nano: more bytes are Q3_K, far more weights IQ2_XXS, and a file of 2.7 bits a weight is no Q3_K_M to anybody."""
     policy = load_plugins().policy("i-nano")
     few, many = (
@@ -163,14 +163,14 @@ def test_the_type_is_that_of_most_weights_not_of_most_bytes() -> None:
         for type_name, rows, n_bytes in (("Q3_K", 10, 1100), ("IQ2_XXS", 15, 990))
     )
     plan = replace(plan_of(policy, "Q3_K"), entries=(few, many))
-    assert type_of_most_weights(plan) == "IQ2_XXS"
+    assert (type_of_most_bytes(plan), type_of_most_weights(plan)) == ("Q3_K_M", "IQ2_XXS")
     assert file_name(MODEL, plan, policy) == "Qwen3.6-35B-A3B-IQ2_XXS_INANO.gguf"
 
 
 def test_a_template_of_ones_own() -> None:
     policy = load_plugins().policy("i-nano")
     plan = plan_of(policy, "Q4_K")
-    assert type_of_most_weights(plan) == "Q4_K_M"
+    assert type_of_most_bytes(plan) == type_of_most_weights(plan) == "Q4_K_M"
     assert file_name(MODEL, plan, policy, "{model}-APEX-{policy}-{type}") == "Qwen3.6-35B-A3B-APEX-i-nano-Q4_K_M.gguf"
     with pytest.raises(ParameterUnknown, match=r"no \{modle\}; near it: model"):
         file_name(MODEL, plan, policy, "{modle}-{tag}")
@@ -207,12 +207,12 @@ def test_a_file_says_what_it_is_and_whose(tools: Toolset, testbed: Path, tmp_pat
     assert (found["general.name"], found["general.license"], found["general.quantized_by"]) == ("Test Bed", "mit", "somebody")
     assert found["general.base_model.count"] == 1 and found["general.base_model.0.name"] == "Base Model"
     assert abs(found["general.sampling.temp"] - 0.7) < 1e-6
-    assert found["general.file_type"] == 12 and "-Q3_K_M_" in path.name, "Q3_K_M: what most weights are, of both"
+    assert found["general.file_type"] == 15, "Q4_K_M: what most bytes are"
     assert found["general.size_label"].startswith("8x")
     assert ran.stdout.splitlines()[-1].endswith(f"-m {path} --spec-type draft-mtp --spec-draft-n-max 2 -np 1")
 
 
-def test_the_file_type_is_not_the_base_types(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
+def test_the_file_type_is_that_of_most_bytes(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
     """Its base type would be Q8_0, of which it has less than of IQ4_XS."""
     settings = ["--set", "trunk=IQ4_XS", "--set", "draft_head=Q8_0"]
     run_apex("quantize", testbed, "--policy", "draft-head-only", *settings, "-o", tmp_path)
