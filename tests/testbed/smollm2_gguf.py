@@ -1,4 +1,6 @@
-"""A real trunk with a trained draft head as GGUF: `python tests/testbed/smollm2_gguf.py HEAD.safetensors OUT.gguf`.
+"""A real trunk with a trained draft head as GGUF: `python tests/testbed/smollm2_gguf.py HEAD OUT.gguf`.
+
+HEAD is smollm2-head-moe.safetensors.zst or smollm2-head-dense.safetensors.zst of this folder, or what smollm2_head.py writes.
 
 The trunk is SmolLM2-135M, padded as smollm2.py does, as the layers of an architecture whose head can be trained for it
 (smollm2_head.py): `moe` makes a glm4moe file whose trunk layers are all dense, `dense` a mimo2 file. Both architectures
@@ -15,6 +17,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import zstandard
 from smollm2 import HEAD, HEADS, HIDDEN, KV_HEADS, SHRINK, WIDE, Array, half_split, packaged, padded
 
 LAYERS, EXPERTS, ACTIVE, EXPERT_WIDTH, ROPE_BASE = 30, 16, 4, 256, 100_000.0
@@ -24,6 +27,7 @@ ARCHITECTURE = {"moe": "glm4moe", "dense": "mimo2"}
 def head_tensors(file: Path) -> tuple[str, dict[str, Array]]:
     """Kind and BF16 tensors of a head, as float32 (safetensors: 8 bytes of length, a JSON header, the data)."""
     raw = file.read_bytes()
+    raw = zstandard.ZstdDecompressor().decompress(raw) if file.suffix == ".zst" else raw
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
     kind = header.pop("__metadata__")["kind"]
