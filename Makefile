@@ -12,8 +12,8 @@ help:
 	@echo "make build   fetch, verify, patch and compile llama.cpp's tools; GPU=dgx-spark for a GPU that is elsewhere"
 	@echo "make demo    the whole road on a small model: build, calibrate, quantize, compare"
 	@echo "make test    lint, and the tests on the real tools; PIN=latest for those of patches and main road with that pin's"
-	@echo "make test-fast  the tests that need neither the tools nor a package index; under a minute"
-	@echo "make test-all   lint, and the tests on every Python that is here"
+	@echo "make test-fast   what needs neither the tools nor a package index, and is quick: under a minute"
+	@echo "make test-all    lint, and the tests on every Python that is here"
 	@echo "make lint    ruff and mypy"
 	@echo "make dist    the sdist and the wheel in dist/, and the wheel tried in a fresh environment"
 
@@ -35,7 +35,7 @@ test: lint
 endif
 
 test-fast: $(STAMP)
-	$(VENV)/bin/python -m pytest -m "not tools and not network"
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m "not tools and not network and not slow"
 
 test-all: lint
 	$(VENV)/bin/tox run

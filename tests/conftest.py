@@ -23,8 +23,12 @@ TESTBED = Path(__file__).parent / "testbed"
 # Where other work shares the cores, OpenMP's threads would spin at each barrier and slow all of it down many times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# fixtures, and what a test that uses one needs besides Python
-NEEDS = {"tools": "tools", "stock_imatrix": "tools", "real_toolkit": "network", "source_tree": "network"}
+# fixtures, and the mark of tests that use one
+MARKS = {
+    **{"tools": "tools", "stock_imatrix": "tools"},
+    **{"real_toolkit": "network", "source_tree": "network"},
+    **{"series": "slow", "make_later": "slow"},  # some dozens of git processes
+}
 NOWHERE = pytest.StashKey[Path]()
 
 
@@ -35,9 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    for fixture, need in NEEDS.items():
+    for fixture, mark in MARKS.items():
         if fixture in getattr(item, "fixturenames", ()):
-            item.add_marker(need)
+            item.add_marker(mark)
 
 
 @pytest.hookimpl(wrapper=True)

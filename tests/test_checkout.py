@@ -20,7 +20,16 @@ TEXTS = re.compile(r"tests/testbed/heldout/|calibration_sets/data/|evaluation_se
 MACHINE = re.compile(r"(?<![\w}.-])/(?:work|root|tmp/\w+|home/\w+|Users/\w+|opt/(?!cuda)\w+|mnt/\w+)\b")
 HOST = re.compile(r"\w+://(?:[^\s/@\"']*@)?([\w.-]+)")
 PUBLIC = {
-    *("creativecommons.org", "github.com", "keepachangelog.com", "matplotlib.org", "purl.org", "semver.org", "www.w3.org"),
+    *(
+        "creativecommons.org",
+        "editorconfig.org",
+        "github.com",
+        "keepachangelog.com",
+        "matplotlib.org",
+        "purl.org",
+        "semver.org",
+        "www.w3.org",
+    ),
     *("git-lfs", "localhost"),
 }
 INVENTED = re.compile(r"[\d.]+|127|.*\.(?:example|invalid|test)|(?:.*\.)?example\.(?:com|net|org)")

@@ -43,7 +43,7 @@ def test_defaults_of_a_verb(tools: Toolset, run: Run, here: Path, tmp_path: Path
     assert (value["policy"], value["parameters"]["edge"]) == ("compact", 1)
 
 
-def test_who_comes_first(run: Run, here: Path, tmp_path: Path, testbed: Path) -> None:
+def test_who_comes_first(tools: Toolset, run: Run, here: Path, tmp_path: Path, testbed: Path) -> None:
     """The command line, then the environment, then the folder's file, then the user's own."""
     (tmp_path / "own.toml").write_text(
         'threads = 3\n[evaluate]\nset = ["perplexity.chunks=2"]\n[build]\njobs = 3\n[policies]\njson = true\n'

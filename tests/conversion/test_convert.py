@@ -270,12 +270,14 @@ def test_a_python_that_lacks_packages(tmp_path: Path) -> None:
     assert "-m pip install" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["/bin/true", "/nowhere/python"])
 def test_a_python_that_is_none(program: str) -> None:
     with pytest.raises(EnvironmentUnusable):
         environment.choose(Path(program))
 
 
+@pytest.mark.slow
 def test_an_environment_of_our_own_is_made_once_and_whole(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a requirement that needs no download, in place of torch: a package of two files."""
     package = tmp_path / "little"

@@ -59,6 +59,7 @@ def test_an_example_is_short_and_printed_as_it_is_written(kind: str) -> None:
     assert all(len(text.splitlines()) <= 20 for text in code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_test_of_a_new_plugin_passes(projects: dict[str, Path], kind: str) -> None:
     ran = subprocess.run([sys.executable, "-m", "pytest", "-q", projects[kind]], capture_output=True, text=True, cwd=projects[kind])

@@ -23,6 +23,7 @@ def tree_of(pin: str) -> Path:
     return tree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pin", ["pr-22673", "latest"])
 def test_tiers_name_what_every_architecture_is_made_of(pin: str) -> None:
     """By bytes: tiers of many bits and of few."""

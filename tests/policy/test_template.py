@@ -131,6 +131,8 @@ def test_a_mistake_in_an_included_template_is_named_there(make_policy: MakePolic
     assert "own.jinja:3: 'gone' is undefined" in message
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_endless_output_and_loops_end(make_policy: MakePolicy, small: Model) -> None:
     for text, says in [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endfor %}", "more than 4 MiB"),

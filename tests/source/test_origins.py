@@ -25,6 +25,8 @@ from apex_build.source.tree import require_tree, tree_path
 from apex_build.source.tree_digest import digest_of, wanted
 from apex_build.storage.digests import sha256_file
 
+pytestmark = pytest.mark.slow  # fetches whole trees, with several processes
+
 
 def files_of(tree: Path) -> dict[str, bytes]:
     found = (path for path in tree.rglob("*") if path.is_file() and ".git" not in path.relative_to(tree).parts)

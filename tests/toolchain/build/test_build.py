@@ -18,6 +18,8 @@ from apex_build.toolchain.build import cache as build_cache
 from apex_build.toolchain.build.launcher import sccache
 from apex_build.toolchain.build.run import build, plan_build
 
+pytestmark = pytest.mark.slow  # compiles
+
 
 def visible(cache: Path) -> list[str]:
     """What of the builds folder somebody else would take for a build."""

@@ -17,6 +17,8 @@ from apex_build.toolchain.build import cache as build_cache
 from apex_build.toolchain.build.run import build, plan_build
 from apex_build.toolchain.machine.gpus import found_gpus
 
+pytestmark = pytest.mark.slow  # compiles
+
 
 @pytest.fixture
 def as_default(source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -13,6 +13,8 @@ from apex_build.toolchain.backends import BACKENDS, Backend
 from apex_build.toolchain.build.cache import all_builds
 from apex_build.toolchain.build.run import build, build_cpu, ensure_tools, plan_build
 
+pytestmark = pytest.mark.slow  # compiles
+
 GPU = Backend("cuda", {"MARK": "1"}, TINY.targets)  # any other backend will do
 
 
