@@ -21,6 +21,8 @@ from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
 from apex_build.native.toolset import Toolset
 from apex_build.source.pins import load_pin
 
+pytestmark = pytest.mark.usefixtures("tools")
+
 SERVES = load_pin().serves
 assert SERVES is not None
 RUN = sorted(SERVES.heads)
