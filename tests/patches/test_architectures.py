@@ -224,7 +224,7 @@ def test_the_size_of_a_batch_does_not_change_the_scores(
 
 
 @pytest.mark.parametrize("name", [*RUN, *sorted(SERVES.heads_idle)])
-def test_the_main_road(name: str, models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+def test_the_main_road(name: str, models: Callable[..., Path], tools: Toolset, text: Path, tmp_path: Path) -> None:
     """Calibrate and quantize as a user does; a head that this pin cannot run is said, with the pin that can."""
     model, imatrix = models(name), tmp_path / "imatrix.gguf"
     common = ("calibrate", model, "--text", text, "-o", imatrix, "--chunks", 4, "--context", CONTEXT, "--threads", 1)
@@ -242,6 +242,8 @@ def test_the_main_road(name: str, models: Callable[..., Path], text: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - SERVES.heads - SERVES.heads_idle))
-def test_what_this_pin_cannot_load_is_said_at_once(name: str, models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+def test_what_this_pin_cannot_load_is_said_at_once(
+    name: str, models: Callable[..., Path], tools: Toolset, text: Path, tmp_path: Path
+) -> None:
     said = run_apex("calibrate", models(name), "--text", text, "-o", tmp_path / "x.gguf", code=46).stderr
     assert "pin pr-22673" in said and "apex build --pin latest, then the same with APEX_PIN=latest before it" in said
