@@ -159,7 +159,8 @@ class Service:
     head      the same, where the files differ in the         -
               draft head alone
     auto      a parameter at 'auto' (Parameter.measured)      agreement (in %), tokens (for each step of the trunk)
-    check     apex check                                      perplexity; or acceptance (in %), and perhaps same_text (in %)
+    check     apex check                                      perplexity; or acceptance (in %), and perhaps same_text (in %),
+                                                              drafted and accepted (tokens)
 
     `figures`: meaning -> name of the figure; `settings`: its parameters for the purpose. For 'auto', apex also sets the parameters
     `rows` and `chunks` of an evaluator that has them.

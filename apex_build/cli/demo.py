@@ -19,11 +19,13 @@ from apex_build.errors import ModelMissing, OutputUnwritable
 from apex_build.evaluation.pace import active_parameters, expect, tokens_of
 from apex_build.evaluation.pieces import piece_of
 from apex_build.evaluation.run import Inputs, Work, evaluate, plan_work
+from apex_build.evaluation.services import settings_for, the_one_serving
 from apex_build.evaluation.task import read_prompts
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
 from apex_build.gguf_model.metadata import who_quantizes
 from apex_build.gguf_model.model import read_model
+from apex_build.hookspecs import Service
 from apex_build.parameters import Value
 from apex_build.plugins import load_plugins
 from apex_build.progress import Piece, Report, Whole
@@ -37,7 +39,6 @@ from apex_build.toolchain.machine.compilers import find_compiler
 # A model of ten layers or fewer would be all edge with the defaults.
 _SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
 _FILES: tuple[tuple[str, dict[str, Value]], ...] = (("i-nano", {}), ("i-nano, head IQ3_XXS+Q5_K", {"draft_head": "IQ3_XXS+Q5_K"}))
-_DRAFTING = {"draft-acceptance.lengths": "2", "draft-acceptance.temperature": "0"}
 _QUANTIZING, _CHECKING = 4.0, 8.0  # seconds, about
 _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "head calibrated", "drafts accepted")
 
@@ -73,7 +74,7 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
     except OSError as error:
         raise OutputUnwritable(f"{output}: the folder cannot be made: {error.strerror}", hint="apex demo -o FOLDER") from None
     plugins = load_plugins()
-    drafting = plugins.evaluators()["draft-acceptance"]
+    drafting, service = the_one_serving(plugins.evaluators(), "check", "accepted")
     with show.progress() as report:
         find_compiler()  # before anything is fetched
         pin = load_pin()
@@ -81,7 +82,8 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
         model = read_model(source_model, plugins.role_of)
         text = compose(load_set("default"), plugins.calibration_sources(), model)
         how = Settings(threads=threads)
-        inputs = Inputs(prompts=read_prompts(testbed / "heldout" / "prompts.jsonl"), settings=_DRAFTING)
+        drafts = settings_for(drafting, service)
+        inputs = Inputs(prompts=read_prompts(testbed / "heldout" / "prompts.jsonl"), settings=drafts)
         pieces = _pieces(model, len(text.data), plan_work(drafting, model, inputs, tools, threads=threads))
         whole = Whole("demo", report, pieces)
         numbers = iter(range(len(pieces)))
@@ -108,7 +110,7 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
             with _piece(whole, number) as report:
                 work = plan_work(drafting, drafted, inputs, tools, threads=threads, report=report)
                 pieces[number], _ = piece_of([work])
-                row["acceptance"] = _acceptance(work, output)
+                row["acceptance"] = _acceptance(work, service, output)
         with _piece(whole, next(numbers)) as report:
             verdict = checked(read_model(Path(rows[-1]["path"]), plugins.role_of), plugins, tools, threads=threads, report=report)
     if json_:
@@ -164,15 +166,16 @@ def _types(model: Model, *, head: bool) -> list[str]:
     return sorted(totals, key=lambda name: -totals[name])
 
 
-def _acceptance(work: Work, output: Path) -> dict[str, dict[str, float | None]]:
+def _acceptance(work: Work, service: Service, output: Path) -> dict[str, dict[str, float | None]]:
     """Tokens drafted and accepted, by domain. Measured once for a file, these prompts and these tools."""
     (result,) = evaluate([work], output / "acceptance.jsonl")
     if result.error:
         raise result.error
     counts: dict[str, dict[str, float | None]] = {}
     for figure in result.figures:
-        if figure.name in ("greedy.n2.drafted", "greedy.n2.accepted"):
-            counts.setdefault(figure.domain or "all", {})[figure.name.rpartition(".")[2]] = figure.value
+        for meaning in ("drafted", "accepted"):
+            if figure.name == service.figures[meaning]:
+                counts.setdefault(figure.domain or "all", {})[meaning] = figure.value
     return counts
 
 

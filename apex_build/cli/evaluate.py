@@ -66,7 +66,7 @@ def evaluation_options(function: Any) -> Any:
         click.option(
             "--prompts", metavar="FILE", type=_PATH, help='JSON lines: {"domain": ..., "prompt": ...}, as the model gets them.'
         ),
-        click.option("--data", metavar="NAME=FILE", multiple=True, help="The data file of an evaluator: --data hellaswag=FILE."),
+        click.option("--data", metavar="NAME=FILE", multiple=True, help="The data file of the evaluator NAME."),
         click.option(
             "--only",
             metavar="NAME,NAME",

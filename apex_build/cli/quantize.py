@@ -261,8 +261,9 @@ def _show_head(job: Job, choice: Choice | None) -> None:
     if choice:
         click.echo(f"draft head: {types}; {choice.text}")
     else:
-        auto = " (draft_head=auto measures it)" if str(job.plan.parameters.get("draft_head")) != AUTO else ""
-        click.echo(f"draft head: {types}; its loss was not measured on this model{auto}")
+        could = [name for name, parameter in job.policy.parameters.items() if parameter.measured]
+        auto = [f" ({name}={AUTO} measures it)" for name in could if str(job.plan.parameters.get(name)) != AUTO]
+        click.echo(f"draft head: {types}; its loss was not measured on this model{auto[0] if auto else ''}")
 
 
 def _made(job: Job, split_size: str | None, *, force: bool, threads: int | None, load_check: bool, report: Report) -> Quantized:

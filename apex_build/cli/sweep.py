@@ -23,7 +23,7 @@ from apex_build.native.memory import bytes_of
 from apex_build.native.toolset import find_toolset
 from apex_build.parameters import parse_settings
 from apex_build.places import model_stem
-from apex_build.plugins import load_plugins
+from apex_build.plugins import Plugins, load_plugins
 from apex_build.printable import printable
 from apex_build.progress import Whole
 from apex_build.report import plot
@@ -50,9 +50,7 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
     "policy_name",
     metavar="NAME",
     shell_complete=values.policies,
-    default="draft-head-only",
-    show_default=True,
-    help="The policy.",
+    help="The policy.  [default: the one for the draft head alone]",
 )
 @click.option("--imatrix", type=_PATH, help="Calibration data of the whole model: apex calibrate makes it.")
 @click.option("--imatrix-without-head", "without", type=_PATH, help="For the other curve.  [default: made from --imatrix]")
@@ -62,7 +60,11 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 @click.option("--baseline", metavar="NAME=VALUE,...", help="What losses are taken against.  [default: Q8_0 for every swept type]")
 @evaluation_options
 @click.option(
-    "--score", "scores", metavar="NAME", multiple=True, help="The figure to show.  [default: depth1.agreement, or kld.mean]"
+    "--score",
+    "scores",
+    metavar="NAME",
+    multiple=True,
+    help="The figure to show.  [default: the one that the evaluator wants shown]",
 )
 @click.option("--bound", type=click.FloatRange(min=0), help="The knee is the smallest that loses less.  [default: 0.5 points]")
 @click.option("-o", "--output", "folder", metavar="FOLDER", type=_PATH, required=True, help="Where the results go.")
@@ -76,7 +78,7 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 def command(
     model_path: Path,
     over: tuple[str, ...],
-    policy_name: str,
+    policy_name: str | None,
     imatrix: Path | None,
     without: Path | None,
     curves: str | None,
@@ -103,9 +105,9 @@ def command(
 ) -> None:
     """Quantize MODEL once for each value of a parameter, measure each file, and show what the bytes buy.
 
-    Each value is tried with the head's calibration data and without. A file is deleted once it is measured. FOLDER gets sweep.jsonl
-    with a line for each point, table.md, and a plot with the knee marked. A sweep that was interrupted goes on when the same
-    command is given again, and more values may be given then. --set takes parameters of the policy and of evaluators.
+    Where the values change the draft head alone, each is tried with the head's calibration data and without. A file is deleted once
+    it is measured. FOLDER gets sweep.jsonl with a line for each point, table.md, and a plot with the knee marked. An interrupted
+    sweep is resumed by the same command, and more values may be given then. --set takes parameters of the policy and of evaluators.
 
     \b
     Examples:
@@ -118,7 +120,7 @@ def command(
     """
     plugins = load_plugins(folders)
     evaluators = plugins.evaluators()
-    policy = plugins.policy(policy_name)
+    policy = plugins.policy(policy_name or _default_policy(plugins))
     swept = values_of_sweep(over)
     of_evaluators, of_policy = _divided(parse_settings(settings), policy, set(evaluators))
     check_settings(of_evaluators, evaluators)
@@ -157,7 +159,7 @@ def command(
         click.echo(f"warning: {plot.MISSING}", err=True)  # now, when it can still be installed before the hours of work
     outcomes = _run(sweep, scores, keep)
     rows = [outcome.row for outcome in outcomes]
-    by_head = request.sweeps_head
+    by_head = sweep.head_only
     chosen = scores or (default_score(rows),)
     against = reference.name if reference else ""
     counted = "positions" if all("text" in one.needs for one in sweep.evaluators) else ""
@@ -179,9 +181,18 @@ def command(
 for _option in command.params:  # shared with apex evaluate, where they say less
     if isinstance(_option, click.Option) and _option.name in ("only", "settings"):
         _option.help = {
-            "only": "These evaluators.  [default: draft-head; kld where the head is not swept]",
+            "only": "These evaluators.  [default: those for a sweep of the head, or of the model]",
             "settings": "A parameter of the policy, or EVALUATOR.PARAMETER.",
         }[_option.name]
+
+
+def _default_policy(plugins: Plugins) -> str:
+    found = [policy.name for policy in plugins.policies().values() if policy.sweeps]
+    if len(found) != 1:
+        raise click.UsageError(
+            f"Missing option '--policy': {' and '.join(found) or 'none'} of the policies is the default for sweeps."
+        )
+    return found[0]
 
 
 def values_of_sweep(over: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -244,7 +255,7 @@ def _about(sweep: Sweep) -> str:
     mostly = f"trunk {max(trunk, key=lambda name: trunk[name])}{' and others' if len(trunk) > 1 else ''}, " if trunk else ""
     manifest = sweep.request.tools.manifest
     pin = (manifest.get("pin") or {}).get("name", "llama.cpp")
-    of_head = mostly if sweep.request.sweeps_head else ""
+    of_head = mostly if sweep.head_only else ""
     return f"{of_head}policy {sweep.request.policy.name}, tools {pin} {sweep.request.tools.identity[:8]}, apex {__version__}"
 
 

@@ -12,21 +12,13 @@ from pathlib import Path
 
 from apex_build.errors import CheckFailed
 from apex_build.evaluation.run import Inputs, evaluate, plan_work
+from apex_build.evaluation.services import settings_for, the_one_serving
 from apex_build.evaluation.task import Prompt, ToolOptions
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.header import ArrayValue
 from apex_build.hookspecs import Evaluator, Figure
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, silent
-
-DRAFTED = 2  # tokens at a time: what mixture-of-experts models do best with
-CHUNKS = 2  # of each text, for the perplexity
-_SETTINGS = {
-    "draft-acceptance.lengths": str(DRAFTED),
-    "draft-acceptance.temperature": "0",
-    "draft-acceptance.context": "4096",
-    "perplexity.chunks": str(CHUNKS),
-}
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class Checked:
         if self.problems:
             raise CheckFailed(
                 f"{self.model.path}: {'; '.join(self.problems)}",
-                hint=f"apex evaluate {self.model.path} --only draft-head,perplexity --reference F16-FILE",
+                hint=f"apex evaluate {self.model.path} --reference F16-FILE",
             )
 
 
@@ -76,11 +68,14 @@ def check(
 
     Raises what evaluators raise where the file cannot be measured at all: it does not load, a prompt does not fit.
     """
-    inputs = Inputs(texts=texts, prompts=tuple(prompts), settings=_SETTINGS, options=options)
+    of_trunk, of_head = (the_one_serving(evaluators, "check", meaning) for meaning in ("perplexity", "acceptance"))
+    settings = {**settings_for(*of_trunk), **settings_for(*of_head)}
+    names = {**of_trunk[1].figures, **of_head[1].figures}
+    inputs = Inputs(texts=texts, prompts=tuple(prompts), settings=settings, options=options)
 
     def measured(one: Model) -> dict[tuple[str, str], Figure]:
-        names = ["perplexity", *(["draft-acceptance"] if one.head_layers else [])]
-        works = [plan_work(evaluators[name], one, inputs, tools, threads=threads, report=report) for name in names]
+        taken = dict.fromkeys(evaluator.name for evaluator, _ in (of_trunk, *([of_head] if one.has_head else [])))
+        works = [plan_work(evaluators[name], one, inputs, tools, threads=threads, report=report) for name in taken]
         found: dict[tuple[str, str], Figure] = {}
         with tempfile.TemporaryDirectory(prefix="apex-check-") as scratch:
             for result in evaluate(works, Path(scratch) / "results.jsonl"):
@@ -91,12 +86,11 @@ def check(
 
     ours = measured(model)
     theirs = measured(reference) if reference else {}
-    acceptance = _of(ours, f"greedy.n{DRAFTED}.acceptance")
-    same = ours.get((f"greedy.n{DRAFTED}.same_text", ""))
-    perplexity = _of(ours, "ppl")
+    acceptance, perplexity = _of(ours, names["acceptance"]), _of(ours, names["perplexity"])
+    same = ours.get((names.get("same_text", ""), ""))
     problems = [
-        *_trunk(perplexity, _of(theirs, "ppl"), bounds, vocabulary_size(model)),
-        *_head(acceptance, _of(theirs, f"greedy.n{DRAFTED}.acceptance"), bounds),
+        *_trunk(perplexity, _of(theirs, names["perplexity"]), bounds, vocabulary_size(model)),
+        *_head(acceptance, _of(theirs, names["acceptance"]), bounds),
     ]
     if same and same.value is not None and same.value < bounds.same_text:
         problems.append(

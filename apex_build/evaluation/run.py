@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from apex_build.storage.outputs import check_apart, check_place, check_room, loc
 from apex_build.system import cpus
 
 _ELSEWHERE = "give another file with --results"
+_FIELDS = frozenset(one.name for one in fields(Figure))
 _RESULT_ROOM = 4 << 20  # bytes free, for the records of a run
 
 
@@ -152,8 +153,13 @@ def check_settings(given: Mapping[str, str], evaluators: Mapping[str, Evaluator]
         if not dot or owner not in evaluators:
             raise ParameterUnknown(
                 f"'{name}' is not EVALUATOR.PARAMETER{nearby(owner, evaluators)}. The evaluators: {', '.join(evaluators)}",
-                hint="for example: --set draft-head.depth=2",
+                hint=f"for example: --set {example}" if (example := _example_of(evaluators)) else "apex evaluate --list",
             )
+
+
+def _example_of(evaluators: Mapping[str, Evaluator]) -> str:
+    """A setting that could be given."""
+    return next((f"{one.name}.{name}={p.default}" for one in evaluators.values() for name, p in one.parameters.items()), "")
 
 
 def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool = False) -> Iterator[Result]:
@@ -218,6 +224,7 @@ def _records(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
     if not path.exists():
         return {}, b""
     found: dict[str, dict[str, Any]] = {}
+    outdated = False
     try:
         content = path.read_bytes()
         content.decode("utf-8")
@@ -233,9 +240,12 @@ def _records(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
                 _figure(figure)
             if not isinstance(row["seconds"], (int, float)):
                 raise ValueError
-            found[row["identity"]] = row
+            if all("better" in figure for figure in row["figures"]):  # else from before, and to be measured again
+                found[row["identity"]] = row
+            else:
+                outdated = True
         except (ValueError, TypeError, KeyError, RecursionError):
-            if number <= len(lines) or not found or not line.startswith(b"{"):
+            if number <= len(lines) or not (found or outdated) or not line.startswith(b"{"):
                 raise OutputUnwritable(f"{path}:{number}: not a result of apex evaluate", hint=_ELSEWHERE) from None
         else:
             if number > len(lines):
@@ -282,15 +292,17 @@ def _plain(figure: Figure) -> Figure:
         if number is not None and (not isinstance(number, numbers.Real) or not math.isfinite(number)):
             raise ValueError(f"a figure whose {name} is {number!r:.40}, expected a finite number or None: {figure!r:.200}")
         found[name] = number if number is None or isinstance(number, (int, float)) else float(number)
-    texts = (figure.name, figure.unit, figure.domain, figure.note)
+    texts = (figure.name, figure.unit, figure.domain, figure.note, figure.better, figure.paired, figure.label)
     if not all(isinstance(text, str) and text == text.encode(errors="replace").decode() for text in texts):
-        raise ValueError(f"a figure whose name, unit, domain or note is no text: {figure!a:.200}")
+        raise ValueError(f"a figure whose name, unit, domain, note, paired or label is no text: {figure!a:.200}")
+    if figure.better not in ("", "lower", "higher"):
+        raise ValueError(f"a figure whose better is '{figure.better}', expected lower or higher: {figure!r:.200}")
     return replace(figure, **found, n=None if figure.n is None else operator.index(figure.n))
 
 
 def _figure(data: Mapping[str, Any]) -> Figure:
-    """As it was recorded. Raises TypeError, ValueError."""
-    return _plain(Figure(**data))
+    """As it was recorded, whatever a later version adds. Raises TypeError, ValueError."""
+    return _plain(Figure(**{name: data[name] for name in data if name in _FIELDS}))
 
 
 def _lacking(evaluator: Evaluator, model: Model, inputs: Inputs) -> tuple[str, str] | None:

@@ -52,7 +52,7 @@ _RESERVED: Mapping[str, Mapping[str, str]] = {
         "--parse-special": "--set EVALUATOR.parse_special=no",
         **dict.fromkeys(("--file", "--prompt"), "--text FILE"),
         "--binary-file": "--data EVALUATOR=FILE",
-        "--mtp-depth": "--set draft-head.depth=N",
+        "--mtp-depth": "--set EVALUATOR.depth=N",
         **dict.fromkeys(("--kl-divergence", "--kl-divergence-base", "--mtp", "--mtp-output-file"), "--only EVALUATOR"),
         **dict.fromkeys(("--hellaswag", "--winogrande", "--multiple-choice"), "--only EVALUATOR"),
         **dict.fromkeys(("--hellaswag-tasks", "--winogrande-tasks", "--multiple-choice-tasks"), "--set EVALUATOR.tasks=N"),

@@ -52,7 +52,7 @@ _DIAGNOSES = tuple(
         (
             r"the MTP head of this architecture can not be evaluated$",
             "the MTP head of this architecture can not be evaluated",
-            "leave the head out: --only perplexity,kld,speed, or calibrate with --no-mtp",
+            "leave the head out: --only NAME, an evaluator that needs no head (apex evaluate --list), or calibrate with --no-mtp",
         ),
         (
             r"unknown pre-tokenizer type: '([^']*)'",

@@ -213,10 +213,9 @@ class _Asked:
 def check_suits(policy: PolicySpec, model: Model) -> None:
     """Raises PolicyUnfit for a policy that is about a part which the model lacks."""
     if "head" in policy.needs and not any(tensor.draft_head for tensor in model.tensors):
-        plain = policy.name.removesuffix("-mtp")
         raise PolicyUnfit(
             f"policy '{policy.name}' is about the draft head, and {model.path} has none",
-            hint=f"--policy {plain}" if plain != policy.name else "apex policies lists the others",
+            hint=f"--policy {policy.otherwise}" if policy.otherwise else "apex policies lists the others",
         )
 
 

@@ -112,8 +112,7 @@ def _data(changed: list[Entry], model: Model, covered: Coverage | None, policy: 
             raise _refusal(entry, model, covered, policy, f"its type {entry.type} cannot be written without")
     if covered is None:
         return
-    missing = set(covered.missing)
-    blind = [entry for entry in changed if entry.name in missing and entry.type not in _DATA_UNUSED]
+    blind = without_data(changed, covered)
     if blind and not allowed.uncalibrated:
         others = f" (and {len(blind) - 1} others)" if len(blind) > 1 else ""
         raise _refusal(
@@ -135,6 +134,13 @@ def _data(changed: list[Entry], model: Model, covered: Coverage | None, policy: 
             f"{len(scarce)} tensors have experts that saw few calibration tokens, {few} experts in all: "
             f"{least.fewest:.0f} tokens is the least, in {least.name}"
         )
+
+
+def without_data(entries: Iterable[Entry], covered: Coverage | None) -> list[Entry]:
+    """Tensors of a plan that are quantized without data, though their type would use some and an imatrix is given."""
+    missing = set(covered.missing) if covered else set()
+    changed = (entry for entry in entries if entry.type != entry.from_type)
+    return [entry for entry in changed if entry.name in missing and entry.type not in _DATA_UNUSED]
 
 
 def _refusal(entry: Entry, model: Model, covered: Coverage | None, policy: PolicySpec, why: str) -> DataMissing:

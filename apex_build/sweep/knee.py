@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,29 +18,6 @@ class Knee:
     bound: float
     smallest: Row | None
     firm: Row | None
-
-
-_PLAIN = (
-    (r"depth(\d+)\.agreement", "the head's draft {0} is the trunk's choice"),
-    (r"depth(\d+)\.p", "the trunk's probability of the head's draft {0}"),
-    (r"depth(\d+)\.kld", "divergence of the head from the trunk, draft {0}"),
-    (r"depth(\d+)\.ppl", "perplexity of the head, draft {0}"),
-    (r"tokens\.(\d+)", "tokens for each step with {0} drafted"),
-    (r"(greedy|sampled)\.n(\d+)\.acceptance", "accepted drafts, {1} at a time, {0}"),
-    (r"(greedy|sampled)\.n(\d+)\.tokens_per_step", "tokens for each step, {1} drafted, {0}"),
-    (r"kld\.mean", "mean divergence from the reference"),
-    (r"top1\.agreement", "same first choice as the reference"),
-    (r"ppl", "perplexity"),
-    (r"accuracy", "right answers"),
-)
-
-
-def plain_name(score: str) -> str:
-    """A figure's name for a reader: depth1.agreement is stable, but says little. Of a plugin's own figure, its name."""
-    for pattern, text in _PLAIN:
-        if found := re.fullmatch(pattern, score):
-            return text.format(*found.groups())
-    return score
 
 
 def size_of(row: Row, by_head: bool) -> int:

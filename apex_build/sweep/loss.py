@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from apex_build.hookspecs import Figure
 from apex_build.sweep.rows import Row
-
-# a figure whose dotted name has one of these words is better when it is lower
-_LOWER = frozenset({"kld", "ppl", "perplexity", "mean_kld", "divergence"})
-DIFFERENCE = ".difference"  # what evaluators add to the name of a figure for its paired difference from the reference
 
 
 @dataclass(frozen=True)
@@ -20,19 +17,21 @@ class Loss:
     high: float | None
 
 
-def lower_is_better(score: str) -> bool:
-    return any(word in _LOWER for word in score.split("."))
-
-
 def loss_of(row: Row, score: str) -> Loss | None:
-    """From the paired difference that goes with the score. The trunk's divergence from the reference is a loss already."""
-    figure = row.figure(score + DIFFERENCE) or (row.figure(score) if score.startswith("kld.") else None)
-    if figure is None or figure.value is None:
+    """From the paired difference that the figure names; of one that does not say which direction is better, nothing is known."""
+    figure, paired = row.figure(score), paired_of(row, score)
+    if figure is None or not figure.better or paired is None or paired.value is None:
         return None
-    if lower_is_better(score):
-        return Loss(figure.value, figure.low, figure.high)
-    low, high = (None if bound is None else 0.0 - bound for bound in (figure.high, figure.low))
-    return Loss(0.0 - figure.value, low, high)
+    if figure.better == "lower":
+        return Loss(paired.value, paired.low, paired.high)
+    low, high = (None if bound is None else 0.0 - bound for bound in (paired.high, paired.low))
+    return Loss(0.0 - paired.value, low, high)
+
+
+def paired_of(row: Row, score: str) -> Figure | None:
+    """The figure's paired difference from the reference; itself, if it is that already."""
+    figure = row.figure(score)
+    return row.figure(figure.paired) if figure and figure.paired else None
 
 
 def value_of(loss: Loss) -> str:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apex_build.errors import DataMissing, EvaluationRefused, ImatrixMismatch, OutputUnwritable, ParameterUnknown, ShapeUnfit
-from apex_build.evaluation.run import Inputs, choose, plan_work
-from apex_build.gguf_model.catalogue import Model
+from apex_build.errors import DataMissing, EvaluationRefused, OutputUnwritable, ShapeUnfit
+from apex_build.evaluation.run import plan_work
 from apex_build.gguf_model.fingerprint import fingerprint
-from apex_build.gguf_model.imatrix import read_imatrix
-from apex_build.gguf_model.mtp_rows import Rows
-from apex_build.hookspecs import Evaluator, PolicySpec
-from apex_build.native.ggml import Ggml
-from apex_build.native.toolset import Toolset
-from apex_build.parameters import Value, resolve
+from apex_build.hookspecs import Evaluator
 from apex_build.policy.plan import Plan, Wanted, make_plans
 from apex_build.policy.render import template_files
 from apex_build.progress import Report, silent
@@ -31,45 +25,16 @@ from apex_build.storage.digests import sha256_file, sha256_json
 from apex_build.storage.json_files import read_json
 from apex_build.storage.outputs import check_apart, check_place, check_room
 from apex_build.storage.scratch import scratch_folder
+from apex_build.sweep.request import Request as Request
+from apex_build.sweep.request import checked, curves_of, evaluators_of, headless_name, imatrices_of, varied
 from apex_build.sweep.rows import RESULTS, TABLE, Row, curve_name, point_name, read_rows
-from apex_build.sweep.shared_trunk import same_trunk, trunk_job
-from apex_build.sweep.without_head import holds_head, write_without_head
+from apex_build.sweep.shared_trunk import only_head_differs, same_trunk, trunk_job
 
-BASELINE_TYPE = "Q8_0"
 MANIFEST = "sweep.json"
 MEASURED = "results.jsonl"  # of the evaluators
 FILES = "files"  # folder of the quantized files
 _LONGEST_NAME = 120
 _ELSEWHERE = "give another folder with -o"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for. `over`: parameter -> its values; `curves`: with the head's calibration data (True), without (False).
-
-    `imatrix_without_head`: where it is not given, `imatrix` without the head's entries. `baseline`: its values where they are not
-    Q8_0 (of a parameter that takes a type) or the first of `over` (of any other); there is none with a reference in `inputs`.
-    """
-
-    model: Model
-    policy: PolicySpec
-    parameters: Mapping[str, Value]
-    over: Mapping[str, Sequence[str]]
-    imatrix: Path | None  # None: no type of the sweep needs data
-    folder: Path
-    tools: Toolset
-    evaluators: Mapping[str, Evaluator]
-    only: Sequence[str]
-    inputs: Inputs
-    imatrix_without_head: Path | None = None
-    curves: Sequence[bool] | None = None
-    baseline: Mapping[str, str] = field(default_factory=dict)
-    threads: int | None = None
-    head_rows: Rows | None = None  # that the draft head was trained on, if not those known of its architecture
-
-    @property
-    def sweeps_head(self) -> bool:
-        return any(name.startswith("draft_head") for name in self.over)
 
 
 @dataclass(frozen=True)
@@ -98,7 +63,8 @@ class Sweep:
     evaluators: tuple[Evaluator, ...]
     parts: Mapping[str, Any]  # what every point's result depends on
     derived: bool  # the imatrix without the head is made of the other
-    trunk_once: bool  # the points differ in the head alone
+    head_only: bool  # what the values change is the draft head alone
+    trunk_once: bool  # and so the trunk is made once
     known: Mapping[str, Row]  # measured before, by identity
     room: int  # bytes of the files that lie on the disk together
 
@@ -115,26 +81,30 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
     DiskTooSmall.
     """
     check_apart(_written(request), _inputs(request), _ELSEWHERE)
-    request, baseline = _checked(request)
-    evaluators = _evaluators(request)
-    curves = _curves(request)
-    parts = _parts(request, evaluators, baseline)
-    _check_folder(request.folder, parts)
+    request, baseline = checked(request)
     combinations = [dict(zip(request.over, values, strict=True)) for values in itertools.product(*request.over.values())]
-    wanted = [(values, curve) for curve in curves for values in combinations]
     paired = request.inputs.reference is None
-    if paired:
-        first = (baseline, curves[0])
-        wanted = [first, *(one for one in wanted if one != first)]
+    asked = [baseline, *(one for one in combinations if one != baseline)] if paired else combinations
     with scratch_folder("sweep") as scratch:
-        imatrices, derived = _imatrices(request, curves, scratch)
-        asked = [Wanted({**request.parameters, **values}, imatrices[curve] is not None) for values, curve in wanted]
-        plans = make_plans(request.model, request.policy, asked, request.tools, report=report)
-        data: dict[Path | None, Data] = {path: read_data(path, request.model) for path in set(imatrices.values()) if path}
-        points = [
-            _point(request, values, curve, plan, data.get(imatrices[curve]), parts, baseline=paired and number == 0)
-            for number, ((values, curve), plan) in enumerate(zip(wanted, plans, strict=True))
-        ]
+        # what the values change is seen from the files' plans, and decides about curves and evaluators
+        given = request.imatrix is not None or request.imatrix_without_head is not None
+        plans = _plans(request, [(values, given) for values in varied(request, asked)], {}, report)
+        head_only = _only_head_differs(request, list(plans.values()))
+        curves = curves_of(request, head_only=head_only)
+        request, evaluators = evaluators_of(request, head_only=head_only)
+        parts = _parts(request, evaluators, baseline)
+        _check_folder(request.folder, parts)
+        imatrices, derived = imatrices_of(request, curves, scratch)
+        wanted = [(values, curve) for curve in curves for values in combinations]
+        if paired:
+            wanted = [(baseline, curves[0]), *(one for one in wanted if one != (baseline, curves[0]))]
+        plans |= _plans(request, [(values, imatrices[curve] is not None) for values, curve in wanted], plans, report)
+        data = {path: read_data(path, request.model) for path in set(imatrices.values()) if path}
+        points = []
+        for number, (values, curve) in enumerate(wanted):
+            plan, path = plans[_key(values, imatrices[curve] is not None)], imatrices[curve]
+            read = data[path] if path else None
+            points.append(_point(request, values, curve, plan, read, parts, baseline=paired and number == 0))
         jobs = [point.job for point in points if point.job]
         if paired and points[0].job is None:
             raise DataMissing(
@@ -142,83 +112,38 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
             )
         if not jobs:
             raise DataMissing(f"no point of the sweep can be quantized; {points[0].name}: {points[0].refused}")
-        trunk_once = len(jobs) > 1 and request.sweeps_head and same_trunk(jobs)
+        trunk_once = len(jobs) > 1 and head_only and same_trunk(jobs)
         # a derived imatrix has the same data for the trunk as the one it was made of
         trunks = (1 if derived else len({point.head_data for point in points if point.job})) if trunk_once else 0
         room = _check_disk(request, jobs, trunks, keep)
-    return Sweep(request, tuple(points), tuple(evaluators), parts, derived, trunk_once, read_rows(request.folder), room)
+    known = read_rows(request.folder)
+    return Sweep(request, tuple(points), tuple(evaluators), parts, derived, head_only, trunk_once, known, room)
 
 
-def headless_name(request: Request) -> str:
-    assert request.imatrix is not None  # nothing is derived of none
-    return f"{request.imatrix.name.removesuffix('.gguf')}-without-head.gguf"
+def _plans(
+    request: Request, asked: Sequence[tuple[Mapping[str, str], bool]], known: Mapping[str, Plan | ShapeUnfit], report: Report
+) -> dict[str, Plan | ShapeUnfit]:
+    """The plans that are not known yet, of (values, whether there is an imatrix)."""
+    new = {key: one for one in asked if (key := _key(*one)) not in known}
+    if not new:
+        return {}
+    wanted = [Wanted({**request.parameters, **values}, imatrix) for values, imatrix in new.values()]
+    return dict(zip(new, make_plans(request.model, request.policy, wanted, request.tools, report=report), strict=True))
 
 
-def _checked(request: Request) -> tuple[Request, dict[str, str]]:
-    """The request with its values as the policy writes them, q4_k as Q4_K, and the baseline's values."""
-    ggml = Ggml(request.tools)
+def _key(values: Mapping[str, str], imatrix: bool) -> str:
+    return sha256_json([values, imatrix])
 
-    def written(name: str, value: str) -> str:
-        return str(resolve(request.policy, {**request.parameters, name: value}, ggml)[name])
 
-    over = {}
-    for name, values in request.over.items():
-        if name in request.parameters:
-            raise ParameterUnknown(f"'{name}' is both swept and set", hint=f"leave out --set {name}=...")
-        over[name] = tuple(dict.fromkeys(written(name, value) for value in values))
-    if odd := [name for name in request.baseline if name not in over]:
-        raise ParameterUnknown(f"--baseline {odd[0]}: the sweep is over {', '.join(over)}")
-    if request.sweeps_head and not request.model.head_layers:
-        name = next(name for name in over if name.startswith("draft_head"))
+def _only_head_differs(request: Request, plans: Sequence[Plan | ShapeUnfit]) -> bool:
+    """Raises EvaluationRefused where all files are the same."""
+    known = [plan for plan in plans if isinstance(plan, Plan)]
+    if len(known) == len(plans) and len({tuple((one.name, one.type) for one in plan.entries) for plan in known}) == 1:
         raise EvaluationRefused(
-            f"{request.model.path} has no draft head, and the sweep is over '{name}'", hint=f"apex inspect {request.model.path}"
+            f"{', '.join(request.over)}: every value gives the same file of {request.model.path}",
+            hint=f"apex plan {request.model.path} --policy {request.policy.name} shows what the policy does to it",
         )
-    known = request.policy.parameters
-    typed = {name for name in over if name in known and known[name].kind == "type"}
-    baseline = {name: BASELINE_TYPE if name in typed else values[0] for name, values in over.items()}
-    baseline |= {name: written(name, value) for name, value in request.baseline.items()}
-    return replace(request, over=over), baseline
-
-
-def _evaluators(request: Request) -> list[Evaluator]:
-    # while there is no file yet the model stands for the baseline: it has the same head and vocabulary
-    inputs = replace(request.inputs, reference=request.inputs.reference or request.model)
-    only = request.only or (["draft-head"] if request.sweeps_head else ["kld"])
-    return choose(request.evaluators, only, request.model, inputs)[0]
-
-
-def _curves(request: Request) -> list[bool]:
-    """Raises DataMissing, ImatrixMismatch."""
-    both = (True, False) if request.imatrix is not None or request.imatrix_without_head is not None else (False,)
-    curves = list(request.curves or (both if request.sweeps_head else (True,)))
-    if True in curves and request.sweeps_head and request.imatrix is None:
-        raise DataMissing(
-            f"a curve with data for the draft head of {request.model.path} needs an imatrix: none was given",
-            hint=f"apex calibrate {request.model.path}, then --imatrix; or --without-head",
-        )
-    if True in curves and request.sweeps_head and not _has_head(request.imatrix, request.model):
-        raise DataMissing(
-            f"{request.imatrix} holds nothing for the draft head of {request.model.path}",
-            hint=f"apex calibrate {request.model.path}, which runs the draft head too; or --without-head",
-        )
-    without = request.imatrix_without_head
-    if without and _has_head(without, request.model):
-        raise ImatrixMismatch(f"--imatrix-without-head {without}: it holds data for the draft head of {request.model.path}")
-    return curves
-
-
-def _has_head(imatrix: Path | None, model: Model) -> bool:
-    return imatrix is not None and any(holds_head(name, model) for name in read_imatrix(imatrix).entries)
-
-
-def _imatrices(request: Request, curves: Sequence[bool], scratch: Path) -> tuple[dict[bool, Path | None], bool]:
-    """Curve -> imatrix, and whether that without the head was derived."""
-    found: dict[bool, Path | None] = {True: request.imatrix, False: request.imatrix_without_head or request.imatrix}
-    derived = False in curves and not request.imatrix_without_head and _has_head(request.imatrix, request.model)
-    if derived and request.imatrix is not None:
-        found[False] = made = scratch / headless_name(request)
-        write_without_head(request.imatrix, request.model, made)
-    return found, derived
+    return only_head_differs(known)
 
 
 def _point(

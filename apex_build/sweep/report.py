@@ -10,8 +10,8 @@ from apex_build.errors import EvaluationRefused
 from apex_build.report import plot
 from apex_build.report.plot import Chart, Mark, Series
 from apex_build.storage.outputs import whole_file
-from apex_build.sweep.knee import Knee, find_knees, knee_text, plain_name, size_of
-from apex_build.sweep.loss import DIFFERENCE, loss_of, lower_is_better
+from apex_build.sweep.knee import Knee, find_knees, knee_text, size_of
+from apex_build.sweep.loss import loss_of, paired_of
 from apex_build.sweep.rows import TABLE, Row, curve_name
 from apex_build.sweep.table import Table, markdown, sweep_table
 
@@ -29,9 +29,10 @@ class Report:
 
 
 def default_score(rows: Sequence[Row]) -> str:
-    """What a reader asks first of the evaluators that were run."""
-    names = [figure.name for row in rows for figures in row.figures.values() for figure in figures if figure.value is not None]
-    return next((name for name in ("depth1.agreement", "kld.mean") if name in names), names[0] if names else "score")
+    """What the evaluators that were run want to be shown first, else their first figure."""
+    found = [figure for row in rows for figures in row.figures.values() for figure in figures if figure.value is not None]
+    shown = next((figure for figure in found if figure.plot), found[0] if found else None)
+    return shown.name if shown else "score"
 
 
 def check_scores(rows: Sequence[Row], scores: Sequence[str]) -> None:
@@ -66,15 +67,12 @@ def report_sweep(
     n = f", n = {' to '.join(f'{count:,}' for count in sorted({min(counts), max(counts)}))} {counted}" if counts else ""
     title = f"{model}: {score}{n}".rstrip()
     table = sweep_table(rows, score, title, by_head=by_head, reference=reference)
-    words = tuple(knee_text(knee, score, unit, by_head=by_head) for knee in knees)
-    return Report(
-        score,
-        table,
-        words,
-        _chart(rows, score, f"{model}: {plain_name(score)}{n}".rstrip() + (f"\n{about}" if about else ""), unit, knees, by_head)
-        if figures
-        else None,
-    )
+    words = [knee_text(knee, score, unit, by_head=by_head) for knee in knees]
+    if figures and bound is not None and not figures[0].better:
+        words.append(f"no knee of {score}: the evaluator does not say whether lower or higher is better")
+    label = next((figure.label for figure in figures if figure.label), score)
+    heading = f"{model}: {label}{n}".rstrip() + (f"\n{about}" if about else "")
+    return Report(score, table, tuple(words), _chart(rows, score, label, heading, unit, knees, by_head) if figures else None)
 
 
 def write_report(folder: Path, reports: Sequence[Report]) -> list[Path]:
@@ -93,7 +91,7 @@ def write_report(folder: Path, reports: Sequence[Report]) -> list[Path]:
     return written
 
 
-def _chart(rows: Sequence[Row], score: str, title: str, unit: str, knees: Sequence[Knee], by_head: bool) -> Chart:
+def _chart(rows: Sequence[Row], score: str, label: str, title: str, unit: str, knees: Sequence[Knee], by_head: bool) -> Chart:
     smallest = {knee.smallest.identity for knee in knees if knee.smallest}
     series = []
     for head_data in (True, False):
@@ -104,9 +102,9 @@ def _chart(rows: Sequence[Row], score: str, title: str, unit: str, knees: Sequen
             if row.head_data != head_data or not size_of(row, by_head) or (y is None and not row.refused):
                 continue
             interval = (figure.low, figure.high) if figure and figure.low is not None and figure.high is not None else None
-            label = ", ".join(row.values.values())
+            values = ", ".join(row.values.values())
             inner = _paired_interval(row, score, y)
-            marks.append(Mark(size_of(row, by_head) / 1e6, y, label, None, interval, row.identity in smallest, inner))
+            marks.append(Mark(size_of(row, by_head) / 1e6, y, values, None, interval, row.identity in smallest, inner))
         if marks:
             joined = len(next(iter(rows)).values) == 1
             series.append(Series(curve_name(head_data) if by_head else "files", tuple(marks), joined))
@@ -115,13 +113,13 @@ def _chart(rows: Sequence[Row], score: str, title: str, unit: str, knees: Sequen
     lines = []
     bound = knees[0].bound if knees else None
     if baseline and figure and figure.value is not None and bound is not None and loss_of(baseline, score):
-        sign, word = (1, "plus") if lower_is_better(score) else (-1, "less")
+        sign, word = (1, "plus") if figure.better == "lower" else (-1, "less")
         of = ", ".join(baseline.values.values())
         lines = [(figure.value + sign * bound, f"{of} {word} {bound:g} {'points' if unit == '%' else unit}".rstrip())]
     return Chart(
         title=title,
         x_label=f"bytes of the {'draft head' if by_head else 'file'} (MB)",
-        y_label=f"{plain_name(score)}{f' ({unit})' if unit else ''}, 95 % intervals",
+        y_label=f"{label}{f' ({unit})' if unit else ''}, 95 % intervals",
         series=tuple(series),
         lines=tuple(lines),
         inner="of the difference from the baseline" if baseline else "of the difference from the reference",
@@ -131,7 +129,9 @@ def _chart(rows: Sequence[Row], score: str, title: str, unit: str, knees: Sequen
 
 def _paired_interval(row: Row, score: str, value: float | None) -> tuple[float, float] | None:
     """The interval of the paired difference, laid about the score."""
-    paired = row.figure(score + DIFFERENCE)
+    paired = paired_of(row, score)
+    if paired is row.figure(score):  # it is the score itself
+        return None
     if value is None or row.baseline or paired is None or paired.value is None or paired.low is None or paired.high is None:
         return None
     return value + paired.low - paired.value, value + paired.high - paired.value

@@ -67,13 +67,16 @@ def as_data(row: Row) -> dict[str, Any]:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """The measured rows of a folder by identity, none if it has no results yet. Raises OutputUnwritable for a damaged file."""
+    """The measured rows of a folder by identity, none if it has no results yet. Raises OutputUnwritable for a damaged file.
+
+    Rows from before figures said which direction is better are not among them: they are measured again.
+    """
     path = folder / RESULTS
     if not path.exists():
         return {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # other line breaks may stand in a note
-        rows = [_row(json.loads(line)) for line in lines if line]
+        rows = [_row(data) for line in lines if line and _says_better(data := json.loads(line))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OutputUnwritable(f"{path} is damaged: {error}", hint="give another folder with -o") from None
     return {row.identity: row for row in rows if row.measured}
@@ -82,6 +85,10 @@ def read_rows(folder: Path) -> dict[str, Row]:
 def write_rows(folder: Path, rows: Iterable[Row]) -> None:
     with whole_file(folder / RESULTS) as part:
         part.write_text("".join(f"{json.dumps(as_data(row), ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+
+
+def _says_better(data: dict[str, Any]) -> bool:
+    return all("better" in figure for figures in data["figures"].values() for figure in figures)
 
 
 def _row(data: dict[str, Any]) -> Row:

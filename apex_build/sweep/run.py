@@ -17,11 +17,13 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
 from apex_build.native.run import unwinding_signals
 from apex_build.progress import Report, silent
+from apex_build.quantization.preflight import without_data
 from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, run
 from apex_build.storage.json_files import write_json
 from apex_build.storage.outputs import locked, with_manifest_and_log, writing
-from apex_build.sweep.plan import FILES, MANIFEST, MEASURED, Point, Sweep, check_folder, headless_name
+from apex_build.sweep.plan import FILES, MANIFEST, MEASURED, Point, Sweep, check_folder
+from apex_build.sweep.request import headless_name
 from apex_build.sweep.rows import Row, curve_name, write_rows
 from apex_build.sweep.shared_trunk import head_job, trunk_job
 from apex_build.sweep.without_head import write_without_head
@@ -99,7 +101,7 @@ def planned_row(point: Point, sweep: Sweep) -> Row:
         trunk_bytes=point.plan.n_bytes - head if point.plan else None,
         file_bytes=point.job.n_bytes if point.job else None,
         refused=point.refused,
-        uncalibrated=bool(point.job and any("without calibration data" in line for line in point.job.warnings)),
+        uncalibrated=bool(point.job and without_data(point.job.plan.entries, point.job.covered)),
         imatrix=str(point.job.keys.get("apex.imatrix", "")) if point.job else "",
         file=file_identity(point.job.keys) if point.job else "",
         tools=sweep.request.tools.identity,

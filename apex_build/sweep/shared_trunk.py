@@ -25,8 +25,16 @@ _OF_THE_HEAD = ("apex.parameters", "apex.head_rows", "apex.imatrix.examined")
 
 def same_trunk(jobs: Sequence[Job]) -> bool:
     """Whether the files differ in types of the draft head alone. That the trunk has the same data is for the caller to know."""
-    kinds = {(job.plan.base_type, tuple((e.name, e.type) for e in job.plan.entries if not e.draft_head)) for job in jobs}
-    return len(kinds) == 1
+    return len({_types(job.plan, head=False) for job in jobs}) == 1
+
+
+def only_head_differs(plans: Sequence[Plan]) -> bool:
+    """Whether the files differ, and in types of the draft head alone."""
+    return len({_types(plan, head=False) for plan in plans}) == 1 < len({_types(plan, head=True) for plan in plans})
+
+
+def _types(plan: Plan, *, head: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
+    return plan.base_type, tuple((entry.name, entry.type) for entry in plan.entries if entry.draft_head == head)
 
 
 def trunk_job(job: Job, out: Path) -> Job:

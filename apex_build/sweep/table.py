@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from apex_build.hookspecs import Figure
 from apex_build.sweep.knee import mb, size_of, value_text
-from apex_build.sweep.loss import DIFFERENCE, Loss, loss_of
+from apex_build.sweep.loss import Loss, loss_of, paired_of
 from apex_build.sweep.rows import Row, curve_name
 
 
@@ -27,7 +27,7 @@ def sweep_table(rows: Sequence[Row], score: str, title: str, *, by_head: bool, r
     unit = next((figure.unit for row in rows if (figure := row.figure(score))), "")
     size = "head" if by_head else "file"
     columns = [*names, size]
-    paired = any(row.figure(score + DIFFERENCE) for row in rows)
+    paired = any((found := paired_of(row, score)) and found.name != score for row in rows)
     for curve in curves:
         of_curve = f", {curve_name(curve)}" if len(curves) > 1 else ""
         columns.append(f"{score}{of_curve}" + (f" ({unit})" if unit else ""))

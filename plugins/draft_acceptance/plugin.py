@@ -18,6 +18,7 @@ from apex_build.plugin_api import (
     ParameterUnknown,
     Prompt,
     Server,
+    Service,
     Step,
     Task,
     hookimpl,
@@ -27,6 +28,9 @@ from apex_build.plugin_api import (
 )
 
 APEX_API = 2
+
+# for apex check: drafts of two tokens are what mixture-of-experts models do best with
+_CHECKED = {name: f"greedy.n2.{name}" for name in ("acceptance", "same_text", "drafted", "accepted")}
 
 
 @hookimpl
@@ -48,6 +52,7 @@ def apex_evaluators() -> list[Evaluator]:
             },
             headline=(("greedy.n2.acceptance", "acceptance"), ("greedy.n*.acceptance", "acceptance")),
             runs=_runs,
+            serves=(Service("check", _CHECKED, {"lengths": "2", "temperature": "0", "context": "4096"}),),
             description="llama-server with draft-mtp: tokens drafted and accepted, tokens for each evaluation of the trunk",
         )
     ]
@@ -122,7 +127,8 @@ def evaluate(task: Task) -> list[Figure]:
                 if mode == "greedy":
                     same = [one.text == other.text for one, other in zip(writings, plain, strict=True)]
                     low, high = share_interval(sum(same), len(same))
-                    figures.append(Figure(f"{name}.same_text", 100 * sum(same) / len(same), 100 * low, 100 * high, "%", len(same)))
+                    share = 100 * sum(same) / len(same)
+                    figures.append(Figure(f"{name}.same_text", share, 100 * low, 100 * high, "%", len(same), better="higher"))
     return figures
 
 
@@ -164,12 +170,19 @@ def _ratio(
 ) -> Figure:
     """Sum of the firsts over sum of the seconds, one pair a prompt; the prompts of each domain are a stratum."""
     over, under = zip(*pairs, strict=True)
+    label = _label(name)
     if not told or not sum(under):
         note = "nothing was drafted" if told else "this llama-server does not tell what became of each draft"
-        return Figure(name, None, unit=unit, n=len(pairs), domain=domain, note=note)
+        return Figure(name, None, unit=unit, n=len(pairs), domain=domain, note=note, better="higher", label=label)
     strata = [sorted({one.domain for one in group}).index(one.domain) for one in group]
     value, low, high = ratio_interval(over, under, strata).times(100 if unit == "%" else 1)
-    return Figure(name, value, low, high, unit, len(pairs), domain)
+    return Figure(name, value, low, high, unit, len(pairs), domain, better="higher", label=label)
+
+
+def _label(name: str) -> str:
+    mode, length, what = name.split(".")
+    texts = {"acceptance": "accepted drafts, {} at a time", "tokens_per_step": "tokens for each step, {} drafted"}
+    return f"{texts[what].format(length.removeprefix('n'))}, {mode}" if what in texts else ""
 
 
 def _lengths(text: str) -> list[int]:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from apex_build.plugin_api import HEAD_ROWS, Estimate, EvaluationRefused, Figure, Task, clustered_mean, head_rows_arguments
+from apex_build.plugin_api import (
+    HEAD_ROWS,
+    Estimate,
+    EvaluationRefused,
+    Figure,
+    HeadScores,
+    Task,
+    clustered_mean,
+    head_rows_arguments,
+)
 
-from .scores import HeadScores, check_same_positions, rows_choice, scored
+from .scores import check_same_positions, rows_choice, scored
 
 Values = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+SHOWN = "depth1.agreement"  # what a reader asks first
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +36,8 @@ class Column:
     chunk: Ints
     text: Ints
     unit: str
+    better: Literal["lower", "higher"]
+    label: str
     scale: float = 1.0
     most: float = math.inf
     exponential: bool = False
@@ -83,17 +96,21 @@ def columns_of(parts: list[HeadScores], depth: int, context: int) -> Iterator[tu
     for d in range(1, depth + 1):
         here = at == d
         where = (chunk[here], text[here])
-        yield f"depth{d}.agreement", Column(agree[here].astype(np.float64), *where, "%", 100.0, 100.0)
-        yield f"depth{d}.p", Column(p[here].astype(np.float64), *where, "%", 100.0, 100.0)
-        yield f"depth{d}.kld", Column(kld[here].astype(np.float64), *where, "nats")
-        yield f"depth{d}.ppl", Column(nll[here].astype(np.float64), *where, "", exponential=True)
+        same, chance = f"the head's draft {d} is the trunk's choice", f"the trunk's probability of the head's draft {d}"
+        apart, surprise = f"divergence of the head from the trunk, draft {d}", f"perplexity of the head, draft {d}"
+        yield f"depth{d}.agreement", Column(agree[here].astype(np.float64), *where, "%", "higher", same, 100.0, 100.0)
+        yield f"depth{d}.p", Column(p[here].astype(np.float64), *where, "%", "higher", chance, 100.0, 100.0)
+        yield f"depth{d}.kld", Column(kld[here].astype(np.float64), *where, "nats", "lower", apart)
+        yield f"depth{d}.ppl", Column(nll[here].astype(np.float64), *where, "", "lower", surprise, exponential=True)
     chain = {name: _by_draft(text, pos, at, values, depth) for name, values in (("", agree), (".sampled", p))}
     starts = chain[""][0]
     for n in range(1, depth + 1):
         for suffix, (_, accepted) in chain.items():
             whole = ~np.isnan(accepted[:, n - 1])  # only drafts that have all n tokens in their chunk, as the tool counts them
             tokens = 1.0 + np.cumprod(accepted[whole, :n], axis=1).sum(axis=1)
-            yield f"tokens.{n}{suffix}", Column(tokens, (starts[whole, 1]) // context, starts[whole, 0], "tokens", most=n + 1.0)
+            label = f"tokens for each step with {n} drafted{', sampled' if suffix else ''}"
+            where = (starts[whole, 1] // context, starts[whole, 0])
+            yield f"tokens.{n}{suffix}", Column(tokens, *where, "tokens", "higher", label, most=n + 1.0)
 
 
 def _by_draft(text: Ints, pos: Ints, depth: Ints, values: Values, deepest: int) -> tuple[Ints, Values]:
@@ -106,6 +123,19 @@ def _by_draft(text: Ints, pos: Ints, depth: Ints, values: Values, deepest: int) 
 
 def _figure(name: str, estimate: Estimate, column: Column, domain: str, note: str = "", *, difference: bool = False) -> Figure:
     unit = "points" if difference and column.unit == "%" else column.unit
+    paired = "" if difference or column.exponential else f"{name}.difference"
+    about = Figure(
+        name,
+        None,
+        unit=unit,
+        n=len(column.values),
+        domain=domain,
+        note=note,
+        better=column.better,
+        paired=paired,
+        label=column.label,
+        plot=name == SHOWN,
+    )
     if not all(math.isfinite(number) for number in estimate if number is not None):
-        return Figure(name, None, unit=unit, n=len(column.values), domain=domain, note="scores that are no finite numbers")
-    return Figure(name, *estimate, unit, len(column.values), domain, note)
+        return replace(about, note="scores that are no finite numbers")
+    return replace(about, value=estimate.value, low=estimate.low, high=estimate.high)

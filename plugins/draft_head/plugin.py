@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from apex_build.plugin_api import Evaluator, Figure, Parameter, hookimpl
+from apex_build.plugin_api import Evaluator, Figure, Parameter, Service, hookimpl
 
 if TYPE_CHECKING:
     from apex_build.plugin_api import Task
@@ -32,6 +32,11 @@ def apex_evaluators() -> list[Evaluator]:
             },
             headline=(("depth1.agreement", "agreement"),),
             runs=_runs,
+            serves=(
+                Service("head"),
+                # drafts of two tokens are what mixture-of-experts models do best with
+                Service("auto", {"agreement": "depth1.agreement", "tokens": "tokens.2"}, {"depth": "2"}),
+            ),
             description="the head's drafts against the trunk's choices, by depth; paired with the reference's where one is given",
         )
     ]

@@ -66,7 +66,8 @@ def evaluate(mode: str, read: Reader, task: Task) -> list[Figure]:
         accuracy = _accuracy(task, mode, wanted, ("--binary-file", file, *arguments))
     notes = [f"{tasks.left_out} tasks left out, which the tool cannot score"] if tasks.left_out else []
     low, high = share_interval(round(accuracy * wanted / 100), wanted)
-    return [Figure("accuracy", accuracy, 100 * low, 100 * high, "%", wanted, note="; ".join(notes))]
+    note = "; ".join(notes)
+    return [Figure("accuracy", accuracy, 100 * low, 100 * high, "%", wanted, note=note, better="higher", label="right answers")]
 
 
 def _accuracy(task: Task, mode: str, wanted: int, arguments: Sequence[str | Path]) -> float:

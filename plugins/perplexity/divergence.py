@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ def kld(task: Task) -> list[Figure]:
     found: list[Divergence] = []
     for domain, text in task.texts.items():
         logits = reference_logits(task, domain)
-        arguments = ["-c", str(task.number("context")), "--kl-divergence", "--kl-divergence-base", logits]
+        arguments: list[str | Path] = ["-c", str(task.number("context")), "--kl-divergence", "--kl-divergence-base", logits]
         what = f"{task.model.path.name} on {domain or text.name}"
         found.append(run(task, task.model.path, text, arguments, what, lambda lines: _read(lines, task)))
     figures = _figures(found, "")
@@ -101,14 +102,15 @@ def _figures(parts: Sequence[Divergence], domain: str) -> list[Figure]:
     text = np.repeat(np.arange(len(parts)), [len(part.kld) for part in parts])
     chunk = np.concatenate([np.full(len(part.kld), float(part.positions)) for part in parts])
     same = clustered_ratio(np.concatenate([part.same_top for part in parts]), chunk, text).within(0.0, 1.0).times(100)
-    figures = [Figure("kld.mean", *mean.within(0.0), "nats", n, domain)]
+    figures = [Figure("kld.mean", *mean.within(0.0), "nats", n, domain, label="mean divergence from the reference", plot=True)]
     if len(parts) == 1:
         figures.append(Figure("kld.median", parts[0].median, None, None, "nats", n, domain))
         figures.append(Figure("kld.p99_9", parts[0].p99_9, None, None, "nats", n, domain))
-    figures += [
-        Figure("kld.max", max(part.maximum for part in parts), None, None, "nats", n, domain),
-        Figure("top1.agreement", *same, "%", n, domain),
-    ]
+    figures.append(Figure("kld.max", max(part.maximum for part in parts), None, None, "nats", n, domain))
+    # each is a difference from the reference already
+    figures = [replace(figure, better="lower", paired=figure.name) for figure in figures]
+    label = "same first choice as the reference"
+    figures.append(Figure("top1.agreement", *same, "%", n, domain, better="higher", label=label))
     return [figure if _finite(figure) else _without_value(figure) for figure in figures]
 
 
@@ -140,5 +142,4 @@ def _finite(figure: Figure) -> bool:
 
 
 def _without_value(figure: Figure) -> Figure:
-    note = "the tool's figure is not a finite number"
-    return Figure(figure.name, None, unit=figure.unit, n=figure.n, domain=figure.domain, note=note)
+    return replace(figure, value=None, low=None, high=None, note="the tool's figure is not a finite number")

@@ -42,8 +42,10 @@ def chunk_sums(lines: Sequence[str], context: int) -> Floats | None:
         return None
     so_far = np.array([value for _, value in running])
     with np.errstate(invalid="ignore", divide="ignore"):
-        totals = np.log(so_far) * np.arange(1, len(so_far) + 1) * scored_positions(context)
-        return np.diff(totals, prepend=0.0)
+        totals: Floats = np.log(so_far) * np.arange(1, len(so_far) + 1) * scored_positions(context)
+    with np.errstate(invalid="ignore"):  # inf less inf
+        sums: Floats = np.diff(totals, prepend=0.0)
+    return sums
 
 
 def _figure(sums: Iterable[Floats], context: int, domain: str) -> Figure:
@@ -51,7 +53,9 @@ def _figure(sums: Iterable[Floats], context: int, domain: str) -> Figure:
     over = np.concatenate(parts)
     n = len(over) * scored_positions(context)
     if not np.isfinite(over).all():
-        return Figure("ppl", None, n=n, domain=domain, note="the model gives no finite perplexity")
+        return Figure(
+            "ppl", None, n=n, domain=domain, note="the model gives no finite perplexity", better="lower", label="perplexity"
+        )
     text = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     mean = clustered_ratio(over, np.full(len(over), n / len(over)), text)
-    return Figure("ppl", *mean.exp(), n=n, domain=domain)
+    return Figure("ppl", *mean.exp(), n=n, domain=domain, better="lower", label="perplexity")

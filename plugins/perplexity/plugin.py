@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from apex_build.plugin_api import Evaluator, Figure, Parameter, hookimpl
+from apex_build.plugin_api import Evaluator, Figure, Parameter, Service, hookimpl
 
 if TYPE_CHECKING:
     from apex_build.plugin_api import Task
@@ -30,6 +30,7 @@ def apex_evaluators() -> list[Evaluator]:
             description="how well the model predicts the texts",
             headline=(("ppl", "perplexity"),),
             runs=_runs,
+            serves=(Service("check", {"perplexity": "ppl"}, {"chunks": "2"}),),
         ),
         Evaluator(
             name="kld",
@@ -39,6 +40,7 @@ def apex_evaluators() -> list[Evaluator]:
             description="how far the model's probabilities are from the reference's; the reference's are kept in the cache",
             headline=(("kld.mean", "KLD"), ("top1.agreement", "top-1")),
             runs=_runs_of_both,
+            serves=(Service("sweep"),),
         ),
     ]
 

@@ -103,7 +103,7 @@ def _bench(task: Task) -> list[Figure]:
         half = None if spread is None else student(repetitions - 1) * spread / math.sqrt(repetitions)
         note = f"standard deviation {spread:.4g} between repetitions" if spread is not None else ""
         low, high = (None, None) if half is None else (max(0.0, mean - half), mean + half)
-        figures.append(Figure(name, mean, low, high, _UNIT, repetitions, note=note))
+        figures.append(Figure(name, mean, low, high, _UNIT, repetitions, note=note, better="higher"))
     return figures
 
 
@@ -151,8 +151,8 @@ def _compare(domains: Sequence[str], pairs: Sequence[tuple[Timing, Timing]]) -> 
     ratio = ratio_interval(without, [drafted.seconds for _, drafted in pairs], strata)
     note = "with drafting over without, from one run with the prompts in turn"
     return [
-        *(Figure(name, rate.value, rate.low, rate.high, _UNIT, len(pairs)) for name, rate in rates.items()),
-        Figure("end_to_end.ratio", ratio.value, ratio.low, ratio.high, "", len(pairs), note=note),
+        *(Figure(name, rate.value, rate.low, rate.high, _UNIT, len(pairs), better="higher") for name, rate in rates.items()),
+        Figure("end_to_end.ratio", ratio.value, ratio.low, ratio.high, "", len(pairs), note=note, better="higher"),
     ]
 
 

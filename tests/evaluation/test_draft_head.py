@@ -68,7 +68,8 @@ def tables(
 
 
 def at(table: Array, depth: int) -> Array:
-    return table[table[:, 1] == depth]
+    found: Array = table[table[:, 1] == depth]
+    return found
 
 
 def chunks(rows: Array) -> npt.NDArray[np.int64]:
@@ -83,8 +84,8 @@ def tokens(table: Array, n: int, column: int) -> tuple[Array, npt.NDArray[np.int
     return np.array(chains), np.array(starts) // CONTEXT
 
 
-def close(figure: Figure, estimate: Estimate, **tolerance: float) -> bool:
-    return (figure.value, figure.low, figure.high) == pytest.approx(estimate, **tolerance)
+def close(figure: Figure, estimate: Estimate, rel: float | None = None, abs: float | None = None) -> bool:
+    return (figure.value, figure.low, figure.high) == pytest.approx(estimate, rel=rel, abs=abs)
 
 
 def test_every_figure_agrees_with_numpy(found: Figures, tables: dict[str, Array]) -> None:
@@ -240,12 +241,12 @@ def test_scores_that_are_no_scores(tools: Toolset, testbed: Path, texts: dict[st
     for text, said in (("", "expected 'pos,depth"), ("pos,depth,token,trunk,head,agree,p,kld,nll\n1,2,3\n", "cannot be read")):
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(ToolFailed, match=said):
-            scores.read_csv(tmp_path / "x.csv")
+            scores.read_head_scores(tmp_path / "x.csv")
     lines = [
         f"{chunk * 128 + 65 + i},1,5,5,5,1,0.5,{'nan' if chunk == i == 3 else 0.1},2.0" for chunk in range(9) for i in range(63)
     ]
     (tmp_path / "x.csv").write_text("\n".join(["pos,depth,token,trunk,head,agree,p,kld,nll", *lines]))
-    columns = dict(figures.columns_of([scores.read_csv(tmp_path / "x.csv")], 1, 128))
+    columns = dict(figures.columns_of([scores.read_head_scores(tmp_path / "x.csv")], 1, 128))
     made = {name: figures._figure(name, column.estimate(), column, "") for name, column in columns.items()}
     assert made["depth1.agreement"].value == 100 == made["depth1.agreement"].low
     assert made["depth1.kld"].value is None and "no finite numbers" in made["depth1.kld"].note

@@ -22,7 +22,7 @@ from apex_build.plugins import load_plugins
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 # kind -> the name that the page gives its example
-PRINTED = dict(re.findall(r"^`apex plugins new ([a-z]+) ([a-z0-9-]+)`$", PAGE, re.MULTILINE))
+PRINTED: dict[str, str] = dict(re.findall(r"^`apex plugins new ([a-z]+) ([a-z0-9-]+)`$", PAGE, re.MULTILINE))
 
 
 def blocks(kind: str) -> list[str]:
@@ -175,7 +175,7 @@ def giving(hook: str, items: str) -> str:
         ),
         (
             giving("apex_evaluators", "Evaluator('e', lambda task: [], serves=(Service('check', {'speed': 's'}),))"),
-            "with figures for speed: expected perplexity or acceptance or acceptance, same_text",
+            "with figures for speed: expected perplexity or acceptance",
         ),
         (giving("apex_evaluators", "Evaluator('e', lambda task: [], parameters={'p': Parameter('Q4KM')})"), "Q4KM"),
         (giving("apex_policies", "PolicySpec('p', T, 'Q8_0', otherwise='gone')"), "names another, 'gone'"),

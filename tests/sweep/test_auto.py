@@ -19,10 +19,13 @@ from apex_build.errors import ChatTemplateFailed, DataMissing, EvaluationRefused
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import Figure
 from apex_build.native.toolset import Toolset
+from apex_build.parameters import Value
 from apex_build.plugins import load_plugins
-from apex_build.sweep.auto import AGREEMENT, TOKENS, Question, _choice, known_choice, measure, parameter_at_auto
+from apex_build.sweep.auto import Question, _choice, known_choice, measure, parameter_at_auto
 from apex_build.sweep.rows import Row
 
+AGREEMENT, TOKENS = "depth1.agreement", "tokens.2"
+FIGURES = {"agreement": AGREEMENT, "tokens": TOKENS}
 AUTO = ("--policy", "i-nano", *SMALL, "--set", "draft_head=auto", "--threads", "1")
 
 
@@ -35,7 +38,7 @@ def question(
     plugins = load_plugins()
     texts = {name: heldout / f"{name}.txt" for name in ("chat", "code")}
     model = read_model(testbed, plugins.role_of)
-    parameters = {"edge": 1, "near": 1, "attention_edge": 1, "draft_head": "auto"}
+    parameters: dict[str, Value] = {"edge": 1, "near": 1, "attention_edge": 1, "draft_head": "auto"}
     return Question(
         model, plugins.policy("i-nano"), parameters, calibrated, tools, plugins.evaluators(), texts, threads=1, chunks=8
     )
@@ -45,9 +48,9 @@ def row(value: str, size: int, loss: tuple[float, float, float], *, baseline: bo
     """`loss` of agreement in points; half as many hundredths of tokens a step."""
     low, high = -loss[2], -loss[1]
     figures = (
-        Figure(AGREEMENT, 70.0, 69, 71, "%", 8000),
+        Figure(AGREEMENT, 70.0, 69, 71, "%", 8000, better="higher", paired=f"{AGREEMENT}.difference"),
         Figure(f"{AGREEMENT}.difference", -loss[0], low, high, "points", 8000),
-        Figure(TOKENS, 2.0, 1.9, 2.1, "tokens", 8000),
+        Figure(TOKENS, 2.0, 1.9, 2.1, "tokens", 8000, better="higher", paired=f"{TOKENS}.difference"),
         Figure(f"{TOKENS}.difference", -loss[0] / 100, low / 100, high / 100, "tokens", 8000),
     )
     return Row(value, {"draft_head": value}, True, baseline, size, 1, 1, figures={"draft-head": figures})
@@ -58,14 +61,14 @@ def test_the_smallest_that_loses_little_is_chosen_and_a_wide_interval_is_not_eno
         row("Q8_0", 100, (0, 0, 0), baseline=True), row("Q6_K", 80, (0.1, 0.0, 0.2)), row("Q4_K", 60, (0.3, 0.1, 0.5)),
         row("Q3_K", 50, (0.4, -0.4, 1.2)), row("Q2_K", 40, (2.0, 1.5, 2.5)),
     ]  # fmt: skip
-    choice = _choice(rows, "draft_head", 0.5, reused=False)
+    choice = _choice(rows, "draft_head", 0.5, FIGURES, reused=False)
     assert choice.value == "Q4_K" and choice.positions == 8000
     assert [one.fits for one in choice.candidates] == [True, True, False, False]
     assert choice.text == "loss 0.30 [0.10, 0.50] points of agreement, 0.15 [0.05, 0.25] % of tokens a step, 8000 positions"
     assert len(choice.text) <= 127
-    strict = _choice(rows, "draft_head", 0.05, reused=False)
+    strict = _choice(rows, "draft_head", 0.05, FIGURES, reused=False)
     assert strict.value == "Q8_0" and "none smaller loses less" in strict.text
-    assert _choice(rows, "draft_head", 3.0, reused=False).value == "Q2_K"
+    assert _choice(rows, "draft_head", 3.0, FIGURES, reused=False).value == "Q2_K"
 
 
 def test_it_is_measured_once_and_kept(question: Question) -> None:

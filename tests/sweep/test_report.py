@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -29,12 +31,23 @@ def row(
 ) -> Row:
     low, high = (None if bound is None else -bound for bound in (loss[2], loss[1]))
     figures = (
-        Figure(SCORE, score, score - 0.4, score + 0.4, "%", 10_000),
+        Figure(
+            SCORE,
+            score,
+            score - 0.4,
+            score + 0.4,
+            "%",
+            10_000,
+            better="higher",
+            paired=f"{SCORE}.difference",
+            label="it",
+            plot=True,
+        ),
         Figure(SCORE, score + 1, unit="%", domain="chat"),
         Figure(f"{SCORE}.difference", -loss[0], low, high, "points", 10_000),
-        Figure("depth1.kld", 0.2, 0.1, 0.3, "nats"),
+        Figure("depth1.kld", 0.2, 0.1, 0.3, "nats", better="lower", paired="depth1.kld.difference"),
         Figure("depth1.kld.difference", 0.02, 0.01, 0.03, "nats"),
-        Figure("kld.mean", 0.05, 0.04, 0.06, "nats"),
+        Figure("kld.mean", 0.05, 0.04, 0.06, "nats", better="lower", paired="kld.mean"),
     )
     name = f"{kind}{head_data}"
     return Row(
@@ -80,6 +93,37 @@ def test_the_knee_by_the_estimate_and_by_the_interval() -> None:
     assert firm.endswith("and its whole interval is under the bound")
     (vague,) = report_sweep([ROWS[0], row("Q2_K", 1, 73.0, (0.1, None, None))], SCORE, "testbed", by_head=True).knees
     assert vague.endswith("too little text for an interval")
+
+
+@pytest.mark.parametrize("name", ["wer", "nll", "loss", "latency", "depth1.kld"])
+def test_which_direction_is_better_is_what_the_figure_says(name: str) -> None:
+    """Whatever it is called: a word in a name says nothing."""
+
+    def rows(better: Literal["", "lower", "higher"]) -> list[Row]:
+        def figures(value: float, change: float) -> dict[str, tuple[Figure, ...]]:
+            paired = Figure(f"{name}.difference", change, change - 0.1, change + 0.1, "points")
+            return {"mine": (Figure(name, value, unit="%", better=better, paired=paired.name), paired)}
+
+        worse = replace(ROWS[1], figures=figures(30.0, 10.0))
+        return [replace(ROWS[0], figures=figures(20.0, 0.0)), worse]
+
+    assert loss_of(rows("lower")[1], name) == Loss(10.0, 9.9, 10.1)
+    assert loss_of(rows("higher")[1], name) == Loss(-10.0, -10.1, -9.9)
+    assert "is Q8_0" in report_sweep(rows("lower"), name, "testbed", by_head=True).knees[0], "higher is worse: no gain"
+    assert "is Q4_K" in report_sweep(rows("higher"), name, "testbed", by_head=True).knees[0]
+    assert loss_of(rows("")[1], name) is None
+    (text,) = report_sweep(rows(""), name, "testbed", by_head=True).knees
+    assert text == f"no knee of {name}: the evaluator does not say whether lower or higher is better"
+
+
+def test_rows_from_before_figures_said_so_are_measured_again(tmp_path: Path) -> None:
+    write_rows(tmp_path, ROWS[:2])
+    path = tmp_path / "sweep.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for figure in lines[0]["figures"]["draft-head"]:
+        del figure["better"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(read_rows(tmp_path)) == [ROWS[1].identity]
 
 
 def test_no_knee_without_a_bound_that_has_a_meaning() -> None:

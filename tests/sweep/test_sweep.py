@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def weigh(task):
     other = sum(tensor.n_bytes for tensor in task.reference.tensors if tensor.draft_head) / 1e4
     difference = size - other
     return [
-        Figure("score", size, size - 1, size + 1, "%", 100),
+        Figure("score", size, size - 1, size + 1, "%", 100, better="higher", paired="score.difference"),
         Figure("score.difference", difference, difference - 1, difference + 1, "points", 100),
     ]
 
@@ -264,7 +265,7 @@ def test_what_is_asked_wrongly(wrong: list[str], code: int, said: str, command: 
 def test_a_model_without_a_head(command: list[object], testbed: Path, tmp_path: Path) -> None:
     headless = gguf_edit.without_head(testbed, tmp_path / "headless.gguf")
     done = run_apex(*[headless if part == testbed else part for part in command], "--over", "draft_head=Q8_0", code=77)
-    assert f"{headless} has no draft head, and the sweep is over 'draft_head'" in done.stderr
+    assert f"{headless} has no draft head, and the sweep is by policy 'draft-head-only', which is about it" in done.stderr
 
 
 def test_imatrices_that_will_not_do(
@@ -352,6 +353,39 @@ def test_the_disk_is_looked_at_before_the_first_file(
     plan_sweep(request)
     with pytest.raises(DiskTooSmall, match="of other files"):
         plan_sweep(request, keep=True)
+
+
+def test_what_the_values_change_is_seen_from_the_plans(
+    testbed: Path, calibrated: Path, tools: Toolset, heldout: Path, tmp_path: Path
+) -> None:
+    """The policy that docs/policies.md prints has its own name for the head's experts: it is a sweep of the head nevertheless."""
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+    code = page.partition("    # my-policies/plugin.py\n")[2].partition("    {# my-policies/")[0]
+    template = page.partition("{# my-policies/nano-small-head.jinja")[2].partition("\n\n")[0]
+    (tmp_path / "my-policies").mkdir()
+    (tmp_path / "my-policies" / "plugin.py").write_text(textwrap.dedent(code))
+    (tmp_path / "my-policies" / "nano-small-head.jinja").write_text(textwrap.dedent("    {#" + template))
+    plugins = load_plugins((tmp_path / "my-policies",))
+    # under other names: none of theirs is known
+    evaluators = {f"x-{name}": replace(one, name=f"x-{name}") for name, one in plugins.evaluators().items()}
+    asked = Request(
+        model=read_model(testbed, plugins.role_of), policy=plugins.policy("nano-small-head"), parameters={},
+        over={"routed_head": ("Q3_K", "IQ2_XXS")}, imatrix=calibrated, folder=tmp_path / "out", tools=tools,
+        evaluators=evaluators, only=(), inputs=Inputs(texts={"chat": heldout / "chat.txt"}),
+    )  # fmt: skip
+    head = plan_sweep(asked)
+    assert head.head_only and head.trunk_once and [one.name for one in head.evaluators] == ["x-draft-head"]
+    assert [point.head_data for point in head.points] == [True, True, True, False, False]
+    single = plan_sweep(replace(asked, over={"routed_head": ("Q8_0",)}, curves=(True,)))
+    assert single.head_only and len(single.points) == 1, "seen even where there is one file"
+    trunk = plan_sweep(replace(asked, policy=plugins.policy("draft-head-only"), over={"trunk": ("Q6_K", "Q4_K")}))
+    assert not trunk.head_only and [one.name for one in trunk.evaluators] == ["x-kld"]
+    assert [point.head_data for point in trunk.points] == [True] * 3
+    with pytest.raises(EvaluationRefused, match="attention_edge: every value gives the same file"):
+        plan_sweep(replace(asked, policy=plugins.policy("i-nano"), over={"attention_edge": ("3", "4")}))
+    quiet = {name: replace(one, serves=()) for name, one in evaluators.items()}
+    with pytest.raises(EvaluationRefused, match="no evaluator says that it is for such a sweep"):
+        plan_sweep(replace(asked, evaluators=quiet))
 
 
 def test_imatrices_of_two_runs_have_a_trunk_each(

@@ -53,7 +53,7 @@ def test_the_format_before_gguf_is_refused(testbed: Path, heldout: Path, tools: 
         "-b",
         "128",
     ]
-    run_tool([tools.tool("llama-imatrix"), *wanted])
+    run_tool([tools.tool("llama-imatrix"), *map(str, wanted)])
     with pytest.raises(ImatrixInvalid, match="in the format before it"):
         write_without_head(old, read_model(testbed, load_plugins().role_of), tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
