@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 
 def run_apex(*arguments: object, code: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
     """`apex` as a process of its own. A traceback is never an answer."""
     command = [sys.executable, "-m", "apex_build", *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=900, **options)  # type: ignore[call-overload]
+    settings: dict[str, Any] = {"timeout": 900, **options}
+    ran: subprocess.CompletedProcess[str] = subprocess.run(command, capture_output=True, text=True, **settings)
     assert "Traceback" not in ran.stderr, ran.stderr
     assert ran.returncode == code, f"code {ran.returncode}, expected {code}\n{ran.stdout[-2000:]}\n{ran.stderr[-3000:]}"
     return ran

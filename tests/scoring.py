@@ -51,7 +51,9 @@ def measure(evaluator: str, *arguments: object, **settings: object) -> Figures:
 
 def plugin_module(plugin: str, name: str) -> ModuleType:
     """A file of a built-in plugin."""
-    return importlib.import_module(f".{name}", load_plugins().manager.get_plugin(plugin).__name__)
+    found = load_plugins().manager.get_plugin(plugin)
+    assert isinstance(found, ModuleType)
+    return importlib.import_module(f".{name}", found.__name__)
 
 
 def perplexity_tool(tools: Toolset, model: Path, *arguments: object) -> str:

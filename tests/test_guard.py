@@ -15,7 +15,8 @@ import click
 import pytest
 from apex_runs import SMALL
 
-from apex_build.cli import VERBS, apex, main
+from apex_build.cli import apex, main
+from apex_build.cli.verbs import VERBS
 from apex_build.errors import OutputUnwritable
 from apex_build.native.toolset import Toolset
 from apex_build.storage.outputs import LOG, MANIFEST, locked

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from apex_build import errors
-from apex_build.cli import VERBS, apex
+from apex_build.cli import apex
+from apex_build.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "apex_build").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")])
@@ -99,11 +100,11 @@ def texts(node: ast.expr, scopes: tuple[ast.AST, ...], depth: int = 0) -> list[s
         return [text for value in constants().get(node.attr, []) for text in texts(value, scopes, depth + 1)][:50] or [HOLE]
     if isinstance(node, ast.Call):
         name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr if isinstance(node.func, ast.Attribute) else ""
-        results = []
+        results: list[str] = []
         for function, module in functions().get(name, []):
-            for inner in ast.walk(function):
-                if isinstance(inner, ast.Return) and inner.value is not None:
-                    results += texts(inner.value, (function, module), depth + 1)
+            for statement in ast.walk(function):
+                if isinstance(statement, ast.Return) and statement.value is not None:
+                    results += texts(statement.value, (function, module), depth + 1)
         return results[:50] or [HOLE]
     return [HOLE]
 

@@ -77,4 +77,4 @@ def test_folders(tmp_path: Path) -> None:
     assert near_folder(tmp_path / "modles" / "deeper") == f"; near it: {tmp_path / 'models'}"
     assert near_folder(tmp_path / "zzz") == ""
     with pytest.raises(ApexError, match=f"modles: no such folder; near it: {tmp_path / 'models'}"):
-        check_place(tmp_path / "modles" / "model.gguf", [])
+        check_place(tmp_path / "modles" / "model.gguf", "")

@@ -114,7 +114,7 @@ def test_warnings_come_at_once_and_once() -> None:
 
 
 def test_an_unknown_pre_tokenizer_is_explained(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    model = copy(testbed, tmp_path / "odd.gguf", keys={"tokenizer.ggml.pre": "no-such"})  # type: ignore[dict-item]
+    model = copy(testbed, tmp_path / "odd.gguf", keys={"tokenizer.ggml.pre": "no-such"})
     said = run_apex("calibrate", model, "--text", heldout / "chat.txt", code=30).stderr
     assert "does not know the pre-tokenizer 'no-such'" in said and "--pre-tokenizer" in said
     assert output.explain(["error: unknown pre-tokenizer type: 'x'"]) is not None

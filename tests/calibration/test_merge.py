@@ -42,7 +42,7 @@ def test_counts_and_sums_are_added_exactly(halves: list[Path], testbed: Path, to
     assert set(merged.entries) == set(by_tool.entries)
     for name, entry in merged.entries.items():
         assert entry.counts == tuple(map(sum, zip(*(part.entries[name].counts for part in parts), strict=True)))
-        exact = sum(part.entries[name].values().astype(np.float64) for part in parts)
+        exact = np.sum([part.entries[name].values().astype(np.float64) for part in parts], axis=0)
         assert np.array_equal(entry.values(), exact.astype(np.float32))
         assert entry.counts == by_tool.entries[name].counts
         np.testing.assert_allclose(entry.values(), by_tool.entries[name].values(), rtol=2e-7)

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from apex_build import errors
-from apex_build.cli import VERBS, apex, show
+from apex_build.cli import apex, show
+from apex_build.cli.verbs import VERBS
 from apex_build.progress import Step
 
 ROOT = Path(__file__).parents[2]

@@ -104,7 +104,8 @@ class Clock:
 
 def work(pieces: list[Piece], took: list[dict[str, float]]) -> Iterator[tuple[float, float]]:
     """(seconds since the start, seconds left as foretold) while the runs of each piece take their seconds."""
-    clock, said = Clock(), []
+    clock = Clock()
+    said: list[Step] = []
     whole = Whole("all", said.append, pieces, clock)
     for number, runs in enumerate(took):
         report = whole.of(number)
@@ -149,7 +150,8 @@ def test_an_evaluation_of_two_files_knows_its_end() -> None:
 
 
 def test_what_was_there_before_takes_no_time() -> None:
-    clock, said = Clock(), []
+    clock = Clock()
+    said: list[Step] = []
     whole = Whole("all", said.append, [Piece("a", {"a": 1.0}, 100.0), Piece("a", {"b": 1.0}, 100.0)], clock)
     assert whole.left() == 200
     whole.finish(0, reused=True)

@@ -13,7 +13,8 @@ import click
 import pytest
 from apex_runs import run_apex
 
-from apex_build.cli import VERBS, apex, summary
+from apex_build.cli import apex, summary
+from apex_build.cli.verbs import VERBS
 
 # What a start of `apex` must not wait for: hundreds of milliseconds together.
 HEAVY = ("numpy", "gguf", "cffi", "rich", "jinja2", "httpx2", "unearth", "requests", "matplotlib", "filelock")

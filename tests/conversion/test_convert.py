@@ -26,6 +26,7 @@ from apex_build.errors import (
     ParameterUnknown,
 )
 from apex_build.gguf_model.header import read_header
+from apex_build.native.run import run_tool
 from apex_build.storage.outputs import locked
 
 
@@ -176,13 +177,12 @@ def test_the_command(folder: Path, python: Path, tmp_path: Path, monkeypatch: py
     assert done.exit_code == 0
     assert "draft head of 1 block" in done.stdout
     seen: list[str | None] = []
-    real = convert.run_tool
 
-    def run_tool(*given: Any, **how: Any) -> Any:
+    def watched(*given: Any, **how: Any) -> Any:
         seen.append(how["env"].get("OMP_NUM_THREADS"))
-        return real(*given, **how)
+        return run_tool(*given, **how)
 
-    monkeypatch.setattr(convert, "run_tool", run_tool)
+    monkeypatch.setattr(convert, "run_tool", watched)
     assert CliRunner().invoke(apex, [*arguments, "--force", "--threads", "1"]).exit_code == 0
     assert CliRunner().invoke(apex, [*arguments, "--force"]).exit_code == 0
     assert seen == ["1", None]

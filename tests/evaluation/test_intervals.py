@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -53,7 +55,7 @@ def test_strata_leave_out_what_lies_between_them() -> None:
     assert apart.high - apart.value < 0.3 < 5 < together.high - together.value
     halves = [clustered_mean(part, clusters[:100]) for part in np.split(values, 2)]
     errors = [((half.high or 0) - half.value) / student(9) for half in halves]
-    assert apart.high - apart.value == pytest.approx(student(18) * np.hypot(*errors) / 2)
+    assert apart.high - apart.value == pytest.approx(student(18) * math.hypot(*errors) / 2)
     assert ratio_interval(values, np.ones(200), strata)[1:] == pytest.approx(apart[1:], rel=0.05)
 
 

@@ -23,7 +23,9 @@ ROLES = {
 
 
 def role(name: str, architecture: str = "qwen35moe") -> str | None:
-    return load_plugins().role_of(architecture, name)
+    found = load_plugins().role_of(architecture, name)
+    assert found is None or isinstance(found, str)
+    return found
 
 
 @pytest.mark.parametrize(("expected", "names"), ROLES.items())

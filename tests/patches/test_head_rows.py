@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from apex_runs import SMALL, run_apex
 from gguf_edit import imatrix_without_rows, uneven_norms
@@ -122,7 +123,7 @@ def test_an_architecture_that_nothing_is_known_of(
         "warning: which hidden rows the draft heads of exaone-moe were trained on is not known: the tool's default is taken" in said
     )
     # the table without an architecture that the tools do run: they decide, and that is recorded
-    monkeypatch.delitem(TRAINED_ON, "qwen35moe")  # type: ignore[arg-type]
+    monkeypatch.delitem(TRAINED_ON, "qwen35moe")
     model = read_model(testbed, load_plugins().role_of)
     out = tmp_path / "x.gguf"
     calibrate(model, text_of_file(heldout / "code.txt"), tools, out, Settings(context=128, chunks=3, threads=1))
@@ -144,7 +145,7 @@ def test_the_check_stops_where_the_other_rows_are_clearly_better(
     run_apex(*few, "--mtp-rows", "pre", "--force")
     assert read_imatrix(tmp_path / "x.gguf").head_rows == "pre_norm"
     known = TRAINED_ON["qwen35moe"]
-    monkeypatch.setitem(TRAINED_ON, "qwen35moe", TrainedOn("pre_norm", known.basis, known.source))  # type: ignore[arg-type]
+    monkeypatch.setitem(TRAINED_ON, "qwen35moe", TrainedOn("pre_norm", known.basis, known.source))
     found = check_rows(read_model(model, load_plugins().role_of), text, tools, context=512, threads=1)
     assert found is not None and not found.doubtful and found.difference < -1
 
@@ -174,7 +175,7 @@ def test_a_check_that_raises_leaves_nothing(tools: Toolset, testbed: Path, heldo
     assert not (tmp_path / "x.gguf").exists() and not (tmp_path / "x.gguf.json").exists()
 
 
-def scores(agree: np.ndarray[tuple[int, ...], np.dtype[np.int32]], context: int) -> Scores:
+def scores(agree: npt.NDArray[np.bool_], context: int) -> Scores:
     n = len(agree)
     chunk, within = np.divmod(np.arange(n), context // 2 - 1)
     pos = (chunk * context + context // 2 + 1 + within).astype(np.int32)

@@ -106,7 +106,7 @@ def test_the_trunk_is_untouched_and_the_head_is_counted(
 
     dense = {name: e.counts[0] for name, e in mtp.entries.items() if len(e.counts) == 1 and name.startswith("blk.")}
     assert len(set(dense.values())) == 1, "every dense matrix, of trunk and head, saw the same tokens"
-    chunks = int(arguments[arguments.index("--chunks") + 1])
+    chunks = int(str(arguments[arguments.index("--chunks") + 1]))
     assert mtp.head_tokens == chunks * 512
     for name in head_of(mtp):
         if "_exps" in name:

@@ -58,7 +58,8 @@ def scored(run: Run, model: Path, text: Path, out: Path, rows: str, *arguments: 
     ran = run("llama-perplexity", "-m", model, "-f", text, "--mtp", "--mtp-rows", rows, "--mtp-output-file", out, *arguments)
     assert f"MTP rows: {rows}_norm\n" in ran.stdout + ran.stderr
     table = np.loadtxt(out, delimiter=",", skiprows=1)
-    return table[table[:, 1] == 1]
+    found: Array = table[table[:, 1] == 1]
+    return found
 
 
 def recomputed(reference: Reference, ids: list[int], rows: str) -> tuple[Array, Array]:

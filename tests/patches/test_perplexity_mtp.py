@@ -41,7 +41,8 @@ def run(tools: Toolset, testbed: Path, heldout: Path) -> Run:
 
 def scores(path: Path) -> Scores:
     table = np.genfromtxt(path, delimiter=",", names=True)
-    return {(int(row["pos"]), int(row["depth"])): {name: float(row[name]) for name in table.dtype.names} for row in table}
+    names = table.dtype.names or ()
+    return {(int(row["pos"]), int(row["depth"])): {name: float(row[name]) for name in names} for row in table}
 
 
 def estimates(ran: Ran) -> dict[str, str]:
@@ -51,7 +52,8 @@ def estimates(ran: Ran) -> dict[str, str]:
 
 def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    found: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,7 @@ def _tensors(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tenso
         for layer in layers if "blk.%d." in name else (None,):
             full = name.replace("%d", str(layer or 0), 1).replace("%d", "0")
             role = role_of(arch, full) or "other"
+            assert isinstance(role, str)
             yield Tensor(full, shape[: n_dims(shape)], "F16", 0, role, layer, (layer or 0) >= _LAID_OUT)
 
 

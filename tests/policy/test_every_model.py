@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
+import gguf_edit
 import numpy as np
 import pytest
 import shapes
@@ -20,11 +21,11 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import HEAD_ROWS
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
+from apex_build.parameters import Value
 from apex_build.plugins import load_plugins
 from apex_build.policy.plan import Plan, make_plan
 from apex_build.policy.remarks import left_to_base_type, remarks
 from apex_build.quantization.run import prepare
-from patches import gguf_edit
 
 DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 
@@ -146,8 +147,8 @@ def test_what_touches_nothing_is_said(testbed: Path, small: Model, tools: Toolse
         given: dict[str, str | int] = {"edge": 1, name: value}
         said = [line for line in plan_of(small, tools, "i-quality", **given).warnings if "touches no tensor" in line]
         assert said == ([f"attention_edge=1 touches no tensor of {small.name}"] if name == "attention_edge" else []), name
-    said = plan_of(small, tools, "uniform", type="Q4_K", base_type="Q8_0", token_embd="Q4_K", output="Q4_K").warnings
-    assert said == (f"base_type=Q8_0 touches no tensor of {small.name}",)
+    warned = plan_of(small, tools, "uniform", type="Q4_K", base_type="Q8_0", token_embd="Q4_K", output="Q4_K").warnings
+    assert warned == (f"base_type=Q8_0 touches no tensor of {small.name}",)
     assert plan_of(small, tools, "i-nano", edge=1, near=1, draft_loss="0.2").warnings == (), "how a choice is made is no rule"
     assert "--policy i-nano\n" in run_apex("plan", headless, "--policy", "i-nano-mtp", code=66).stderr
 
@@ -186,10 +187,10 @@ def test_output_and_embeddings_are_asked_of_ggml(testbed: Path, calibrated: Path
 
 def test_a_weight_that_no_calibration_reaches(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
     model = read(gguf_edit.with_own_head_output(testbed, tmp_path / "own.gguf"))
-    rows = {"change": lambda writer: writer.add_string(HEAD_ROWS, "post_norm")}
-    imatrix = write_imatrix(tmp_path / "i.gguf", full_entries(model), **rows)
+    post = lambda writer: writer.add_string(HEAD_ROWS, "post_norm")  # noqa: E731
+    imatrix = write_imatrix(tmp_path / "i.gguf", full_entries(model), change=post)
     policy = load_plugins().policy("i-nano")
-    small = {"edge": 1, "near": 1, "attention_edge": 1, "draft_head": "IQ2_XXS"}
+    small: dict[str, Value] = {"edge": 1, "near": 1, "attention_edge": 1, "draft_head": "IQ2_XXS"}
     with pytest.raises(
         DataMissing, match=r"nextn\.embed_tokens\.weight of the draft head -> IQ2_XXS.*no calibration gives it any"
     ) as caught:

@@ -89,7 +89,8 @@ def test_alone_it_does_what_llama_quantize_does_with_it(text: str, testbed: Path
     assert types["blk.0.ffn_up_shexp.weight"] == "Q4_0"
     plain = "\n".join(rule.line for rule in read_list(path, Ggml(tools)).rules)
     (tmp_path / "plain.txt").write_text(plain)
-    command = [tools.tool("llama-quantize"), "--dry-run", "--tensor-type-file", tmp_path / "plain.txt", testbed, "Q4_0"]
+    rules = tmp_path / "plain.txt"
+    command: list[str | Path] = [tools.tool("llama-quantize"), "--dry-run", "--tensor-type-file", rules, testbed, "Q4_0"]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     total = sum(tensor["n_bytes"] for tensor in json.loads(ran.stdout)["tensors"])
     assert f"quant size  = {total / (1 << 20):8.2f} MiB" in said.stdout + said.stderr

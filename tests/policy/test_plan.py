@@ -65,9 +65,10 @@ def test_the_mixture_knows_whether_there_is_an_imatrix(small: Model, tools: Tool
     """IQ3_XXS gives ffn_down more bits where there is none; an empty imatrix makes a dry run behave as with a real one."""
     without = dry_run(small, "IQ3_XXS", "", tools)
     empty = dry_run(small, "IQ3_XXS", "", tools, calibrated=True)
-    command = [tools.tool("llama-quantize"), "--dry-run", "--imatrix", trunk_imatrix, small.path, "IQ3_XXS"]
+    command: list[str | Path] = [tools.tool("llama-quantize"), "--dry-run", "--imatrix", trunk_imatrix, small.path, "IQ3_XXS"]
     real = run_tool(command).lines
-    assert without.mib > empty.mib == quantized_size(real)[0]
+    size = quantized_size(real)
+    assert size and without.mib > empty.mib == size[0]
     assert {name: line.target for name, line in empty.tensors.items()} == {line.name: line.target for line in tensor_lines(real)}
 
 
@@ -233,7 +234,7 @@ def test_the_size_of_the_file_of_a_split_model(small: Model, tools: Toolset, tmp
 
 def test_an_alignment_that_llama_quantize_breaks_is_refused(tools: Toolset, tmp_path: Path) -> None:
     shape = replace(TINY, value_heads=16)  # every tensor a multiple of 64 bytes
-    with_alignment = {"general.alignment": 64, "general.name": ""}
+    with_alignment: dict[str, str | int] = {"general.alignment": 64, "general.name": ""}
     path = write_header_only(tmp_path / "m.gguf", shape, metadata=with_alignment)
     if end := read_end_of_header(path) % 64:  # and the header too, as a writer with that alignment pads it
         write_header_only(path, shape, metadata={**with_alignment, "general.name": "x" * (64 - end)})

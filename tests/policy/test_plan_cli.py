@@ -66,7 +66,7 @@ def test_the_rules_as_a_file(apex, testbed: Path, tools: Toolset, tmp_path: Path
     out = tmp_path / "types for it.txt"
     ran = apex("plan", testbed, "--policy", "i-nano", *SMALL, "--write-rules", out)
     total = ran.stdout.split("tensors: ")[1].split(" ")[0]
-    command = [tools.tool("llama-quantize"), "--dry-run", "--tensor-type-file", out, testbed, "IQ2_XXS"]
+    command: list[str | Path] = [tools.tool("llama-quantize"), "--dry-run", "--tensor-type-file", out, testbed, "IQ2_XXS"]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"quant size  = {int(total) / (1 << 20):8.2f} MiB" in said.stdout + said.stderr
     assert [path.name for path in tmp_path.iterdir()] == [out.name]

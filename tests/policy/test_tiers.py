@@ -96,7 +96,7 @@ def test_types_and_total_on_the_35b_a3b(big: Model, tools: Toolset, tier: str, t
         )
     assert plan.n_bytes == sum(ours(entry.type, entry.n_elements) for entry in plan.entries)
     (tmp_path / "rules.txt").write_text(plan.rules)
-    arguments = ["--dry-run", "--tensor-type-file", tmp_path / "rules.txt", big.path, plan.base_type]
+    arguments: list[str | Path] = ["--dry-run", "--tensor-type-file", tmp_path / "rules.txt", big.path, plan.base_type]
     said = subprocess.run([tools.tool("llama-quantize"), *arguments], capture_output=True, text=True, check=True)
     assert f"quant size  = {plan.n_bytes / (1 << 20):8.2f} MiB ({plan.bits_per_weight:.2f} BPW)" in said.stdout + said.stderr
 

@@ -125,7 +125,8 @@ def test_swapped_tensors_and_copies_that_are_none(
         kept = np.array(one)
         one[:] = other
         other[:] = kept
-        one.flush(), other.flush()
+        one.flush()
+        other.flush()
         with pytest.raises(VerificationFailed, match=rf"blk\.1\.{name}"):
             check(bad, plan, testbed, calibrated, tools)
 

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import gguf
+import gguf_edit
 import pytest
 from apex_runs import SMALL, run_apex
 
 from apex_build.errors import LoadFailed
 from apex_build.native.toolset import Toolset
 from apex_build.quantization.load_check import check_loads
-from patches import gguf_edit
 
 
 def broken(kind: str, testbed: Path, folder: Path) -> Path:

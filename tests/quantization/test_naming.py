@@ -30,8 +30,10 @@ from apex_build.quantization.naming import FILE_TYPES, file_name, source_stem, t
 
 NAMES = Path(__file__).parent / "names"
 MODEL = Path("Qwen3.6-35B-A3B-F16.gguf")
-TYPES = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS")
-TYPES += ("IQ2_XXS", "IQ1_M", "IQ1_S", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+TYPES = (
+    *("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS"),
+    *("IQ2_XXS", "IQ1_M", "IQ1_S", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+)
 # What was tried and is not understood, or not as one: names as they were, and other orders of the same parts.
 TRIED = (
     "model-F16-i-nano.gguf",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,9 @@ def test_an_imatrix_of_another_model(nano: Path, tmp_path: Path, testbed: Path, 
     ],
     ids=["empty", "truncated", "zero header", "not GGUF"],
 )
-def test_a_damaged_model(damage, code: int, said: str, testbed: Path, tmp_path: Path, tools: Toolset) -> None:
+def test_a_damaged_model(
+    damage: Callable[[bytes], bytes], code: int, said: str, testbed: Path, tmp_path: Path, tools: Toolset
+) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(damage(testbed.read_bytes()))
     for verb in (["quantize", broken, "--policy", "compact", "-o", tmp_path / "x.gguf"], ["plan", broken, "--policy", "compact"]):

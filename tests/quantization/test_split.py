@@ -11,6 +11,7 @@ from apex_runs import SMALL, run_apex
 
 from apex_build.errors import ParameterUnknown, VerificationFailed
 from apex_build.gguf_model.header import read_header
+from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 from apex_build.quantization import split as splitting
 
@@ -74,7 +75,7 @@ def test_shards_that_are_not_the_same_are_refused(
 ) -> None:
     run_apex("quantize", testbed, *COMPACT, "-o", tmp_path / "x.gguf")
     before = sorted(path.name for path in tmp_path.iterdir())
-    real = splitting.run_tool
+    real = run_tool
 
     def damaging(*arguments: object, **options: object) -> object:
         done = real(*arguments, **options)  # type: ignore[arg-type]

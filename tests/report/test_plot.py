@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from matplotlib.backend_bases import RendererBase
 
 from apex_build.report.plot import Chart, Mark, Series, available, draw
 
@@ -56,7 +57,7 @@ def test_labels_keep_apart(tmp_path: Path) -> None:
     figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     plot._draw(CHART, figure, axes)
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    renderer: RendererBase = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
     labels = [text for text in axes.texts if isinstance(text, Annotation)]
     assert len(labels) == 2 * len(SIZES)
     boxes = [(text.get_text(), text.get_window_extent(renderer).shrunk(0.9, 0.8)) for text in labels]

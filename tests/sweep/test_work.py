@@ -61,7 +61,7 @@ def plugins() -> Plugins:
 
 
 def small() -> dict[str, str | int | float | bool]:
-    return dict(word.split("=") for word in SMALL if "=" in word)
+    return {name: value for name, _, value in (word.partition("=") for word in SMALL) if value}
 
 
 def test_one_file(

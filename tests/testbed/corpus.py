@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Mapping
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import documented
 from dialogues import TRAIN, Family, generate
@@ -22,7 +24,7 @@ def _template() -> Template:
     return ImmutableSandboxedEnvironment().from_string((HERE / "chat_template.jinja").read_text())
 
 
-def render(dialogue: dict, **variables: object) -> str:
+def render(dialogue: Mapping[str, Any], **variables: object) -> str:
     """A dialogue as the testbed's chat template writes it."""
     return _template().render(messages=dialogue["messages"], tools=dialogue.get("tools"), **variables)
 

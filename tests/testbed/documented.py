@@ -129,7 +129,9 @@ def chat(item: Documented, r: Random) -> Dialogue:
 
 def examples(item: Documented) -> list[tuple[str, str]]:
     """The docstring's `>>>` examples: code and what it prints."""
-    found, code, printed = [], [], []
+    found: list[tuple[str, str]] = []
+    code: list[str] = []
+    printed: list[str] = []
     for line in [*textwrap.dedent(item.text).splitlines(), ""]:
         bare = line.strip()
         if bare.startswith((">>>", "...")):

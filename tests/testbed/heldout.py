@@ -9,6 +9,7 @@ many times.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from corpus import HERE, render
 
@@ -17,7 +18,7 @@ DATA = HERE.parent.parent / "evaluation_sets" / "data"
 DOMAINS = ("chat", "code", "reasoning", "tool-calling")
 
 
-def documents(domain: str) -> list[dict]:
+def documents(domain: str) -> list[dict[str, Any]]:
     lines = (DATA / f"{domain.replace('-', '_')}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -26,7 +27,7 @@ def text(domain: str) -> str:
     return "".join(f"{one['text'].strip()}\n\n" if "text" in one else render(one) for one in documents(domain))
 
 
-def beginning(document: dict) -> str:
+def beginning(document: dict[str, Any]) -> str:
     """A conversation up to its first answer, a source file up to its middle."""
     if "text" in document:
         lines = document["text"].splitlines(keepends=True)

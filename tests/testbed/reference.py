@@ -71,7 +71,8 @@ class Reference:
         return self.block(self.linear(both, f"blk.{layer}.nextn.eh_proj"), layer, self.attention, np.arange(len(ids)))
 
     def logits(self, hidden: Array, norm: str = "output_norm") -> Array:
-        return self.norm(hidden, norm) @ self.weights["output.weight"].T
+        found: Array = self.norm(hidden, norm) @ self.weights["output.weight"].T
+        return found
 
     def block(
         self, x: Array, layer: int, mix: Callable[[Array, str, npt.NDArray[np.int64]], Array], positions: npt.NDArray[np.int64]
@@ -81,11 +82,13 @@ class Reference:
         return x + self.experts(self.norm(x, f"{name}.post_attention_norm"), name)
 
     def norm(self, x: Array, name: str) -> Array:
-        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + self.eps) * self.weights[f"{name}.weight"]
+        found: Array = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + self.eps) * self.weights[f"{name}.weight"]
+        return found
 
     def linear(self, x: Array, name: str) -> Array:
         self.recorder.add(f"{name}.weight", x)
-        return x @ self.weights[f"{name}.weight"].T
+        found: Array = x @ self.weights[f"{name}.weight"].T
+        return found
 
     def attention(self, x: Array, name: str, positions: npt.NDArray[np.int64]) -> Array:
         n, d = len(x), self.head_dim
@@ -152,7 +155,8 @@ class Reference:
 
 def softmax(x: Array) -> Array:
     e = np.exp(x - x.max(-1, keepdims=True))
-    return (e / e.sum(-1, keepdims=True)).astype(np.float32)
+    found: Array = (e / e.sum(-1, keepdims=True)).astype(np.float32)
+    return found
 
 
 def sigmoid(x: Array) -> Array:
@@ -164,7 +168,8 @@ def silu(x: Array) -> Array:
 
 
 def unit(x: Array) -> Array:
-    return x / np.sqrt(np.square(x).sum(-1, keepdims=True) + 1e-6)
+    found: Array = x / np.sqrt(np.square(x).sum(-1, keepdims=True) + 1e-6)
+    return found
 
 
 def causal_convolution(x: Array, kernel: Array) -> Array:

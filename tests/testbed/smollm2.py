@@ -32,7 +32,8 @@ def packaged() -> Path | None:
 
 def half_split(rows: Array, heads: int) -> Array:
     """Rows of a query or key matrix, put from the interleaved order of `llama` files into that of rotary embedding by halves."""
-    return rows.reshape(heads, HEAD // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+    halves: Array = rows.reshape(heads, HEAD // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+    return halves
 
 
 def padded(name: str, values: Array) -> Array:

@@ -66,7 +66,7 @@ def farm(tmp_path: Path) -> Iterator[Path]:
     try:
         for number, command in enumerate(commands):
             with (tmp_path / f"{number}.log").open("wb") as output:
-                children.append(start(command, env={"SCCACHE_NO_DAEMON": "1", "SCCACHE_LOG": "info"}, output=output))
+                children.append(start(command, cwd=tmp_path, env={"SCCACHE_NO_DAEMON": "1", "SCCACHE_LOG": "info"}, output=output))
             time.sleep(1)  # a server asks the scheduler once
         deadline = time.monotonic() + 30
         while (tmp_path / "0.log").read_text().count("Registered new server") < 2:
