@@ -99,7 +99,7 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
         if paired:
             wanted = [(baseline, curves[0]), *(one for one in wanted if one != (baseline, curves[0]))]
         plans |= _plans(request, [(values, imatrices[curve] is not None) for values, curve in wanted], plans, report)
-        data = {path: read_data(path, request.model) for path in set(imatrices.values()) if path}
+        data = {path: read_data(path, request.model) for path in dict.fromkeys(imatrices.values()) if path}
         points = []
         for number, (values, curve) in enumerate(wanted):
             plan, path = plans[_key(values, imatrices[curve] is not None)], imatrices[curve]

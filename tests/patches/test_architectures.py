@@ -23,8 +23,9 @@ from apex_build.source.pins import load_pin
 
 pytestmark = pytest.mark.usefixtures("tools")
 
-SERVES = load_pin().serves
-assert SERVES is not None
+_serves = load_pin().serves
+assert _serves is not None
+SERVES = _serves
 RUN = sorted(SERVES.heads)
 CONTEXT, CHUNKS = 128, 4
 TOKENS = CONTEXT * CHUNKS
