@@ -11,7 +11,7 @@ class ApexError(Exception):
     """Base of all errors that are reported without a traceback."""
 
     exit_code = 1
-    advice: str | None = None  # the hint where whoever raises it has none that fits the case better
+    advice: str | None = None  # the default hint, unless the raiser gives a better one
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ class ApexError(Exception):
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP: unwinds everything, and is nobody's fault."""
+    """SIGTERM or SIGHUP: unwinds everything; not an error."""
 
 
 # --- source: pins, fetching, patches ------------------------------------------------------------------------------------
@@ -37,20 +37,20 @@ class DownloadFailed(ApexError):
 
 
 class HashMismatch(ApexError):
-    """A file or a tree is not the one that a pin or a list of sums names."""
+    """A file or a tree does not have the pinned or listed hash."""
 
     exit_code = 12
 
 
 class ArchiveUnsafe(ApexError):
-    """An archive holds what must not be extracted: a link, a device, a path that escapes."""
+    """An archive contains something unsafe to extract: a link, a device, a path that escapes."""
 
     exit_code = 13
     advice = "get the archive again from where it comes from, and compare its sha256; apex source fetch needs none"
 
 
 class TreeEdited(ApexError):
-    """The fetched tree was changed by hand since it was laid out."""
+    """The fetched tree was changed by hand."""
 
     exit_code = 14
 
@@ -68,7 +68,7 @@ class SourceMissing(ApexError):
 
 
 class GitFailed(ApexError):
-    """git is missing, or failed in a source tree for a reason of its own."""
+    """git is missing, or failed in a source tree."""
 
     exit_code = 17
 
@@ -117,7 +117,7 @@ class ToolkitUnusable(ApexError):
 
 
 class BuildForeign(ApexError):
-    """A packed build that is not for this machine: of another architecture, for another CPU or a newer system."""
+    """A packed build for another architecture or CPU, or a newer system."""
 
     exit_code = 27
 
@@ -143,13 +143,13 @@ class ConversionFailed(ApexError):
 
 # --- native: running the tools ------------------------------------------------------------------------------------------
 class ToolFailed(ApexError):
-    """A native tool ended with an error."""
+    """A native tool failed."""
 
     exit_code = 30
 
 
 class ToolKilled(ApexError):
-    """A native tool was ended by a signal."""
+    """A native tool was killed by a signal."""
 
     exit_code = 31
 
@@ -218,7 +218,7 @@ class ChatTemplateFailed(ApexError):
 
 
 class HeadRowsDoubtful(ApexError):
-    """The draft head drafts clearly better with other hidden rows than those that it is known to be trained on."""
+    """The draft head drafts clearly better with other hidden rows than its architecture is known to use."""
 
     exit_code = 52
 
@@ -262,14 +262,14 @@ class PlanMismatch(ApexError):
 
 
 class PolicyUnfit(ApexError):
-    """The policy is about a part that the model does not have."""
+    """The policy needs a part that the model does not have."""
 
     exit_code = 66
 
 
 # --- quantization -------------------------------------------------------------------------------------------------------
 class DiskTooSmall(ApexError):
-    """Not enough room for what is about to be written."""
+    """Not enough disk space for the output."""
 
     exit_code = 70
 
@@ -312,7 +312,7 @@ class EvaluatorUnknown(ApexError):
 
 
 class EvaluationRefused(ApexError):
-    """What was asked to be measured cannot be: a head, a text, a reference or data is missing or unfit."""
+    """The measurement is impossible: a head, text, reference or data is missing or unsuitable."""
 
     exit_code = 77
 
@@ -325,7 +325,7 @@ class VocabularyMismatch(ApexError):
 
 # --- the command line's own file --------------------------------------------------------------------------------------------
 class ConfigInvalid(ApexError):
-    """An apex.toml that is not TOML, or names what there is not."""
+    """An apex.toml that is not TOML, or has unknown names."""
 
     exit_code = 3
 
@@ -350,6 +350,6 @@ class PluginIncompatible(ApexError):
 
 
 class CheckFailed(ApexError):
-    """A file that was checked writes no text, or its draft head is not accepted."""
+    """A checked file does not write text, or its drafts are not accepted."""
 
     exit_code = 90

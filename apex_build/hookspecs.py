@@ -55,7 +55,7 @@ ROLES = (
     Role("router", "the choice among experts"),
     Role("conv", "kernels of short convolutions"),
     Role("norm", "normalization"),
-    Role("nextn", "what only a draft head has: the joining of token and hidden state, embeddings and output of its own"),
+    Role("nextn", "parts that only a draft head has: joining token and hidden state, its own embeddings and output"),
     Role("embedding", "rows that are looked up by token or position"),
     Role("output", "the output matrix"),
     Role("vision", "parts that see: towers and projectors"),
@@ -127,7 +127,7 @@ class Source:
 class Figure:
     """One number about a model file. `low` and `high` bound its 95 % interval, in the unit of `value`.
 
-    `name` is for scripts, dotted and stable: `depth1.agreement`. `domain` is that of the text or prompts it was taken over, empty
+    `name` is for scripts, dotted and stable: `depth1.agreement`. `domain` is the domain of its text or prompts, empty
     for all of them. `n` counts what it was taken over: positions, prompts, tasks. Where `value` is None, `note` says why.
 
     `better` says whether a lower or a higher value is the better one; without it nothing is called a gain or a loss, and a sweep

@@ -21,6 +21,12 @@ def nearby(name: str, known: Iterable[str]) -> str:
     return f"; near it: {', '.join(found)}" if found else ""
 
 
+def no_such(kind: str, name: str, known: Iterable[str]) -> str:
+    """there is no policy 'i-nan'; near it: i-nano. There are: i-mini, i-nano"""
+    listed = list(known)
+    return f"there is no {kind} '{name}'{nearby(name, listed)}. There are: {', '.join(listed) or 'none'}"
+
+
 def near_folder(folder: Path) -> str:
     """'; near it: models', for a folder that does not exist: what is beside the first part of it that is missing."""
     missing = folder

@@ -30,7 +30,7 @@ class Parameter:
 
     kind 'type' takes a GGUF tensor type (Q4_K), 'int' a whole number >= 0, 'number' a decimal one >= 0, 'flag' yes or no, 'text'
     anything.
-    `words` are further values of a 'type' parameter, to which the template gives a meaning of its own; with `mixtures` it also
+    `words` are further values of a 'type' parameter, to which the template gives its own meaning; with `mixtures` it also
     takes two types, A+B. One that has `measured` takes the word 'auto': the smallest of these values whose loss, measured on the
     user's model against the first of them, is under a bound, the value of the parameter that `bound` names (without one 0.5
     points). They stand in the order in which they are tried: the largest first.

@@ -59,7 +59,7 @@ BUILD_HINT = "make build, or: apex build" if in_checkout() else "apex build"
 def cache_root() -> Path:
     """The user's cache: everything in it can be deleted and will be made again."""
     given = os.environ.get("APEX_CACHE_DIR")
-    return Path(given).absolute() if given else platformdirs.user_cache_path("apex-build")  # tools run in folders of their own
+    return Path(given).absolute() if given else platformdirs.user_cache_path("apex-build")  # tools run in other folders
 
 
 def source_root() -> Path:
@@ -79,7 +79,7 @@ def model_stem(path: Path) -> str:
 
 
 def unfinished() -> Path:
-    """Folder with a note for each calibration that has begun and not ended: its periodic copies lie beside its output."""
+    """Folder with a note for each unfinished calibration, whose snapshots are beside its output."""
     return cache_root() / "calibrations"
 
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from apex_build.gguf_model.mtp_rows import CHOICES as HEAD_ROWS
     from apex_build.gguf_model.mtp_rows import tool_arguments as head_rows_arguments
     from apex_build.native.output import head_rows as head_rows_used
+    from apex_build.native.output import planned as chunks_planned
     from apex_build.native.run import ToolRun
     from apex_build.native.server import Draft
     from apex_build.plugin_check import check_plugin
@@ -74,6 +75,7 @@ _LATER = {
     "HeadScores": ("evaluation.head_scores", "Scores"),
     "ToolRun": ("native.run", "ToolRun"),
     "check_plugin": ("plugin_check", "check_plugin"),
+    "chunks_planned": ("native.output", "planned"),
     "head_rows_arguments": ("gguf_model.mtp_rows", "tool_arguments"),
     "head_rows_used": ("native.output", "head_rows"),
     "read_head_scores": ("evaluation.head_scores", "read_csv"),
@@ -116,6 +118,7 @@ __all__ = [
     "ToolRun",
     "VocabularyMismatch",
     "check_plugin",
+    "chunks_planned",
     "clustered_mean",
     "clustered_ratio",
     "head_rows_arguments",

@@ -1,4 +1,4 @@
-"""Finding and loading plugins: built-in folders, folders the user names, and installed packages, all by the same road."""
+"""Finding and loading plugins: built-in folders, folders the user names, and installed packages, all in the same way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from apex_build import hookspecs
 from apex_build.errors import ApexError, PluginFailed, PolicyUnknown
 from apex_build.hookspecs import ROLES, Evaluator, GpuTarget, Part, PolicySpec, Role, Source
 from apex_build.loaded import LoadedEvaluator, LoadedPolicy, loaded_evaluator, loaded_policy
-from apex_build.near import nearby
+from apex_build.near import nearby, no_such
 from apex_build.places import cache_root, data_root
 from apex_build.plugin_blame import blame, blaming, blaming_evaluator
 from apex_build.plugin_finding import (
@@ -79,7 +79,7 @@ class Plugins:
         if name not in known:
             lost = f". Left out, and not looked into: {', '.join(self.broken)}" if self.broken else ""
             raise PolicyUnknown(
-                f"there is no policy '{name}'{nearby(name, known)}. There are: {', '.join(known)}{lost}",
+                no_such("policy", name, known) + lost,
                 hint=_policy_hint(name, known),
             )
         return known[name]
@@ -248,7 +248,7 @@ def command_summaries() -> dict[str, str]:
             return {str(name): str(text) for name, text in before["verbs"].items()}
     plugins = load_plugins()
     found = {name: command.get_short_help_str(500) for name, command in plugins.commands().items()}
-    if not plugins.broken:  # what is broken is said each time
+    if not plugins.broken:  # broken plugins are reported each time
         with contextlib.suppress(OSError):
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_json(cached, {"of": key, "verbs": found})
@@ -281,14 +281,14 @@ def _register(
     if name in origins:
         raise PluginFailed(f"two plugins are named '{name}': {origins[name]} and {origin}", hint="rename one of them")
     if source is not None and (declared := api_in_source(source)) is not None:
-        check_api(declared, name, origin)  # before its imports fail for want of what another version has
+        check_api(declared, name, origin)  # before its imports fail because of another version
     try:
         with blame(name, origin):
             module = load()
             api = api_of(module, name, origin)
             check_api(api, name, origin)
             manager.register(module, name=name)
-            manager.check_pending()  # a hook function of a name that is no hook: misspelt, or made for another version
+            manager.check_pending()  # a function marked as a hook whose name is not one: misspelt, or made for another version
     except BaseException:
         if manager.has_plugin(name):
             manager.unregister(name=name)
@@ -361,7 +361,7 @@ def _refuse_ambiguous(plugin: str, policy: PolicySpec) -> None:
     for name in policy.parameters:
         variable = name.replace(".", "_")
         if variable in taken or not variable.isidentifier():
-            what = "is taken" if variable in taken else "is no name"
+            what = "is taken" if variable in taken else "is not a valid name"
             raise PluginFailed(
                 f"plugin '{plugin}': policy '{policy.name}' has a parameter '{name}', but the variable '{variable}' {what}"
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Step:
-    """Where a long piece of work stands. `total` is None while it is not known; `unit` names what is counted.
+    """The progress of a long task. `total` is None while it is not known; `unit` names what is counted.
 
     `said`: no work, but a warning to be shown at once and to stay.
     `detail`: what is being done just now, where the task is made of several pieces; `left`: seconds to its end, where whoever

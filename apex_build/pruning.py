@@ -1,4 +1,4 @@
-"""What lies in the cache and beside it, by kind and last use, and what of it may go: never what is in use or exists only there."""
+"""What the cache holds, by kind and last use, and what may be removed: never anything in use or saved nowhere else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS = {
     "compiler-cache": "sccache's",
     "calibrations": "periodic copies of runs that did not end, beside their outputs",
 }
-_ARRIVING = 600.0  # seconds that a part of a download may lie untouched before it is left over
+_ARRIVING = 600.0  # seconds without change after which a partial download counts as abandoned
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def items(kinds: Collection[str] = ()) -> list[Item]:
 def choose(
     found: Sequence[Item], *, older_than: float | None = None, larger_than: int | None = None, keep_size: int | None = None
 ) -> list[Item]:
-    """Those to be removed. `older_than`: unused for so many days; `larger_than`: bytes; `keep_size`: the longest unused go until
+    """Those to be removed. `older_than`: unused for this many days; `larger_than`: bytes; `keep_size`: the longest unused go until
     all that stays has no more bytes than that."""
     now = time.time()
     wanted = [
@@ -92,7 +92,7 @@ def choose(
 
 
 def remove(item: Item) -> Item:
-    """Remove it, unless it has come into use or holds what is nowhere else: then it comes back with `kept` saying why."""
+    """Remove it, unless it is in use by now or holds unsaved work: then it is returned with `kept` saying why."""
     try:
         with _alone(item):
             if why := _kept(item.kind, item.path) or (_unsaved(item.path) if item.kind == "sources" else ""):
@@ -149,7 +149,7 @@ def _unsaved(path: Path) -> str:
 
 
 def _last_used(path: Path) -> float:
-    """Of the folder and what lies directly in it: reading counts where the file system notes it."""
+    """Of the folder and its direct contents; reads count if the file system records them."""
     times = [path.lstat().st_mtime]
     for one in path.iterdir():
         with suppress(OSError):
@@ -177,7 +177,7 @@ def _inside(path: Path, busy: Collection[str]) -> bool:
 
 @contextmanager
 def _alone(item: Item) -> Iterator[None]:
-    """With the lock that whoever makes or uses it holds. Raises Timeout, BlockingIOError, OutputUnwritable where one does."""
+    """With the lock of those who make or use it. Raises Timeout, BlockingIOError, OutputUnwritable where one does."""
     if item.kind == "calibrations":
         with outputs.locked(_output_of(item.path)):
             yield

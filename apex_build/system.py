@@ -1,4 +1,4 @@
-"""What we need of the operating system, and what is said where it is not there: Linux."""
+"""What we need of the operating system, which is Linux, and the error elsewhere."""
 
 from __future__ import annotations
 

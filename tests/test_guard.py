@@ -220,7 +220,7 @@ def test_a_folder_of_the_name_of_an_unfinished_run(
     mine.write_text("precious words, and more of them " * 100)
     command = COMMANDS["calibrate --text -o"]
     assert run(world, command, tmp_path / "out.gguf", monkeypatch=monkeypatch) == 71
-    assert "is no unfinished run's folder" in capsys.readouterr().err
+    assert "exists and was not left by an unfinished run" in capsys.readouterr().err
     assert run(world, command.replace("text.txt", str(mine)), tmp_path / "out.gguf", "--force", monkeypatch=monkeypatch) == 71
     assert "is the input itself" in capsys.readouterr().err and mine.exists()
 

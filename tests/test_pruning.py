@@ -81,9 +81,9 @@ def test_by_size_and_kind(cache: Path) -> None:
     assert prune("--kind", "work", "--kind", "downloads").keys() == {"0123", "ff", "kept"}
     whole = sum(item.n_bytes for item in pruning.items([kind for kind in pruning.KINDS if kind != "sources"]))
     assert prune("--keep-size", whole, "--dry-run").keys() == {"kept"}
-    assert prune("--keep-size", whole - 1, "--dry-run").keys() == {"convert-1", "kept"}, "the longest unused that may go"
-    assert "say what is to go" in run_apex("cache", "prune", code=2).stderr
-    assert "is no size" in run_apex("cache", "prune", "--larger-than", "much", code=2).stderr
+    assert prune("--keep-size", whole - 1, "--dry-run").keys() == {"convert-1", "kept"}, "the longest unused that may be removed"
+    assert "say what to remove" in run_apex("cache", "prune", code=2).stderr
+    assert "is not a size" in run_apex("cache", "prune", "--larger-than", "much", code=2).stderr
 
 
 def test_what_is_used_meanwhile_stays(cache: Path) -> None:

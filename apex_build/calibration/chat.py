@@ -68,7 +68,7 @@ def render(template: ChatTemplate, documents: Sequence[Document], *, answer_begi
 
 
 def try_render(template: ChatTemplate, documents: Sequence[Document], *, answer_begins: bool = False) -> list[Rendered]:
-    """The same, but one conversation that the template fails on is no reason to give up the others."""
+    """The same, but a conversation that the template fails on does not stop the others."""
     conversations = [_conversation(document, answer_begins) for document in documents]
     request = {"template": template.text, "variables": template.variables, "conversations": conversations}
     try:

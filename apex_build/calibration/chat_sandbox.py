@@ -46,7 +46,7 @@ def _tojson(
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: marks what the assistant wrote, for training. The text is that of its content."""
+    """`{% generation %}`: marks what the assistant wrote, for training; renders its content."""
 
     tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
 

@@ -21,12 +21,12 @@ def files_in(work: Path) -> Iterator[Path]:
 
 
 def check_work(work: Path, *, force: bool) -> None:
-    """Raises OutputUnwritable for a folder of that name which is no unfinished run's."""
+    """Raises OutputUnwritable for a folder of that name that no unfinished run left."""
     if (work.exists() or work.is_symlink()) and not force and not ((work / "identity.json").is_file() and not work.is_symlink()):
         if work.is_dir() and not work.is_symlink() and not any(work.iterdir()):
             return
         raise OutputUnwritable(
-            f"{work} exists, and is no unfinished run's folder", hint="give another name with -o, or --force to replace it"
+            f"{work} exists and was not left by an unfinished run", hint="give another name with -o, or --force to replace it"
         )
 
 
@@ -37,7 +37,7 @@ def imatrix_bytes(model: Model) -> int:
 
 
 def check_disk(work: Path, model: Model, text: CalibrationText) -> None:
-    """Three periodic copies lie there together at times, beside the last one; what an earlier run left counts as had."""
+    """Up to three snapshots exist at once, besides the last one; what an earlier run left is subtracted."""
     there = sum(path.stat().st_size for path in files_in(work))
     needed = _COPIES * imatrix_bytes(model) + len(text.data)
     what = f"the imatrix of {model.path.name}, with its periodic copies,"

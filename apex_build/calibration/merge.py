@@ -116,7 +116,7 @@ def write_legacy(merged: Merged, part: Path) -> list[str]:
             _write_entry(file, name, sums.astype(np.float32), counts, merged.chunk_size)
         dataset = merged.datasets[-1].encode()
         file.write(struct.pack("<ii", merged.chunk_count, len(dataset)) + dataset)
-    lost = ["each expert's own count: one number of calls stands for all"] if _has_experts(merged) else []
+    lost = ["each expert's own count: one number of calls for all of them"] if _has_experts(merged) else []
     if merged.head_tokens:
         lost.append("how many tokens the draft head was run over, and on which rows")
     if dropped := len(merged.names) - len(stored):

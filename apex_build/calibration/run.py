@@ -62,7 +62,7 @@ class Settings:
     """How to run llama-imatrix. One sequence of `context` tokens a batch: no row is lost, and runs can be split at any chunk."""
 
     context: int = 512
-    chunks: int | None = None  # at the most; None for the whole text
+    chunks: int | None = None  # maximum; None for the whole text
     head: bool = True  # run the draft head, where the model has one
     rows: str = AUTO  # hidden rows that it is fed with: as known of the architecture, or pre or post the final norm
     threads: int | None = None
@@ -186,7 +186,7 @@ def calibrate(
             }
             done = _run(model, text, tools, out, settings, work, manifest, report)
         except BaseException:
-            if not _snapshots(work):  # nothing that a later run could go on from
+            if not _snapshots(work):  # nothing for a later run to resume from
                 shutil.rmtree(work, ignore_errors=True)
                 note.unlink(missing_ok=True)
             raise
@@ -206,14 +206,14 @@ def _finished(out: Path, key: str, model: Model) -> Calibration | None:
 
 
 def _prepare(work: Path, key: str, text: CalibrationText, *, fresh: bool) -> None:
-    """The folder of an unfinished run: kept if it is of the same work, made anew otherwise."""
+    """The folder of an unfinished run: kept if it belongs to the same work, otherwise emptied."""
     try:
         same = not fresh and read_json(work / "identity.json") == key and (work / "text" / text.name).is_file()
     except (OSError, ValueError):
         same = False
     if not same:
         shutil.rmtree(work, ignore_errors=True)
-        (work / "text").mkdir(parents=True)  # of its own: a text may have any name
+        (work / "text").mkdir(parents=True)  # a separate folder: a text may have any name
         (work / "text" / text.name).write_bytes(text.data)
         write_json(work / "identity.json", key)
 
@@ -331,7 +331,7 @@ def _snapshots(work: Path) -> list[tuple[Path, int]]:
 
 
 def _snapshot(work: Path) -> tuple[Path | None, int]:
-    """The newest snapshot to go on from, and the chunks it holds: whole, and with enough left for llama-imatrix to start."""
+    """The newest snapshot to resume from, and the chunks it holds: whole, and with enough left for llama-imatrix to start."""
     try:
         total = int(read_json(work / "total.json"))
     except (OSError, ValueError, TypeError, OverflowError):

@@ -15,7 +15,7 @@ from apex_build.calibration.chat import ChatTemplate, Rendered, chat_template, t
 from apex_build.errors import CalibrationSetInvalid, ChatTemplateFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.hookspecs import Document, Source
-from apex_build.near import nearby
+from apex_build.near import nearby, no_such
 from apex_build.places import data_root
 
 if sys.version_info >= (3, 11):
@@ -82,9 +82,7 @@ def load_set(name: str, folder: str = "calibration_sets") -> CalibrationSet:
     if not path.is_file():
         known = known_sets(folder)
         raise CalibrationSetInvalid(
-            f"{path}: no such file"
-            if name.endswith(".toml")
-            else f"no calibration set '{name}'; there are: {', '.join(known)}{nearby(name, known)}",
+            f"{path}: no such file" if name.endswith(".toml") else no_such("calibration set", name, known),
             hint="apex calibrate --calibration-set FILE.toml, or --text FILE",
         )
     try:
@@ -134,7 +132,7 @@ def compose(
     domains: Collection[str] = (),
     template_file: Path | None = None,
 ) -> CalibrationText:
-    """The text of a set for a model: documents of all parts, in turn, so that every stretch of it holds every domain.
+    """The text of a set for a model: documents of all parts, interleaved, so that every section contains every domain.
 
     Conversations are rendered with the model's chat template (or `template_file`). Raises CalibrationSetInvalid,
     ChatTemplateFailed, and PluginFailed for a source that raises.
@@ -143,7 +141,7 @@ def compose(
     for domain in sorted(domains):
         if domain not in known:
             raise CalibrationSetInvalid(
-                f"{chosen.path}: no part of the domains {domain}; it has: {', '.join(known)}{nearby(domain, known)}",
+                f"{chosen.path}: {no_such('domain', domain, known)}",
                 hint=f"apex calibrate --domain {known[0]}",
             )
     parts = [part for part in chosen.parts if not domains or part.domain in domains]
@@ -154,10 +152,7 @@ def compose(
     template: ChatTemplate | None = None
     for part in parts:
         if part.source not in sources:
-            raise CalibrationSetInvalid(
-                f"{chosen.path}: no source '{part.source}' (domain {part.domain}); "
-                f"there are: {', '.join(sources)}{nearby(part.source, sources)}"
-            )
+            raise CalibrationSetInvalid(f"{chosen.path}, domain {part.domain}: {no_such('source', part.source, sources)}")
         _check_options(chosen, part, sources[part.source])
         where = f"{chosen.path}: the part {part.domain} ({part.source})"
         try:
@@ -256,7 +251,9 @@ def _encoded(text: str, document: Document, where: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise CalibrationSetInvalid(f"{where}: {document.origin}: {text[error.start]!r} is no character: half of a pair") from None
+        raise CalibrationSetInvalid(
+            f"{where}: {document.origin}: {text[error.start]!r} is not a character: half of a pair"
+        ) from None
 
 
 def _cut(texts: Sequence[bytes], max_bytes: int) -> list[bytes]:

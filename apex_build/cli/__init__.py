@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ApexError as error:
         _say(type(error).__name__, error.exit_code, error.message, error.hint, as_json=as_json)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # whoever read what we print has had enough; as click ends then
+    except BrokenPipeError:  # the reader closed the pipe; exit as click does
         streams.discard()
         sys.exit(1)
     except OSError as error:

@@ -77,7 +77,7 @@ class _Wanted:
 @click.option("--all-kv-types", is_flag=True, help="CUDA: flash attention for every pair of K and V cache types.")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]")
 @click.option("--native/--no-native", default=True, help="CPU: for this machine's alone (the default), or for any recent one.")
-@click.option("--force", is_flag=True, help="Compile everything anew, even if it is in the cache.")
+@click.option("--force", is_flag=True, help="Recompile everything, even if it is in the cache.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and whether it is in the cache.")
 @click.option("--list", "list_", is_flag=True, help="List the builds in the cache.")
 @click.option("--list-gpus", is_flag=True, help="List the GPUs that --gpu knows: architecture, memory, CUDA version.")
@@ -114,7 +114,7 @@ def command(
     With --gpu, or where this machine has a GPU, they can compute on it, and still run where there is none. That needs no GPU and no
     installed CUDA toolkit. The other verbs use the build that was last made, or asked for again, here.
 
-    The same source, patches, compiler and options are never built twice. An interrupted build goes on where it stopped. CC, CXX,
+    The same source, patches, compiler and options are never built twice. An interrupted build resumes where it stopped. CC, CXX,
     CFLAGS, CXXFLAGS and LDFLAGS count, and are part of a build's identity. Builds of two pins lie side by side: the other verbs
     take that of the default pin, or of the one that APEX_PIN or apex.toml names.
 

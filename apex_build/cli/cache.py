@@ -1,4 +1,4 @@
-"""`apex cache`: what lies in the cache, and clearing it."""
+"""`apex cache`: what the cache holds, and clearing it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 
 from apex_build import places, pruning
 from apex_build.cli import show
+from apex_build.cli.options import json_option
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -20,27 +21,26 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?)?b?", value.strip().lower())
     if not found:
-        raise click.BadParameter(f"{value!r} is no size; for example: 20GB, 500M, 1.5GiB")
+        raise click.BadParameter(f"{value!r} is not a size; for example: 20GB, 500M, 1.5GiB")
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
 _KINDS = click.option(
     "--kind", "kinds", multiple=True, type=click.Choice(tuple(pruning.KINDS)), help="Only this kind (may be given several times)."
 )
-_JSON = click.option("--json", "json_", is_flag=True, help="Print JSON.")
 
 
 @click.group()
 def command() -> None:
-    """Show what the cache holds, and clear it. All of it can be made again, or downloaded.
+    """Show what the cache holds, and clear it. All of it can be recreated or downloaded again.
 
-    It lies where APEX_CACHE_DIR says, or in the user's cache folder.
+    It is in APEX_CACHE_DIR, or in the user's cache folder.
     """
 
 
 @command.command("list")
 @_KINDS
-@_JSON
+@json_option
 def list_(kinds: tuple[str, ...], json_: bool) -> None:
     """Show what there is by kind, or with --kind each item.
 
@@ -56,7 +56,7 @@ def list_(kinds: tuple[str, ...], json_: bool) -> None:
         return
     if kinds:
         rows = [(item.kind, str(item.path), show.size(item.n_bytes), _ago(item.used), item.kept) for item in found]
-        show.table("In the cache", ("kind", "path", "size", "last used", "stays, for it is"), rows, right=("size",))
+        show.table("In the cache", ("kind", "path", "size", "last used", "kept because"), rows, right=("size",))
         return
     rows = []
     for kind, said in pruning.KINDS.items():
@@ -69,11 +69,11 @@ def list_(kinds: tuple[str, ...], json_: bool) -> None:
 
 @command.command()
 @_KINDS
-@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="What was not used for so many days.")
-@click.option("--larger-than", callback=_size, metavar="SIZE", help="What is larger: 500MB, 20GB.")
-@click.option("--keep-size", callback=_size, metavar="SIZE", help="Until no more than this is left; the longest unused first.")
+@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only what was unused for this many days.")
+@click.option("--larger-than", callback=_size, metavar="SIZE", help="Only what is larger: 500MB, 20GB.")
+@click.option("--keep-size", callback=_size, metavar="SIZE", help="Remove the longest unused until at most this much is left.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed.")
-@_JSON
+@json_option
 def prune(
     kinds: tuple[str, ...],
     older_than: float | None,
@@ -82,10 +82,10 @@ def prune(
     dry_run: bool,
     json_: bool,
 ) -> None:
-    """Remove what is no longer needed: what meets all the conditions given.
+    """Remove items that meet all the given conditions.
 
-    The build in use, what a running program uses, and source trees with work that is nowhere else always stay; sources go only
-    where --kind sources names them.
+    The selected build, anything a running program uses, and source trees with unsaved work are always kept; sources are removed
+    only where --kind sources names them.
 
     \b
     Examples:
@@ -95,7 +95,7 @@ def prune(
       apex cache prune --older-than 14 --larger-than 1GB --json
     """
     if not kinds and older_than is None and larger_than is None and keep_size is None:
-        raise click.UsageError("say what is to go: --older-than, --larger-than, --keep-size or --kind")
+        raise click.UsageError("say what to remove: --older-than, --larger-than, --keep-size or --kind")
     found = pruning.items(kinds or [kind for kind in pruning.KINDS if kind != "sources"])
     chosen = pruning.choose(found, older_than=older_than, larger_than=larger_than, keep_size=keep_size)
     done = chosen if dry_run else [pruning.remove(item) for item in chosen]
@@ -108,7 +108,7 @@ def prune(
         said = "would remove" if dry_run else "removed"
         click.echo(f"{said} {item.path} ({item.kind}, {show.size(item.n_bytes)}, last used {_ago(item.used)})")
     for item in stayed:
-        show.note(f"stays: {item.path} ({item.kind}): {item.kept}")
+        show.note(f"kept: {item.path} ({item.kind}): {item.kept}")
     click.echo(f"{show.size(sum(item.n_bytes for item in gone))} {'would be freed' if dry_run else 'freed'}")
 
 

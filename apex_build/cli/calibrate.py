@@ -14,6 +14,7 @@ from apex_build.calibration.run import Calibration, Settings, arguments, calibra
 from apex_build.calibration.sets import CalibrationText, compose, known_sets, load_set, text_of_file
 from apex_build.cli import show, values
 from apex_build.cli.inspect import print_coverage
+from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
 from apex_build.evaluation.pace import active_parameters, expect, remember, tokens_of
 from apex_build.evaluation.rows_check import CHUNKS, check_rows
 from apex_build.evaluation.task import ToolOptions
@@ -29,8 +30,6 @@ from apex_build.printable import printable
 from apex_build.progress import Report
 from apex_build.storage.outputs import check_apart, check_place, check_text_free, whole_file, with_manifest_and_log
 
-_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
-
 
 def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int) -> int:
     """llama-imatrix ignores the last rows of a batch where fewer than 16 are left, and its snapshots would be a chunk behind."""
@@ -40,8 +39,8 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 
 
 @click.command()
-@click.argument("model_path", metavar="MODEL", type=_PATH)
-@click.option("-o", "--output", type=_PATH, help="The imatrix to write.  [default: MODEL's name + .imatrix.gguf, beside it]")
+@click.argument("model_path", metavar="MODEL", type=PATH)
+@click.option("-o", "--output", type=PATH, help="The imatrix to write.  [default: MODEL's name + .imatrix.gguf, beside it]")
 @click.option(
     "--calibration-set",
     "set_name",
@@ -51,9 +50,9 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     help=f"A calibration set ({', '.join(known_sets())}) or TOML file.",
 )
 @click.option("--domain", "domains", multiple=True, help="Only this domain of the set (may be given several times).")
-@click.option("--text", "text_path", type=_PATH, help="A text file of your own instead of a set.")
-@click.option("--chat-template", "template", type=_PATH, help="A Jinja chat template instead of the model's own.")
-@click.option("--chunks", type=click.IntRange(min=2), help="At the most so many chunks.  [default: the whole text]")
+@click.option("--text", "text_path", type=PATH, help="Your own text file instead of a set.")
+@click.option("--chat-template", "template", type=PATH, help="A Jinja chat template instead of the model's own.")
+@click.option("--chunks", type=click.IntRange(min=2), help="Maximum number of chunks.  [default: the whole text]")
 @click.option(
     "--context", type=click.IntRange(min=32), default=512, show_default=True, callback=_whole_rows, help="Tokens of a chunk, by 16."
 )
@@ -64,7 +63,7 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     type=click.Choice([AUTO, *CHOICES]),
     default=AUTO,
     show_default=True,
-    help="Hidden rows that the draft head is fed with: before or after the final norm. auto: what its kind was trained on.",
+    help="Hidden rows that the draft head reads: before or after the final norm. auto: as its architecture was trained.",
 )
 @click.option(
     "--rows-check/--no-rows-check",
@@ -75,15 +74,15 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama-imatrix's own]")
 @click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: llama-imatrix's own]")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY)
-@click.option("--tool-argument", "extra", multiple=True, help="A further argument for llama-imatrix (may be given several times).")
 @click.option(
-    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
+    "--tool-argument", "extra", multiple=True, help="An additional argument for llama-imatrix (may be given several times)."
 )
-@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
-@click.option("--force", is_flag=True, help="Start anew, and replace an existing file.")
-@click.option("--write-text", type=_PATH, help="Write the text to this file and stop.")
+@tools_option
+@plugin_option
+@click.option("--force", is_flag=True, help="Start over, and replace an existing file.")
+@click.option("--write-text", type=PATH, help="Write the text to this file and stop.")
 @click.option("--dry-run", is_flag=True, help="Show the text's parts and the command; run nothing.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def command(
     model_path: Path,
     output: Path | None,
@@ -109,7 +108,7 @@ def command(
 ) -> None:
     """Calibrate MODEL: run it, and its draft head, over a diverse text and write the imatrix.
 
-    The text is made of a calibration set with the model's own chat template. An interrupted run goes on where it was when the same
+    The text is made of a calibration set with the model's own chat template. An interrupted run resumes when the same
     command is given again.
 
     \b
@@ -150,7 +149,7 @@ def command(
     if with_head and rows == AUTO and known is None:
         click.echo(
             f"warning: which hidden rows the draft heads of {model.architecture} were trained on is not known: "
-            "the tool's default is taken (--mtp-rows pre or post: others)",
+            "using the tool's default (--mtp-rows pre or post to choose)",
             err=True,
         )
     tokens = tokens_of(len(text.data)) if chunks is None else min(tokens_of(len(text.data)), chunks * context)
@@ -173,7 +172,7 @@ def command(
 
 
 def _rows_check(model: Model, settings: Settings, tools: Toolset, report: Report) -> Callable[[Path], dict[str, Any] | None]:
-    """Of the text's first chunks: cheap beside the whole of it."""
+    """On the text's first chunks: cheap compared with the whole text."""
     chunks = min(CHUNKS, settings.chunks or CHUNKS)
     options = ToolOptions(settings.gpu_layers, without_own_arguments(settings.extra))
 
@@ -218,9 +217,9 @@ def _json(done: Calibration) -> dict[str, Any]:
 def _print(done: Calibration) -> None:
     print_coverage(done.coverage)
     if done.resumed_at:
-        click.echo("perplexity: not known of the whole text, since an interrupted run did its first part")
+        click.echo("perplexity: not known for the whole text, since this run was resumed")
     elif done.perplexity is not None:
         click.echo(f"perplexity of the trunk on the text: {done.perplexity:.3f}")
-    how = "was made before from the same parts" if done.reused else f"written in {done.seconds:.0f} s"
-    resumed = f", going on after chunk {done.resumed_at}" if done.resumed_at else ""
+    how = "reused: already made from the same inputs" if done.reused else f"written in {done.seconds:.0f} s"
+    resumed = f", resumed after chunk {done.resumed_at}" if done.resumed_at else ""
     click.echo(f"{done.path}: {how}{resumed}")

@@ -9,6 +9,7 @@ import click
 
 from apex_build.cli import show
 from apex_build.cli.evaluate import shown, texts_by_domain
+from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
 from apex_build.errors import EvaluationRefused
 from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
 from apex_build.evaluation.check import Checked, check
@@ -18,26 +19,23 @@ from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.plugins import Plugins, load_plugins
 
-_PATH = click.Path(path_type=Path, readable=False)
 PROMPTS = 4  # of each domain
 
 
 @click.command()
-@click.argument("file", metavar="FILE", type=_PATH)
-@click.option("--reference", metavar="FILE", type=_PATH, help="A file to compare with, such as the F16.")
-@click.option("--prompts", metavar="FILE", type=_PATH, help='JSON lines: {"domain": ..., "prompt": ...}.  [default: built in]')
-@click.option("--text", "texts", metavar="FILE", type=_PATH, multiple=True, help="A text for the perplexity.  [default: built in]")
+@click.argument("file", metavar="FILE", type=PATH)
+@click.option("--reference", metavar="FILE", type=PATH, help="A file to compare with, such as the F16.")
+@click.option("--prompts", metavar="FILE", type=PATH, help='JSON lines: {"domain": ..., "prompt": ...}.  [default: built in]')
+@click.option("--text", "texts", metavar="FILE", type=PATH, multiple=True, help="A text for the perplexity.  [default: built in]")
 @click.option(
     "--prompts-per-domain", type=click.IntRange(1, 30), default=PROMPTS, show_default=True, help="Of the built-in prompts."
 )
-@click.option("--chat-template", type=_PATH, help="For the built-in texts.  [default: the model's own]")
+@click.option("--chat-template", type=PATH, help="For the built-in texts.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]")
 @click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: the tools' own: all that fit]")
-@click.option(
-    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
-)
-@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@tools_option
+@plugin_option
+@json_option
 def command(
     file: Path,
     reference: Path | None,
@@ -51,7 +49,7 @@ def command(
     folders: tuple[Path, ...],
     json_: bool,
 ) -> None:
-    """Load FILE in llama-server with drafting, and see whether it is alive.
+    """Load FILE in llama-server and check that it writes text and drafts.
 
     Built-in prompts of four domains are answered without and with drafts of two tokens; the perplexity of a few chunks of built-in
     text is taken. The check fails, with exit code 90, where the trunk does not write text, where less than 20 % of the drafts are
@@ -67,9 +65,7 @@ def command(
     model = read_model(file, plugins.role_of)
     against = read_model(reference, plugins.role_of) if reference else None
     if against and model.has_head and not against.has_head:
-        raise EvaluationRefused(
-            f"{against.path} has no draft head to compare that of {model.path} with", hint="leave out --reference"
-        )
+        raise EvaluationRefused(f"{against.path} has no draft head to compare {model.path}'s with", hint="leave out --reference")
     tools = find_toolset(tools_path)
     given = read_prompts(prompts) if prompts else None
     with show.progress() as report:
@@ -95,7 +91,7 @@ def checked(
     template: Path | None = None,
     **options: Any,
 ) -> Checked:
-    """`check` with the built-in prompts and texts for what is not given."""
+    """`check`, with built-in prompts and texts by default."""
     sources = plugins.calibration_sources()
     return check(
         model,

@@ -9,6 +9,7 @@ import click
 
 from apex_build.cli import defaults, show
 from apex_build.cli.groups import Group
+from apex_build.cli.options import json_option
 
 
 @click.group(cls=Group)
@@ -21,7 +22,7 @@ def command() -> None:
 
 
 @command.command("show")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def show_(json_: bool) -> None:
     """List every setting with its file, checked.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from apex_build.cli import show
+from apex_build.cli.options import json_option
 from apex_build.conversion.convert import OUTTYPES, Job, account_for, prepare, run
 from apex_build.gguf_model.metadata import parse_meta
 from apex_build.places import PIN_VARIABLE
@@ -42,7 +43,7 @@ from apex_build.source.pins import DEFAULT_PIN, load_pin
 @click.option("--python", type=click.Path(path_type=Path), help="Python with torch and transformers. [env: APEX_CONVERT_PYTHON]")
 @click.option("--force", is_flag=True, help="Replace OUT.gguf, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def command(
     hf_dir: Path,
     out: Path,

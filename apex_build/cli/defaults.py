@@ -1,4 +1,4 @@
-"""Defaults from apex.toml: the user's own file, and that of the folder where apex is run.
+"""Defaults from apex.toml: the user's own file, and the one in the folder where apex is run.
 
     threads = 8                # at the top: for every verb that has the option
     cache_dir = "/big/apex"    # as APEX_CACHE_DIR
@@ -44,7 +44,7 @@ AT_TOP = {**FOLDERS, "quantized_by": "APEX_QUANTIZED_BY", "pin": PIN_VARIABLE}
 PLUGINS_OFF = "APEX_PLUGINS_OFF"
 _EVERYWHERE = ("threads", "gpu-layers", "tools", "quiet", "verbose")  # options that may stand at the top
 _PLUGINS = ("off", "folders")
-# The environment comes before a file, and these options have a variable of their own.
+# The environment overrides a file; these options have a variable.
 _VARIABLES = {"tools": "APEX_TOOLS", "python": "APEX_CONVERT_PYTHON"}
 # What a folder's file may not set: its writer would choose what is run, what is overwritten, or in whose name files are made.
 _USERS_OWN = {
@@ -124,7 +124,7 @@ def _defaults(section: tuple[str, ...], command: click.Command, given: list[Sett
     if isinstance(command, click.Group):
         for setting in given:
             if setting.section[: len(section)] == section and len(setting.section) <= len(section):
-                raise _unknown(setting, setting.key, command.commands, f"apex {' '.join(section)} has no options of its own but")
+                raise _unknown(setting, setting.key, command.commands, f"apex {' '.join(section)} has no options, only")
             if setting.section[: len(section)] == section and (below := setting.section[len(section)]) not in command.commands:
                 raise _unknown(setting, below, command.commands, f"apex {' '.join(section)} has")
         return {name: _defaults((*section, name), below, given) for name, below in command.commands.items()}
@@ -217,7 +217,7 @@ def _check(setting: Setting) -> None:
     pin_file = setting.key == "pin" and str(setting.value).endswith(".toml")
     if setting.key in _USERS_OWN or pin_file:
         raise ConfigInvalid(
-            f"{setting.path}: {setting.name} may only be set in your own file, not in that of a folder: "
+            f"{setting.path}: {setting.name} may only be set in your own file, not in a folder's: "
             "a file that came with a download must not choose what is run or replaced",
             hint=f"move the line to {user_file()}",
         )

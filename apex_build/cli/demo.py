@@ -14,6 +14,7 @@ from apex_build.calibration.run import Settings, calibrate
 from apex_build.calibration.sets import compose, load_set
 from apex_build.cli import show
 from apex_build.cli.check import checked, print_checked
+from apex_build.cli.options import json_option
 from apex_build.cli.serving import command_line
 from apex_build.errors import ModelMissing, OutputUnwritable
 from apex_build.evaluation.pace import active_parameters, expect, tokens_of
@@ -46,12 +47,12 @@ _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "he
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder for what is made.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def command(output: Path, threads: int | None, json_: bool) -> None:
     """Build the tools, calibrate the shipped test model with its draft head, quantize it twice, and compare.
 
     The model comes with a checkout of the project alone: an installed package has none, and its demo is apex calibrate and
-    apex quantize on a model of your own.
+    apex quantize on your own model.
 
     The second file has the experts of its draft head at IQ3_XXS, which llama-quantize refuses without calibration data of the head,
     and is checked at the end: does it write text, are its drafts accepted? What is there
@@ -67,7 +68,7 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
     if not source_model.is_file():
         raise ModelMissing(
             f"{source_model}: the demo's model comes with a checkout of the project, not with the installed package",
-            hint="apex calibrate MODEL, with a model of your own; or apex demo in a checkout",
+            hint="apex calibrate MODEL, with your own model; or apex demo in a checkout",
         )
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from apex_build.cli import show
+from apex_build.cli.options import json_option
 from apex_build.errors import ApexError
 from apex_build.plugins import load_plugins
 from apex_build.source.pins import load_pin
@@ -20,13 +21,13 @@ from apex_build.toolchain.machine.gpus import Survey, survey_gpus
 
 
 @click.command()
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def command(json_: bool) -> None:
     """Say what this machine has for building the tools, and what could be built on it.
 
     Compilers, build tools, each part of the CUDA toolkits that are found, driver and GPUs, disk, memory, the cache; and for each
     build whether it can be made here, and about how long it takes without a compiler cache. Nothing is built, fetched or written.
-    What is missing is no error: the exit code is 0.
+    The exit code is 0 even if something is missing.
 
     \b
     Examples:

@@ -12,6 +12,7 @@ import click
 from apex_build.cli import show, values
 from apex_build.cli.groups import VERBOSE, verbosity
 from apex_build.cli.headline import labels_of, print_headline
+from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
 from apex_build.errors import (
     ApexError,
     CalibrationSetInvalid,
@@ -48,23 +49,22 @@ from apex_build.printable import printable
 from apex_build.progress import Whole
 
 _PROMPTS = 12  # of each domain, of the built-in set
-_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 
 
 def evaluation_options(function: Any) -> Any:
     """What `apex evaluate` and `apex sweep` share: what is measured, and on what."""
     options = (
-        click.option("--reference", metavar="FILE", type=_PATH, help="A model file to compare with, such as the F16."),
+        click.option("--reference", metavar="FILE", type=PATH, help="A model file to compare with, such as the F16."),
         click.option(
             "--text",
             "texts",
             metavar="FILE",
-            type=_PATH,
+            type=PATH,
             multiple=True,
             help="A text to score, one for each domain, named after it.",
         ),
         click.option(
-            "--prompts", metavar="FILE", type=_PATH, help='JSON lines: {"domain": ..., "prompt": ...}, as the model gets them.'
+            "--prompts", metavar="FILE", type=PATH, help='JSON lines: {"domain": ..., "prompt": ...}, as the model gets them.'
         ),
         click.option("--data", metavar="NAME=FILE", multiple=True, help="The data file of the evaluator NAME."),
         click.option(
@@ -92,11 +92,11 @@ def evaluation_options(function: Any) -> Any:
 
 
 @click.command()
-@click.argument("files", metavar="FILE...", nargs=-1, type=_PATH)
+@click.argument("files", metavar="FILE...", nargs=-1, type=PATH)
 @evaluation_options
 @click.option(
     "--results",
-    type=_PATH,
+    type=PATH,
     default=Path("evaluation.jsonl"),
     show_default=True,
     help="Where each result goes, one JSON object a line.",
@@ -105,11 +105,9 @@ def evaluation_options(function: Any) -> Any:
 @click.option("--list", "list_", is_flag=True, help="List the evaluators with their parameters.")
 @click.option("--force", is_flag=True, help="Measure again what is in the results file.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and say what would be run.")
-@click.option(
-    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
-)
-@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@tools_option
+@plugin_option
+@json_option
 def command(
     files: tuple[Path, ...],
     reference: Path | None,
@@ -134,7 +132,7 @@ def command(
     """Measure FILEs with evaluators: perplexity, divergence from a reference, the draft head's score and acceptance, speed.
 
     Each result goes to the results file as soon as it is there; what is in it is not measured again, so a run that was interrupted
-    goes on. Text and prompts should not be what the files were calibrated on. Intervals are of 95 %.
+    continues. Text and prompts should not be what the files were calibrated on. Intervals are of 95 %.
 
     \b
     Examples:

@@ -64,7 +64,7 @@ def _figures(evaluator: Evaluator, figures: Sequence[Figure]) -> dict[str, Figur
 
 
 def _unit(title: str, figures: Mapping[Path, Figure]) -> str:
-    """' (nats)' for the heading; per cent, and what stands in figures of several units, goes with the value."""
+    """' (nats)' for the heading; per cent, and units that differ between figures, are shown with the value."""
     units = {figure.unit for figure in figures.values()}
     return f" ({unit})" if len(units) == 1 and (unit := next(iter(units))) not in ("", "%", "B") else ""
 

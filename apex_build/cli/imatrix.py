@@ -9,6 +9,7 @@ import click
 
 from apex_build.calibration.merge import Merged, plan_merge, write_gguf, write_legacy
 from apex_build.cli import show
+from apex_build.cli.options import json_option
 from apex_build.storage.digests import sha256_file
 from apex_build.storage.json_files import write_json
 from apex_build.storage.outputs import (
@@ -45,7 +46,7 @@ def command() -> None:
 @click.option("-o", "--output", "out", type=_PATH, required=True, metavar="OUT.gguf", help="File to write, in GGUF.")
 @click.option("--chunk-size", type=click.IntRange(min=1), help="Tokens of a chunk of .dat files.  [default: 512]")
 @click.option("--force", is_flag=True, help="Replace OUT.gguf.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def merge(files: tuple[Path, ...], out: Path, chunk_size: int | None, force: bool, json_: bool) -> None:
     """Add up the data of imatrix files of one model, as if their texts had been run together.
 
@@ -70,7 +71,7 @@ def merge(files: tuple[Path, ...], out: Path, chunk_size: int | None, force: boo
 @click.option("--to", "form", type=click.Choice(tuple(_FORMATS)), help="Format.  [default: dat for OUT.dat, else gguf]")
 @click.option("--chunk-size", type=click.IntRange(min=1), help="Tokens of a chunk of a .dat file.  [default: 512]")
 @click.option("--force", is_flag=True, help="Replace OUT.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def convert(file: Path, out: Path, form: str | None, chunk_size: int | None, force: bool, json_: bool) -> None:
     """Write an imatrix in the other format: GGUF, or the .dat that older programs and ik_llama.cpp read.
 

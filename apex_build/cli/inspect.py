@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from apex_build.cli import show
+from apex_build.cli.options import json_option
 from apex_build.errors import BuildMissing
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import FEW, Coverage, coverage, disagreements
@@ -38,7 +39,7 @@ _LISTED = 12  # names shown before "and N more"
 @click.option(
     "--plugin", "folders", multiple=True, type=click.Path(path_type=Path), help="Load a plugin from this folder (for roles)."
 )
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def command(file: Path, model_path: Path | None, tensors: bool, few: float, folders: tuple[Path, ...], json_: bool) -> None:
     """Show what is in FILE: a GGUF model (any shard of a split one), or an imatrix (GGUF or the older .dat).
 
@@ -183,8 +184,8 @@ def _head_state(against: Coverage) -> str:
     with_data = sum(tensor.has_data for tensor in against.head)
     if against.head_calibrated:
         return f"calibrated{n_tokens}{rows}: all of its {len(against.head)} weights have data"
-    mend = f"; apex calibrate {against.model.path} makes an imatrix with it"
-    return f"NOT calibrated: {len(against.head) - with_data} of its {len(against.head)} weights have no data{mend}"
+    hint = f"; apex calibrate {against.model.path} makes an imatrix with it"
+    return f"NOT calibrated: {len(against.head) - with_data} of its {len(against.head)} weights have no data{hint}"
 
 
 def print_coverage(against: Coverage, *, everything: bool = False) -> None:

@@ -24,7 +24,7 @@ def lay_out(
     """Lines of a table, its header first. `right`: columns to align right. `width` None: no bound.
 
     Columns that are too wide are wrapped between words; then long words are shortened in their middle; and where even that does not
-    fit, each row is given on lines of its own.
+    fit, each row gets its own lines.
     """
     table = [[str(cell).split("\n") for cell in row] for row in (columns, *rows)]
     widths = [max(len(line) for row in table for line in row[at]) for at in range(len(columns))]

@@ -65,6 +65,6 @@ def _say_gpus(cuda: Mapping[str, Any]) -> None:
 def show_packed(packed: Packed) -> None:
     click.echo(f"{packed.path}: {len(packed.manifest['files'])} files, {show.size(packed.size)}, sha256 {packed.sha256}")
     if packed.left_out:
-        click.echo(f"left out, to be had from the other machine: {', '.join(packed.left_out)}")
+        click.echo(f"left out, and needed on the other machine: {', '.join(packed.left_out)}")
     if packed.manifest["cpu"]:
-        click.echo("it is for CPUs that can all that this machine's can; --no-native makes one for any recent CPU")
+        click.echo("it needs every instruction set of this CPU; --no-native builds for any recent CPU")

@@ -75,7 +75,7 @@ def new(subject: str, files: tuple[str, ...], message: str, message_file: Path |
 def drop(patch: str, pin_name: str) -> None:
     """Take a patch out of the series and the tree, and save the rest.
 
-    Refused where a later patch stands on it; nothing is changed then.
+    Refused, changing nothing, if a later patch depends on it.
 
     \b
     Examples:
@@ -154,7 +154,7 @@ def port(
         raise click.UsageError("--dry-run, --continue, --skip and --abort exclude each other")
     onto = load_pin(onto_name)
     if (continue_ or skip or abort) and (patches or from_name):
-        raise click.UsageError("--continue, --skip and --abort go on with the port that is under way: no PATCH, no --from")
+        raise click.UsageError("--continue, --skip and --abort act on the port in progress and take no PATCH and no --from")
     with show.progress() as report:
         if abort:
             kept = porting.abort_port(onto, report)

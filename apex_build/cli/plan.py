@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from apex_build.cli import show, values
-from apex_build.cli.head_rows import mtp_rows_option, rows_of
+from apex_build.cli.options import mtp_rows_option, plugin_option, rows_of, tools_option
 from apex_build.evaluation.built_in import built_in_texts
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
@@ -47,10 +47,8 @@ _ANOTHER = "give another name with --write-rules"
 @click.option("--write-rules", type=_PATH, metavar="FILE", help="Write the rules, for llama-quantize --tensor-type-file.")
 @click.option("--force", is_flag=True, help="--write-rules: replace an existing file.")
 @click.option("--tensors/--summary", default=False, help="List every tensor, or (the default) totals by role, type and layers.")
-@click.option(
-    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
-)
-@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
+@tools_option
+@plugin_option
 @click.option("--json", "json_", is_flag=True, help="Print JSON, every tensor in it.")
 def command(
     model_path: Path,
@@ -68,7 +66,7 @@ def command(
 ) -> None:
     """Show the type and size that a policy gives each tensor of MODEL. Nothing is quantized.
 
-    The types are those that llama-quantize itself answers in a dry run, so the total is that of the file's tensors;
+    The types are llama-quantize's own answer in a dry run, so the total is exact for the file's tensors;
     apex quantize --dry-run tells the size of the whole file.
 
     \b
@@ -136,7 +134,7 @@ def _measured(
 
 
 def policy_of(plugins: Plugins, name: str | None, tensor_types: Path | None) -> PolicySpec:
-    """The policy by name; with a list of types alone that of the list. Raises UsageError where there is neither."""
+    """The policy by name, or the list's own if only a list is given. Raises UsageError for neither."""
     if name is not None:
         return plugins.policy(name)
     if tensor_types is None:

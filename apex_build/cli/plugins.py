@@ -11,6 +11,7 @@ import click
 
 from apex_build.cli import show
 from apex_build.cli.groups import Group
+from apex_build.cli.options import json_option, plugin_option
 from apex_build.cli.verbs import VERBS
 from apex_build.errors import OutputUnwritable, PluginFailed
 from apex_build.hookspecs import API_VERSION
@@ -47,8 +48,8 @@ def command() -> None:
 
 
 @command.command("list")
-@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@plugin_option
+@json_option
 def list_(folders: tuple[Path, ...], json_: bool) -> None:
     """List the plugins with what each gives: built in, installed, and those of --plugin.
 
@@ -74,7 +75,7 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
 
 @command.command()
 @click.argument("folder", type=_PATH)
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def check(folder: Path, json_: bool) -> None:
     """Load the plugin in FOLDER, call its hooks, and render its policies for sample models.
 

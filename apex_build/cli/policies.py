@@ -8,14 +8,15 @@ from typing import Any
 import click
 
 from apex_build.cli import show, values
+from apex_build.cli.options import json_option, plugin_option
 from apex_build.loaded import LoadedPolicy
 from apex_build.plugins import load_plugins
 
 
 @click.command()
 @click.argument("name", required=False, shell_complete=values.policies)
-@click.option("--plugin", "folders", multiple=True, type=click.Path(path_type=Path), help="Load a plugin from this folder.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@plugin_option
+@json_option
 def command(name: str | None, folders: tuple[Path, ...], json_: bool) -> None:
     """List the policies; with NAME, the parameters of that policy.
 

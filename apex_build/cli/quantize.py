@@ -13,7 +13,7 @@ from apex_build.cli import show, values
 from apex_build.cli.check import as_json, checked, print_checked
 from apex_build.cli.evaluate import texts_by_domain
 from apex_build.cli.groups import QUIET, verbosity
-from apex_build.cli.head_rows import mtp_rows_option, rows_of
+from apex_build.cli.options import PATH, json_option, mtp_rows_option, plugin_option, rows_of, tools_option
 from apex_build.cli.plan import policy_of, tell_of_list
 from apex_build.cli.serving import command_line
 from apex_build.errors import OutputUnwritable
@@ -40,13 +40,10 @@ from apex_build.quantization.run import Job, Quantized, arguments, check_outputs
 from apex_build.quantization.split import parse_size, recorded_shards, shards_of, split
 from apex_build.storage.outputs import check_apart, check_room, with_manifest_and_log
 from apex_build.sweep.auto import Choice, Question, known_choice, measure, parameter_at_auto
-from apex_build.sweep.loss import value_of
-
-_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
 
 
 @click.command()
-@click.argument("model_path", metavar="MODEL", type=_PATH)
+@click.argument("model_path", metavar="MODEL", type=PATH)
 @click.option(
     "--policy",
     "names",
@@ -58,12 +55,12 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
 @click.option(
     "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policies (may be given several times)."
 )
-@click.option("--tensor-types", type=_PATH, metavar="FILE", help="A list of regex=type, before the policy's rules or alone.")
-@click.option("--imatrix", type=_PATH, help="Calibration data: apex calibrate makes it.")
+@click.option("--tensor-types", type=PATH, metavar="FILE", help="A list of regex=type, before the policy's rules or alone.")
+@click.option("--imatrix", type=PATH, help="Calibration data: apex calibrate makes it.")
 @click.option(
     "-o",
     "--output",
-    type=_PATH,
+    type=PATH,
     help="The file to write, or a folder for files named by --name.  [default: MODEL's folder]",
 )
 @click.option("--name", metavar="TEMPLATE", help=f"Names files: {{model}}, {{tag}}, {{type}}, {{policy}}.  [default: {TEMPLATE}]")
@@ -84,19 +81,17 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
     help="See that llama.cpp can load MODEL, and the file before it is put in place; no weights are read for it.",
 )
 @click.option(
-    "--text", "texts", metavar="FILE", type=_PATH, multiple=True, help="What draft_head=auto measures on.  [default: built in]"
+    "--text", "texts", metavar="FILE", type=PATH, multiple=True, help="What draft_head=auto measures on.  [default: built in]"
 )
 @click.option("--gpu-layers", type=int, help="Layers on the GPU when measuring or checking.  [default: all that fit]")
 @click.option("--check/--no-check", "check_", default=False, help="Load each file in llama-server: does its draft head work?")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY)
-@click.option(
-    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
-)
-@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
+@tools_option
+@plugin_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show sizes and commands, write nothing.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@json_option
 def command(
     model_path: Path,
     names: tuple[str, ...],
@@ -235,7 +230,7 @@ def _measured(question: Question) -> Choice:
     show.note(f"measuring draft heads for {question.policy.name} on {question.model.path.name} ...")
     choice = measure(question, progress=show.progress)
     rows = [
-        [one.value, str(one.head_bytes), value_of(one.agreement), value_of(one.tokens), "yes" if one.fits else "no"]
+        [one.value, str(one.head_bytes), one.agreement.told(2), one.tokens.told(2), "yes" if one.fits else "no"]
         for one in choice.candidates
     ]
     title = f"Draft heads against {question.policy.parameters[choice.parameter].measured[0]}, {choice.positions} positions"
@@ -309,7 +304,7 @@ def _json(done: Quantized, job: Job, choice: Choice | None) -> dict[str, Any]:
 
 
 def _print(done: Quantized, job: Job, choice: Choice | None) -> None:
-    how = "was made before from the same parts" if done.reused else f"written and verified in {done.seconds:.1f} s"
+    how = "reused: already made from the same inputs" if done.reused else f"written and verified in {done.seconds:.1f} s"
     size = f"{done.n_bytes} bytes, {done.plan.bits_per_weight:.3f} bits per weight"
     click.echo(f"{done.path}: {size}; {how}")
     _print_left(job)

@@ -44,7 +44,7 @@ def command() -> None:
     "--archive", type=click.Path(path_type=Path), metavar="FILE", help="The sdist, or a tarball of the tree, on this machine."
 )
 @click.option("--repository", metavar="URL", help="git repository to use instead of the pin's (a mirror or a local clone).")
-@click.option("--force", is_flag=True, help="Lay the tree out anew. Refused while it holds work that is saved nowhere else.")
+@click.option("--force", is_flag=True, help="Replace the tree. Refused while it holds unsaved work.")
 @click.option("--no-patches", is_flag=True, help="Leave the tree at upstream's state.")
 def fetch(pin_name: str, origin: Any, archive: Path | None, repository: str | None, force: bool, no_patches: bool) -> None:
     """Fetch, verify and lay out a pinned tree, with our patches applied.

@@ -12,7 +12,7 @@ import click
 from apex_build import __version__
 from apex_build.cli import show, values
 from apex_build.cli.evaluate import data_files, evaluation_options, names_of, texts_by_domain
-from apex_build.cli.head_rows import mtp_rows_option, rows_of
+from apex_build.cli.options import PATH, json_option, mtp_rows_option, plugin_option, rows_of, tools_option
 from apex_build.evaluation.pace import Estimate
 from apex_build.evaluation.pieces import piece_of
 from apex_build.evaluation.run import Inputs, check_settings
@@ -33,11 +33,9 @@ from apex_build.sweep.report import Report, check_scores, default_score, report_
 from apex_build.sweep.rows import RESULTS, Row, as_data, read_rows
 from apex_build.sweep.run import Outcome, planned_row, planned_works, run_sweep
 
-_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is reported by who reads it
-
 
 @click.command()
-@click.argument("model_path", metavar="MODEL", type=_PATH)
+@click.argument("model_path", metavar="MODEL", type=PATH)
 @click.option(
     "--over",
     metavar="NAME=VALUE,...",
@@ -52,8 +50,8 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
     shell_complete=values.policies,
     help="The policy.  [default: the one for the draft head alone]",
 )
-@click.option("--imatrix", type=_PATH, help="Calibration data of the whole model: apex calibrate makes it.")
-@click.option("--imatrix-without-head", "without", type=_PATH, help="For the other curve.  [default: made from --imatrix]")
+@click.option("--imatrix", type=PATH, help="Calibration data of the whole model: apex calibrate makes it.")
+@click.option("--imatrix-without-head", "without", type=PATH, help="For the other curve.  [default: made from --imatrix]")
 @click.option("--with-head", "curves", flag_value="with", help="Only with the head's calibration data.")
 @click.option("--without-head", "curves", flag_value="without", help="Only without the head's calibration data.")
 @mtp_rows_option
@@ -67,14 +65,12 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is rep
     help="The figure to show.  [default: the one that the evaluator wants shown]",
 )
 @click.option("--bound", type=click.FloatRange(min=0), help="The knee is the smallest that loses less.  [default: 0.5 points]")
-@click.option("-o", "--output", "folder", metavar="FOLDER", type=_PATH, required=True, help="Where the results go.")
+@click.option("-o", "--output", "folder", metavar="FOLDER", type=PATH, required=True, help="Where the results go.")
 @click.option("--keep", is_flag=True, help="Keep the files that this run quantizes, in FOLDER/files.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and say what would be made.")
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
-@click.option(
-    "--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: the build marked * by apex build --list]"
-)
-@click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
+@json_option
+@tools_option
+@plugin_option
 def command(
     model_path: Path,
     over: tuple[str, ...],
@@ -260,7 +256,7 @@ def _about(sweep: Sweep) -> str:
 
 
 def _kept(sweep: Sweep) -> str:
-    """What an interrupted sweep leaves, for the same command to go on with."""
+    """What an interrupted sweep leaves, for the same command to resume."""
     folder = sweep.request.folder
     measured = len(read_rows(folder)) if folder.is_dir() else 0
     files = [path for path in (folder / "files").glob("*.gguf") if path.is_file()]

@@ -19,7 +19,7 @@ def _of(names: Callable[[], Iterable[tuple[str, str]]], *, listed: bool = False)
         before, comma, last = word.rpartition(",") if listed else ("", "", word)
         try:
             found = list(names())
-        except ApexError:  # a broken plugin is no reason to put an error into somebody's command line
+        except ApexError:  # completion never prints an error into the command line
             return []
         return [CompletionItem(f"{before}{comma}{name}", help=about) for name, about in found if name.startswith(last)]
 

@@ -60,8 +60,8 @@ _EXPLAINED = (
         "the converter does not know this tokenizer",
         "apex convert --pre-tokenizer NAME (qwen35 for Qwen3.5 and 3.6)",
     ),
-    ("wants its own code to run", "the checkpoint can only be read by code of its own, and that is not run", None),
-    ("execute code", "the checkpoint can only be read by code of its own, and that is not run", None),
+    ("wants its own code to run", "the checkpoint needs its own code, which is never run", None),
+    ("execute code", "the checkpoint needs its own code, which is never run", None),
     (
         "Can not map tensor",
         "the converter does not know one of the tensors",

@@ -46,7 +46,7 @@ print(json.dumps(names))
 
 @dataclass(frozen=True)
 class Python:
-    """An interpreter that can run the converter. `made` is when it is (or will be) an environment of our own."""
+    """An interpreter that can run the converter. `made` is when it is (or will be) our own environment."""
 
     executable: Path
     origin: str  # for a person: where it comes from
@@ -88,11 +88,11 @@ def choose(python: Path | None) -> Python:
         return Python(given, "--python" if python else VARIABLE)
     if not _lacking(Path(sys.executable), wanted):
         return Python(Path(sys.executable), "the Python that runs apex")
-    return Python(_folder(wanted) / "bin" / "python", "an environment of its own", made=True)
+    return Python(_folder(wanted) / "bin" / "python", "its own environment", made=True)
 
 
 def is_ready(python: Python) -> bool:
-    """Whether the interpreter is there: an environment of our own may still have to be made."""
+    """Whether the interpreter exists: our own environment may not have been made yet."""
     return not python.made or (python.executable.parent.parent / _COMPLETE).is_file()
 
 

@@ -13,7 +13,7 @@ _MAX_JSON = 4 << 20
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """Raises CheckpointInvalid, saying what `path` is, where it is no folder of a whole checkpoint."""
+    """Raises CheckpointInvalid, saying what `path` is, unless it is the folder of a whole checkpoint."""
     if not path.exists():
         raise CheckpointInvalid(f"{path} is not a folder: there is nothing of this name", hint=_WANTED)
     if not path.is_dir():
@@ -47,7 +47,7 @@ def _base_of(folder: Path) -> str:
     return base if isinstance(base, str) and base.isprintable() and base else "another model"
 
 
-# The first that fits is said. A folder may hold a whole checkpoint beside these (Mistral's do): that one is converted.
+# The first match is reported. A folder may hold a whole checkpoint beside these (Mistral's do): that one is converted.
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], str], str], ...] = (
     (
         lambda folder: _has("adapter_config.json", "adapter_model*")(folder) and not _whole(folder),

@@ -102,7 +102,7 @@ def check(
 def _trunk(ours: Mapping[str, Figure], theirs: Mapping[str, Figure], bounds: Bounds, vocabulary: int | None) -> list[str]:
     value = _value(ours)
     if value is None:
-        return ["its perplexity is no finite number"]
+        return ["its perplexity is not finite"]
     if (reference := _value(theirs)) is not None:
         most = bounds.perplexity_ratio * reference
         told = f"{bounds.perplexity_ratio:g} times the reference's {reference:.2f}"

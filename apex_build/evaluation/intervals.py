@@ -1,6 +1,6 @@
 """95 % intervals for figures over text or prompts, part of the plugin API.
 
-What lies close together is alike: positions of one chunk of a text, tokens of one answer. Counted as independent they give
+Neighbours are correlated: positions of one chunk of a text, tokens of one answer. Counted as independent they give
 intervals that are about two times too narrow. So everything here works on clusters, and takes those as independent.
 """
 
@@ -36,7 +36,7 @@ class Estimate(NamedTuple):
         return Estimate(self.value * factor, low, high)
 
     def within(self, least: float, most: float = math.inf) -> Estimate:
-        """The interval cut to where the value can lie at all: no share is above 100 %."""
+        """The interval clipped to possible values: no share is above 100 %."""
         low, high = (None if bound is None else min(max(bound, least), most) for bound in self[1:])
         return Estimate(self.value, low, high)
 
@@ -55,7 +55,7 @@ def clustered_mean(values: FloatsLike, clusters: LabelsLike, strata: LabelsLike 
 
     and t of G - S degrees of freedom (Cameron and Miller, 'A Practitioner's Guide to Cluster-Robust Inference', 2015, II.B and VI;
     strata: Cochran, 'Sampling Techniques', 1977, 5.9 and 6.11). Strata are what was chosen and not drawn, such as the domains of
-    the texts: how far they lie apart is no uncertainty of the figure.
+    the texts: their differences do not add to the uncertainty.
     """
     each = np.asarray(values, dtype=np.float64)
     label = np.asarray(clusters, dtype=np.int64)
@@ -84,10 +84,11 @@ def clustered_ratio(over: FloatsLike, under: FloatsLike, strata: LabelsLike | No
 def ratio_interval(
     over: FloatsLike, under: FloatsLike, strata: LabelsLike | None = None, *, seed: int = 0, repeats: int = 4000
 ) -> Estimate:
-    """Sum of `over` / sum of `under`, one of each for every cluster, with a bootstrap interval: clusters drawn anew, by stratum.
+    """Sum of `over` / sum of `under`, one of each for every cluster, with a bootstrap interval: clusters resampled within each
+    stratum.
 
     For ratios that a cluster or two can sway: accepted over drafted tokens of some dozens of prompts. The percentile interval with
-    its levels widened for the number of clusters, so that it is no narrower than one from Student's t
+    its levels widened for the number of clusters, so that it is at least as wide as one from Student's t
     (Hesterberg, 'What Teachers Should Know About the Bootstrap', 2015, 3.2). The same numbers always give the same interval.
     """
     numerator, denominator, groups = _by_stratum(over, under, strata)
@@ -140,3 +141,14 @@ def _by_stratum(over: FloatsLike, under: FloatsLike, strata: LabelsLike | None) 
 
 def _enough(groups: Sequence[Labels]) -> bool:
     return sum(len(group) for group in groups) - len(groups) >= LEAST_CLUSTERS - 1 and min(map(len, groups)) > 1
+
+
+def with_interval(value: float, low: float | None, high: float | None, digits: int | None = None) -> str:
+    """`1.234 [1.201, 1.267]`, to as many decimals as the interval bears, or to `digits`."""
+    if low is None or high is None:
+        return f"{value:.6g}" if digits is None else f"{value:.{digits}f}"
+    if digits is None:
+        digits = 2
+        while digits < 6 and 0 < high - low < 10**-digits * 10:
+            digits += 1
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -14,7 +14,7 @@ from apex_build.system import cpus
 
 # A guess where nothing was measured: operations a second of one core, two for each parameter and token.
 _PER_CORE = 1.5e10
-GENERATED = 6.0  # a token that is written takes as long as so many that are read in a batch; on a CPU, about
+GENERATED = 6.0  # writing a token takes about as long as reading this many in a batch, on a CPU
 _CHARACTERS = 3.5  # bytes of text in a token, about
 
 
@@ -47,8 +47,8 @@ def expect(kind: str, work: float) -> Estimate:
 
 
 def remember(kind: str, work: float, seconds: float) -> None:
-    """A later run of the kind takes about as long for each unit. What cannot be kept is no loss."""
-    if work <= 0 or seconds < 1:  # starting a program is no measure of its work
+    """A later run of the kind takes about as long for each unit. Failing to record it is not an error."""
+    if work <= 0 or seconds < 1:  # mostly the time to start the program
         return
     known = _known()
     before = known.get(_key(kind))

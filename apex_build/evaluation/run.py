@@ -26,7 +26,7 @@ from apex_build.hookspecs import Evaluator, Figure
 from apex_build.loaded import origin_of
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
-from apex_build.near import nearby
+from apex_build.near import nearby, no_such
 from apex_build.parameters import Value, values_of
 from apex_build.places import cache_root, in_use
 from apex_build.progress import Report, silent
@@ -83,7 +83,7 @@ def choose(
     for name in only:
         if name not in evaluators:
             raise EvaluatorUnknown(
-                f"there is no evaluator '{name}'{nearby(name, evaluators)}. There are: {', '.join(evaluators)}",
+                no_such("evaluator", name, evaluators),
                 hint="apex evaluate --list",
             )
     chosen: list[Evaluator] = []
@@ -166,7 +166,7 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
     """Do the work, what shares the machine first and what is timed last; one after the other, each with all cores.
 
     Results are appended to `results`, one JSON object a line, and taken from there where they are; `force` measures again.
-    An evaluator that fails gives a Result with its error, and the others go on. Raises OutputUnwritable.
+    An evaluator that fails gives a Result with its error, and the others still run. Raises OutputUnwritable.
     """
     known = {} if force or results is None else recorded(results)
     for work in sorted(works, key=lambda work: work.evaluator.timed):
@@ -306,7 +306,7 @@ def _figure(data: Mapping[str, Any]) -> Figure:
 
 
 def _lacking(evaluator: Evaluator, model: Model, inputs: Inputs) -> tuple[str, str] | None:
-    """What the evaluator needs and is not there: what to say, and the mend."""
+    """What the evaluator needs and lacks: the message and the hint."""
     tests: dict[str, tuple[Callable[[], bool], str, str]] = {
         "head": (lambda: model.has_head, "the file has no draft head", "apex inspect FILE"),
         "text": (lambda: bool(inputs.texts), "it needs a text", "--text FILE (several times, one for each domain)"),
@@ -319,9 +319,9 @@ def _lacking(evaluator: Evaluator, model: Model, inputs: Inputs) -> tuple[str, s
             raise EvaluationRefused(
                 f"evaluator '{evaluator.name}' of plugin '{origin_of(evaluator)[0]}' needs '{need}', which nothing gives"
             )
-        there, what, mend = tests[need]
+        there, what, hint = tests[need]
         if not there():
-            return what, mend
+            return what, hint
     return None
 
 

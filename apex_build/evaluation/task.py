@@ -187,7 +187,7 @@ class Task:
         return path
 
     def tokens_of_text(self, domain: str) -> float:
-        """About how many a run over this text reads, `chunks` of `context` at the most where the evaluator has these settings."""
+        """About how many tokens a run over this text reads: at most `chunks` of `context`, if the evaluator has these settings."""
         found = tokens_of(self.texts[domain].stat().st_size)
         chunks, context = (self.settings.get(name) for name in ("chunks", "context"))
         return min(found, float(chunks) * float(context)) if chunks and context else found
@@ -218,14 +218,14 @@ class Task:
         if self.threads is not None:
             yield
             return
-        # a singleton, so that an evaluator may run a tool while a server of its own is up
+        # a singleton, so that an evaluator can run a tool while its server is up
         lock = FileLock(lock_path(cache_root() / "evaluation" / f"machine-{_this_machine()}"), is_singleton=True)
         with self._alone(lock, "for another evaluation on this machine (--threads N: do not wait)"):
             yield
 
     @contextmanager
     def _alone(self, lock: BaseFileLock, what: str) -> Iterator[None]:
-        """With the lock; where it has to be waited for, that is said."""
+        """With the lock; reports when it has to wait."""
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -253,7 +253,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
         try:
             row = json.loads(line)
             domain, text = row["domain"], row["prompt"]
-            f"{domain}{text}".encode()  # JSON can write half a character, which is no text
+            f"{domain}{text}".encode()  # JSON can hold half a surrogate pair, which UTF-8 cannot
         except (ValueError, TypeError, KeyError, RecursionError):
             raise CalibrationSetInvalid(f"{path}:{number}: not a prompt: {line:.80}", hint=hint) from None
         if not isinstance(domain, str) or not isinstance(text, str) or not text:
@@ -265,7 +265,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 
 def _this_machine() -> str:
-    """Machines may share a cache, and containers on one machine have names of their own: the kernel knows which is which."""
+    """Machines may share a cache, and containers on one machine have different names, so the kernel's machine id is used."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Reading a source archive that nobody vouches for: everything is judged from the headers before one byte of it is written."""
+"""Reading an untrusted source archive: everything is checked from the headers before anything is written."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ class _Bounded:
 
 @contextmanager
 def open_tar(archive: Path) -> Iterator[tarfile.TarFile]:
-    """A tar archive, compressed or not. Raises DownloadFailed where it is missing or cut short, HashMismatch where it is none."""
+    """A tar archive, compressed or not. Raises DownloadFailed where it is missing or cut short, HashMismatch if it is not a tar
+    archive.
+    """
     try:
         with archive.open("rb") as raw:
             magic = raw.read(6)
@@ -161,7 +163,7 @@ def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def member_path(archive: Path, member: tarfile.TarInfo) -> str:
-    """The member's path inside the archive, normalized. Refuses what would be dangerous wherever it stands."""
+    """The member's path inside the archive, normalized. Refuses dangerous members."""
     name = member.name
     parts = re.split(r"[/\\]", name)
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
@@ -172,7 +174,7 @@ def member_path(archive: Path, member: tarfile.TarInfo) -> str:
         raise ArchiveUnsafe(f"{archive.name}: the member {name!r} is a device, a pipe or of an unknown kind")
     path = "/".join(part for part in name.split("/") if part not in ("", "."))
     if member.issym() or member.islnk():
-        # the target of a symbolic link counts from its own folder, that of a hard link from the archive's top
+        # a symbolic link's target is relative to its folder, a hard link's to the archive's top
         target = re.split(r"[/\\]", member.linkname)
         depth = path.count("/") if member.issym() else 0
         for part in target:

@@ -28,7 +28,7 @@ _NETWORK = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
 # As pip does: a server that would compress the file once more on the way must not, what is hashed is the file itself.
 _AS_IT_IS = {"Accept-Encoding": "identity"}
 _ELSEWHERE = "apex source fetch --from git, or --archive FILE with a copy of the sdist or of the tree"
-_PATIENCE = 4.0  # times pip's timeout, which is that of a single read: for an answer that comes in drops
+_PATIENCE = 4.0  # times pip's timeout, which is for a single read: for an answer that trickles
 _SLOWEST = 4e3  # bytes a second; with less, a download is given up
 _LIMIT = 1 << 30  # bytes of a download whose pin names no size
 

@@ -1,4 +1,4 @@
-"""What the user's pip is configured with: index, proxy, certificates. apex-build names no host and has no setting of its own."""
+"""The user's pip configuration: index, proxy, certificates. apex-build names no host and has no such settings."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def _covered(tensor: Tensor, imatrix: Imatrix, examined: Examined, threshold: fl
         least = threshold * sum(counts) / len(counts)
         without = tuple(expert for expert, count in enumerate(counts) if count == 0)
         few = tuple(expert for expert, count in enumerate(counts) if 0 < count < least)
-        if len(counts) < experts and without:  # one count stands for all matrices
+        if len(counts) < experts and without:  # one count for all matrices
             without = tuple(range(experts))
     assert tensor.layer is not None  # wants_data
     finding = examined.findings.get(tensor.name)

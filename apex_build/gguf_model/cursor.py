@@ -1,4 +1,4 @@
-"""Reading numbers, strings and arrays out of bytes that nobody vouches for: every length is checked before it is used."""
+"""Reading numbers, strings and arrays from untrusted bytes: every length is checked before it is used."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Cursor:
         return ModelInvalid(f"{self.path}: {what}")
 
     def need(self, n_bytes: int, what: str) -> None:
-        """Raise unless so many bytes are left."""
+        """Raise unless this many bytes are left."""
         left = self.limit - self.at
         if n_bytes <= left:
             return

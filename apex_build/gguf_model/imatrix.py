@@ -34,7 +34,7 @@ _MAX_LEGACY_NAME = 256
 
 @dataclass(frozen=True)
 class Entry:
-    """The data of one weight. The values lie in the file until they are asked for.
+    """The data of one weight. The values stay in the file until they are read.
 
     `counts` holds tokens for each matrix (each expert, or one for a dense weight); in a legacy file it is one number, the calls,
     since that format does not tell experts apart.
@@ -188,7 +188,7 @@ def _from_legacy(path: Path) -> Imatrix:
             hint=f"apex inspect {path}  says what else it may be",
         )
     with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        data.madvise(mmap.MADV_RANDOM)  # no reading ahead: the names lie far apart
+        data.madvise(mmap.MADV_RANDOM)  # no read-ahead: the names are far apart
         cursor = Cursor(path, data, 0, len(data), len(data))
         entries: dict[str, Entry] = {}
         n_entries = _natural(cursor, "the number of entries")

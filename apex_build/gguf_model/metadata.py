@@ -93,9 +93,7 @@ def _setting(name: str, value: str) -> Setting:
         words = near(pattern.removeprefix("general."), [one.removeprefix("general.") for one in known], n=3)
         raise ParameterUnknown(
             f"--meta {name}: no reader of GGUF files knows this key",
-            hint=f"near it: {', '.join(words)}"
-            if words
-            else "name, license, author, ...; or a key of a name space of your own: my.key",
+            hint=f"near it: {', '.join(words)}" if words else "name, license, author, ...; or a key in your own name space: my.key",
         )
     kind = known[re.sub(r"(?<=\.)\d+(?=\.)", "{id}", key)]
     return Setting(key, kind, _value(key, kind, value))

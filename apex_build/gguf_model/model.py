@@ -30,7 +30,7 @@ def read_model(path: Path, role_of: RoleOf) -> Model:
 
 
 def model_of(header: Header, role_of: RoleOf) -> Model:
-    """`read_model` for a header that has been read; of a split model, that of any shard."""
+    """`read_model` for a header that has been read, of any shard if the model is split."""
     path, what = header.path, kind_of(header)
     if what != "model":
         raise ModelInvalid(

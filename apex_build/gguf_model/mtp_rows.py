@@ -29,7 +29,7 @@ class TrainedOn:
 
     @property
     def choice(self) -> str | None:
-        """The value of --mtp-rows that stands for these rows."""
+        """The value of --mtp-rows for these rows."""
         return CHOICE_OF.get(self.rows)
 
 

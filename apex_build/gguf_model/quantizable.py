@@ -17,7 +17,7 @@ _KEPT_WHOLE = ("position_embd.weight", "token_types.weight")
 
 
 def n_dims(shape: Sequence[int]) -> int:
-    """Dimensions as ggml counts them: trailing extents of 1 are none."""
+    """Dimensions as ggml counts them: trailing extents of 1 do not count."""
     return max((index for index, extent in enumerate(shape, start=1) if extent > 1), default=1)
 
 

@@ -114,7 +114,7 @@ def resolve(program: Path, given: Sequence[str]) -> Extra:
 
 
 def check_no_double(program: Path, own: Sequence[str], given: Sequence[str]) -> None:
-    """Raises ParameterUnknown where the user gives an option that stands in `own` already, under whatever name."""
+    """Raises ParameterUnknown if the user gives an option that is in `own` already, under any of its names."""
     if given:
         ours = {option for _, option in _options(program, own) if option is not None}
         for words, option in _options(program, given):

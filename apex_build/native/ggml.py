@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +12,7 @@ import cffi
 import gguf
 
 from apex_build.errors import BuildMissing, ShapeUnfit, TypeUnknown
+from apex_build.native.library import open_library
 from apex_build.native.toolset import Toolset
 from apex_build.near import near
 from apex_build.places import BUILD_HINT
@@ -58,7 +58,7 @@ class Ggml:
     """The types of one build. Names are upper case as in ggml's enum (`Q4_K`); look-ups ignore case."""
 
     def __init__(self, toolset: Toolset) -> None:
-        self._types = _load(toolset.library("ggml-base"), toolset.manifest.get("ggml_type_count"))
+        self._types = _load(toolset)
 
     def type_names(self) -> tuple[str, ...]:
         """All types in the order of ggml's enum."""
@@ -96,13 +96,11 @@ class Ggml:
 
 
 @functools.lru_cache(maxsize=8)
-def _load(library: Path, type_count: int | None) -> Mapping[str, TypeTraits]:
-    ffi = cffi.FFI()
-    ffi.cdef(_DECLARATIONS)
+def _load(toolset: Toolset) -> Mapping[str, TypeTraits]:
+    ffi, lib = open_library(toolset, "ggml-base", _DECLARATIONS)
+    types = {}
     try:
-        lib: Any = ffi.dlopen(str(library))
-        types = {}
-        for number in _type_numbers(ffi, lib, type_count):
+        for number in _type_numbers(ffi, lib, toolset.manifest.get("ggml_type_count")):
             block_size, type_size = int(lib.ggml_blck_size(number)), int(lib.ggml_type_size(number))
             if not block_size or not type_size:
                 continue  # a number that once was a type
@@ -110,8 +108,8 @@ def _load(library: Path, type_count: int | None) -> Mapping[str, TypeTraits]:
             needed = bool(lib.ggml_quantize_requires_imatrix(number))
             quantized = bool(lib.ggml_is_quantized(number))
             types[name] = TypeTraits(name, block_size, type_size, quantized, needed or name in _REFUSED_WITHOUT_IMATRIX, needed)
-    except (OSError, AttributeError) as error:
-        raise BuildMissing(f"{library} cannot be used: {error}", hint=BUILD_HINT) from None
+    except AttributeError as error:
+        raise BuildMissing(f"{toolset.library('ggml-base')} cannot be used: {error}", hint=BUILD_HINT) from None
     return MappingProxyType(types)
 
 

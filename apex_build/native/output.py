@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 _PLANNED = re.compile(r"(?:computing|calculating perplexity) over (\d+) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)")
 _MARK = re.compile(r"\[(\d+)\]-?(?:\d+\.\d+|nan|inf),")
 _KLD_ROW = re.compile(r"\s*(\d+)\s+\d+\.\d+ ±\s+\S+\s+-?\d+\.\d+ ±")
-_PASS = re.compile(r"(\d+\.\d+) seconds per pass - ETA")
 _PERPLEXITY = re.compile(r"Final estimate: PPL = (\d+\.\d+) \+/- (\d+\.\d+)")
 
 _HEAD_ROWS = re.compile(r"MTP rows: ([a-z0-9_]+)$")
@@ -24,6 +23,10 @@ _CONVERTING = re.compile(r"converting to (\w+) \.\. ")
 _FALLBACK = re.compile(
     r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*-> falling back to\s+(\w+)"
 )
+_UNFIT = re.compile(r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\)")
+_NO_FALLBACK = "no tensor type fallback is defined"
+_PATTERN = re.compile(r"failed to quantize: (.*regular expression.*|.*regex.*)", re.IGNORECASE)
+_FILE_TYPE = re.compile(r"\s*(\d+)\s+or\s+(\w+)\s*:")
 _TOTAL = re.compile(r"quant size\s+=\s+(\d+\.\d+) MiB \((\d+\.\d+) BPW\)")
 _MISSING_DATA = re.compile(r"Missing importance matrix for tensor (\S+) in|- offending tensor: (\S+)")
 
@@ -136,7 +139,7 @@ def planned(line: str) -> Planned | None:
 def chunks_done(line: str) -> int | None:
     """The last chunk that a (perhaps unfinished) line counts: `[11]5.3,[12]5.3412,` or a row of the KL divergence table.
 
-    llama-imatrix --no-ppl prints no such marks: only `seconds_per_pass`, once.
+    llama-imatrix --no-ppl prints no such marks.
     """
     if row := _KLD_ROW.match(line):
         return int(row[1])
@@ -146,12 +149,6 @@ def chunks_done(line: str) -> int | None:
             return int(mark[1])
         last = line.rfind("[", 0, last)
     return None
-
-
-def seconds_per_pass(line: str) -> float | None:
-    """Measured by the tool on its first pass. The whole takes about this times chunks / sequences."""
-    found = _PASS.search(line)
-    return float(found[1]) if found else None
 
 
 def perplexity(line: str) -> Perplexity | None:
@@ -212,8 +209,28 @@ def quantized_size(lines: Sequence[str]) -> tuple[float, float] | None:
     return None
 
 
+def file_types(lines: Sequence[str]) -> dict[str, int]:
+    """The types for a whole file that llama-quantize --help lists: name -> LLAMA_FTYPE."""
+    listed = (_FILE_TYPE.match(line) for line in lines)
+    return {found[2].upper(): int(found[1]) for found in listed if found}
+
+
+def unfit_row(lines: Sequence[str]) -> tuple[str, int, int, str] | None:
+    """The tensor that made llama-quantize give up, as no type that it knows fits its rows: name, columns, block, type."""
+    unfit = [found for line in lines if (found := _UNFIT.search(line))]
+    if not unfit or not any(_NO_FALLBACK in line for line in lines):
+        return None
+    name, columns, block, type_name = unfit[-1].groups()
+    return name, int(columns), int(block), type_name.upper()
+
+
+def refused_pattern(lines: Sequence[str]) -> str | None:
+    """What llama-quantize says of a pattern in its rules that it cannot read."""
+    return next((found[1] for line in lines if (found := _PATTERN.search(line))), None)
+
+
 def tensor_without_data(lines: Sequence[str]) -> str | None:
-    """The tensor for which llama-quantize refused a low-bit type, for want of calibration data."""
+    """The tensor without calibration data that llama-quantize refused a low-bit type for."""
     for line in lines:
         if found := _MISSING_DATA.search(line):
             return found[1] or found[2]

@@ -64,7 +64,7 @@ def run_tool(
     memory: int | None = None,
     on_death: str = "KILL",
 ) -> ToolRun:
-    """Run a program to its end, in an empty folder of its own unless `cwd` names another: tools look for code where they run.
+    """Run a program to its end, in a new empty folder unless `cwd` is given: tools look for code in their current folder.
 
     `on_line` gets each line as soon as it is complete, and before that the unfinished line so far each time it has grown
     (progress such as `[12]5.3412,`). `env` is added to our own environment (see surroundings.py), None takes a name out. All output
@@ -72,7 +72,7 @@ def run_tool(
     hint). `memory`: bytes that it may take, beside the files that it maps. A `Path` among the arguments is made absolute.
 
     Whatever ends this function early (Ctrl-C, SIGTERM, an error in `on_line`) also ends the tool and every process it started:
-    SIGINT, then SIGTERM, then SIGKILL. The tool runs in a session of its own, so the terminal's Ctrl-C reaches only us. Where we
+    SIGINT, then SIGTERM, then SIGKILL. The tool runs in its own session, so the terminal's Ctrl-C reaches only us. Where we
     are killed ourselves the kernel sends it the signal `on_death`.
 
     Raises ToolFailed (not startable; with `check` also a code other than 0), ToolKilled (with `check`: ended by a signal; more
@@ -117,7 +117,7 @@ def start(
     output: IO[bytes] | None = None,
     on_death: str = "KILL",
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, stdout and stderr in one pipe or the file `output`. End it with `stop`.
+    """Start a program in its own session, stdout and stderr in one pipe or the file `output`. End it with `stop`.
 
     Of `cwd` it must be known that there is nothing in it but what we put there.
     """
@@ -224,7 +224,7 @@ def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _session_members(session: int) -> list[int]:
-    """Processes of a session that we started (ninja gives each compiler a process group of its own, so the group is not enough)."""
+    """Processes of a session that we started (ninja gives each compiler its own process group, so the group is not enough)."""
     members = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:

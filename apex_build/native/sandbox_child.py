@@ -1,4 +1,4 @@
-"""Work on untrusted templates in a process of its own, whose time and memory the kernel bounds: JSON in, JSON out.
+"""Work on untrusted templates in a child process with limited time and memory: JSON in, JSON out.
 
 Jinja's sandbox keeps a template from Python's internals and from files. It bounds neither time nor memory (`{{ 'x' * 10**12 }}`).
 """
@@ -20,7 +20,7 @@ ANSWER_CHARACTERS = 128 << 20
 
 
 class OutOfBounds(Exception):
-    """The child needed more time or memory than it may have, or ended in some other way of its own."""
+    """The child exceeded its time or memory, or died in another way."""
 
 
 def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float, memory
     with scratch_folder("server") as scratch, scratch_folder("run") as folder, unwinding_signals(), ExitStack() as stack:
         path = log or scratch / "llama-server.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as output:  # a file, not a pipe: nobody has to read it for the server to go on
+        with path.open("wb") as output:  # a file, not a pipe: the server never blocks on it
             # LLAMA_TRACE: it then prints what becomes of each draft
             process = start(command, cwd=folder, output=output, env={"LLAMA_TRACE": "1"})
         guard = stack.enter_context(memory_guard(process.pid, memory))

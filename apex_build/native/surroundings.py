@@ -15,7 +15,7 @@ from pathlib import Path
 # Options and arithmetic that manifests and results would not name; and code that is not of the build.
 _OPTIONS = ("AIP_", "GGML_", "LLAMA_", "MTMD_")
 _CODE = ("CUDA_INJECTION", "GCONV_PATH", "GLIBC_TUNABLES", "HF_", "LD_", "MODEL_ENDPOINT")
-# Where memory lies is the user's to say: it changes no figure.
+# The user may choose where memory is: results do not change.
 _KEPT = frozenset({"GGML_CUDA_ENABLE_UNIFIED_MEMORY", "GGML_CUDA_NO_PINNED", "GGML_CUDA_P2P", "GGML_CUDA_REGISTER_HOST"})
 _LOOKS = 5
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

@@ -11,9 +11,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from apex_build.errors import BuildMissing
+from apex_build.native.library import open_library
 from apex_build.native.toolset import Toolset
-from apex_build.places import BUILD_HINT
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -31,7 +30,7 @@ _PLAIN = {"F32": "<f4", "F16": "<f2"}
 
 def validator(toolset: Toolset) -> Callable[[str, memoryview], bool]:
     """A function (type name, whole rows of a tensor's data) -> whether every value and every block's scale is a number."""
-    ffi, lib = _open(toolset)
+    ffi, lib = open_library(toolset, "ggml-base", _DECLARATIONS)
 
     def is_valid(type_name: str, data: memoryview) -> bool:
         number = int(gguf.GGMLQuantizationType[type_name])
@@ -65,7 +64,7 @@ class Codec:
         return type_name in (*_PLAIN, "BF16") or self._decoder(type_name) is not None
 
     def encode(self, type_name: str, rows: Floats, weights: Floats | None) -> Bytes:
-        """What ggml_quantize_chunk makes of rows that share one row of importance `weights`. It aborts on what is no number."""
+        """What ggml_quantize_chunk makes of rows that share one row of importance `weights`. It aborts on NaN and infinity."""
         number = int(gguf.GGMLQuantizationType[type_name])
         if weights is None and self.lib.ggml_quantize_requires_imatrix(number):
             weights = np.ones(rows.shape[1], dtype=np.float32)
@@ -96,14 +95,4 @@ class Codec:
 
 
 def codec(toolset: Toolset) -> Codec:
-    return Codec(*_open(toolset))
-
-
-def _open(toolset: Toolset) -> tuple[cffi.FFI, Any]:
-    ffi = cffi.FFI()
-    ffi.cdef(_DECLARATIONS)
-    library = toolset.library("ggml-base")
-    try:
-        return ffi, ffi.dlopen(str(library))
-    except OSError as error:
-        raise BuildMissing(f"{library} cannot be used: {error}", hint=BUILD_HINT) from None
+    return Codec(*open_library(toolset, "ggml-base", _DECLARATIONS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import gguf
 from apex_build.errors import PlanMismatch, ShapeUnfit, TemplateFailed, ToolFailed, TypeUnknown
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import Files, files_of
+from apex_build.native import output
 from apex_build.native.output import Fallback, TensorLine, explain, fallbacks, quantized_size, tensor_lines
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
@@ -22,10 +22,7 @@ from apex_build.places import BUILD_HINT
 from apex_build.storage.scratch import scratch_folder
 
 _SECONDS = 600.0
-_LISTED_TYPE = re.compile(r"\s*(\d+)\s+or\s+(\w+)\s*:")
-_UNFIT = re.compile(r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\)")
 _asked: dict[tuple[Files, Toolset], frozenset[str]] = {}
-_REGEX = re.compile(r"failed to quantize: (.*regular expression.*|.*regex.*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,7 @@ def base_types(tools: Toolset) -> Mapping[str, int]:
     lines: list[str] = []
     with contextlib.suppress(ToolFailed):  # it ends with code 1 after its help
         run_tool([tools.tool("llama-quantize"), "--help"], on_line=lines.append, timeout=_SECONDS)
-    listed = (_LISTED_TYPE.match(line) for line in lines)
-    types = {found[2].upper(): int(found[1]) for found in listed if found}
+    types = output.file_types(lines)
     if not types:
         raise ToolFailed(f"{tools.tool('llama-quantize')} --help lists no types", hint=BUILD_HINT)
     return types
@@ -110,16 +106,15 @@ def _run(arguments: Sequence[str | Path]) -> Sequence[str]:
     try:
         return run_tool(arguments, on_line=lines.append, explain=explain, timeout=_SECONDS).lines
     except ToolFailed:
-        unfit = [found for line in lines if (found := _UNFIT.search(line))]
-        if unfit and any("no tensor type fallback is defined" in line for line in lines):
-            name, columns, block, type_name = unfit[-1].groups()
+        if unfit := output.unfit_row(lines):
+            name, columns, block, type_name = unfit
             raise ShapeUnfit(
-                f"{name} has rows of {columns} values, and type {type_name.upper()} needs a multiple of {block}",
+                f"{name} has rows of {columns} values, and type {type_name} needs a multiple of {block}",
                 hint="give it another type",
             ) from None
-        if regex := next((found for line in lines if (found := _REGEX.search(line))), None):
+        if pattern := output.refused_pattern(lines):
             raise TemplateFailed(
-                f"llama-quantize does not understand a pattern of the rules: {regex[1]}",
+                f"llama-quantize does not understand a pattern of the rules: {pattern}",
                 hint="it reads ECMAScript's regular expressions",
             ) from None
         raise

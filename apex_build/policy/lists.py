@@ -41,7 +41,7 @@ def own_types() -> PolicySpec:
 
 
 def read_list(path: Path, ggml: Ggml) -> TypeList:
-    """Raises TemplateFailed for a file or line that is no list of rules, TypeUnknown naming every line whose type is not known."""
+    """Raises TemplateFailed for a file or line that is not a list of rules, TypeUnknown naming every line of unknown type."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)

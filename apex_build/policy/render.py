@@ -177,7 +177,7 @@ def _run(request: Mapping[str, Any], about: str) -> dict[str, Any]:
 
 
 def _lines_of(file: Path) -> dict[str, list[int]]:
-    """Each line of a template without the blanks around it, and the numbers it stands at."""
+    """Each line of a template, stripped, and its line numbers."""
     found: dict[str, list[int]] = {}
     for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
         found.setdefault(line.strip(), []).append(number)
@@ -185,7 +185,7 @@ def _lines_of(file: Path) -> dict[str, list[int]]:
 
 
 def _where(line: str, file: str, number: int, literal: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
-    """Jinja knows the statement a line came from; for a line that stands in the template as it is, its own number is better."""
+    """Jinja knows the statement a line came from; for a line that is in the template literally, its own number is better."""
     if line.strip() and file:
         numbers = literal[file].get(line.strip(), ())
         at = bisect.bisect_left(numbers, number)

@@ -42,7 +42,7 @@ class Rule:
 def parse_rules(lines: Iterable[tuple[str, str]], ggml: Ggml) -> tuple[Rule, ...]:
     """Rules from (text, place) lines. Blank lines and `# comments` are left out; `# optional` allows a rule to find no tensor.
 
-    Raises TemplateFailed for a line that is no rule, TypeUnknown for its type; both name the place.
+    Raises TemplateFailed for a line that is not a rule, TypeUnknown for its type; both name the place.
     """
     rules = []
     for line, where in lines:
@@ -79,7 +79,8 @@ def apply_rules(
     patterns are found, if that is known (`render.find`).
 
     Raises TemplateFailed for a rule that finds no tensor, or finds by accident: one that cuts a word of a name (`attn_q` in
-    `attn_qkv`, `blk.1` in `blk.12`), or is not anchored and finds tensors of several roles. A whole block is none: `blk\\.6\\.`.
+    `attn_qkv`, `blk.1` in `blk.12`), or is not anchored and finds tensors of several roles. A pattern for a whole block is fine:
+    `blk\\.6\\.`.
     """
     deciding: dict[str, Rule] = {}
     if places is None:
@@ -124,7 +125,7 @@ def _nearest(tensor: Tensor, wanted: str, ggml: Ggml) -> str:
 
 
 def policy_warnings(lines: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """What the policy itself has to say: its `# warning: TEXT` lines."""
+    """The policy's own warnings: its `# warning: TEXT` lines."""
     found = (_WARNING.match(line) for line, _ in lines)
     return tuple(printable(one[1])[:_LONGEST_WARNING] for one in found if one)[:_MOST_WARNINGS]
 

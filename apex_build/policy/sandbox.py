@@ -1,4 +1,4 @@
-"""What runs a policy's template and patterns in a process of its own: `python -m apex_build.policy.sandbox`, see sandbox_child.py.
+"""Runs a policy's template and patterns in a child process: `python -m apex_build.policy.sandbox`, see sandbox_child.py.
 
 A template is untrusted, and so are the patterns that it renders: a regular expression can backtrack for years.
 """
@@ -109,7 +109,7 @@ def environment(library: Mapping[str, Sequence[str]]) -> ImmutableSandboxedEnvir
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # the output is no HTML
+        autoescape=False,  # the output is not HTML
     )
     made.filters["exactly"] = exactly
     for name in ("lipsum", "cycler", "joiner"):  # objects that rules have no use for

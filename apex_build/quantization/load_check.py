@@ -40,7 +40,7 @@ def doubts(model: Model, tools: Toolset | None) -> list[str]:
 
 
 def _in_library(text: str, tools: Toolset) -> bool:
-    """Whether the library holds this constant: a quick yes. Compilers merge and take apart short ones, so a no is no answer."""
+    """Whether the library holds this constant: a quick yes. Compilers merge and split short ones, so False proves nothing."""
     with tools.library("llama").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return data.find(text.encode() + b"\0") >= 0
 

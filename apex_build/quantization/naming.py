@@ -1,6 +1,6 @@
 """Names of quantized files, as their readers understand them.
 
-Clients take the quantization from the end of a file's name, each by a rule of its own: the model hub's parser looks for the last
+Clients read the quantization from the end of a file's name, each by its own rule: the model hub's parser looks for the last
 name of a llama.cpp file type in it, with one group of letters behind it (`Q4_K_M_COMPACT`); llama.cpp's downloader takes the last
 word after `-` or `.`, of letters, digits and `_`. A tag TYPE_LETTERS at the end is one quantization for both, and differs for each
 policy and its parameters (tests/quantization/test_naming.py tries both).
@@ -39,7 +39,7 @@ def type_of_most_weights(plan: Plan) -> str:
     """The file type for the name: what a person expects of size and quality.
 
     By bytes a few weights in a larger type may outnumber all others: a 35B by i-micro has 39 % of its bytes in Q3_K and 32 % in
-    IQ1_M, and with 2.3 bits a weight it is no Q3_K_M to anybody.
+    IQ1_M, and at 2.3 bits a weight nobody would call it Q3_K_M.
     """
     return _most(plan, lambda entry: entry.n_elements)
 
@@ -87,7 +87,7 @@ def changed_parameters(plan: Plan, policy: PolicySpec) -> dict[str, str]:
 def file_name(model: Path, plan: Plan, policy: PolicySpec, template: str = TEMPLATE) -> str:
     """The name of a file: `{model}`, without the type that it had, `{tag}`, `{type}`, `{policy}`.
 
-    Raises ParameterUnknown for another field, OutputUnwritable for a name that is none.
+    Raises ParameterUnknown for another field, OutputUnwritable for an invalid name.
     """
     fields = {"model": source_stem(model), "tag": tag(plan, policy), "type": type_of_most_weights(plan), "policy": policy.name}
 

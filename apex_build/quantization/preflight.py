@@ -79,7 +79,7 @@ def check_plan(plan: Plan, model: Model, covered: Coverage | None, policy: Polic
 def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, given: Rows | None) -> list[str]:
     """Raises HeadRowsMismatch where data of the draft head would be used that is not of the rows that it was trained on.
 
-    Such data is no gap that a --allow-* could be for: nothing of it shows. `given`: rows that the user knows the head to be trained
+    No --allow-* option covers this: such a file looks fine and is not. `given`: rows that the user knows the head to be trained
     on, instead of what is known of its architecture. Returns a warning where nothing is.
     """
     with_data = {tensor.name for tensor in covered.head if tensor.has_data}
@@ -150,7 +150,7 @@ def _refusal(entry: Entry, model: Model, covered: Coverage | None, policy: Polic
     if can_have_data(entry.name, entry.shape, entry.layer):
         tries.append(_calibrate(model) + (", which runs the draft head too" if entry.draft_head else ""))
     else:
-        why += ", and no calibration gives it any: it is looked up by token, or lies outside the blocks"
+        why += ", and no calibration can record any: it is looked up by token, or outside the blocks"
     if setting := _setting(entry, policy):
         tries.append(f"a type that needs none: --set {setting}")
     if not entry.needs_data:

@@ -184,7 +184,7 @@ def run(
     out = job.out
     sizes = {tensor.name: tensor.n_bytes for tensor in job.model.tensors}
     progress = _Progress(sizes, report, f"quantizing {out.name}")
-    check_place(out)  # the lock lies there too
+    check_place(out)  # the lock is there too
     with (
         locked(out),
         scratch_folder("quantize") as scratch,

@@ -39,7 +39,7 @@ _LOG_FROM = 3.0  # x values that differ by this factor are drawn on a logarithmi
 class Mark:
     """A point. `y` None: it was refused, and is drawn at the bottom. Intervals are (low, high). `ring`: it is pointed out.
 
-    `inner` is a second interval in y, drawn thick: that of the paired difference, about the point.
+    `inner` is a second interval in y, drawn thick: the paired difference's, around the point.
     """
 
     x: float

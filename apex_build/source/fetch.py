@@ -81,7 +81,7 @@ def fetch(
 def ensure_source(pin: Pin, report: Report = silent) -> Path:
     """The tree, ready for a build: fetched if it is missing, its series applied if that takes nothing away.
 
-    A tree that somebody works in (edits, commits not in the series, a rebase) is returned as it is: `tree_identity` tells builds
+    A tree with work in it (edits, commits not in the series, a rebase) is returned as it is: `tree_identity` tells builds
     apart.
     """
     path = tree_path(pin)

@@ -84,7 +84,7 @@ def run(
             input=b"" if feed is None else feed,
             capture_output=True,
             env=environment(env, own=own),
-            cwd=cwd or repository or "/",  # never where the user stands: a .git there has settings that name programs
+            cwd=cwd or repository or "/",  # never the user's folder: a .git there may name programs to run
             check=False,
         )
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from apex_build import places
 from apex_build.errors import PinUnknown
-from apex_build.near import nearby
+from apex_build.near import no_such
 from apex_build.places import DEFAULT_PIN as DEFAULT_PIN
 from apex_build.source.serves import Serves, read_serves
 
@@ -74,7 +74,7 @@ def load_pin(name: str | None = None) -> Pin:
     path = _folder() / f"{name}.toml"
     if not _NAME.fullmatch(name) or not path.is_file():
         known = [pin.name for pin in all_pins()]
-        raise PinUnknown(f"no pin is named {name!r}; there are: {', '.join(known)}{nearby(name, known)}", hint="apex source status")
+        raise PinUnknown(no_such("pin", name, known), hint="apex source status")
     return _read(path)
 
 

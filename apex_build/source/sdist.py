@@ -15,10 +15,6 @@ from apex_build.source.pins import Pin
 from apex_build.source.tree_digest import check_path, wanted
 
 
-def cached_sdist(pin: Pin) -> Path:
-    return _sdist(pin).cached
-
-
 def check_sdist(path: Path, pin: Pin) -> None:
     """Raise DownloadFailed when the file is shorter than the pinned one, HashMismatch when it is another."""
     check(path, _sdist(pin))
@@ -36,7 +32,7 @@ def _sdist(pin: Pin) -> IndexFile:
 def read_archive(archive: Path, folder: str, commit: str, want: Callable[[str], bool] = wanted) -> Iterator[tuple[str, bytes]]:
     """The wanted files of llama.cpp in a tar archive: (path, content).
 
-    The tree may lie in `<top>/<folder>/` (an sdist), in `<top>/` (git archive, or a hosting site's tarball) or at the top. Raises
+    The tree may be in `<top>/<folder>/` (an sdist), in `<top>/` (git archive, or a hosting site's tarball) or at the top. Raises
     ArchiveUnsafe for a path that escapes or a device anywhere, and for a link, a duplicate or an absurd size where it would count;
     DownloadFailed for an archive that is cut short; HashMismatch for one that holds something else.
     """
@@ -61,7 +57,7 @@ def read_archive(archive: Path, folder: str, commit: str, want: Callable[[str], 
 
 
 def _top(archive: Path, paths: list[str], folder: str) -> str:
-    """The folder of the archive that llama.cpp's own CMakeLists.txt lies in, with its slash."""
+    """The folder of llama.cpp's own CMakeLists.txt in the archive, with its slash."""
     roots = {path[: -len("CMakeLists.txt")] for path in paths if path.rpartition("/")[2] == "CMakeLists.txt"}
     trees = sorted(root for root in roots if f"{root}ggml/" in roots)
     for form in (rf"[^/]+/{re.escape(folder)}/", r"[^/]+/", r""):

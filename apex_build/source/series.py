@@ -74,7 +74,7 @@ def read_series(pin: Pin) -> tuple[Patch, ...]:
         except OSError as error:
             raise PatchConflict(f"{series} names {name}, which cannot be read: {error.strerror}") from None
         if content is None:
-            raise PatchConflict(f"{series} names {name!r}; a patch is called NNNN-what-it-does.patch and lies beside the series")
+            raise PatchConflict(f"{series} names {name!r}; a patch is named NNNN-what-it-does.patch and is beside the series")
         if any(patch.name == name for patch in patches):
             raise PatchConflict(f"{series} names {name} twice")
         patches.append(read_patch(name, content))
@@ -117,7 +117,7 @@ def apply_series(pin: Pin, report: Report = silent) -> tuple[str, ...]:
     """Bring the tree to base + series; returns the names of the patches that were applied now (none if it was there already).
 
     Raises PatchConflict naming the patch, the file and the hunk, with the tree as it was; TreeEdited rather than touch a file with
-    uncommitted edits or leave out a commit that the series does not hold. Unsaved commits stay, and missing patches go on top.
+    uncommitted edits or leave out a commit that the series does not hold. Unsaved commits stay; missing patches are applied on top.
     """
     with locked(require_tree(pin), report):
         return apply_to(pin, require_tree(pin))

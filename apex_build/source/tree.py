@@ -189,7 +189,7 @@ def verify_base(pin: Pin, path: Path) -> str:
 
 
 def verify_clean(path: Path) -> None:
-    """Raise TreeEdited, naming the files, when any file differs from HEAD. All are read anew, whatever git's index believes."""
+    """Raise TreeEdited, naming the files, when any file differs from HEAD. All are read again, whatever git's index says."""
     if _content_tree(path, afresh=True) == git(path, "rev-parse", "HEAD^{tree}"):
         return
     with scratch_folder("index") as temp:

@@ -15,7 +15,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises OSError, and ValueError for what is no JSON, or JSON that is nested beyond reason."""
+    """Raises OSError, and ValueError for anything that is not JSON or is nested too deeply."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Outputs: never an input, never somebody else's file, whole or not at all, and on the disk before they are called done.
+"""Outputs: never overwrite an input or a foreign file, are whole or absent, and are on disk before success is reported.
 
 The steps of whatever writes: `check_place`, `check_apart` (inputs), `check_free` (what is there already), `check_room`, then
 `locked`, a part file beside the final name (`new_part`), verification by who wrote it, and `put`, which is fsync, rename, fsync.
@@ -22,7 +22,7 @@ from typing import Any
 from apex_build.errors import ApexError, ConversionFailed, DiskTooSmall, OutputUnwritable, ToolFailed, ToolKilled
 from apex_build.near import near_folder
 
-MANIFEST, LOG = ".json", ".log"  # what may lie beside an output, under its name and this
+MANIFEST, LOG = ".json", ".log"  # suffixes of the files beside an output
 ROOM = 64 << 20  # bytes that stay free beyond what is written
 _MANY = 200  # files
 _ADDED = len("..json.12345678.part")  # what the longest of the names beside an output adds to its own
@@ -80,7 +80,8 @@ def check_apart(written: Iterable[Path], inputs: Iterable[Path], hint: str = _OT
 def check_free(out: Path, made_by: str, *, force: bool = False, replace: bool = False) -> None:
     """Raises OutputUnwritable where what is at `out`, or beside it, may not be replaced.
 
-    `made_by` is a key that the manifests of this verb have. With `replace` its earlier outputs may go, with `force` all but inputs.
+    `made_by` is a key that the manifests of this verb have. With `replace` its earlier outputs may be overwritten, with `force`
+    anything but inputs.
     """
     if force:
         return

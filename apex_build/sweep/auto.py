@@ -26,7 +26,7 @@ from apex_build.parameters import AUTO, Value
 from apex_build.places import cache_root
 from apex_build.progress import Report, silent
 from apex_build.storage.digests import sha256_file, sha256_json
-from apex_build.sweep.loss import Loss, loss_of, value_of
+from apex_build.sweep.loss import Loss, loss_of
 from apex_build.sweep.plan import Request, Sweep, plan_sweep
 from apex_build.sweep.rows import Row, read_rows
 from apex_build.sweep.run import Progress, run_sweep
@@ -71,7 +71,7 @@ class Choice:
         if self.chosen is None:
             return f"{self.value}: none smaller loses less than {self.bound:g} points"
         agreement, tokens = self.chosen.agreement, self.chosen.tokens
-        return f"loss {value_of(agreement)} points of agreement, {value_of(tokens)} % of tokens a step, {self.positions} positions"
+        return f"loss {agreement.told(2)} points of agreement, {tokens.told(2)} % of tokens a step, {self.positions} positions"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from apex_build.evaluation.intervals import with_interval
 from apex_build.hookspecs import Figure
 from apex_build.sweep.loss import loss_of
 from apex_build.sweep.rows import Row, curve_name
@@ -26,7 +27,7 @@ def size_of(row: Row, by_head: bool) -> int:
 
 
 def find_knees(rows: Sequence[Row], score: str, bound: float, *, by_head: bool) -> list[Knee]:
-    """One for each curve that has losses. The smallest is meant as it is said: a larger one may, by chance, lose more."""
+    """One for each curve that has losses. A larger file than the smallest may, by chance, lose more."""
     knees = []
     for head_data in (True, False):
         losses = [(row, loss) for row in rows if row.head_data == head_data and (loss := loss_of(row, score))]
@@ -41,7 +42,7 @@ def find_knees(rows: Sequence[Row], score: str, bound: float, *, by_head: bool) 
 
 
 def knee_text(knee: Knee, score: str, unit: str, *, by_head: bool) -> str:
-    """The knee in words, with what the interval has to say."""
+    """The knee in words, with its interval."""
     what = f"the smallest {'head' if by_head else 'file'}"
     curve = f"{curve_name(knee.head_data)}: " if by_head else ""
     points = "points" if unit == "%" else unit
@@ -51,8 +52,7 @@ def knee_text(knee: Knee, score: str, unit: str, *, by_head: bool) -> str:
     def told(row: Row) -> str:
         loss = loss_of(row, score)
         assert loss is not None
-        text = value_text(Figure("", loss.value, loss.low, loss.high))
-        return f"{', '.join(row.values.values())} ({mb(size_of(row, by_head))}, loss {text})"
+        return f"{', '.join(row.values.values())} ({mb(size_of(row, by_head))}, loss {loss.told()})"
 
     text = f"{curve}{what} that loses less than {knee.bound:g} {points} of {score} is {told(knee.smallest)}"
     if (loss := loss_of(knee.smallest, score)) and loss.high is None:
@@ -67,12 +67,7 @@ def value_text(figure: Figure) -> str:
     """A figure with its interval, to as many digits as the interval bears."""
     if figure.value is None:
         return figure.note or "-"
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:.6g}"
-    digits = 2
-    while digits < 6 and 0 < figure.high - figure.low < 10**-digits * 10:
-        digits += 1
-    return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+    return with_interval(figure.value, figure.low, figure.high)
 
 
 def mb(n_bytes: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from apex_build.evaluation.intervals import with_interval
 from apex_build.hookspecs import Figure
 from apex_build.sweep.rows import Row
 
@@ -15,6 +16,10 @@ class Loss:
     value: float
     low: float | None
     high: float | None
+
+    def told(self, digits: int | None = None) -> str:
+        """With its interval."""
+        return with_interval(self.value, self.low, self.high, digits)
 
 
 def loss_of(row: Row, score: str) -> Loss | None:
@@ -32,10 +37,3 @@ def paired_of(row: Row, score: str) -> Figure | None:
     """The figure's paired difference from the reference; itself, if it is that already."""
     figure = row.figure(score)
     return row.figure(figure.paired) if figure and figure.paired else None
-
-
-def value_of(loss: Loss) -> str:
-    """With its interval, to two digits."""
-    if loss.low is None or loss.high is None:
-        return f"{loss.value:.2f}"
-    return f"{loss.value:.2f} [{loss.low:.2f}, {loss.high:.2f}]"

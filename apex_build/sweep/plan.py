@@ -66,7 +66,7 @@ class Sweep:
     head_only: bool  # what the values change is the draft head alone
     trunk_once: bool  # and so the trunk is made once
     known: Mapping[str, Row]  # measured before, by identity
-    room: int  # bytes of the files that lie on the disk together
+    room: int  # bytes of all files that exist at the same time
 
     @property
     def baseline(self) -> Point | None:
@@ -257,7 +257,7 @@ def _inputs(request: Request) -> Iterator[Path]:
 
 
 def _check_disk(request: Request, jobs: Sequence[Job], trunks: int, keep: bool) -> int:
-    """Room for the files that lie there together: the trunks, the baseline, and the largest of the others, or all of them."""
+    """Room for the files that exist at the same time: the trunks, the baseline, and the largest other file, or all files."""
     largest = max(jobs, key=lambda job: job.n_bytes)
     before = trunks * trunk_job(largest, largest.out).n_bytes if trunks else 0
     before += sum(job.n_bytes for job in jobs) - largest.n_bytes if keep else jobs[0].n_bytes if len(jobs) > 1 else 0

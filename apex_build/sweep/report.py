@@ -55,8 +55,8 @@ def report_sweep(
     about: str = "",
 ) -> Report:
     """`by_head`: the bytes that count are those of the draft head. `bound` None: half a point for a score in per cent, and no knee
-    for any other. `reference` names the file that losses are taken against, where that is no point; `counted` what n counts;
-    `about` stands under the chart's title: the trunk's type, the tools.
+    for any other. `reference` names the file that losses are taken against, if that is not a point; `counted` what n counts;
+    `about` is the chart's subtitle: the trunk's type, the tools.
     """
     figures = [figure for row in rows if (figure := row.figure(score)) and figure.value is not None]
     unit = next((figure.unit for figure in figures), "")

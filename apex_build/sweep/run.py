@@ -45,7 +45,7 @@ def run_sweep(
 ) -> Generator[Outcome, None, None]:
     """Quantize and measure the points, in order. Each is recorded in `sweep.jsonl` before it is given.
 
-    A file is deleted once it is measured, unless `keep`; an interrupted run leaves the one it was at, and the next goes on there.
+    A file is deleted once it is measured, unless `keep`; an interrupted run leaves the current one, and the next run resumes there.
     `progress` is entered for each point. Raises what `quantization.run.run` raises, and OutputUnwritable.
     """
     folder = sweep.request.folder
@@ -147,7 +147,7 @@ class _Files:
         return Outcome(row, errors=errors)
 
     def clear(self, keep: bool) -> None:
-        """Away with what is left: the trunk, and the baseline unless files are kept."""
+        """Remove what is left: the trunk, and the baseline unless files are kept."""
         for name, model in self.made.items():
             if not keep or name.startswith("trunk-"):
                 _delete(model.path)

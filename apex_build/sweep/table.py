@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apex_build.hookspecs import Figure
 from apex_build.sweep.knee import mb, size_of, value_text
 from apex_build.sweep.loss import Loss, loss_of, paired_of
 from apex_build.sweep.rows import Row, curve_name
@@ -83,7 +82,7 @@ def _score(row: Row | None, score: str) -> str:
 
 
 def _loss(loss: Loss | None) -> str:
-    return value_text(Figure("", loss.value, loss.low, loss.high)) if loss else ""
+    return loss.told() if loss else ""
 
 
 def _cell(text: str) -> str:

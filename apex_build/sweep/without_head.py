@@ -1,4 +1,4 @@
-"""An imatrix as it would be had the draft head never been run: the same file without the head's entries."""
+"""An imatrix as if the draft head had not been run: the same file without the head's entries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def holds_head(name: str, model: Model) -> bool:
 
 
 def write_without_head(imatrix: Path, model: Model, out: Path) -> None:
-    """Write `imatrix` to `out`, leaving out the entries of the model's appended blocks and what is said of the head.
+    """Write `imatrix` to `out`, without the draft head's entries and metadata.
 
     The values of the others are copied bit for bit; the same input gives the same file. Raises ImatrixInvalid, also for the format
     before GGUF.

@@ -1,1 +1,1 @@
-"""The patch workshop: how a series stands on a pin, changing it, porting it to another, testing and exporting it."""
+"""The patch workshop: the state of a series on a pin, changing it, porting it to another, testing and exporting it."""

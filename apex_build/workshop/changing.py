@@ -81,7 +81,7 @@ def _stop_at(path: Path, base: str, commit: str) -> None:
 def new_patch(pin: Pin, subject: str, message: str = "", files: Sequence[str] = (), report: Report = silent) -> Saved:
     """Commit what is edited in the tree (or only these files) as a new patch on top, and save the series.
 
-    Its author is the series' own, or whoever git is configured for. Raises TreeEdited where there is nothing to commit.
+    Its author is the series' author, or git's configured user. Raises TreeEdited if there is nothing to commit.
     """
     path = require_tree(pin)
     with locked(path, report):

@@ -57,7 +57,7 @@ def workplace(pin: Pin) -> Path:
 def compile_commit(
     pin: Pin, commit: str, backend: Backend, targets: Sequence[str], *, jobs: int | None = None, report: Report = silent
 ) -> str | None:
-    """Compile a commit of the pin's tree, in a folder of its own; the compiler's words where it fails."""
+    """Compile a commit of the pin's tree in a separate folder; returns the compiler's errors if it fails."""
     folder = workplace(pin)
     source, work = folder / "source", folder / "build"
     with locked(folder, report), writing(folder):

@@ -1,4 +1,4 @@
-"""Porting a series to another pin: three-way merges that stop at a conflict, for git's own tools, and go on from there.
+"""Porting a series to another pin: three-way merges that stop at a conflict, for git's own tools, and continue from there.
 
 The patches are picked one by one (git cherry-pick) onto the tree of the other pin, on top of what its own series has. For the merge
 the tree's repository is given the source that they were made on. What is still to be done is kept inside its `.git`.

@@ -23,7 +23,7 @@ HEAD_PARTS = {
     "draft_head.dense": Parameter("inherit", "type", "the head's dense feed-forward, where it has no experts", _INHERIT),
     "draft_head.attention": Parameter("inherit", "type", "the head's attention", _INHERIT),
     "draft_head.eh_proj": Parameter("inherit", "type", "nextn.eh_proj, which joins token and hidden state", _INHERIT),
-    "draft_head.other": Parameter("inherit", "type", "all of the head that has no setting of its own", _INHERIT),
+    "draft_head.other": Parameter("inherit", "type", "parts of the head without their own setting", _INHERIT),
 }
 PARAMETERS = {
     "edge": Parameter(5, "int", "routed and shared experts: this many layers at either end of the trunk are 'edge'"),

@@ -1,4 +1,4 @@
-"""How well the draft head foretells the trunk, at every scored position of a text: this build's llama-perplexity --mtp."""
+"""How well the draft head predicts the trunk, at every scored position of a text: this build's llama-perplexity --mtp."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def apex_evaluators() -> list[Evaluator]:
                 "rows": Parameter(
                     "auto", "text", "hidden rows that the head is fed with: pre or post the final norm; auto: as it was trained"
                 ),
-                "parse_special": Parameter(True, "flag", "the texts hold chat markup (<|im_start|>) that stands for tokens"),
+                "parse_special": Parameter(True, "flag", "parse chat markup (<|im_start|>) in the texts as tokens"),
             },
             headline=(("depth1.agreement", "agreement"),),
             runs=_runs,

@@ -1,4 +1,4 @@
-"""The role of each tensor, for the families of llama.cpp: mixtures of experts, dense models, and what lies beside the text model.
+"""The role of each tensor, for the families of llama.cpp: mixtures of experts, dense models, and parts beside the text model.
 
 llama.cpp gives a tensor of one purpose the same name in every family (LLM_TENSOR_NAMES in src/llama-arch.cpp), so one table by
 name serves all. Every name of that list, of both pins, that llama-quantize would quantize has a role here

@@ -57,7 +57,7 @@ def evaluate(mode: str, read: Reader, task: Task) -> list[Figure]:
     tasks = read(task.data, task.model.metadata.get("tokenizer.ggml.add_bos_token") is True)
     wanted = min(task.number("tasks") or tasks.count, tasks.count)
     parallel = max(_PARALLEL, tasks.answers)
-    context = -(-task.number("context") // parallel)  # the tool's --ctx-size is that of one sequence
+    context = -(-task.number("context") // parallel)  # the tool's --ctx-size is for one sequence
     arguments = (mode, f"{mode}-tasks", str(wanted), "--parallel", str(parallel), "--ctx-size", str(context))
     task.report(Step(f"{task.evaluator}: {task.model.path.name}", 0, wanted, "tasks"))
     with scratch_folder("tasks") as scratch:

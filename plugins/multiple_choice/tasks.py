@@ -1,5 +1,5 @@
 """Files of multiple-choice tasks, as tools/perplexity/perplexity.cpp reads them, checked: on a wrong one the tool crashes, or it
-scores what it could read. What it is given is written anew: it also loses a last line that no line feed ends."""
+scores what it could read. The file is rewritten for it: it also loses a last line without a line feed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tasks:
     left_out: int = 0
 
 
-# A reader gets the file, and whether the model's tokenizer begins each text with a token of its own.
+# A reader gets the file, and whether the model's tokenizer adds a token at the start of each text.
 Reader = Callable[[Path, bool], Tasks]
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from apex_build.plugin_api import CalibrationSetInvalid, ParameterUnknown, Task, ToolFailed
+from apex_build.plugin_api import CalibrationSetInvalid, ParameterUnknown, Task, ToolFailed, chunks_planned
 
 T = TypeVar("T")
 
 LEAST_CONTEXT = 8
-_PLANNED = re.compile(r"(?:computing|calculating perplexity) over (\d+) chunks, n_ctx=(\d+)")
 _TOO_SHORT = re.compile(r"you need at least (\d+) tokens")
 _FOUND = re.compile(r"tokenizes to only (\d+) tokens")
 _SHOWN = 5  # lines
@@ -59,8 +58,8 @@ def run(
 
 def planned(lines: Sequence[str]) -> tuple[int, int] | None:
     """(chunks, tokens in a chunk) that the tool set out to do."""
-    found = next((found for line in lines if (found := _PLANNED.search(line))), None)
-    return (int(found[1]), int(found[2])) if found else None
+    found = next((found for line in lines if (found := chunks_planned(line))), None)
+    return (found.chunks, found.context) if found else None
 
 
 def _refuse_short(lines: Sequence[str], text: Path) -> None:

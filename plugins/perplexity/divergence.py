@@ -85,7 +85,7 @@ def _statistic(lines: Sequence[str], label: str) -> tuple[float, float] | None:
 
 def _read(lines: Sequence[str], task: Task) -> Divergence | None:
     assert task.reference is not None
-    if any("inconsistent vocabulary" in line for line in lines):  # the tool goes on
+    if any("inconsistent vocabulary" in line for line in lines):  # the tool continues
         raise VocabularyMismatch(f"{task.reference.path} cannot be the reference of {task.model.path}: another vocabulary")
     plan = planned(lines)
     if plan is not None and 0 < (n := plan[0] * scored_positions(plan[1])) < _LEAST:

@@ -34,7 +34,7 @@ def chunk_sums(lines: Sequence[str], context: int) -> Floats | None:
     """The sum of negative log-likelihoods of each chunk, in nats; None where the tool's last word is missing.
 
     The tool prints the perplexity of all chunks so far, to four decimals: their differences are good to 0.01 nats a token for
-    hundreds of chunks, which is what intervals are made of; the sum of all is that of its final estimate.
+    hundreds of chunks, which is what intervals are made of; their sum matches its final estimate.
     """
     plan = planned(lines)
     running = [(int(number), float(value)) for number, value in _RUNNING.findall("".join(lines))]

@@ -15,7 +15,7 @@ APEX_API = 2
 _PARAMETERS = {
     "context": Parameter(512, "int", "tokens in a chunk; its second half is scored"),
     "chunks": Parameter(0, "int", "chunks of each text, from its start; 0: all"),
-    "parse_special": Parameter(True, "flag", "the texts hold chat markup (<|im_start|>) that stands for tokens"),
+    "parse_special": Parameter(True, "flag", "parse chat markup (<|im_start|>) in the texts as tokens"),
 }
 
 

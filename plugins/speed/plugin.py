@@ -157,7 +157,7 @@ def _compare(domains: Sequence[str], pairs: Sequence[tuple[Timing, Timing]]) -> 
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """A line of llama-bench --output jsonl, which stands among the lines of its log."""
+    """A line of llama-bench --output jsonl, among the lines of its log."""
     if not line.startswith("{"):
         return None
     try:

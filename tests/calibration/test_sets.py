@@ -63,7 +63,7 @@ def test_the_text_is_the_same_each_time(model: Model) -> None:
 def test_one_domain_alone(model: Model) -> None:
     text = compose(load_set("default"), load_plugins().calibration_sources(), model, domains=("code",))
     assert [part.domain for part in text.parts] == ["code"] and b"<|im_start|>" not in text.data
-    with pytest.raises(CalibrationSetInvalid, match="no part of the domains poetry; it has: chat, code"):
+    with pytest.raises(CalibrationSetInvalid, match=r"there is no domain 'poetry'. There are: chat, code"):
         compose(load_set("default"), load_plugins().calibration_sources(), model, domains=("poetry",))
 
 
@@ -98,7 +98,7 @@ file = "talk.jsonl"
         ('[[part]]\ndomain = "x"', "'source' is None"),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"\nbytes = true', "'bytes' is True"),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"\nbytes = -3', "'bytes' is -3"),
-        ('[[part]]\ndomain = "x"\nsource = "nothing"', "no source 'nothing' .* there are: datasets, files, jsonl"),
+        ('[[part]]\ndomain = "x"\nsource = "nothing"', "there is no source 'nothing'.* There are: datasets, files, jsonl"),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"', r"mine\.toml: the part x \(jsonl\): .*needs 'file'"),
         ('[[part]]\ndomain = "x"\nsource = "files"\nfolder = "."\npattern = "/*"', "'pattern' is '/\\*'"),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"\nfile = "gone.jsonl"', "gone.jsonl: cannot be read"),
@@ -116,7 +116,7 @@ def test_a_wrong_set_is_refused(toml: str, said: str, model: Model, tmp_path: Pa
         ('{"messages": 3}', r"bad\.jsonl:2: expected an object with 'messages' or 'text'"),
         ('{"messages": [{"role": "user", "content": "a"}], "tools": 7}', r"bad\.jsonl:2: expected an object"),
         ('{"text": good}', r"bad\.jsonl:2: not JSON: Expecting value at column 10"),
-        ('{"text": "half \\ud800"}', r"bad\.jsonl:2: '\\ud800' is no character"),
+        ('{"text": "half \\ud800"}', r"bad\.jsonl:2: '\\ud800' is not a character"),
     ],
 )
 def test_a_damaged_line_is_named(line: str, said: str, model: Model, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_key_that_no_part_has(line: str, said: str, model: Model, tmp_path: Pa
 
 
 def test_an_unknown_set_lists_the_known_ones() -> None:
-    with pytest.raises(CalibrationSetInvalid, match="no calibration set 'defualt'; there are: default"):
+    with pytest.raises(CalibrationSetInvalid, match="there is no calibration set 'defualt'; near it: default"):
         load_set("defualt")
 
 

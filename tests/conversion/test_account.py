@@ -180,7 +180,7 @@ def test_experts_one_by_one_are_merged(tmp_path: Path, source: Path, python: Pat
 
 
 def test_a_tensor_that_would_be_lost(tmp_path: Path, source: Path, python: Path, out: Path) -> None:
-    """The Qwen3-Next converter skips what begins with mtp; here it is no head, and still not dropped silently."""
+    """The Qwen3-Next converter skips what begins with mtp; here that is not a head, and still not dropped silently."""
     folder = checkpoint(tmp_path / "hf", {**qwen3_next_shapes(), "mtpx.value.weight": (4, 4)}, **QWEN3_NEXT)
     tensors = {name: shape for name, shape in qwen3_next_shapes().items() if not name.startswith("mtp.")}
     write_safetensors(folder / "model.safetensors", {**tensors, "mtpx.value.weight": (4, 4)})

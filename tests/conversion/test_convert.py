@@ -105,7 +105,7 @@ def test_code_of_the_checkpoint_is_not_run(folder: Path, source: Path, python: P
     try:
         convert.run(job)
     except ConversionFailed as error:
-        assert "code of its own" in error.message
+        assert "needs its own code" in error.message
         assert not out.exists()
     assert not marker.exists()
 

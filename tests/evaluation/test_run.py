@@ -227,7 +227,7 @@ def test_without_only_what_cannot_be_run_is_left_out_and_said(tools: Toolset, pl
 def test_a_signal_ends_all_of_it_and_leaves_no_process(
     number: signal.Signals, code: int, tools: Toolset, place: Path, heldout: Path
 ) -> None:
-    """Within an evaluator, whose other errors let the next go on."""
+    """Within an evaluator, whose other errors do not stop the next one."""
     command = [
         sys.executable, "-m", "apex_build", "evaluate", str(place / "model.gguf"), "--plugin", str(place / "scales"), "--results",
         str(place / "r.jsonl"), "--only", "perplexity,size", "--text", str(heldout / "chat.txt"),

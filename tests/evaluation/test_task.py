@@ -119,7 +119,7 @@ def test_a_file_that_is_made_once(work_of: WorkOf, cache: Path) -> None:
 
 
 def test_prompts_as_json_writes_them(tmp_path: Path) -> None:
-    """Other line breaks than the line feed stand in texts; a byte order mark is none of it."""
+    """Other line breaks than the line feed stand in texts; a byte order mark does not count as text."""
     path = tmp_path / "p.jsonl"
     rows = [{"domain": "chat", "prompt": "one\u2028two\x85three"}, {"domain": "code", "prompt": "x"}]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())

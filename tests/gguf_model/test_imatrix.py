@@ -160,7 +160,7 @@ def test_files_that_are_no_imatrix(tmp_path: Path, tiny: Path) -> None:
     other = tmp_path / "text"
     for data in (
         b"",
-        b"text that is no imatrix",
+        b"text that is not an imatrix",
         b"\0" * 100,
         struct.pack("<ii", 3, 300) + b"a" * 300,
         struct.pack("<ii", 3, 3) + b"a\nb" * 9,

@@ -56,7 +56,7 @@ def test_drafts_are_counted_and_the_server_goes(
 
 
 def test_drafts_of_a_model_whose_memory_cannot_go_back() -> None:
-    """The server evaluates what was accepted once more, and prints a line for that too: it is no draft of its own."""
+    """The server evaluates what was accepted once more, and prints a line for that too: it is not a draft."""
     lines = (
         "0.05.414 I slot update_slots: id  0 | task 0 | accepted  2/ 3 draft tokens (restore checkpoint)",
         "0.05.415 I slot print_timing: id  0 | task 0 | draft acceptance = 0.62500 (   20 accepted /    32 generated)",

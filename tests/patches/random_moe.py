@@ -46,7 +46,7 @@ class Shape:
 
 
 def matrices(shape: Shape, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, in NumPy's order; what is no matrix has one dimension or `conv1d` in its name."""
+    """Names and shapes, in NumPy's order; whatever is not a matrix has one dimension or `conv1d` in its name."""
     hidden, width, size = shape.hidden, shape.width, shape.head_size
     yield "token_embd.weight", (vocabulary, hidden)
     yield "output.weight", (vocabulary, hidden)

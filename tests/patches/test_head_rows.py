@@ -153,7 +153,7 @@ def test_the_check_stops_where_the_other_rows_are_clearly_better(
 def test_the_check_is_made_once(
     rows_choice: None, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept in the cache: a run that goes on, or is started again, does not wait for it."""
+    """Kept in the cache: a run that is resumed or repeated does not wait for it."""
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
     model, steps = read_model(testbed, load_plugins().role_of), list[Step]()
     ask = partial(check_rows, model, heldout / "code.txt", tools, context=128, chunks=8, threads=1, report=steps.append)

@@ -240,7 +240,7 @@ def program(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("part", ["trunk", "head"])
 def test_rows_for_all_tokens_and_for_outputs_alone(part: str, program: Path, uneven: Path, tmp_path: Path) -> None:
-    """The row of a token is the same in either way, after the norm it is the normalized one, and each time anew."""
+    """The row of a token is the same in either way, after the norm it is the normalized one, and fresh each time."""
     found: dict[tuple[str, str], Array] = {}
     for rows in ROWS:
         for which in ("all", "masked"):

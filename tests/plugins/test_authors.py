@@ -129,7 +129,7 @@ def plugin(where: Path, text: str, name: str = "mine") -> Path:
     ],
 )
 def test_a_plugin_for_another_version_of_the_api(tmp_path: Path, text: str, says: str) -> None:
-    """It is said before its imports fail for want of what the other version has."""
+    """It is reported before its imports fail because of the other version."""
     made = plugin(tmp_path, text)
     with pytest.raises(PluginIncompatible, match=f"plugin 'mine' .*{says}"):
         load_plugins([made])

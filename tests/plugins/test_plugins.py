@@ -149,7 +149,7 @@ def apex_policies():
         ("    return [PolicySpec('mine', Path('gone.jinja'), 'Q8_0')]", "the template of its policy 'mine' does not exist"),
         ("    return [PolicySpec('mine', TEMPLATE, 'Q8_0', parameters={'tensors': P})]", "variable 'tensors' is taken"),
         ("    return [PolicySpec('mine', TEMPLATE, 'Q8_0', parameters={'a.b': P, 'a_b': P})]", "variable 'a_b' is taken"),
-        ("    return [PolicySpec('mine', TEMPLATE, 'Q8_0', parameters={'a-b': P})]", "variable 'a-b' is no name"),
+        ("    return [PolicySpec('mine', TEMPLATE, 'Q8_0', parameters={'a-b': P})]", "variable 'a-b' is not a valid name"),
         ("    return [PolicySpec('mine', Path(__file__), 'Q8_0')]", r"is not named \*\.jinja"),
     ],
 )

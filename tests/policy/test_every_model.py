@@ -142,14 +142,14 @@ def test_what_touches_nothing_is_said(testbed: Path, small: Model, tools: Toolse
         "as it is anyway, and still about something"
     )
     assert any(line.startswith("dense=Q4_K touches no") for line in plan_of(small, tools, "compact", dense="Q4_K").warnings)
-    # numbers and flags too; what only a warning's words depend on is no rule
+    # numbers and flags too; what only a warning's text depends on is not a rule
     for name, value in (("near", 2), ("edge", 7), ("attention_edge", 1)):
         given: dict[str, str | int] = {"edge": 1, name: value}
         said = [line for line in plan_of(small, tools, "i-quality", **given).warnings if "touches no tensor" in line]
         assert said == ([f"attention_edge=1 touches no tensor of {small.name}"] if name == "attention_edge" else []), name
     warned = plan_of(small, tools, "uniform", type="Q4_K", base_type="Q8_0", token_embd="Q4_K", output="Q4_K").warnings
     assert warned == (f"base_type=Q8_0 touches no tensor of {small.name}",)
-    assert plan_of(small, tools, "i-nano", edge=1, near=1, draft_loss="0.2").warnings == (), "how a choice is made is no rule"
+    assert plan_of(small, tools, "i-nano", edge=1, near=1, draft_loss="0.2").warnings == (), "how a choice is made is not a rule"
     assert "--policy i-nano\n" in run_apex("plan", headless, "--policy", "i-nano-mtp", code=66).stderr
 
 
@@ -192,7 +192,7 @@ def test_a_weight_that_no_calibration_reaches(testbed: Path, tools: Toolset, tmp
     policy = load_plugins().policy("i-nano")
     small: dict[str, Value] = {"edge": 1, "near": 1, "attention_edge": 1, "draft_head": "IQ2_XXS"}
     with pytest.raises(
-        DataMissing, match=r"nextn\.embed_tokens\.weight of the draft head -> IQ2_XXS.*no calibration gives it any"
+        DataMissing, match=r"nextn\.embed_tokens\.weight of the draft head -> IQ2_XXS.*no calibration can record any"
     ) as caught:
         prepare(model, policy, small, tools, tmp_path / "x.gguf", imatrix=imatrix)
     assert caught.value.hint == "a type that needs none: --set draft_head.other=Q8_0"

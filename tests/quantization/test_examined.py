@@ -73,7 +73,7 @@ def test_runs_of_zeros_lose_no_weights(policy: str, testbed: Path, calibrated: P
     manifest = json.loads((tmp_path / "out" / "x.gguf.json").read_text())
     assert manifest["imatrix"] == "bad.gguf" and manifest["examined_imatrix"] == "bad.examined.gguf"
     # made of the same parts: used again; and no file of the user's is replaced by the copy
-    assert "was made before" in run_apex("quantize", testbed, "--policy", policy, *SMALL, "--imatrix", bad, "-o", out).stdout
+    assert "reused: already made" in run_apex("quantize", testbed, "--policy", policy, *SMALL, "--imatrix", bad, "-o", out).stdout
     (tmp_path / "out" / "bad.examined.gguf").write_text("mine")
     for more in (["--force"], ["--force", "--dry-run"]):
         common = ["--imatrix", bad, "-o", out, *more]

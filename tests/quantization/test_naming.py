@@ -158,7 +158,7 @@ def test_the_sources_type_is_dropped(name: str, stem: str) -> None:
 
 
 def test_the_name_tells_most_weights_and_the_file_type_most_bytes() -> None:
-    """A 35B by i-nano: more bytes are Q3_K, far more weights IQ2_XXS, and a file of 2.7 bits a weight is no Q3_K_M to anybody."""
+    """A 35B by i-nano: more bytes are Q3_K, far more weights IQ2_XXS, and nobody would call a file of 2.7 bits a weight Q3_K_M."""
     policy = load_plugins().policy("i-nano")
     few, many = (
         Entry(type_name, "other", None, False, (256, rows), "F16", type_name, n_bytes, "rule", None, False)

@@ -202,7 +202,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("APEX_CACHE_DIR", "cache")
-    assert places.cache_root() == tmp_path / "cache", "tools run in folders of their own"
+    assert places.cache_root() == tmp_path / "cache", "tools run in other folders"
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(OutputUnwritable, match="the cache cannot be written") as caught:
         lock_path(tmp_path / "x")

@@ -19,8 +19,8 @@ from apex_build.errors import (
     SourceMissing,
     TreeEdited,
 )
+from apex_build.places import cache_root
 from apex_build.source.fetch import fetch, verify
-from apex_build.source.sdist import cached_sdist
 from apex_build.source.tree import require_tree, tree_path
 from apex_build.source.tree_digest import digest_of, wanted
 from apex_build.storage.digests import sha256_file
@@ -96,7 +96,7 @@ def test_users_git_configuration_does_not_matter(world: World, apex: Apex, tmp_p
 
 def test_download_is_reused_only_while_its_hash_is_right(world: World, apex: Apex) -> None:
     assert apex("source", "fetch").code == 0
-    kept = cached_sdist(world.pin)
+    (kept,) = (cache_root() / "downloads" / world.pin.sha256).iterdir()
     assert sha256_file(kept) == world.pin.sha256
     world.sdist.unlink()
     assert apex("source", "fetch", "--force").code == 0, "from the cache"

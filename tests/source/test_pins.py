@@ -27,14 +27,14 @@ def test_unknown_pin(name: str) -> None:
     if not name:
         assert load_pin(name).name == DEFAULT_PIN
         return
-    with pytest.raises(PinUnknown, match=r"no pin is named .*there are: pr-22673, latest"):
+    with pytest.raises(PinUnknown, match=r"there is no pin .*There are: pr-22673, latest"):
         load_pin(name)
 
 
 def test_unknown_pin_on_the_command_line(apex: Apex) -> None:
     said = apex("source", "fetch", pin="nothing-like-it")
     assert said.code == PinUnknown.exit_code
-    assert "no pin is named 'nothing-like-it'; there are: pr-22673, latest" in said.err
+    assert "there is no pin 'nothing-like-it'. There are: pr-22673, latest" in said.err
     assert "Traceback" not in said.err
 
 

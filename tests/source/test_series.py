@@ -253,8 +253,8 @@ def test_bad_patch_file(world: World, apex: Apex, text: str, words: str) -> None
     ("listing", "words"),
     [
         ("0001-absent.patch\n", "0001-absent.patch, which cannot be read: No such file"),
-        ("../0001-x.patch\n", "'../0001-x.patch'; a patch is called NNNN-what-it-does.patch"),
-        ("/etc/passwd\n", "a patch is called"),
+        ("../0001-x.patch\n", "'../0001-x.patch'; a patch is named NNNN-what-it-does.patch"),
+        ("/etc/passwd\n", "a patch is named"),
     ],
 )
 def test_bad_series_file(world: World, apex: Apex, listing: str, words: str) -> None:

@@ -57,7 +57,7 @@ def test_force_loses_nothing(series: World, apex: Apex, kind: str) -> None:
     assert series.left_over() == []
     if kind == "commit":
         save_series(series.pin)
-        assert apex("source", "fetch", "--force").code == 0, "saved work is no hindrance"
+        assert apex("source", "fetch", "--force").code == 0, "saved work does not block it"
         assert (tree / "mine.c").read_bytes() == b"mine\n"
         assert verify(series.pin)
 
@@ -100,7 +100,7 @@ def test_apply_keeps_unsaved_commits(series: World, apex: Apex) -> None:
 
 
 def test_a_newer_series_replaces_the_older_one(series: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a pull: what apex itself applied may go, and files that do not change keep their times (no rebuild)."""
+    """As after a pull: what apex itself applied may be removed, and files that do not change keep their times (no rebuild)."""
     monkeypatch.setenv("APEX_SOURCE_DIR", str(tmp_path / "other"))
     other = fetch(series.pin).path
     untouched = (other / IMATRIX).stat().st_mtime_ns

@@ -2,7 +2,7 @@
 extra `smollm2`).
 
 The package carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF of the llama architecture. Its hidden size of
-576 is no multiple of 256, so k-quants do not fit it. Padded with zeros to 768 it computes the same: heads 9 -> 12 and
+576 is not a multiple of 256, so k-quants do not fit it. Padded with zeros to 768 it computes the same: heads 9 -> 12 and
 3 -> 4, each norm's weight times sqrt(576/768) and epsilon times 576/768, since the mean square is taken over more
 channels. Never committed: 270 MB.
 """

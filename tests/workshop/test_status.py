@@ -27,7 +27,7 @@ def test_each_patch_on_what_it_stands_on(series: World) -> None:
 
     git(series.tree, "switch", "--quiet", "-c", "later", "apex-base")
     text = "new\n" * 5 + LINES.replace("line 10\n", "ten\n").replace("line 51\n", "other\n")
-    later = commit(series.tree, {IMATRIX: text.encode()}, "upstream went on")
+    later = commit(series.tree, {IMATRIX: text.encode()}, "upstream moved on")
     found = list(stand(series.tree, patches, later))
     assert [one.applies for one in found] == ["upstream", "yes", "offset", "conflict"]
     assert found[2].detail == f"{IMATRIX}, hunk 1 by 5 lines"

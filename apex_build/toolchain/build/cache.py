@@ -132,7 +132,7 @@ def collect(
 def _link_or_copy(path: Path, target: Path) -> None:
     try:
         target.hardlink_to(path)
-    except OSError:  # another disk, or somebody else's file
+    except OSError:  # another disk, or another user's file
         shutil.copy2(path, target)
 
 
@@ -148,7 +148,7 @@ def verify(toolset: Toolset) -> int:
 
 
 def ggml_type_count(source: Path) -> int | None:
-    """GGML_TYPE_COUNT of this source: libggml does not tell it, and whoever asks libggml about types must not ask beyond."""
+    """GGML_TYPE_COUNT of this source: libggml does not export it, and must not be asked about types beyond it."""
     try:
         found = _TYPE_COUNT.search((source / "ggml/include/ggml.h").read_text(encoding="utf-8", errors="replace"))
     except OSError:

@@ -138,7 +138,8 @@ def _environment() -> dict[str, str | None]:
         "NVCC_CCBIN",
         "NVCC_PREPEND_FLAGS",
     )
-    # And no git: libggml would be compiled anew after every commit in the tree, only for its name; `--version` has ours (build.py).
+    # And no git: libggml would be recompiled after every commit in the tree, just to record its name; `--version` has ours
+    # (build.py).
     return {**dict.fromkeys(names), "GIT_DIR": os.devnull, "LC_ALL": "C"}
 
 

@@ -1,4 +1,4 @@
-"""A compiler cache between Ninja and the compiler: sccache with a server of our own while a build lasts, or ccache, or none.
+"""A compiler cache between Ninja and the compiler: sccache with our own server during a build, or ccache, or none.
 
 APEX_SCCACHE_CONF names a configuration file of sccache whose [dist] section sends compilers to other machines (docs/build.md).
 """
@@ -27,7 +27,7 @@ _READY_WITHIN = 10.0
 
 @dataclass(frozen=True)
 class Launcher:
-    """`program` goes before the compiler's command line, with `env` around it. `none` stands for compiling without a cache."""
+    """`program` goes before the compiler's command line, with `env` around it. `none` compiles without a cache."""
 
     name: str = "none"
     program: Path | None = None
@@ -51,8 +51,8 @@ class Launcher:
 def launcher(cache: Path, folders: Sequence[Path]) -> Iterator[Launcher]:
     """Open the compiler cache in `cache`. Paths below `folders` do not count when it compares, so that another checkout hits too.
 
-    sccache talks to a server. Ours is our child, listens on a socket of its own, and is gone when the block ends; the user's own
-    server may cache elsewhere, even over the network. Where ours does not start, the build goes on without it.
+    sccache talks to a server. Ours is a child process, listens on its own socket, and ends with the block; the user's own
+    server may cache elsewhere, even over the network. If ours does not start, the build continues without it.
     """
     program = sccache()
     if program is None:

@@ -121,9 +121,9 @@ def plan_build(
 
 
 def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, prefer: bool = True, report: Report = silent) -> Built:
-    """Build what was planned, or take it from the cache. `force` compiles everything anew, `prefer` as in `cache.make_current`.
+    """Build what was planned, or take it from the cache. `force` recompiles everything, `prefer` as in `cache.make_current`.
 
-    A build that stopped half-way (Ctrl-C, a power cut, an error) goes on where it was; nobody sees it before it is complete.
+    A build that stopped half-way (Ctrl-C, a power cut, an error) resumes where it was; it is not visible before it is complete.
     Raises BuildFailed with the compiler's own words, OutputUnwritable, DiskTooSmall.
     """
     began = time.monotonic()
@@ -157,7 +157,7 @@ def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, pref
 def _compile(plan: BuildPlan, toolkit: CudaToolkit | None, jobs: int, report: Report) -> tuple[Mapping[str, int] | None, str]:
     plan.work.mkdir(parents=True, exist_ok=True)
     options = dict(plan.options)
-    if plan.pin:  # what the tools say of themselves (--version), instead of a commit of our own making
+    if plan.pin:  # what --version prints, instead of our own commit
         options |= {"LLAMA_BUILD_NUMBER": "0", "LLAMA_BUILD_COMMIT": f"{plan.pin.commit[:9]}-{plan.ingredients['source'][:8]}"}
     cuda = cmake_settings(toolkit, plan.compiler, plan.work) if toolkit else None
     with launcher(plan.work.parent.parent, [plan.source, plan.work]) as front:

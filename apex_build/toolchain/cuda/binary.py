@@ -68,7 +68,7 @@ def make_driver_stub(toolkit: CudaToolkit, compiler: Compiler, folder: Path) -> 
     """A libcuda.so to link with, since PyPI has none: every function of this toolkit's cuda.h, and the driver's own name in it.
 
     With it llama.cpp's memory pool may use the driver's virtual memory, which GGML_CUDA_NO_VMM would rule out for good. On a
-    machine without the driver the loader then finds no libcuda.so.1, and the tools go on without the CUDA backend.
+    machine without the driver the loader then finds no libcuda.so.1, and the tools run without the CUDA backend.
     """
     library = folder / "libcuda.so"
     if library.is_file():

@@ -125,7 +125,7 @@ def _old_hint(targets: Sequence[GpuTarget]) -> str:
     if not old:
         return ""
     options = " ".join(f"--gpu {target.name}" for target in old)
-    alone = ", in a build of its own" if len(old) < len(targets) else ""
+    alone = ", in a separate build" if len(old) < len(targets) else ""
     return (
         f"it takes an older toolkit, CUDA {LAST_CUDA_12} at the newest{alone}: "
         f"CUDA_HOME=FOLDER apex build {options} --cuda-toolchain system"

@@ -21,7 +21,7 @@ _VARIABLES = ("CUDAToolkit_ROOT", "CUDA_HOME", "CUDA_PATH")
 _PLACES = ("/usr/local/cuda", "/usr/local/cuda-*", "/opt/cuda")
 _TARGETS = {"x86_64": ("x86_64-linux",), "aarch64": ("sbsa-linux", "aarch64-linux")}
 
-# part -> where it may lie: {include} and {lib} stand for the toolkit's folders of headers and libraries.
+# part -> where it may be; {include} and {lib} are the toolkit's folders of headers and libraries
 PARTS: Mapping[str, tuple[str, ...]] = {
     "nvcc": ("bin/nvcc",),
     "ptxas": ("bin/ptxas",),
@@ -38,7 +38,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "cuBLASLt": ("{lib}/libcublasLt.so",),
     "cuobjdump": ("bin/cuobjdump",),
 }
-RUNTIME = ("CUDA runtime", "cuBLAS", "cuBLASLt")  # what has to lie beside the tools
+RUNTIME = ("CUDA runtime", "cuBLAS", "cuBLASLt")  # must be beside the tools
 _STUB = ("{lib}/stubs/libcuda.so",)
 
 

@@ -97,7 +97,7 @@ def planned(wheels: Wheels | None = None) -> CudaToolkit:
 def install(wheels: Wheels | None = None, report: Report = silent) -> CudaToolkit:
     """Fetch the wheels and lay them out as a toolkit root, unless that has been done; afterwards no network is needed.
 
-    A download that was cut off goes on with the wheels that are not there yet. The wheels are removed from the cache once the
+    An interrupted download resumes with the missing wheels. The wheels are removed from the cache once the
     toolkit is complete. Raises DownloadFailed, HashMismatch, DiskTooSmall, ArchiveUnsafe, ToolkitUnusable.
     """
     wheels = wheels or pinned_wheels()
@@ -159,7 +159,7 @@ def _unpack(wheel: Path, package: str, root: Path) -> None:
                 if target.parts[0] in ("bin", "nvvm") and (member.external_attr >> 16) & 0o111:
                     path.chmod(0o755)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
-        raise HashMismatch(f"{wheel.name} is no wheel that can be read: {error}") from None
+        raise HashMismatch(f"{wheel.name} is not a readable wheel: {error}") from None
 
 
 def _members(archive: zipfile.ZipFile, name: str, package: str) -> Iterator[tuple[zipfile.ZipInfo, PurePosixPath]]:
@@ -169,7 +169,7 @@ def _members(archive: zipfile.ZipFile, name: str, package: str) -> Iterator[tupl
         path = PurePosixPath(member.filename)
         kind = (member.external_attr >> 16) & 0o170000
         if path.is_absolute() or ".." in path.parts or "\\" in member.filename or kind not in (0, 0o100000):
-            raise ArchiveUnsafe(f"{name}: the member {member.filename!r} leaves the wheel, or is no regular file")
+            raise ArchiveUnsafe(f"{name}: the member {member.filename!r} leaves the wheel, or is not a regular file")
         if path.parts[0].endswith(".dist-info"):
             if path.parts[1:2] == ("licenses",):
                 yield member, PurePosixPath("licenses", package, *path.parts[2:])

@@ -34,7 +34,7 @@ _OLDEST_DRIVER = {"12": 525, "13": 580}
 class BuildOption:
     """One build that could be made. `minutes` is about what it takes here, 0 where it is in the cache.
 
-    `command` makes it; `why_not` says what stands against it, and `hint` what to try; `notes` what else is worth knowing.
+    `command` makes it; `why_not` says what prevents it, and `hint` what to try; `notes` are remarks.
     """
 
     name: str

@@ -18,7 +18,7 @@ from apex_build.native.run import ToolRun, run_tool
 from apex_build.printable import printable
 from apex_build.storage.scratch import scratch_folder
 
-_OLDEST = {"GNU": 9, "Clang": 10}  # the first whose standard library has <filesystem> without a library of its own
+_OLDEST = {"GNU": 9, "Clang": 10}  # the first that need no extra library for <filesystem>
 _PAIRS = (("cc", "c++"), ("gcc", "g++"), ("clang", "clang++"))
 _C_OF = {"g": "gcc", "clang": "clang", "c": "cc"}  # by what goes before ++
 _CXX_OF = {"gcc": "g++", "clang": "clang++", "cc": "c++"}
@@ -120,7 +120,7 @@ def _probe(cc: Path, cxx: Path) -> Compiler:
 def _probe_once(cc: Path, cxx: Path, *_times: int) -> Compiler:
     values = dict(re.findall(r"#define (__\w+) (.*)", "\n".join(_macros(cxx))))
     if "__GNUC__" not in values:  # clang defines it too
-        raise CompilerMissing(f"{cxx} is no C++ compiler that is known here: it is neither g++ nor clang++", hint=install_hint())
+        raise CompilerMissing(f"{cxx} is not a supported C++ compiler: expected g++ or clang++", hint=install_hint())
     clang = "__clang__" in values
     kind = "Clang" if clang else "GNU"
     names = (
@@ -148,7 +148,7 @@ def _try(compiler: Path, source: Path, text: str, flags: Sequence[str]) -> None:
 
 
 def _macros(cxx: Path, *flags: str) -> list[str]:
-    """All predefined macros; none where this is no such compiler, or it refuses a flag."""
+    """All predefined macros; empty if this is not a supported compiler, or it rejects a flag."""
     done = _run(cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull)
     return [line for line in done.lines if line.startswith("#define ")] if done.returncode == 0 else []
 

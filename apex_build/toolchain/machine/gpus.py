@@ -24,12 +24,12 @@ _FIRST_CUDA = {
 _OLDEST_OF_CUDA_13 = 75
 LAST_CUDA_12 = "12.9"  # the newest toolkit that compiles for older ones
 _NEWEST = max(_FIRST_CUDA)
-_HOPPER = 90  # from here on, an architecture has a variant `a` with instructions of its own, which llama.cpp uses
+_HOPPER = 90  # from here on, an architecture has a variant `a` with extra instructions, which llama.cpp uses
 _ARCHITECTURE = re.compile(r"(sm_|compute_)?(\d{2,3})([af]?)(-real|-virtual)?")
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 _QUERY = ("name", "compute_cap", "memory.total", "driver_version")
 _ANSWER = re.compile(r"(?P<name>\S.*), (?P<capability>\d{1,2}\.\d), (?P<memory>\d+|\[[^]]+\]), (?P<driver>\d+(?:\.\d+)*)")
-# What stands around a GPU's name without telling it from another, as far as a compiler sees.
+# Words around a GPU's name that make no difference to a compiler.
 _AROUND = re.compile(
     r"nvidia|geforce|tesla|quadro|laptop|mobile|gpu|max|q|d|super|blackwell|workstation|server|edition|generation|founders|nvl\d*|sxm\d*"
     r"|pcie|hbm\d?e?|ac|\d+gi?b?|nvgpu|developer|kit|superchip"
@@ -39,7 +39,7 @@ _WSL = "/usr/lib/wsl/lib"  # where Windows puts nvidia-smi, outside of most PATH
 
 @dataclass(frozen=True)
 class FoundGpu:
-    """A GPU of this machine. `capability` such as 12.1; `memory_mib` is None where the GPU has none of its own (DGX Spark)."""
+    """A GPU of this machine. `capability` such as 12.1; `memory_mib` is None if the GPU shares the machine's memory (DGX Spark)."""
 
     name: str
     capability: str
@@ -87,7 +87,7 @@ def capability_number(architecture: str) -> int:
     """121a-real -> 121. Raises GpuUnknown."""
     found = _ARCHITECTURE.fullmatch(architecture)
     if not found:
-        raise GpuUnknown(f"{architecture!r} is no CUDA architecture: expected something like 121a-real")
+        raise GpuUnknown(f"{architecture!r} is not a CUDA architecture: expected something like 121a-real")
     return int(found[2])
 
 
@@ -132,11 +132,6 @@ def survey_gpus() -> Survey:
         memory = int(answer["memory"]) if answer["memory"].isdigit() else None  # [N/A]: it shares the machine's
         gpus.append(FoundGpu(answer["name"], answer["capability"], memory, answer["driver"]))
     return Survey(tuple(gpus), "" if gpus else "nvidia-smi lists no GPU")
-
-
-def found_gpus() -> tuple[FoundGpu, ...]:
-    """The GPUs of this machine, none where nvidia-smi cannot tell (`survey_gpus` says why)."""
-    return survey_gpus().gpus
 
 
 def targets_of(gpus: Iterable[FoundGpu], plugins: Plugins) -> tuple[GpuTarget, ...]:
@@ -196,7 +191,7 @@ def _of_capability(capability: str) -> str:
 
 
 def _of_architecture(text: str, given: str = "") -> GpuTarget:
-    """A target for an architecture that no name stands for; real unless it says virtual."""
+    """A target for an architecture without a name; real unless it says virtual."""
     parts = _ARCHITECTURE.fullmatch(text)
     assert parts
     prefix, number, variant, kind = parts.groups()

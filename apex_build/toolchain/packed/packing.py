@@ -31,7 +31,7 @@ SUFFIX = ".tar.zst"
 _OTHER_NAME = "give another name with --export"
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 _LEVEL = 9  # of zstd: beyond it, seconds become minutes for a hundredth of the size
-_WINDOW = 25  # bits; a library and its copy under another name lie that near to each other
+_WINDOW = 25  # bits; a library and its copy under another name are this close to each other
 # What a manifest says beyond what the build's key was made of.
 _RECORDED = frozenset(
     {"built", "compiler_cache", "cpu_flags", "files", "ggml_type_count", "host", "key", "patches", "recipe", "seconds"}
@@ -54,7 +54,7 @@ class Packed:
 def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True, report: Report = silent) -> Packed:
     """Write the build `toolset`, made from `source`, to `out` with its manifest and the licences of what is in it.
 
-    Without `cuda_runtime`, NVIDIA's libraries stay out; the packed build is then another one, with a key of its own. Raises
+    Without `cuda_runtime`, NVIDIA's libraries are left out; the packed build then has its own key. Raises
     BuildMissing (damaged, or without NVIDIA's licence), OutputUnwritable, DiskTooSmall.
     """
     check_out(out)
@@ -82,7 +82,7 @@ def check_out(out: Path) -> None:
         raise OutputUnwritable(f"{out}: expected a name that ends with {SUFFIX}", hint=f"--export {out.name}{SUFFIX}")
     check_place(out, _OTHER_NAME)
     if out.exists() and not _is_packed(out):
-        raise OutputUnwritable(f"{out} exists, and is no packed build", hint=_OTHER_NAME)
+        raise OutputUnwritable(f"{out} exists and is not a packed build", hint=_OTHER_NAME)
 
 
 def _is_packed(path: Path) -> bool:
@@ -100,7 +100,7 @@ def _is_packed(path: Path) -> bool:
 
 
 def key_of(manifest: Mapping[str, Any]) -> str:
-    """The key that build.py gave it, computed anew from what the manifest says went in."""
+    """The build's key, recomputed from the inputs that the manifest lists."""
     ingredients = {name: value for name, value in manifest.items() if name not in _RECORDED}
     for name, fields in _OF_KEY.items():
         if ingredients.get(name) is not None:

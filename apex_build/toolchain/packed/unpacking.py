@@ -98,13 +98,13 @@ def _members(archive: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
         members[name] = member
     if len(tops) != 1 or not {SUMS, MANIFEST} <= set(members):
         raise HashMismatch(
-            f"{archive} is no packed build: expected {SUMS} and {MANIFEST} in one folder", hint="apex build --export"
+            f"{archive} is not a packed build: expected {SUMS} and {MANIFEST} in one folder", hint="apex build --export"
         )
     return members
 
 
 def _manifest(archive: Path, tar: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo]) -> dict[str, Any]:
-    """The manifest, if its key is that of its contents, and it and the list of sums name exactly the files that are there."""
+    """The manifest, if its key matches its contents, and it and the list of sums name exactly the files present."""
     sums = _text(archive, tar, members, SUMS).decode(errors="replace")
     listed = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", sums, re.MULTILINE)}
     text = _text(archive, tar, members, MANIFEST)
@@ -146,13 +146,13 @@ def _differing(
 def _misshapen(manifest: Any) -> str:
     """What is wrong about the kinds of its values, so that a strange manifest is met here and not in whatever reads it later."""
     if not isinstance(manifest, dict):
-        return "it is no object"
+        return "it is not an object"
     for name, kind in (*_SHAPE.items(), *((name, kind) for name, kind in _SHAPE_IF_THERE.items() if name in manifest)):
         if not isinstance(manifest.get(name), kind) or (name not in manifest):
             return f"'{name}' is missing, or of another kind"
     words = (*manifest["targets"], *manifest.get("cpu_flags", ()), *manifest.get("left_out", ()))
     if not manifest["targets"] or not all(isinstance(word, str) for word in words):
-        return "a name in its lists is no text"
+        return "a name in its lists is not a string"
     if not _WORD.fullmatch(manifest["backend"]):
         return f"the backend {manifest['backend']!r:.80}"
     if not all(isinstance(manifest["compiler"].get(name), str) for name in ("kind", "target", "version")):

@@ -1,4 +1,4 @@
-"""Finding the compiler, and refusing what is none before anything is started."""
+"""Finding the compiler, and refusing anything else before work starts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_cxx_with_words(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cxx_that_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", str(script(tmp_path / "not-a-gcc", "exit 0")))
     monkeypatch.setenv("CXX", str(script(tmp_path / "not-a-g++", "exit 0")))
-    with pytest.raises(CompilerMissing, match=r"neither g\+\+ nor clang\+\+"):
+    with pytest.raises(CompilerMissing, match=r"expected g\+\+ or clang\+\+"):
         find_compiler()
 
 

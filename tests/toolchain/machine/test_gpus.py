@@ -21,7 +21,6 @@ from apex_build.toolchain.machine.gpus import (
     architectures,
     capability_number,
     dropped_by,
-    found_gpus,
     resolve,
     runs_on,
     survey_gpus,
@@ -203,8 +202,8 @@ def test_list_gpus() -> None:
 def test_a_dgx_spark(plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its GPU has no memory of its own."""
     nvidia_smi(tmp_path / "bin", monkeypatch, ["NVIDIA GB10, 12.1, [N/A], 580.95.05"])
-    assert found_gpus() == (FoundGpu("NVIDIA GB10", "12.1", None, "580.95.05"),)
-    (target,) = targets_of(found_gpus(), plugins)
+    assert survey_gpus().gpus == (FoundGpu("NVIDIA GB10", "12.1", None, "580.95.05"),)
+    (target,) = targets_of(survey_gpus().gpus, plugins)
     assert (target.name, target.architecture, target.memory_gib) == ("dgx-spark", "121a-real", 128)
 
 
@@ -220,7 +219,7 @@ def test_several_gpus_and_which_targets_serve_them(plugins: Plugins, tmp_path: P
     capabilities = ("8.9", "8.9", "9.0", "8.6", "8.0", "13.0")
     lines = [f"{name}, {capability}, 24564, 570.1" for name, capability in zip(names, capabilities, strict=True)]
     nvidia_smi(tmp_path / "bin", monkeypatch, lines)
-    found = found_gpus()
+    found = survey_gpus().gpus
     assert [gpu.name for gpu in found] == list(names)
     targets = targets_of(found, plugins)
     assert [target.name for target in targets] == ["rtx4090", "h100", "sm_86", "a100", "sm_130a"]
@@ -258,4 +257,4 @@ def test_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_nvidia_smi(tmp_path / "bin", monkeypatch)
     assert survey_gpus().reason == "there is no nvidia-smi in PATH, so no NVIDIA driver"
     script(tmp_path / "wsl" / "nvidia-smi", "echo 'NVIDIA GeForce RTX 3090, 8.6, 24576, 581.2'")
-    assert [gpu.architecture for gpu in found_gpus()] == ["86-real"]
+    assert [gpu.architecture for gpu in survey_gpus().gpus] == ["86-real"]

@@ -99,13 +99,13 @@ def test_no_file_but_a_packed_build_is_replaced(packed: Path, toolset: Toolset, 
     mine = tmp_path / "mine.tar.zst"
     for content in (b"", b"precious", zstandard.compress(b"precious"), packed.read_bytes()[:100]):
         mine.write_bytes(content)
-        with pytest.raises(OutputUnwritable, match="exists, and is no packed build"):
+        with pytest.raises(OutputUnwritable, match="exists and is not a packed build"):
             pack(toolset, source, mine)
         assert mine.read_bytes() == content
     mine.unlink()
     tool = toolset.tool("tool")
     mine.symlink_to(tool)
-    with pytest.raises(OutputUnwritable, match="exists, and is no packed build"):
+    with pytest.raises(OutputUnwritable, match="exists and is not a packed build"):
         pack(toolset, source, mine)
     mine.unlink()
     mine.write_bytes(packed.read_bytes())
@@ -217,7 +217,7 @@ def test_the_command_line(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     done = run(apex, ["build", "--backend", "cpu", "--export", str(out)])
     assert done.exit_code == 0, done.output
     assert f"{out}: 5 files, " in done.stdout and f"sha256 {sha256_file(out)}" in done.stdout
-    assert "for CPUs that can all that this machine's can; --no-native" in done.stdout
+    assert "needs every instruction set of this CPU; --no-native" in done.stdout
     exported = json.loads(run(apex, ["build", "--backend", "cpu", "--export", str(out), "--json"]).stdout)["exported"]
     assert exported == {"path": str(out), "sha256": sha256_file(out), "size": out.stat().st_size}
 

@@ -87,8 +87,8 @@ def moved(to: str) -> Edit:
         (add("bin/more"), True, HashMismatch, "its lists and what it holds differ: bin/more"),
         (drop("bin/tool"), True, HashMismatch, "its lists and what it holds differ: bin/tool"),
         (shorter, False, HashMismatch, "its lists and what it holds differ: bin/tool"),
-        (drop(SUMS), False, HashMismatch, "is no packed build: expected SHA256SUMS and manifest.json in one folder"),
-        (drop(MANIFEST), False, HashMismatch, "is no packed build"),
+        (drop(SUMS), False, HashMismatch, "is not a packed build: expected SHA256SUMS and manifest.json in one folder"),
+        (drop(MANIFEST), False, HashMismatch, "is not a packed build"),
         (unlisted, True, HashMismatch, "its lists and what it holds differ: bin/tool"),
         (manifested(seconds=0), False, HashMismatch, "manifest.json is not the one that its SHA256SUMS lists"),
         (
@@ -105,7 +105,7 @@ def moved(to: str) -> Edit:
         (member(tarfile.CHRTYPE), False, ArchiveUnsafe, "a device, a pipe or of an unknown kind"),
         (member(tarfile.REGTYPE, "top/../../more"), False, ArchiveUnsafe, "leaves the folder it is extracted to"),
         (member(tarfile.REGTYPE, "/more"), False, ArchiveUnsafe, "has an absolute path"),
-        (member(tarfile.REGTYPE, "second/more"), False, HashMismatch, "is no packed build"),
+        (member(tarfile.REGTYPE, "second/more"), False, HashMismatch, "is not a packed build"),
         (double, False, ArchiveUnsafe, "occurs twice"),
         (moved("bin/sub/libpart.so"), True, ArchiveUnsafe, "names 'bin/sub/libpart.so', where no build has a file"),
         (moved("elsewhere"), True, ArchiveUnsafe, "names 'elsewhere'"),
@@ -120,15 +120,15 @@ def moved(to: str) -> Edit:
         (manifested(compiler={}), True, HashMismatch, "not one of a build: the compiler"),
         (manifested(cuda={"gpus": 3}), True, HashMismatch, "what it says of CUDA: gpus"),
         (manifested(cuda={"architectures": [3]}), True, HashMismatch, "what it says of CUDA: architectures"),
-        (manifested(targets=[]), True, HashMismatch, "no text"),
-        (manifested(targets=[["tool"]]), True, HashMismatch, "no text"),
+        (manifested(targets=[]), True, HashMismatch, "is not a string"),
+        (manifested(targets=[["tool"]]), True, HashMismatch, "is not a string"),
         (manifested(files={"bin/tool": 3}), True, HashMismatch, "what it says of 'bin/tool'"),
         (manifested(files={"bin/tool": {"sha256": "x", "size": True}}), True, HashMismatch, "what it says of|differ"),
         (manifested(built="\x1b[2J"), True, HashMismatch, "control characters"),
         (manifested(host="sparc64"), True, BuildForeign, f"was built for sparc64, this machine is {platform.machine()}"),
         (manifested(cpu_flags=["avx9000"]), True, BuildForeign, "was built for a CPU with avx9000, which this machine's lacks"),
         (manifested(recipe=99), True, BuildForeign, "another version of apex-build: its recipe is 99"),
-        (lambda files, _: files.update({MANIFEST: b"[]"}), True, HashMismatch, "it is no object"),
+        (lambda files, _: files.update({MANIFEST: b"[]"}), True, HashMismatch, "it is not an object"),
         (lambda files, _: files.update({MANIFEST: b"{}"}), True, HashMismatch, "'backend' is missing"),
         (lambda files, _: files.update({MANIFEST: b"\xff\0"}), False, HashMismatch, "is not the one that its SHA256SUMS lists"),
     ],
@@ -198,7 +198,7 @@ def test_cut_short_or_something_else(packed: Path, elsewhere: Path, tmp_path: Pa
     packed.write_bytes(b"GGUF" + bytes(5000))
     refused(packed, HashMismatch, "is not a tar archive", elsewhere)
     refused(tmp_path / "nothing.tar.zst", DownloadFailed, "there is no archive", elsewhere)
-    refused(write(packed, {"CMakeLists.txt": b"x"}, []), HashMismatch, "is no packed build", elsewhere)
+    refused(write(packed, {"CMakeLists.txt": b"x"}, []), HashMismatch, "is not a packed build", elsewhere)
 
 
 def test_a_decompression_bomb(packed: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
