@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from apex_build.cli import show
-from apex_build.cli.evaluate import shown, texts_by_domain
+from apex_build.cli.evaluate import figure_text, texts_by_domain
 from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
 from apex_build.errors import EvaluationRefused
 from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
@@ -118,10 +118,12 @@ def _number(figure: Any) -> dict[str, Any]:
 
 def print_checked(done: Checked) -> None:
     domains = list(dict.fromkeys([*done.perplexity, *done.acceptance]))
-    rows = [[domain or "all", shown(done.perplexity.get(domain)), shown(done.acceptance.get(domain))] for domain in domains]
+    rows = [
+        [domain or "all", figure_text(done.perplexity.get(domain)), figure_text(done.acceptance.get(domain))] for domain in domains
+    ]
     show.table(done.model.path.name, ("domain", "perplexity", "drafts accepted"), rows, right=("perplexity", "drafts accepted"))
     if done.same_text:
-        click.echo(f"text with drafts as without: {shown(done.same_text)} of the prompts")
+        click.echo(f"text with drafts as without: {figure_text(done.same_text)} of the prompts")
     if not done.acceptance:
         click.echo("it has no draft head: only the trunk was checked")
     if not done.problems:

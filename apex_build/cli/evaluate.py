@@ -315,7 +315,8 @@ def _print(evaluator: str, results: Sequence[Result]) -> None:
     if not names:
         return
     cells = [
-        [domain or "all", name, *(shown(of.get(file)) for file in names)] for (domain, name), of in sorted(rows.items(), key=_order)
+        [domain or "all", name, *(figure_text(of.get(file)) for file in names)]
+        for (domain, name), of in sorted(rows.items(), key=_order)
     ]
     show.table(evaluator, ("domain", "figure", *names), cells, right=names)
 
@@ -324,7 +325,7 @@ def _order(item: tuple[tuple[str, str], Any]) -> str:
     return item[0][0]  # the whole first, then by domain; figures as the evaluator gives them
 
 
-def shown(figure: Figure | None) -> str:
+def figure_text(figure: Figure | None) -> str:
     """A figure for a person: value, interval, unit."""
     if figure is None:
         return ""

@@ -29,7 +29,7 @@ from apex_build.progress import Whole
 from apex_build.report import plot
 from apex_build.sweep.knee import mb
 from apex_build.sweep.plan import Request, Sweep, plan_sweep
-from apex_build.sweep.report import Report, check_scores, default_score, report_sweep, write_report
+from apex_build.sweep.report import Summary, check_scores, default_score, report_sweep, write_report
 from apex_build.sweep.rows import RESULTS, Row, as_data, read_rows
 from apex_build.sweep.run import Outcome, planned_row, planned_works, run_sweep
 
@@ -297,7 +297,7 @@ def _state(row: Row, recorded: bool) -> str:
     return state + (", the baseline" if row.baseline else "") + (", head without data" if row.uncalibrated else "")
 
 
-def _print(reports: Sequence[Report], written: Sequence[Path]) -> None:
+def _print(reports: Sequence[Summary], written: Sequence[Path]) -> None:
     for one in reports:
         show.table(one.table.title, one.table.columns, one.table.rows, right=one.table.right)
         for line in (*one.table.notes, *one.knees):

@@ -82,9 +82,9 @@ class Cursor:
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise self.invalid(f"the name of {what} is not UTF-8: {shown(raw)}") from None
+            raise self.invalid(f"the name of {what} is not UTF-8: {quoted(raw)}") from None
         if not text or not text.isprintable() or (" " in text and not blanks):
-            raise self.invalid(f"the name of {what} is empty, or holds blanks or control characters: {shown(text)}")
+            raise self.invalid(f"the name of {what} is empty, or holds blanks or control characters: {quoted(text)}")
         return text
 
     def elements(self, type_: GGUFValueType, count: int, what: str) -> tuple[Any, ...]:
@@ -114,7 +114,7 @@ class Cursor:
         self.at = at
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value from a file for a message: control characters escaped, and no longer than a line."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

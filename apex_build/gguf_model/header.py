@@ -14,7 +14,7 @@ from typing import Any
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
 
 from apex_build.errors import ModelInvalid, ModelMissing
-from apex_build.gguf_model.cursor import SCALARS, U32, U64, Cursor, shown
+from apex_build.gguf_model.cursor import SCALARS, U32, U64, Cursor, quoted
 from apex_build.gguf_model.open_file import MAGIC, open_file, refuse_foreign
 
 # Bounds far above any real file, so that a hostile one costs little time and memory before it is refused.
@@ -181,7 +181,7 @@ def _value(cursor: Cursor, type_: GGUFValueType, what: str, counted: _Counted) -
 
 def _alignment(cursor: Cursor, type_: GGUFValueType, value: Any) -> int:
     if type_ != GGUFValueType.UINT32 or value == 0 or value & (value - 1):
-        raise cursor.invalid(f"general.alignment is {shown(value)} ({type_.name}): it must be a power of two (UINT32)")
+        raise cursor.invalid(f"general.alignment is {quoted(value)} ({type_.name}): it must be a power of two (UINT32)")
     alignment: int = value
     return alignment
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from gguf.constants import GGUFValueType
 
 from apex_build.errors import ImatrixInvalid, ModelInvalid, ModelMissing
-from apex_build.gguf_model.cursor import I32, Cursor, shown
+from apex_build.gguf_model.cursor import I32, Cursor, quoted
 from apex_build.gguf_model.header import MAX_TENSORS, Header, TensorEntry, read_header
 from apex_build.gguf_model.model import kind_of
 from apex_build.gguf_model.open_file import MAGIC, open_file
@@ -122,7 +122,7 @@ def _from_gguf(header: Header) -> Imatrix:
     path, metadata = header.path, header.metadata
     if kind_of(header) != "imatrix":
         raise ImatrixInvalid(
-            f"{path}: not an imatrix: a GGUF file of the kind {shown(kind_of(header))}", hint=f"apex inspect {path}"
+            f"{path}: not an imatrix: a GGUF file of the kind {quoted(kind_of(header))}", hint=f"apex inspect {path}"
         )
     last = header.tensors[-1] if header.tensors else None
     end = header.data_offset + (last.offset + last.n_bytes + -last.n_bytes % header.alignment if last else 0)
@@ -170,14 +170,14 @@ def _entry(header: Header, name: str, sums: TensorEntry, counts: TensorEntry, fi
 def _whole(header: Header, key: str) -> int:
     value = header.metadata.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ImatrixInvalid(f"{header.path}: {key} is {'missing' if value is None else shown(value)}: expected a whole number")
+        raise ImatrixInvalid(f"{header.path}: {key} is {'missing' if value is None else quoted(value)}: expected a whole number")
     return value
 
 
 def _word(header: Header, key: str) -> str:
     value = header.metadata.get(key)
     if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9_]{1,40}", value):
-        raise ImatrixInvalid(f"{header.path}: {key} is {shown(value)}: expected a word such as post_norm")
+        raise ImatrixInvalid(f"{header.path}: {key} is {quoted(value)}: expected a word such as post_norm")
     return value
 
 
@@ -197,7 +197,7 @@ def _from_legacy(path: Path) -> Imatrix:
             raw = cursor.raw(_natural(cursor, what), f"the name of {what}", longest=_MAX_LEGACY_NAME)
             name = raw.decode("ascii", errors="replace")
             if not _printable(raw) or name in entries:
-                raise ImatrixInvalid(f"{path}: {what} has the name {shown(raw)}, which is damaged or there twice")
+                raise ImatrixInvalid(f"{path}: {what} has the name {quoted(raw)}, which is damaged or there twice")
             calls = _natural(cursor, f"the calls of {name}")
             n_values = _natural(cursor, f"the number of values of {name}")
             if n_values == 0:

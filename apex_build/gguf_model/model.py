@@ -9,7 +9,7 @@ from typing import Any
 
 from apex_build.errors import ModelInvalid, ModelMissing
 from apex_build.gguf_model.catalogue import Model, RoleOf, Tensor
-from apex_build.gguf_model.cursor import shown
+from apex_build.gguf_model.cursor import quoted
 from apex_build.gguf_model.header import Header, read_header
 from apex_build.gguf_model.quantizable import n_dims
 from apex_build.hookspecs import Part
@@ -34,13 +34,13 @@ def model_of(header: Header, role_of: RoleOf) -> Model:
     path, what = header.path, kind_of(header)
     if what != "model":
         raise ModelInvalid(
-            f"{path}: not a model but of the kind {shown(what)}", hint=f"apex inspect {path}" if what == "imatrix" else None
+            f"{path}: not a model but of the kind {quoted(what)}", hint=f"apex inspect {path}" if what == "imatrix" else None
         )
     headers = tuple(_shards(header))
     first = headers[0]
     architecture = first.metadata.get("general.architecture")
     if not isinstance(architecture, str) or not re.fullmatch(r"[\w.-]{1,64}", architecture, re.ASCII):
-        raise ModelInvalid(f"{path}: not a model: its general.architecture is {shown(architecture)}")
+        raise ModelInvalid(f"{path}: not a model: its general.architecture is {quoted(architecture)}")
     n_blocks = _count(first, f"{architecture}.block_count")
     head_layers = _count(first, f"{architecture}.nextn_predict_layers", 0)
     if n_blocks == 0 or head_layers >= n_blocks:
@@ -137,7 +137,7 @@ def _count(header: Header, key: str, default: int | None = None) -> int:
     if value is None:
         raise ModelInvalid(f"{header.path}: not a whole model: it has no {key}")
     if not _is_count(value):
-        raise ModelInvalid(f"{header.path}: {key} is {shown(value)}: expected a whole number")
+        raise ModelInvalid(f"{header.path}: {key} is {quoted(value)}: expected a whole number")
     count: int = value
     return count
 

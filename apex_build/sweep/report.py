@@ -19,7 +19,7 @@ DEFAULT_BOUND = 0.5  # points
 
 
 @dataclass(frozen=True)
-class Report:
+class Summary:
     """Of one score. `chart` is None while nothing was measured."""
 
     score: str
@@ -53,7 +53,7 @@ def report_sweep(
     reference: str = "",
     counted: str = "",
     about: str = "",
-) -> Report:
+) -> Summary:
     """`by_head`: the bytes that count are those of the draft head. `bound` None: half a point for a score in per cent, and no knee
     for any other. `reference` names the file that losses are taken against, if that is not a point; `counted` what n counts;
     `about` is the chart's subtitle: the trunk's type, the tools.
@@ -72,10 +72,10 @@ def report_sweep(
         words.append(f"no knee of {score}: the evaluator does not say whether lower or higher is better")
     label = next((figure.label for figure in figures if figure.label), score)
     heading = f"{model}: {label}{n}".rstrip() + (f"\n{about}" if about else "")
-    return Report(score, table, tuple(words), _chart(rows, score, label, heading, unit, knees, by_head) if figures else None)
+    return Summary(score, table, tuple(words), _chart(rows, score, label, heading, unit, knees, by_head) if figures else None)
 
 
-def write_report(folder: Path, reports: Sequence[Report]) -> list[Path]:
+def write_report(folder: Path, reports: Sequence[Summary]) -> list[Path]:
     """table.md, and where matplotlib is there sweep.png and .svg, of a further score sweep-SCORE.png. Gives what was written."""
     text = "\n".join(markdown(one.table) + "".join(f"- {line}\n" for line in one.knees) for one in reports)
     with whole_file(folder / TABLE) as part:

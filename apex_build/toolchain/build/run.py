@@ -116,7 +116,7 @@ def plan_build(
         "environment": {name: value for name in _SEARCHED if (value := os.environ.get(name))},
     }
     if cuda:
-        ingredients["cuda"] = cuda.identity()
+        ingredients["cuda"] = cuda.ingredients()
     return BuildPlan(cache.key_of(ingredients), source, backend, pin, compiler, options, ingredients, cuda)
 
 
@@ -175,7 +175,7 @@ def _of_cuda(plan: BuildPlan, toolkit: CudaToolkit) -> dict[str, Any]:
     check_device_code(found, plan.cuda.architectures, sum(unit["file"].endswith(".cu") for unit in units), library)
     return {
         "cuda": {
-            **plan.cuda.identity(),
+            **plan.cuda.ingredients(),
             "architectures": list(plan.cuda.architectures),
             "device_code": {name: asdict(code) for name, code in sorted(found.items())},
             "gpus": [target.name for target in plan.cuda.targets],

@@ -30,8 +30,8 @@ class CudaPlan:
     toolkit: CudaToolkit
     notes: tuple[str, ...] = ()
 
-    def identity(self) -> dict[str, object]:
-        return self.toolkit.identity()
+    def ingredients(self) -> dict[str, object]:
+        return self.toolkit.ingredients()
 
     def ready(self, compiler: Compiler, report: Report = silent) -> CudaToolkit:
         """The toolkit, fetched if it comes from PyPI, and judged by its own files. Raises ToolkitUnusable, or as `install`."""

@@ -67,7 +67,7 @@ class CudaToolkit:
             raise ToolkitUnusable(f"the CUDA toolkit in {self.root} has no {name}", hint=HINT)
         return path
 
-    def identity(self) -> dict[str, object]:
+    def ingredients(self) -> dict[str, object]:
         """What of it goes into a build's key: versions and packages, not the place."""
         return {"origin": self.origin, "version": self.version, "packages": {name: dict(of) for name, of in self.packages.items()}}
 
