@@ -1,4 +1,4 @@
-"""What llama-quantize leaves behind and says, and where the tools look for backends. The pin `latest` has these patches alone."""
+"""What llama-quantize leaves behind and says, and where the tools look for backends."""
 
 from __future__ import annotations
 
