@@ -168,6 +168,12 @@ def new_part(out: Path) -> Iterator[Path]:
         yield part
     finally:
         part.unlink(missing_ok=True)
+        _of_tool(part).unlink(missing_ok=True)
+
+
+def _of_tool(part: Path) -> Path:
+    """Where llama-quantize itself writes to before it renames: it stays where the tool was killed."""
+    return part.with_name(f"{part.name}.part")
 
 
 @contextmanager
@@ -199,7 +205,7 @@ def tool_writing(part: Path, out: Path, n_bytes: int) -> Iterator[None]:
     try:
         yield
     except (ConversionFailed, ToolFailed, ToolKilled) as error:
-        written = part.stat().st_size if part.exists() else 0
+        written = sum(path.stat().st_size for path in (part, _of_tool(part)) if path.exists())
         if written + (free := shutil.disk_usage(out.parent).free) >= n_bytes:
             raise
         raise DiskTooSmall(
