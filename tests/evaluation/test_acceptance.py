@@ -72,7 +72,9 @@ def test_the_same_seed_gives_the_same_figures(work_of: WorkOf, prompts: Inputs) 
     assert not any(name.startswith("sampled") for name, _ in greedy_only)
 
 
-def test_the_rows_are_the_servers_own_or_as_asked_for(tools: Toolset, testbed: Path, prompts: Inputs, tmp_path: Path) -> None:
+def test_the_rows_are_the_servers_own_or_as_asked_for(
+    rows_choice: None, tools: Toolset, testbed: Path, prompts: Inputs, tmp_path: Path
+) -> None:
     """With final norms as uneven as here, and a head that is right for rows before them."""
     plugins = load_plugins()
     evaluator = plugins.evaluators()["draft-acceptance"]

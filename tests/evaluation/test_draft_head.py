@@ -169,7 +169,9 @@ def test_one_text_and_few_chunks(tools: Toolset, testbed: Path, texts: dict[str,
     assert not [path for path in cache.rglob("*") if path.suffix in (".part", ".csv")]
 
 
-def test_the_rows_that_the_head_is_fed_with(tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+def test_the_rows_that_the_head_is_fed_with(
+    rows_choice: None, tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
     """Known of the architecture, or as asked for; told with the first figure, and kept apart."""
     model, text = uneven_norms(testbed, tmp_path / "uneven.gguf"), {"code": texts["code"]}
     auto, post, pre = (measure("draft-head", tools, model, text, depth=1, rows=rows) for rows in ("auto", "post", "pre"))
