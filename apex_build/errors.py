@@ -204,6 +204,13 @@ class LoadFailed(ApexError):
     exit_code = 46
 
 
+class ManifestMissing(ApexError):
+    """No manifest of apex there, and none beside it."""
+
+    exit_code = 47
+    advice = "give an output of apex, its manifest (OUT.json), or a folder of the cache: apex cache list"
+
+
 # --- calibration --------------------------------------------------------------------------------------------------------
 class CalibrationSetInvalid(ApexError):
     """A calibration set, source or text that cannot be used."""

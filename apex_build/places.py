@@ -7,7 +7,6 @@ names the llama.cpp that is worked with.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -62,6 +61,18 @@ def cache_root() -> Path:
     return Path(given).absolute() if given else platformdirs.user_cache_path("apex-build")  # tools run in other folders
 
 
+def cache_folder(*names: str) -> Path:
+    """A folder of the cache, made if it is missing. Raises OutputUnwritable."""
+    folder = cache_root().joinpath(*names)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputUnwritable(f"{folder}: the cache cannot be written: {error.strerror}", hint=_ELSEWHERE) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputUnwritable(f"{folder}: the cache cannot be written", hint=_ELSEWHERE)
+    return folder
+
+
 def source_root() -> Path:
     """Folder of the fetched llama.cpp trees, one folder a pin: beside the pins in a checkout, else in the user's data folder."""
     if given := os.environ.get("APEX_SOURCE_DIR"):
@@ -94,15 +105,3 @@ def in_use(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def lock_path(path: Path) -> Path:
-    """The lock file for something that is written at `path`: in the cache, so that nothing lies about beside it."""
-    locks = cache_root() / "locks"
-    try:
-        locks.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputUnwritable(f"{locks}: the cache cannot be written: {error.strerror}", hint=_ELSEWHERE) from None
-    if not os.access(locks, os.W_OK | os.X_OK):
-        raise OutputUnwritable(f"{locks}: the cache cannot be written", hint=_ELSEWHERE)
-    return locks / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.lock"

@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from apex_build.errors import ApexError
 from apex_build.places import cache_root, unfinished
 from apex_build.source.applied import unsaved_work
@@ -22,6 +20,7 @@ from apex_build.source.pins import all_pins
 from apex_build.source.series import read_series
 from apex_build.source.tree import tree_path
 from apex_build.storage import outputs
+from apex_build.storage.locks import Busy, locked
 from apex_build.storage.sizes import folder_size
 
 # kind -> (folder of the cache, what it is). Each folder in it is an item.
@@ -98,7 +97,7 @@ def remove(item: Item) -> Item:
             if why := _kept(item.kind, item.path) or (_unsaved(item.path) if item.kind == "sources" else ""):
                 return replace(item, kept=why)
             _delete(item)
-    except (Timeout, BlockingIOError):
+    except (BlockingIOError, Busy):
         return replace(item, kept="in use by another run of apex")
     except ApexError as error:
         return replace(item, kept=error.message)
@@ -177,9 +176,9 @@ def _inside(path: Path, busy: Collection[str]) -> bool:
 
 @contextmanager
 def _alone(item: Item) -> Iterator[None]:
-    """With the lock of those who make or use it. Raises Timeout, BlockingIOError, OutputUnwritable where one does."""
+    """With the lock of those who make or use it. Raises BlockingIOError, Busy where one does."""
     if item.kind == "calibrations":
-        with outputs.locked(_output_of(item.path)):
+        with outputs.locked_output(_output_of(item.path)):
             yield
     elif item.kind in ("evaluations", "compiler-cache", "downloads"):
         handle = os.open(item.path if item.kind == "compiler-cache" else item.path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -189,9 +188,7 @@ def _alone(item: Item) -> Iterator[None]:
         finally:
             os.close(handle)
     else:
-        locks = item.path.parent / ".locks"
-        locks.mkdir(exist_ok=True)
-        with FileLock(locks / f"{item.path.name}.lock", timeout=0):
+        with locked(item.path):
             yield
 
 

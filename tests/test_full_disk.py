@@ -13,7 +13,8 @@ from apex_runs import SMALL
 from apex_build.cli import main
 from apex_build.errors import DiskTooSmall, OutputUnwritable
 from apex_build.native.toolset import Toolset
-from apex_build.storage.outputs import put, sync_folder, whole_file
+from apex_build.storage.disk import sync_folder
+from apex_build.storage.outputs import put, whole_file
 
 Disk = Callable[[int], Path]
 
@@ -55,7 +56,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The look at the disk beforehand finds room enough: another program takes it later."""
     for module in (
         "apex_build.calibration.disk", "apex_build.evaluation.run", "apex_build.quantization.preflight",
-        "apex_build.toolchain.packed.packing",
+        "apex_build.toolchain.packed.packing", "apex_build.storage.artifacts",
     ):  # fmt: skip
         monkeypatch.setattr(f"{module}.check_room", lambda *_, **__: None)
 

@@ -19,7 +19,8 @@ from apex_build.cli import apex, main
 from apex_build.cli.verbs import VERBS
 from apex_build.errors import OutputUnwritable
 from apex_build.native.toolset import Toolset
-from apex_build.storage.outputs import LOG, MANIFEST, locked
+from apex_build.storage.locks import locked
+from apex_build.storage.outputs import LOG, MANIFEST
 
 PLUGIN = """
 from pathlib import Path
@@ -273,7 +274,7 @@ def test_every_option_that_writes_is_in_these_tests() -> None:
 def test_one_writer_at_a_time_whatever_cache_it_uses(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
     """The lock lies beside the output, where every run sees it."""
     out = tmp_path / "out.gguf"
-    code = "import sys, time; from pathlib import Path; from apex_build.storage.outputs import locked\n"
+    code = "import sys, time; from pathlib import Path; from apex_build.storage.locks import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, env={**os.environ, "APEX_CACHE_DIR": str(tmp_path / "c")}

@@ -18,7 +18,8 @@ from apex_build import pruning
 from apex_build.native.toolset import Toolset
 from apex_build.places import in_use
 from apex_build.storage.json_files import write_json
-from apex_build.storage.outputs import locked, work_folder
+from apex_build.storage.locks import locked
+from apex_build.storage.outputs import work_folder
 
 BUILD, OTHER, CPU = "a" * 32, "b" * 32, "c" * 32
 
@@ -99,10 +100,7 @@ def test_what_is_used_meanwhile_stays(cache: Path) -> None:
     (cache / "downloads" / "ff" / ".x.part").write_text("half")
     (cache / "downloads" / "ff" / "x.part").write_text("half")
     assert prune("--kind", "downloads")["kept"]["ff"]["kept"] == "being downloaded"
-    from filelock import FileLock
-
-    (cache / "envs" / ".locks").mkdir()
-    with FileLock(cache / "envs" / ".locks" / "convert-1.lock"):
+    with locked(cache / "envs" / "convert-1"):
         assert prune("--kind", "environments")["kept"]["convert-1"]["kept"] == "in use by another run of apex"
     assert "convert-1" in prune("--kind", "environments") and not list((cache / "envs").glob("*convert*"))
 
@@ -121,7 +119,7 @@ def test_calibrations_that_did_not_end(tools: Toolset, testbed: Path, tmp_path: 
     (found,) = json.loads(run_apex("cache", "list", "--kind", "calibrations", "--json").stdout)["items"]
     assert found["path"] == str(work_folder(out)) and found["n_bytes"] > 10_000
     with locked(out):
-        assert "is being written by another run" in prune("--kind", "calibrations")["kept"][".i.gguf.work"]["kept"]
+        assert "in use by another run" in prune("--kind", "calibrations")["kept"][".i.gguf.work"]["kept"]
     assert ".i.gguf.work" in prune("--kind", "calibrations")
     assert not list(tmp_path.glob(".i*")) and not list((tmp_path / "cache" / "calibrations").iterdir())
     run_apex("calibrate", testbed, "-o", out, "--chunks", 2)

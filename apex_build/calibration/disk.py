@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from apex_build.calibration.sets import CalibrationText
-from apex_build.errors import DiskTooSmall, ImatrixInvalid, OutputUnwritable, ToolFailed
+from apex_build.errors import DiskTooSmall, ImatrixInvalid, ToolFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
-from apex_build.storage.outputs import LOG, ROOM, amount, beside, check_room
+from apex_build.storage.disk import ROOM, amount, check_room
+from apex_build.storage.outputs import LOG, beside
+from apex_build.storage.work import files_in
 
 _COPIES = 4  # of the imatrix, on the disk together
-
-
-def files_in(work: Path) -> Iterator[Path]:
-    return (path for path in work.rglob("*") if path.is_file())
-
-
-def check_work(work: Path, *, force: bool) -> None:
-    """Raises OutputUnwritable for a folder of that name that no unfinished run left."""
-    if (work.exists() or work.is_symlink()) and not force and not ((work / "identity.json").is_file() and not work.is_symlink()):
-        if work.is_dir() and not work.is_symlink() and not any(work.iterdir()):
-            return
-        raise OutputUnwritable(
-            f"{work} exists and was not left by an unfinished run", hint="give another name with -o, or --force to replace it"
-        )
 
 
 def imatrix_bytes(model: Model) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,13 +19,33 @@ import numpy.typing as npt
 
 from apex_build.errors import ImatrixInvalid, ImatrixMismatch
 from apex_build.gguf_model.imatrix import HEAD_ROWS, HEAD_TOKENS, Entry, Imatrix, check_values, read_imatrix
-from apex_build.storage.json_files import read_json
-from apex_build.storage.outputs import MANIFEST, beside
+from apex_build.storage.artifacts import Artifact, Replace, making
+from apex_build.storage.digests import sha256_file
+from apex_build.storage.manifest import MERGED, Manifest, manifest_of
+from apex_build.storage.outputs import MANIFEST, beside, check_apart, check_place, with_manifest_and_log
 
 _CHUNK_SIZE = 512  # llama-imatrix's default, for a format that does not tell it
 _MAX_COUNT = 1 << 24  # whole numbers up to here are exact in the counts' F32
 
 Sums = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MergedRecord:
+    """What the manifest of a merged or converted imatrix says beyond its head."""
+
+    merged: tuple[SourceRecord, ...]
+    format: str
+    datasets: tuple[str, ...]
+    chunks: int
+    chunk_size: int
+    head_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -167,13 +187,36 @@ def _same_model(found: Sequence[Imatrix]) -> None:
                 )
 
 
+def merge(
+    paths: Sequence[Path], out: Path, form: str = "gguf", *, chunk_size: int | None = None, force: bool = False
+) -> tuple[Merged, Manifest, list[str]]:
+    """Write the files' data to `out`, as 'gguf' or 'dat'. Returns also what the format does not keep.
+
+    Raises as `plan_merge`, and OutputUnwritable, DiskTooSmall.
+    """
+    digests = {path: sha256_file(path) for path in paths if path.is_file()}
+    artifact = Artifact(out, MERGED, {"files": list(digests.values()), "format": form, "chunk_size": chunk_size})
+    check_place(out)
+    check_apart(with_manifest_and_log(out), paths)
+    may: Replace = "anything" if force else "nothing"
+    merged = plan_merge(paths, chunk_size)
+    room = 2 * max(path.stat().st_size for path in paths)
+    with making(artifact, inputs=paths, reuse=not force, replace=may, n_bytes=room) as draft:
+        if draft.found:
+            return merged, draft.found, []
+        lost: Sequence[str] = ()
+        if form == "dat":
+            lost = write_legacy(merged, draft.part)
+        else:
+            write_gguf(merged, draft.part)
+        sources = tuple(SourceRecord(one.path.name, digests[one.path]) for one in merged.sources)
+        record = MergedRecord(sources, form, merged.datasets, merged.chunk_count, merged.chunk_size, merged.head_tokens)
+        return merged, draft.done(record), list(lost)
+
+
 def _model_of(path: Path) -> str | None:
-    try:
-        manifest = read_json(beside(path, MANIFEST))
-    except (OSError, ValueError, RecursionError):
-        return None
-    parts = manifest.get("from") if isinstance(manifest, Mapping) else None
-    model = parts.get("model") if isinstance(parts, Mapping) else None
+    manifest = manifest_of(path, beside(path, MANIFEST))
+    model = manifest.parts.get("model") if manifest else None
     return model if isinstance(model, str) else None
 
 

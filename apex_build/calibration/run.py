@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apex_build.calibration.disk import check_disk, check_work, files_in, written
+from apex_build.calibration.disk import check_disk, written
+from apex_build.calibration.record import ImatrixRecord, rows_record, text_record
 from apex_build.calibration.sets import CalibrationText
-from apex_build.errors import (
-    ApexError,
-    CalibrationSetInvalid,
-    ImatrixInvalid,
-    ToolFailed,
-    VerificationFailed,
-)
+from apex_build.errors import CalibrationSetInvalid, ImatrixInvalid, ToolFailed, VerificationFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage, coverage
 from apex_build.gguf_model.fingerprint import fingerprint
@@ -30,31 +23,24 @@ from apex_build.native import output
 from apex_build.native.arguments import resolve
 from apex_build.native.early import warnings_of
 from apex_build.native.memory import memory_limit
-from apex_build.native.run import run_tool
+from apex_build.native.run import ToolRun, run_tool
 from apex_build.native.toolset import Toolset
-from apex_build.places import unfinished
 from apex_build.progress import Report, Step, silent
 from apex_build.source.served import check_served, instead_of
-from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.artifacts import Artifact, Replace, making
+from apex_build.storage.digests import sha256_file
 from apex_build.storage.json_files import read_json, write_json
-from apex_build.storage.outputs import (
-    LOG,
-    MANIFEST,
-    beside,
-    check_apart,
-    check_free,
-    check_place,
-    locked,
-    put,
-    with_manifest_and_log,
-    work_folder,
-    writing,
-)
+from apex_build.storage.manifest import IMATRIX, Manifest
+from apex_build.storage.outputs import LOG, beside, check_apart, check_place, with_manifest_and_log, work_folder
+from apex_build.storage.work import check_work, files_in, remove_work, unfinished_work
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left
 _NO_SAVES = 1_000_000_000
-Check = Callable[[Path], "dict[str, Any] | None"]  # of the text, before the run: what the manifest is to say of it
+Check = Callable[[Path], "DataclassInstance | None"]  # of the text, before the run: what the manifest is to say of it
 
 
 @dataclass(frozen=True)
@@ -153,72 +139,42 @@ def calibrate(
     """
     check_runnable(model)
     check_served(model, tools)
-    work = work_folder(out)
+    inputs = (*model.files, *text.files, *tools.files())
     check_place(out)
-    check_apart((*with_manifest_and_log(out), *files_in(work)), (*model.files, *text.files, *tools.files()))
+    check_apart((*with_manifest_and_log(out), *files_in(work_folder(out))), inputs)
     if len(text.data) < _LEAST_CHUNKS * settings.context:  # a token is a byte at the least; llama-imatrix counts them exactly
         raise CalibrationSetInvalid(
             f"{text.name}: the text has {len(text.data)} bytes, and calibration needs at least {_LEAST_CHUNKS} chunks of "
             f"{settings.context} tokens",
             hint="give more text, or a smaller --context",
         )
-    parts = identity(model, text, settings, tools)
-    key = sha256_json(parts)
-    with locked(out):
-        if not force and (done := _finished(out, key, model)):
-            shutil.rmtree(work, ignore_errors=True)  # ended between the last two steps
-            return done
-        check_free(out, "text", force=force, replace=replace)
-        check_work(work, force=force)
-        check_disk(work, model, text)
-        note = unfinished() / f"{sha256_json(str(out.absolute()))[:32]}.json"
-        with contextlib.suppress(OSError, ApexError):  # for `apex cache`: it goes without
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_json(note, str(out.absolute()))
-        with writing(work):
-            _prepare(work, key, text, fresh=force)
-        try:
-            manifest = {
-                "identity": key,
-                "from": parts,
-                "text": _text_json(text),
-                "rows_check": _checked(work, text, check, model, tools),
-            }
-            done = _run(model, text, tools, out, settings, work, manifest, report)
-        except BaseException:
-            if not _snapshots(work):  # nothing for a later run to resume from
-                shutil.rmtree(work, ignore_errors=True)
-                note.unlink(missing_ok=True)
-            raise
-        shutil.rmtree(work, ignore_errors=True)
-        note.unlink(missing_ok=True)
-        return done
+    artifact = Artifact(out, IMATRIX, identity(model, text, settings, tools))
+    may: Replace = "anything" if force else "own" if replace else "nothing"
+    with making(artifact, inputs=inputs, reuse=not force, replace=may, intact=lambda one: _is_whole(out, one)) as draft:
+        if draft.found:
+            remove_work(out)  # ended between the last two steps
+            return Calibration(out, artifact.identity, coverage(read_imatrix(out), model), None, 0.0, 0, True)
+        check_work(out, force=force)
+        check_disk(work_folder(out), model, text)
+        place = {f"text/{text.name}": text.data}  # a folder of its own: a text may have any name
+        with unfinished_work(artifact, place, lambda work: bool(_snapshots(work)), fresh=force) as work:
+            rows_check = _checked(work, text, check, model, tools)
+            made, ran, done = _run(model, text, tools, out, settings, work, draft.part, report)
+            draft.done(ImatrixRecord(text_record(text), rows_record(made, model, settings.rows), rows_check))
+    values = [] if done else [value for line in ran.lines if (value := output.perplexity(line))]
+    covered = coverage(read_imatrix(out), model)
+    return Calibration(out, artifact.identity, covered, values[-1].value if values else None, ran.seconds, done, False)
 
 
-def _finished(out: Path, key: str, model: Model) -> Calibration | None:
+def _is_whole(out: Path, manifest: Manifest) -> bool:
     try:
-        manifest = read_json(beside(out, MANIFEST))
-        if manifest.get("identity") != key or manifest.get("sha256") != sha256_file(out):
-            return None
-        return Calibration(out, key, coverage(read_imatrix(out), model), None, 0.0, 0, True)
-    except (OSError, ValueError, AttributeError, ImatrixInvalid):
-        return None
+        read_imatrix(out)
+    except ImatrixInvalid:
+        return False
+    return manifest.describes(out)
 
 
-def _prepare(work: Path, key: str, text: CalibrationText, *, fresh: bool) -> None:
-    """The folder of an unfinished run: kept if it belongs to the same work, otherwise emptied."""
-    try:
-        same = not fresh and read_json(work / "identity.json") == key and (work / "text" / text.name).is_file()
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(work, ignore_errors=True)
-        (work / "text").mkdir(parents=True)  # a separate folder: a text may have any name
-        (work / "text" / text.name).write_bytes(text.data)
-        write_json(work / "identity.json", key)
-
-
-def _checked(work: Path, text: CalibrationText, check: Check | None, model: Model, tools: Toolset) -> dict[str, Any] | None:
+def _checked(work: Path, text: CalibrationText, check: Check | None, model: Model, tools: Toolset) -> DataclassInstance | None:
     try:
         return check(work / "text" / text.name) if check is not None else None
     except ToolFailed as error:
@@ -228,15 +184,9 @@ def _checked(work: Path, text: CalibrationText, check: Check | None, model: Mode
 
 
 def _run(
-    model: Model,
-    text: CalibrationText,
-    tools: Toolset,
-    out: Path,
-    settings: Settings,
-    work: Path,
-    manifest: dict[str, Any],
-    report: Report,
-) -> Calibration:
+    model: Model, text: CalibrationText, tools: Toolset, out: Path, settings: Settings, work: Path, part: Path, report: Report
+) -> tuple[Imatrix, ToolRun, int]:
+    """Write `part`, verified. Returns what is in it, and the chunks that an earlier run had done."""
     snapshot, done = _snapshot(work)
     partial = work / "imatrix.gguf"
     command = [*arguments(model, settings, tools), "--file", text.name, "--output", f"../{partial.name}"]
@@ -251,13 +201,8 @@ def _run(
     ran = run_tool(command, cwd=work / "text", log=log, on_line=watch.line, explain=output.explain, memory=memory)
     made = written(partial, out, model)
     _verify(made, model, settings, tools)
-    values = [] if done else [value for line in ran.lines if (value := output.perplexity(line))]
-    # The manifest first: a file in place without it would not be known again.
-    made_of = {**manifest, "head_rows": _rows_json(made, model, settings)}
-    write_json(beside(out, MANIFEST), {**made_of, "sha256": sha256_file(partial), "bytes": partial.stat().st_size})
-    put(partial, out)
-    covered = coverage(read_imatrix(out), model)
-    return Calibration(out, manifest["identity"], covered, values[-1].value if values else None, ran.seconds, done, False)
+    partial.replace(part)
+    return made, ran, done
 
 
 def _head_not_run(model: Model, tools: Toolset) -> VerificationFailed:
@@ -346,19 +291,3 @@ def _snapshot(work: Path) -> tuple[Path | None, int]:
         if found.chunk_count == chunks and total - chunks >= _RESUMABLE:
             return path, chunks
     return None, 0
-
-
-def _rows_json(made: Imatrix, model: Model, settings: Settings) -> dict[str, Any] | None:
-    """Which hidden rows the draft head was fed with, and who said so."""
-    if made.head_tokens is None:
-        return None
-    known = trained_on(model.architecture)
-    source = known.source if known else f"nothing is known of {model.architecture}: the tool's default"
-    if settings.rows != AUTO:
-        source = "given"
-    return {"rows": made.head_rows, "source": source}
-
-
-def _text_json(text: CalibrationText) -> dict[str, Any]:
-    parts = [{"domain": p.domain, "source": p.source, "documents": p.documents, "bytes": p.n_bytes} for p in text.parts]
-    return {"name": text.name, "bytes": len(text.data), "sha256": text.sha256, "parts": parts}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,27 +16,16 @@ from apex_build.plugins import Plugins, load_plugins
 from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import DEFAULT_PIN, Pin, load_pin
 from apex_build.source.tree import require_tree
-from apex_build.toolchain.backends import BACKENDS
+from apex_build.stages.build import BuildOptions, check_build
+from apex_build.stages.build import plan as plan_tools
 from apex_build.toolchain.build import cache
 from apex_build.toolchain.build.cmake import default_jobs
-from apex_build.toolchain.build.run import BuildPlan, Built, build, plan_build
+from apex_build.toolchain.build.run import BuildPlan, Built, build
 from apex_build.toolchain.cuda import toolkit as cuda_toolkit
-from apex_build.toolchain.cuda.plan import Toolchain, backend_of, plan_cuda
+from apex_build.toolchain.cuda.plan import Toolchain
 from apex_build.toolchain.cuda.wheels import pinned_wheels
-from apex_build.toolchain.machine.compilers import find_compiler
 from apex_build.toolchain.machine.gpus import resolve, survey_gpus, targets_of
 from apex_build.toolchain.packed.packing import Packed, check_out, pack
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What the command line asks for. `targets` is empty for a CPU build."""
-
-    targets: tuple[GpuTarget, ...]
-    toolchain: Toolchain
-    ptx: bool
-    all_kv_types: bool
-    native: bool
 
 
 @click.command()
@@ -150,14 +138,16 @@ def command(
         else:
             click.echo(f"{count} files of {toolset.root} are as they were built")
     elif dry_run:
-        wanted = _Wanted(_targets(backend, gpus, load_plugins(folders)), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
+        targets = _targets(backend, gpus, load_plugins(folders))
+        wanted = BuildOptions(targets, cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
         _dry_run(load_pin(pin_name), wanted, jobs, json_)
     else:
         pin = load_pin(pin_name)
-        wanted = _Wanted(_targets(backend, gpus, load_plugins(folders)), cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
-        _check(wanted)  # before anything is fetched
+        targets = _targets(backend, gpus, load_plugins(folders))
+        wanted = BuildOptions(targets, cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
+        check_build(wanted)  # before anything is fetched
         with show.progress() as report:
-            plan = _plan(ensure_source(pin, report), wanted, pin)
+            plan = _told(plan_tools(ensure_source(pin, report), pin, wanted))
             built = build(plan, jobs=jobs, force=force, report=report)
             packed = pack(built.toolset, plan.source, export, cuda_runtime=cuda_runtime, report=report) if export else None
         _show(built, packed, json_)
@@ -181,21 +171,10 @@ def _targets(backend: str, gpus: tuple[str, ...], plugins: Plugins) -> tuple[Gpu
     return ()
 
 
-def _check(wanted: _Wanted) -> None:
-    """Raises CompilerMissing, ToolkitUnusable: neither needs the source to be seen."""
-    compiler = find_compiler()
-    if wanted.targets:
-        plan_cuda(wanted.targets, compiler, wanted.toolchain, ptx=wanted.ptx)
-
-
-def _plan(source: Path, wanted: _Wanted, pin: Pin) -> BuildPlan:
-    if not wanted.targets:
-        return plan_build(source, BACKENDS["cpu"], pin, native=wanted.native)
-    compiler = find_compiler()
-    cuda = plan_cuda(wanted.targets, compiler, wanted.toolchain, ptx=wanted.ptx)
-    for note in cuda.notes:
+def _told(plan: BuildPlan) -> BuildPlan:
+    for note in plan.cuda.notes if plan.cuda else ():
         show.note(f"not used: {note}")
-    return plan_build(source, backend_of(cuda, compiler, all_kv_types=wanted.all_kv_types), pin, cuda=cuda)
+    return plan
 
 
 def _show(built: Built, packed: Packed | None, json_: bool) -> None:
@@ -215,11 +194,11 @@ def _show(built: Built, packed: Packed | None, json_: bool) -> None:
         packed_builds.show_packed(packed)
 
 
-def _dry_run(pin: Pin, wanted: _Wanted, jobs: int | None, json_: bool) -> None:
+def _dry_run(pin: Pin, wanted: BuildOptions, jobs: int | None, json_: bool) -> None:
     try:
-        plan = _plan(require_tree(pin), wanted, pin)
+        plan = _told(plan_tools(require_tree(pin), pin, wanted))
     except SourceMissing:
-        _check(wanted)
+        check_build(wanted)
         if json_:
             show.as_json({"pin": pin.name, "source": None, "cached": False})
         else:

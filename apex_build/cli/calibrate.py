@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from apex_build.calibration.run import Calibration, Settings, arguments, calibrate, without_own_arguments
-from apex_build.calibration.sets import CalibrationText, compose, known_sets, load_set, text_of_file
+from apex_build.calibration.run import Calibration, Settings, arguments
+from apex_build.calibration.sets import CalibrationText, known_sets
 from apex_build.cli import show, values
 from apex_build.cli.inspect import print_coverage
 from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
 from apex_build.evaluation.pace import active_parameters, expect, remember, tokens_of
-from apex_build.evaluation.rows_check import CHUNKS, check_rows
-from apex_build.evaluation.task import ToolOptions
-from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, trained_on
 from apex_build.gguf_model.summary import imatrix_json
 from apex_build.native.memory import MEMORY, bytes_of
-from apex_build.native.toolset import Toolset, find_toolset
-from apex_build.places import model_stem
+from apex_build.native.toolset import find_toolset
 from apex_build.plugins import load_plugins
 from apex_build.printable import printable
-from apex_build.progress import Report
-from apex_build.storage.outputs import check_apart, check_place, check_text_free, whole_file, with_manifest_and_log
+from apex_build.stages.calibrate import CalibrateOptions, calibrate, output_of, text_of
+from apex_build.stages.given import Workplace
+from apex_build.storage.outputs import write_text
 
 
 def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int) -> int:
@@ -80,7 +76,7 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 @tools_option
 @plugin_option
 @click.option("--force", is_flag=True, help="Start over, and replace an existing file.")
-@click.option("--write-text", type=PATH, help="Write the text to this file and stop.")
+@click.option("--write-text", "write_text_to", type=PATH, help="Write the text to this file and stop.")
 @click.option("--dry-run", is_flag=True, help="Show the text's parts and the command; run nothing.")
 @json_option
 def command(
@@ -102,7 +98,7 @@ def command(
     tools_path: Path | None,
     folders: tuple[Path, ...],
     force: bool,
-    write_text: Path | None,
+    write_text_to: Path | None,
     dry_run: bool,
     json_: bool,
 ) -> None:
@@ -120,25 +116,18 @@ def command(
     """
     plugins = load_plugins(folders)
     model = read_model(model_path, plugins.role_of)
-    if text_path is not None:
-        text = text_of_file(text_path)
-    else:
-        text = compose(load_set(set_name), plugins.calibration_sources(), model, domains=domains, template_file=template)
+    settings = Settings(context, chunks, head, rows, threads, gpu_layers, extra=extra, memory=bytes_of(memory))
+    options = CalibrateOptions(set_name, domains, text_path, template, settings, rows_check, force)
+    text = text_of(model, options, plugins)
     for warning in text.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
-    out = output or model.path.with_name(f"{model_stem(model.path)}.imatrix.gguf")
-    settings = Settings(context, chunks, head, rows, threads, gpu_layers, extra=extra, memory=bytes_of(memory))
-    if write_text is not None and not dry_run:
-        another = "give another name with --write-text"
-        check_place(write_text, another)
+    out = output or output_of(model)
+    if write_text_to is not None and not dry_run:
         given = find_toolset(tools_path).files() if tools_path else ()
-        check_apart([write_text], (*model.files, *text.files, *plugins.files(), *given), another)
-        check_text_free(write_text, text.data, force=force)
-        with whole_file(write_text) as part:
-            part.write_bytes(text.data)
+        inputs = (*model.files, *text.files, *plugins.files(), *given)
+        write_text(write_text_to, text.data, inputs, force=force, hint="give another name with --write-text")
         return
     tools = find_toolset(tools_path)
-    check_apart(with_manifest_and_log(out), plugins.files())
     if dry_run:
         wanted = [*arguments(model, settings, tools), "--file", text.name, "--output", str(out)]
         _show_plan(text, wanted if chunks is None else [*wanted, "--chunks", str(chunks)], out, json_)
@@ -157,8 +146,8 @@ def command(
     show.note(f"about {max(2, round(tokens / context))} chunks of {context} tokens: {expect('calibrate', work)}")
     try:
         with show.progress() as report:
-            check = _rows_check(model, settings, tools, report) if with_head and rows == AUTO and rows_check else None
-            done = calibrate(model, text, tools, out, settings, force=force, check=check, report=report)
+            place = Workplace(plugins, report, tools)
+            done = calibrate(model, out, options, place=place, text=text, on_check=lambda found: show.note(found.said()))
     except KeyboardInterrupt:
         show.note("the last snapshot is kept: the same command resumes from there")
         raise
@@ -169,23 +158,6 @@ def command(
         show.as_json(_json(done))
         return
     _print(done)
-
-
-def _rows_check(model: Model, settings: Settings, tools: Toolset, report: Report) -> Callable[[Path], dict[str, Any] | None]:
-    """On the text's first chunks: cheap compared with the whole text."""
-    chunks = min(CHUNKS, settings.chunks or CHUNKS)
-    options = ToolOptions(settings.gpu_layers, without_own_arguments(settings.extra))
-
-    def check(text: Path) -> dict[str, Any] | None:
-        found = check_rows(
-            model, text, tools, context=settings.context, chunks=chunks, threads=settings.threads, options=options, report=report
-        )
-        if found is None:
-            return None
-        show.note(found.said())
-        return asdict(found)
-
-    return check
 
 
 def _show_plan(text: CalibrationText, wanted: list[str], out: Path, json_: bool) -> None:

@@ -8,18 +8,12 @@ from typing import Any
 import click
 
 from apex_build.cli import show
-from apex_build.cli.evaluate import figure_text, texts_by_domain
+from apex_build.cli.evaluate import figure_text
 from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
-from apex_build.errors import EvaluationRefused
-from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
-from apex_build.evaluation.check import Checked, check
-from apex_build.evaluation.task import Prompt, ToolOptions, read_prompts
-from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.model import read_model
-from apex_build.native.toolset import Toolset, find_toolset
-from apex_build.plugins import Plugins, load_plugins
-
-PROMPTS = 4  # of each domain
+from apex_build.evaluation.check import Checked
+from apex_build.evaluation.task import ToolOptions
+from apex_build.stages.check import PROMPTS, CheckOptions, check
+from apex_build.stages.given import workplace
 
 
 @click.command()
@@ -61,46 +55,16 @@ def command(
       apex check model-i-nano.gguf --reference model-F16.gguf
       apex check model-i-nano.gguf --json --threads 8
     """
-    plugins = load_plugins(folders)
-    model = read_model(file, plugins.role_of)
-    against = read_model(reference, plugins.role_of) if reference else None
-    if against and model.has_head and not against.has_head:
-        raise EvaluationRefused(f"{against.path} has no draft head to compare {model.path}'s with", hint="leave out --reference")
-    tools = find_toolset(tools_path)
-    given = read_prompts(prompts) if prompts else None
+    options = CheckOptions(
+        reference, prompts, texts, prompts_per_domain, chat_template, threads=threads, tools=ToolOptions(gpu_layers)
+    )
     with show.progress() as report:
-        done = checked(
-            model, plugins, tools, reference=against, prompts=given, texts=texts, per_domain=prompts_per_domain,
-            template=chat_template, threads=threads, options=ToolOptions(gpu_layers), report=report,
-        )  # fmt: skip
+        done = check(file, options, place=workplace(tools_path, folders, report=report))
     if json_:
         show.as_json(as_json(done))
     else:
         print_checked(done)
     done.refuse()
-
-
-def checked(
-    model: Model,
-    plugins: Plugins,
-    tools: Toolset,
-    *,
-    prompts: tuple[Prompt, ...] | None = None,
-    texts: tuple[Path, ...] = (),
-    per_domain: int = PROMPTS,
-    template: Path | None = None,
-    **options: Any,
-) -> Checked:
-    """`check`, with built-in prompts and texts by default."""
-    sources = plugins.calibration_sources()
-    return check(
-        model,
-        plugins.evaluators(),
-        tools,
-        prompts if prompts is not None else built_in_prompts(model, sources, per_domain, template),
-        texts_by_domain(texts) if texts else built_in_texts(model, sources, template),
-        **options,
-    )
 
 
 def as_json(done: Checked) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import click
 
 from apex_build.cli import show
 from apex_build.cli.options import json_option
-from apex_build.conversion.convert import OUTTYPES, Job, account_for, prepare, run
+from apex_build.conversion.convert import OUTTYPES, Job, account_for, run
 from apex_build.gguf_model.metadata import parse_meta
 from apex_build.places import PIN_VARIABLE
-from apex_build.source.fetch import ensure_source
 from apex_build.source.pins import DEFAULT_PIN, load_pin
+from apex_build.stages.convert import ConvertOptions, plan
 
 
 @click.command()
@@ -76,22 +76,12 @@ def command(
       apex convert tests/hf -o small.gguf --pre-tokenizer qwen35 --python ~/torch/bin/python
     """
     with show.progress() as report:
-        source = ensure_source(load_pin(pin_name), report)
-        job = prepare(
-            hf_dir,
-            source,
-            out,
-            outtype=outtype,
-            pre_tokenizer=pre_tokenizer,
-            head=not no_head,
-            python=python,
-            drop=drop,
-            metadata=parse_meta(meta),
-            threads=threads,
-            force=force,
+        options = ConvertOptions(
+            outtype, pre_tokenizer, not no_head, drop, tuple(parse_meta(meta)), python, threads=threads, force=force
         )
-        manifest = None if dry_run else run(job, report)
-        left_out = account_for(job, report) if manifest is None else manifest["left_out"]
+        job = plan(hf_dir, out, options, pin=load_pin(pin_name), report=report)
+        done = None if dry_run else run(job, report)
+        left_out = account_for(job, report) if done is None else done.left_out
     for warning in job.warnings:
         click.echo(f"warning: {warning}", err=True)
     for reason, names in (left_out or {}).items():
@@ -99,16 +89,18 @@ def command(
     if left_out is None:
         show.note("note: which tensors would be left out is known once the converter's environment is made")
     if json_:
-        show.as_json({"path": str(out), **(manifest or {"left_out": left_out}), "checkpoint": _facts(job)})
-    elif manifest is None:
+        said = {**done.manifest.json(), "size": done.manifest.n_bytes, "reused": done.reused} if done else {"left_out": left_out}
+        show.as_json({"path": str(out), **said, "checkpoint": _facts(job)})
+    elif done is None:
         rows = [(name.replace("_", " "), value) for name, value in _facts(job).items()]
         show.table(
             f"{hf_dir} can be converted", ("what", "value"), [*rows, ("would write", f"{out}, about {show.size(job.n_bytes)}")]
         )
     else:
-        n_head = manifest["head_layers"]
+        n_head = done.head_layers
         head = f"draft head of {n_head} block{'s' * (n_head > 1)}" if n_head else "no draft head"
-        click.echo(f"{out}: {show.size(manifest['size'])}, {manifest['tensors']} tensors, {head}")
+        how = "; reused: already made from the same inputs" if done.reused else ""
+        click.echo(f"{out}: {show.size(done.manifest.n_bytes or 0)}, {done.tensors} tensors, {head}{how}")
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,20 @@ from apex_build.cli import show, values
 from apex_build.cli.groups import VERBOSE, verbosity
 from apex_build.cli.headline import labels_of, print_headline
 from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
-from apex_build.errors import (
-    ApexError,
-    CalibrationSetInvalid,
-    ChatTemplateFailed,
-    DiskTooSmall,
-    OutputUnwritable,
-    ParameterUnknown,
-)
-from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
+from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
 from apex_build.evaluation.pace import Estimate
 from apex_build.evaluation.pieces import piece_of, remember
-from apex_build.evaluation.run import (
-    Inputs,
-    Result,
-    Work,
-    check_results,
-    check_settings,
-    choose,
-    evaluate,
-    plan_work,
-    record,
-    recorded,
-    with_report,
-)
-from apex_build.evaluation.task import ToolOptions, read_prompts
-from apex_build.gguf_model.model import read_model
-from apex_build.hookspecs import Evaluator, Figure
+from apex_build.evaluation.run import Result, Work, evaluate, record, recorded, with_report
+from apex_build.evaluation.task import ToolOptions
+from apex_build.hookspecs import Figure
 from apex_build.loaded import LoadedEvaluator
 from apex_build.native.memory import MEMORY, bytes_of
-from apex_build.native.toolset import find_toolset
 from apex_build.parameters import parse_settings
-from apex_build.plugins import Plugins, load_plugins
+from apex_build.plugins import load_plugins
 from apex_build.printable import printable
 from apex_build.progress import Whole
-
-_PROMPTS = 12  # of each domain, of the built-in set
+from apex_build.stages.evaluate import EvaluateOptions, plan
+from apex_build.stages.given import workplace
 
 
 def evaluation_options(function: Any) -> Any:
@@ -149,29 +126,26 @@ def command(
         return
     if not files:
         raise click.UsageError("Missing argument 'FILE...'.")
-    inputs = Inputs(
-        reference=read_model(reference, plugins.role_of) if reference else None,
-        texts=texts_by_domain(texts),
-        prompts=read_prompts(prompts) if prompts else (),
-        data=data_files(data, evaluators),
+    options = EvaluateOptions(
+        reference=reference,
+        texts=texts,
+        prompts=prompts,
+        data=data_files(data),
+        only=tuple(names_of(only)),
         settings=parse_settings(settings),
-        options=ToolOptions(gpu_layers, extra, bytes_of(memory)),
-        files=(*([prompts] if prompts else []), *plugins.files()),
+        threads=threads,
+        tools=ToolOptions(gpu_layers, extra, bytes_of(memory)),
+        results=results,
+        force=force,
     )
-    check_settings(inputs.settings, evaluators)
-    tools = find_toolset(tools_path)
-    inputs = with_built_in(inputs, files[0], names_of(only), plugins)
-    works: list[Work] = []
-    without: dict[tuple[str, ...], list[str]] = {}
-    for path in dict.fromkeys(files):
-        model = read_model(path, plugins.role_of)
-        chosen, left_out = choose(evaluators, names_of(only), model, inputs)
-        if left_out:
-            without.setdefault(tuple(left_out), []).append(path.name)
-        works += [plan_work(evaluator, model, inputs, tools, threads=threads) for evaluator in chosen]
-    for lines, names in without.items():
+    planned = plan(files, options, place=workplace(tools_path, folders))
+    works = planned.works
+    if planned.without:
+        click.echo(f"warning: without --text: the built-in texts are left out: {printable(planned.without)}", err=True)
+    if planned.built_in:
+        show.note(f"measured on the built-in {planned.built_in} (--text, --prompts: others)")
+    for lines, names in planned.left_out.items():
         show.note(f"{', '.join(names)}: left out {'; '.join(lines)}")
-    check_results(results, works, inputs)
     if dry_run:
         _dry_run(works, {} if force else recorded(results), json_)
         return
@@ -214,61 +188,12 @@ def command(
         raise _summed_up(failed, len(done))
 
 
-def with_built_in(inputs: Inputs, file: Path, only: Sequence[str], plugins: Plugins) -> Inputs:
-    """The built-in texts, as this model's chat template writes them, where a text is wanted and none is given; prompts
-    where an evaluator of `only` cannot go without. All files are measured on the same ones.
-    """
-    evaluators = plugins.evaluators()
-    wanted = [evaluators[name] for name in only if name in evaluators] or list(evaluators.values())
-    texts = not inputs.texts and any("text" in one.needs for one in wanted)
-    prompts = not inputs.prompts and bool(only) and any("prompts" in one.needs for one in wanted)
-    if not texts and not prompts:
-        return inputs
-    model, sources = read_model(file, plugins.role_of), plugins.calibration_sources()
-    try:
-        if texts:
-            inputs = replace(inputs, texts=built_in_texts(model, sources))
-        if prompts:
-            inputs = replace(inputs, prompts=built_in_prompts(model, sources, _PROMPTS))
-    except ChatTemplateFailed as error:
-        click.echo(f"warning: without --text: the built-in texts are left out: {printable(error.message)}", err=True)
-        return inputs
-    show.note(f"measured on the built-in {'texts' if texts else 'prompts'} (--text, --prompts: others)")
-    return inputs
-
-
-def texts_by_domain(paths: Sequence[Path]) -> dict[str, Path]:
-    """Texts by the names of their files. Raises CalibrationSetInvalid for one that cannot be read, is empty, or shares a name."""
-    found: dict[str, Path] = {}
-    for path in dict.fromkeys(paths):
-        if not path.is_file():
-            raise CalibrationSetInvalid(f"{path}: no such text", hint="--text FILE, a UTF-8 text")
-        try:
-            with path.open(encoding="utf-8") as file:
-                empty = not file.read(1 << 20).strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationSetInvalid(f"{path}: cannot be read as UTF-8 text: {error}") from None
-        if empty:
-            raise CalibrationSetInvalid(f"{path}: the text is empty")
-        if path.stem in found:
-            raise CalibrationSetInvalid(f"{path} and {found[path.stem]} would both be the domain '{path.stem}'", hint="rename one")
-        found[path.stem] = path
-    return found
-
-
 def names_of(only: Sequence[str]) -> list[str]:
     return [name.strip() for names in only for name in names.split(",") if name.strip()]
 
 
-def data_files(given: Sequence[str], evaluators: Mapping[str, Evaluator]) -> dict[str, Path]:
-    found = {name: Path(path) for name, path in parse_settings(given).items()}
-    takers = [name for name, evaluator in evaluators.items() if "data" in (*evaluator.needs, *evaluator.uses)]
-    for name, path in found.items():
-        if name not in takers:
-            raise ParameterUnknown(f"--data {name}: no evaluator of this name takes a data file. These do: {', '.join(takers)}")
-        if not path.is_file():
-            raise CalibrationSetInvalid(f"{path}: no such data file for {name}", hint=f"--data {name}=FILE")
-    return found
+def data_files(given: Sequence[str]) -> dict[str, Path]:
+    return {name: Path(path) for name, path in parse_settings(given).items()}
 
 
 def _list(evaluators: Mapping[str, LoadedEvaluator], json_: bool) -> None:

@@ -11,25 +11,16 @@ import click
 
 from apex_build.cli import show, values
 from apex_build.cli.options import mtp_rows_option, plugin_option, rows_of, tools_option
-from apex_build.evaluation.built_in import built_in_texts
 from apex_build.gguf_model.catalogue import Model
-from apex_build.gguf_model.coverage import Coverage, coverage
-from apex_build.gguf_model.fused import crossed
-from apex_build.gguf_model.imatrix import read_imatrix
-from apex_build.gguf_model.model import read_model
-from apex_build.gguf_model.mtp_rows import Rows
-from apex_build.hookspecs import PolicySpec
+from apex_build.gguf_model.coverage import Coverage
 from apex_build.native.ggml import Ggml
-from apex_build.native.toolset import Toolset, find_toolset
-from apex_build.parameters import Value, parse_settings
-from apex_build.plugins import Plugins, load_plugins
-from apex_build.policy.lists import TypeList, apply_list, own_types, read_list
-from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan, make_plan
+from apex_build.parameters import parse_settings
+from apex_build.policy.lists import TypeList, apply_list, own_types
+from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan
 from apex_build.policy.remarks import left_to_base_type, remarks
-from apex_build.policy.render import template_files
-from apex_build.quantization.preflight import check_head_rows
-from apex_build.storage.outputs import check_apart, check_place, check_text_free, whole_file
-from apex_build.sweep.auto import Question, known_choice, parameter_at_auto
+from apex_build.stages.given import workplace
+from apex_build.stages.plan import PlanOptions
+from apex_build.stages.plan import plan as make_plan
 
 _PATH = click.Path(path_type=Path)
 _ANOTHER = "give another name with --write-rules"
@@ -78,68 +69,28 @@ def command(
       apex plan model-F16.gguf --tensor-types recipe.txt --set base_type=Q4_K_M
       apex plan model-F16.gguf --policy mine --plugin my-plugin/ --json | jq .bytes
     """
-    plugins = load_plugins(folders)
-    policy = policy_of(plugins, policy_name, tensor_types)
-    model = read_model(model_path, plugins.role_of)
-    tools = find_toolset(tools_path)
-    if write_rules is not None:
-        check_place(write_rules, _ANOTHER)
-        lists = [path for path in (imatrix, tensor_types) if path]
-        given = (*model.files, *lists, *plugins.files(), *template_files(policy), *tools.files())
-        check_apart([write_rules], given, _ANOTHER)
-    ggml = Ggml(tools)
-    types = read_list(tensor_types, ggml) if tensor_types else None
-    covered = coverage(crossed(read_imatrix(imatrix), model)[0], model) if imatrix is not None else None
-    parameters: dict[str, Value] = dict(parse_settings(settings))
-    measured = _measured(policy, parameters, model, imatrix, tools, plugins, rows_of(mtp_rows))
-    plan = make_plan(model, policy, parameters, tools, imatrix, types)
-    said = check_head_rows(plan.entries, model, covered, rows_of(mtp_rows)) if covered is not None else []
-    if types is not None:
-        tell_of_list(types, plan, model)
-    if write_rules is not None:
-        rules = plan.rules.encode()
-        check_text_free(write_rules, rules, force=force)
-        with whole_file(write_rules) as part:
-            part.write_bytes(rules)
+    check_policy(policy_name, tensor_types)
+    place = workplace(tools_path, folders)
+    rows, given = rows_of(mtp_rows), parse_settings(settings)
+    options = PlanOptions(policy_name, dict(given), imatrix, tensor_types, rows, write_rules, force)
+    done = make_plan(model_path, options, place=place)
+    plan, covered, ggml = done.plan, done.covered, Ggml(place.tools)
+    if done.types is not None:
+        tell_of_list(done.types, plan, done.model)
     if json_:
         show.as_json(_json(plan, covered, ggml))
         return
     _print(plan, covered, ggml, tensors=tensors)
-    for warning in said:
+    for warning in done.warnings:
         click.echo(f"warning: {warning}", err=True)
-    if measured:
-        show.note(f"note: {measured}")
+    if done.measured:
+        show.note(f"note: {done.measured}")
 
 
-def _measured(
-    policy: PolicySpec,
-    parameters: dict[str, Value],
-    model: Model,
-    imatrix: Path | None,
-    tools: Toolset,
-    plugins: Plugins,
-    head_rows: Rows | None,
-) -> str | None:
-    """Put what was measured before in the place of 'auto', and say so, or that nothing was."""
-    name = parameter_at_auto(policy, parameters)
-    if name is None or not model.has_head:
-        return None
-    if imatrix is not None:
-        texts = built_in_texts(model, plugins.calibration_sources())
-        choice = known_choice(Question(model, policy, parameters, imatrix, tools, plugins.evaluators(), texts, head_rows=head_rows))
-        if choice:
-            parameters[name] = choice.value
-            return f"{name}=auto is {choice.value}, as measured: {choice.text}"
-    return f"{name}=auto was not measured on this model: the plan takes a cautious mixture; apex quantize measures"
-
-
-def policy_of(plugins: Plugins, name: str | None, tensor_types: Path | None) -> PolicySpec:
-    """The policy by name, or the list's own if only a list is given. Raises UsageError for neither."""
-    if name is not None:
-        return plugins.policy(name)
-    if tensor_types is None:
+def check_policy(name: str | None, tensor_types: Path | None) -> None:
+    """Raises UsageError where there is neither a policy nor a list of types."""
+    if name is None and tensor_types is None:
         raise click.UsageError("give a policy (apex policies lists them), or a list of types: --policy NAME, --tensor-types FILE")
-    return own_types()
 
 
 def tell_of_list(types: TypeList, plan: Plan, model: Model) -> None:

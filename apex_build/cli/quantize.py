@@ -10,36 +10,25 @@ from typing import Any
 import click
 
 from apex_build.cli import show, values
-from apex_build.cli.check import as_json, checked, print_checked
-from apex_build.cli.evaluate import texts_by_domain
+from apex_build.cli.check import as_json, print_checked
 from apex_build.cli.groups import QUIET, verbosity
 from apex_build.cli.options import PATH, json_option, mtp_rows_option, plugin_option, rows_of, tools_option
-from apex_build.cli.plan import policy_of, tell_of_list
+from apex_build.cli.plan import check_policy, tell_of_list
 from apex_build.cli.serving import command_line
-from apex_build.errors import OutputUnwritable
-from apex_build.evaluation.built_in import built_in_texts
 from apex_build.evaluation.check import Checked
 from apex_build.evaluation.task import ToolOptions
-from apex_build.gguf_model.metadata import Setting, parse_meta, who_quantizes
-from apex_build.gguf_model.model import read_model
+from apex_build.gguf_model.metadata import parse_meta
 from apex_build.gguf_model.runnable import trunk_blocks
-from apex_build.hookspecs import PolicySpec
-from apex_build.native.ggml import Ggml
 from apex_build.native.memory import MEMORY, bytes_of
-from apex_build.native.toolset import Toolset, find_toolset
-from apex_build.parameters import AUTO, Value, parse_settings
-from apex_build.plugins import Plugins, load_plugins
-from apex_build.policy.lists import read_list
+from apex_build.parameters import AUTO, parse_settings
 from apex_build.policy.remarks import left_to_base_type
-from apex_build.progress import Report
-from apex_build.quantization.load_check import check_input
 from apex_build.quantization.naming import TEMPLATE
 from apex_build.quantization.preflight import Allowed
-from apex_build.quantization.provenance import identity
-from apex_build.quantization.run import Job, Quantized, arguments, check_outputs, prepare, run
-from apex_build.quantization.split import parse_size, recorded_shards, shards_of, split
-from apex_build.storage.outputs import check_apart, check_room, with_manifest_and_log
-from apex_build.sweep.auto import Choice, Question, known_choice, measure, parameter_at_auto
+from apex_build.quantization.run import Job, arguments
+from apex_build.stages.check import CheckOptions, check
+from apex_build.stages.given import Workplace, workplace
+from apex_build.stages.quantize import QuantizedFile, QuantizeOptions, plan_files, write_file
+from apex_build.sweep.auto import Choice, Question, known_choice, measure
 
 
 @click.command()
@@ -137,86 +126,49 @@ def command(
       apex quantize model-F16.gguf --policy i-quality --imatrix model-F16.imatrix.gguf --split-size 40G
       apex quantize model-F16.gguf --policy compact --dry-run
     """
-    plugins = load_plugins(folders)
-    policies = [policy_of(plugins, name, tensor_types) for name in dict.fromkeys(names or (None,))]
-    model = read_model(model_path, plugins.role_of)
-    tools = find_toolset(tools_path)
-    types = read_list(tensor_types, Ggml(tools)) if tensor_types else None
-    allowed = Allowed(allow_uncalibrated, allow_fallback, allow_requantize, rows_of(mtp_rows))
-    if len(policies) > 1 and output is not None and not output.is_dir():
-        raise OutputUnwritable(
-            f"{output}: with several policies the output is a folder", hint=f"mkdir -p {shlex.quote(str(output))}"
-        )
+    for policy in names or (None,):
+        check_policy(policy, tensor_types)
     if name and output is not None and not output.is_dir():
         raise click.UsageError(f"--name makes a name in a folder, and -o {output} is one already")
-    metadata = who_quantizes(parse_meta(meta))
-    parameters: dict[str, Value] = dict(parse_settings(settings))
-
-    def planned(policy: PolicySpec, choice: Choice | None = None) -> Job:
-        named = output is None or output.is_dir()
-        return prepare(
-            model,
-            policy,
-            {**parameters, **({choice.parameter: choice.value} if choice else {})},
-            tools,
-            output or model.path.parent,
-            imatrix=imatrix,
-            allowed=allowed,
-            metadata=(*metadata, Setting("apex.draft_loss", "STRING", choice.text)) if choice else metadata,
-            name=(name or TEMPLATE) if named else None,
-            types=types,
-        )
-
-    options = ToolOptions(gpu_layers, memory=bytes_of(memory))
-    jobs = [planned(policy) for policy in policies]
-    if types is not None:
-        tell_of_list(types, jobs[0].plan, model)
-    if split_size is not None:
-        parse_size(split_size)
-    check_outputs(jobs, force=force)
-    check_apart([path for job in jobs for path in with_manifest_and_log(job.out)], plugins.files())
-    if load_check:
-        check_input(model, tools)
-    choices: list[Choice | None] = []
-    for number, policy in enumerate(policies):
-        choices.append(None)
-        if parameter_at_auto(policy, parameters):
-            given = texts_by_domain(texts) if texts else built_in_texts(model, plugins.calibration_sources())
-            question = Question(
-                model,
-                policy,
-                parameters,
-                imatrix,
-                tools,
-                plugins.evaluators(),
-                given,
-                options,
-                threads,
-                head_rows=rows_of(mtp_rows),
-            )
-            choices[-1] = known_choice(question) if dry_run else _measured(question)
-            jobs[number] = planned(policy, choices[-1])
-    check_outputs(jobs, force=force)  # once more: what was measured is a part of the name
+    place = workplace(tools_path, folders)
+    options = QuantizeOptions(
+        policies=names,
+        parameters=dict(parse_settings(settings)),
+        imatrix=imatrix,
+        tensor_types=tensor_types,
+        name=name,
+        split_size=split_size,
+        metadata=parse_meta(meta),
+        allowed=Allowed(allow_uncalibrated, allow_fallback, allow_requantize, rows_of(mtp_rows)),
+        load_check=load_check,
+        texts=texts,
+        gpu_layers=gpu_layers,
+        threads=threads,
+        memory=bytes_of(memory),
+        force=force,
+    )
+    files = plan_files(model_path, output, options, place=place, measuring=known_choice if dry_run else _measured)
+    if (types := files[0].job.types) is not None:
+        tell_of_list(types, files[0].job.plan, files[0].job.model)
     if dry_run:
         if json_:
-            show.as_json([_job_json(job) for job in jobs])
+            show.as_json([_job_json(one.job) for one in files])
         else:
-            for job, choice in zip(jobs, choices, strict=True):
-                _show(job)
-                _show_head(job, choice)
+            for one in files:
+                _show(one.job)
+                _show_head(one.job, one.choice)
         return
     done = []
-    for job, choice in zip(jobs, choices, strict=True):
-        for warning in job.warnings:
+    for planned in files:
+        for warning in planned.job.warnings:
             click.echo(f"warning: {warning}", err=True)
         with show.progress() as report:
-            job = replace(job, memory=options.memory)
-            done.append(_made(job, split_size, force=force, threads=threads, load_check=load_check, report=report))
+            done.append(write_file(planned, options, place=replace(place, report=report)))
         if not json_:
-            _print(done[-1], job, choice)
-    verdicts = [_checked(one.path, plugins, tools, threads, options) for one in done] if check_ else []
+            _print(done[-1])
+    verdicts = [_checked(one.path, place, options) for one in done] if check_ else []
     if json_:
-        shown = [_json(*one) for one in zip(done, jobs, choices, strict=True)]
+        shown = [_json(one) for one in done]
         for row, verdict in zip(shown, verdicts, strict=False):
             row["check"] = as_json(verdict)
         show.as_json(shown)
@@ -241,10 +193,10 @@ def _measured(question: Question) -> Choice:
     return choice
 
 
-def _checked(path: Path, plugins: Plugins, tools: Toolset, threads: int | None, options: ToolOptions) -> Checked:
+def _checked(path: Path, place: Workplace, options: QuantizeOptions) -> Checked:
     with show.progress() as report:
-        model = read_model(path, plugins.role_of)
-        return checked(model, plugins, tools, threads=threads, options=options, report=report)
+        how = CheckOptions(threads=options.threads, tools=ToolOptions(options.gpu_layers, memory=options.memory))
+        return check(path, how, place=replace(place, report=report))
 
 
 def _show_head(job: Job, choice: Choice | None) -> None:
@@ -259,19 +211,6 @@ def _show_head(job: Job, choice: Choice | None) -> None:
         could = [name for name, parameter in job.policy.parameters.items() if parameter.measured]
         auto = [f" ({name}={AUTO} measures it)" for name in could if str(job.plan.parameters.get(name)) != AUTO]
         click.echo(f"draft head: {types}; its loss was not measured on this model{auto[0] if auto else ''}")
-
-
-def _made(job: Job, split_size: str | None, *, force: bool, threads: int | None, load_check: bool, report: Report) -> Quantized:
-    """The file, or the first of its shards."""
-    if split_size and not force and (shards := recorded_shards(job.out, identity(job.keys), split_size)):
-        return Quantized(shards[0], job.plan, job.n_bytes, 0.0, job.warnings, True)
-    if split_size and not force and (there := shards_of(job.out)):
-        raise OutputUnwritable(f"{there[0]} exists and was made from something else", hint="another name, or --force")
-    done = run(job, force=force, threads=threads, load_check=load_check, report=report)
-    if split_size is None:
-        return done
-    check_room(job.out.parent, job.n_bytes, f"shards of {job.out.name}, beside it until they are verified,")
-    return replace(done, path=split(job.out, split_size, job.tools, force=force, report=report)[0])
 
 
 def _show(job: Job) -> None:
@@ -294,20 +233,22 @@ def _job_json(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _json(done: Quantized, job: Job, choice: Choice | None) -> dict[str, Any]:
+def _json(one: QuantizedFile) -> dict[str, Any]:
+    done = one.done
     return {
         "path": str(done.path), "policy": done.plan.policy, "bytes": done.n_bytes, "tensor_bytes": done.plan.n_bytes,
         "bits_per_weight": done.plan.bits_per_weight, "seconds": round(done.seconds, 3), "reused": done.reused,
-        "warnings": list(done.warnings), "run": command_line(done.path, job.model, job.tools),
-        "draft_head": asdict(choice) if choice else None,
+        "warnings": list(done.warnings), "run": command_line(done.path, one.job.model, one.job.tools),
+        "draft_head": asdict(one.choice) if one.choice else None,
     }  # fmt: skip
 
 
-def _print(done: Quantized, job: Job, choice: Choice | None) -> None:
+def _print(one: QuantizedFile) -> None:
+    done, job = one.done, one.job
     how = "reused: already made from the same inputs" if done.reused else f"written and verified in {done.seconds:.1f} s"
     size = f"{done.n_bytes} bytes, {done.plan.bits_per_weight:.3f} bits per weight"
     click.echo(f"{done.path}: {size}; {how}")
     _print_left(job)
-    _show_head(job, choice)
+    _show_head(job, one.choice)
     if trunk_blocks(job.model):
         click.echo(f"run it: {command_line(done.path, job.model, job.tools)}")

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from apex_build import __version__
 from apex_build.cli import show, values
-from apex_build.cli.evaluate import data_files, evaluation_options, names_of, texts_by_domain
+from apex_build.cli.evaluate import data_files, evaluation_options, names_of
 from apex_build.cli.options import PATH, json_option, mtp_rows_option, plugin_option, rows_of, tools_option
 from apex_build.evaluation.pace import Estimate
 from apex_build.evaluation.pieces import piece_of
-from apex_build.evaluation.run import Inputs, check_settings
-from apex_build.evaluation.task import ToolOptions, read_prompts
-from apex_build.gguf_model.model import read_model
+from apex_build.evaluation.task import ToolOptions
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.memory import bytes_of
-from apex_build.native.toolset import find_toolset
 from apex_build.parameters import parse_settings
-from apex_build.places import model_stem
 from apex_build.plugins import Plugins, load_plugins
 from apex_build.printable import printable
 from apex_build.progress import Whole
 from apex_build.report import plot
+from apex_build.stages.evaluate import EvaluateOptions
+from apex_build.stages.given import workplace
+from apex_build.stages.sweep import SweepOptions, plan, reported
 from apex_build.sweep.knee import mb
-from apex_build.sweep.plan import Request, Sweep, plan_sweep
-from apex_build.sweep.report import Summary, check_scores, default_score, report_sweep, write_report
+from apex_build.sweep.plan import Sweep
+from apex_build.sweep.report import Summary, check_scores, default_score
 from apex_build.sweep.rows import RESULTS, Row, as_data, read_rows
 from apex_build.sweep.run import Outcome, planned_row, planned_works, run_sweep
 
@@ -119,35 +118,30 @@ def command(
     policy = plugins.policy(policy_name or _default_policy(plugins))
     swept = values_of_sweep(over)
     of_evaluators, of_policy = _divided(parse_settings(settings), policy, set(evaluators))
-    check_settings(of_evaluators, evaluators)
-    model = read_model(model_path, plugins.role_of)
-    request = Request(
-        model=model,
-        policy=policy,
-        parameters=of_policy,
+    place = workplace(tools_path, folders)
+    options = SweepOptions(
         over=swept,
+        policy=policy.name,
+        parameters=dict(of_policy),
         imatrix=imatrix,
-        folder=folder,
-        tools=find_toolset(tools_path),
-        evaluators=evaluators,
-        only=names_of(only),
-        inputs=Inputs(
-            reference=read_model(reference, plugins.role_of) if reference else None,
-            texts=texts_by_domain(texts),
-            prompts=read_prompts(prompts) if prompts else (),
-            data=data_files(data, evaluators),
-            settings=of_evaluators,
-            options=ToolOptions(gpu_layers, extra, bytes_of(memory)),
-            files=(*([prompts] if prompts else []), *plugins.files()),
-        ),
         imatrix_without_head=without,
         curves=None if curves is None else (curves == "with",),
         baseline=parse_settings(baseline.split(",")) if baseline else {},
-        threads=threads,
+        measured=EvaluateOptions(
+            reference=reference,
+            texts=texts,
+            prompts=prompts,
+            data=data_files(data),
+            only=tuple(names_of(only)),
+            settings=of_evaluators,
+            threads=threads,
+            tools=ToolOptions(gpu_layers, extra, bytes_of(memory)),
+        ),
         head_rows=rows_of(mtp_rows),
+        keep=keep,
     )
     with show.progress() as report:
-        sweep = plan_sweep(request, keep=keep, report=report)
+        sweep = plan(model_path, folder, options, place=replace(place, report=report))
     if dry_run:
         _dry_run(sweep, json_)
         return
@@ -155,20 +149,11 @@ def command(
         click.echo(f"warning: {plot.MISSING}", err=True)  # now, when it can still be installed before the hours of work
     outcomes = _run(sweep, scores, keep)
     rows = [outcome.row for outcome in outcomes]
-    by_head = sweep.head_only
-    chosen = scores or (default_score(rows),)
-    against = reference.name if reference else ""
-    counted = "positions" if all("text" in one.needs for one in sweep.evaluators) else ""
-    name = model_stem(model.path)
-    reports = [
-        report_sweep(rows, score, name, by_head=by_head, bound=bound, reference=against, counted=counted, about=_about(sweep))
-        for score in chosen
-    ]
-    written = write_report(folder, reports)
+    done = reported(sweep, rows, scores, bound)
     if json_:
-        show.as_json({"points": [as_data(row) for row in rows], "knees": [line for one in reports for line in one.knees]})
+        show.as_json({"points": [as_data(row) for row in rows], "knees": [line for one in done.reports for line in one.knees]})
     else:
-        _print(reports, written)
+        _print(done.reports, done.written)
     if failed := [error for outcome in outcomes for error in outcome.errors]:
         counted = "1 measurement" if len(failed) == 1 else f"{len(failed)} measurements"
         raise type(failed[0])(f"{counted} failed; the first: {failed[0].message}", hint=failed[0].hint)
@@ -239,20 +224,6 @@ def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
         show.note(_kept(sweep))
         raise
     return outcomes
-
-
-def _about(sweep: Sweep) -> str:
-    """For a chart: what the swept values do not say."""
-    trunk: dict[str, int] = {}
-    planned = next((point.plan for point in sweep.points if point.plan), None)
-    for entry in planned.entries if planned else ():
-        if not entry.draft_head and entry.type != "F32":
-            trunk[entry.type] = trunk.get(entry.type, 0) + entry.n_bytes
-    mostly = f"trunk {max(trunk, key=lambda name: trunk[name])}{' and others' if len(trunk) > 1 else ''}, " if trunk else ""
-    manifest = sweep.request.tools.manifest
-    pin = (manifest.get("pin") or {}).get("name", "llama.cpp")
-    of_head = mostly if sweep.head_only else ""
-    return f"{of_head}policy {sweep.request.policy.name}, tools {pin} {sweep.request.tools.identity[:8]}, apex {__version__}"
 
 
 def _kept(sweep: Sweep) -> str:

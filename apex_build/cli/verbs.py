@@ -22,6 +22,7 @@ VERBS = {
     "plugins": "plugins",
     "policies": "policies",
     "quantize": "quantize",
+    "show": "manifest",
     "source": "source",
     "sweep": "sweep",
 }

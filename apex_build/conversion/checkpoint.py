@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,11 @@ from apex_build.conversion.converter import HEAD_KEYS
 from apex_build.conversion.folders import refuse_other_kinds
 from apex_build.conversion.safetensors import TensorInfo, read_json, read_tensors
 from apex_build.errors import CheckpointInvalid
+from apex_build.storage.digests import sha256_file
 
 MAX_CONFIG = 16 << 20
+_READ = (".jinja", ".json", ".md", ".txt")  # what the converter reads beside tensors and tokenizers
+_SAMPLE = 4096
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "*.tiktoken", "tokenizer.tiktoken")
 
 
@@ -55,6 +59,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
     promised = ((key, count) for part in parts(config) for key in HEAD_KEYS if (count := _count(part, key)))
     head_key, head_layers = next(promised, (None, 0))
     return Checkpoint(path, architectures[0], layers, head_layers, head_key, quantization(config, tensors), config, tensors)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over the small files whole, and of each tensor over its entry and the first and last 4 KiB of its data.
+
+    As for a model (gguf_model/fingerprint.py): it guards against mixing things up, not against malice.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.path.iterdir()):
+        if path.is_file() and (path.suffix in _READ or any(path.match(name) for name in _TOKENIZERS)):
+            digest.update(f"{path.name}\n{sha256_file(path)}\n".encode())
+    for name, tensor in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].place)):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        start, end = tensor.place
+        with (checkpoint.path / tensor.file).open("rb") as file:
+            for at in (start, max(start, end - _SAMPLE)):
+                file.seek(at)
+                digest.update(file.read(min(_SAMPLE, end - start)))
+    return digest.hexdigest()
 
 
 def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from apex_build.conversion import driver
 from apex_build.conversion.account import Account, dropped, left_out, read_account
-from apex_build.conversion.checkpoint import Checkpoint, read_checkpoint
+from apex_build.conversion.checkpoint import Checkpoint, fingerprint, read_checkpoint
 from apex_build.conversion.converter import architectures, family, has_other_file, pre_tokenizers, quantizations
 from apex_build.conversion.environment import Python, choose, ensure, is_ready, versions
 from apex_build.conversion.heads import require_head
@@ -30,22 +29,10 @@ from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.near import near
 from apex_build.progress import Report, Step, silent
 from apex_build.source.tree import tree_identity
-from apex_build.storage.digests import sha256_file, sha256_json
-from apex_build.storage.json_files import write_json
-from apex_build.storage.outputs import (
-    LOG,
-    MANIFEST,
-    beside,
-    check_apart,
-    check_free,
-    check_place,
-    check_room,
-    locked,
-    new_part,
-    put,
-    tool_writing,
-    with_manifest_and_log,
-)
+from apex_build.storage.artifacts import Artifact, Replace, check_free, making
+from apex_build.storage.disk import check_room, tool_writing
+from apex_build.storage.manifest import CONVERTED, Json, Manifest, manifest_of
+from apex_build.storage.outputs import LOG, MANIFEST, beside, check_apart, check_place, with_manifest_and_log
 from apex_build.storage.scratch import scratch_folder
 
 OUTTYPES = ("auto", "f16", "bf16", "f32", "q8_0")
@@ -91,6 +78,49 @@ class Job:
     can_omit_head: bool = False
     threads: int | None = None
 
+    @property
+    def may_replace(self) -> Replace:
+        return "anything" if self.force else "nothing"
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    architecture: str
+    files: Mapping[str, int]  # name -> bytes
+
+
+@dataclass(frozen=True)
+class ConverterRecord:
+    source: str
+    packages: Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class ConvertedRecord:
+    """What the manifest says beyond its head. `left_out`: names of the checkpoint's tensors, by the reason."""
+
+    checkpoint: CheckpointRecord
+    converter: ConverterRecord
+    converted: str
+    head_layers: int
+    outtype: str
+    pre_tokenizer: str | None
+    left_out: Mapping[str, list[str]]
+    metadata: Mapping[str, Json]
+    tensors: int
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted model. `reused`: it was there, made from the same parts."""
+
+    path: Path
+    manifest: Manifest
+    head_layers: int
+    tensors: int
+    left_out: Mapping[str, list[str]] = field(hash=False)
+    reused: bool = False
+
 
 def prepare(
     folder: Path,
@@ -132,9 +162,13 @@ def prepare(
     n_bytes = int(checkpoint.n_elements * _BYTES.get(outtype, 2.0))
     check_place(out)
     check_apart(with_manifest_and_log(out), _files_of(checkpoint.path))
-    check_free(out, "converter", force=force)
-    check_room(out.parent, n_bytes, f"the model of {checkpoint.path.name}, about,")
-    return Job(
+    before = manifest_of(out, beside(out, MANIFEST))
+    again = not force and before is not None and before.kind == CONVERTED and before.is_of_size(out)  # perhaps of the same parts
+    what = f"the model of {checkpoint.path.name}, about,"
+    if not again:
+        check_free(Artifact(out, CONVERTED, {}), "anything" if force else "nothing")
+        check_room(out.parent, n_bytes, what)
+    job = Job(
         checkpoint,
         source,
         out.absolute(),
@@ -150,6 +184,9 @@ def prepare(
         code.can_omit_head,
         threads,
     )
+    if again and not (is_ready(job.python) and _artifact(job, job.python.executable).found()):
+        check_free(Artifact(out, CONVERTED, {}))
+    return job
 
 
 def account_for(job: Job, report: Report = silent) -> dict[str, list[str]] | None:
@@ -164,28 +201,54 @@ def account_for(job: Job, report: Report = silent) -> dict[str, list[str]] | Non
         return _left_out(job, found)
 
 
-def run(job: Job, report: Report = silent) -> dict[str, Any]:
-    """Convert to `job.out`, with a manifest (`out` + .json, also returned) and the converter's words (`out` + .log) beside it.
+def run(job: Job, report: Report = silent) -> Converted:
+    """Convert to `job.out`, with a manifest (`out` + .json) and the converter's words (`out` + .log) beside it.
 
     Raises ConversionFailed, ToolKilled, EnvironmentUnusable; then nothing but the log is left.
     """
     log = beside(job.out, LOG)
+    python = ensure(job.python, log, report)
+    artifact = _artifact(job, python)
     with (
-        locked(job.out),
+        making(
+            artifact, inputs=_files_of(job.checkpoint.path), reuse=not job.force, replace=job.may_replace, n_bytes=job.n_bytes
+        ) as draft,
         scratch_folder("convert") as scratch,
-        new_part(job.out) as part,
         unwinding_signals(),
     ):
-        check_free(job.out, "converter", force=job.force)  # once more: nobody else writes it from here on
-        python = ensure(job.python, log, report)
-        with tool_writing(part, job.out, int(job.n_bytes * 0.9)):  # n_bytes is about right
-            account = _convert(job, python, part, scratch, log, report)
-        header = _verify(job, part, account)
+        if draft.found:
+            return _converted(job.out, draft.found, reused=True)
+        with tool_writing(draft.part, job.out, int(job.n_bytes * 0.9)):  # n_bytes is about right
+            account = _convert(job, python, draft.part, scratch, log, report)
+        header = _verify(job, draft.part, account)
         report(Step("hashing", 0))
-        manifest = _manifest(job, python, header, sha256_file(part), _left_out(job, account))
-        write_json(beside(job.out, MANIFEST), manifest)  # first: a file in place without it would not be known again
-        put(part, job.out)
-    return manifest
+        made = draft.done(_record(job, python, header, _left_out(job, account)))
+    return _converted(job.out, made, reused=False)
+
+
+def _artifact(job: Job, python: Path) -> Artifact:
+    """What goes into the model: checkpoint, converter, the packages that it reads tokenizers and tensors with, its orders."""
+    parts: dict[str, Json] = {
+        "checkpoint": fingerprint(job.checkpoint),
+        "source": tree_identity(job.source),
+        "packages": _packages(python),
+        "outtype": job.outtype,
+        "pre_tokenizer": job.pre_tokenizer,
+        "head": job.head,
+        "drop": sorted(job.drop),
+        "metadata": {one.key: one.value for one in job.metadata},
+    }
+    return Artifact(job.out, CONVERTED, parts)
+
+
+def _packages(python: Path) -> dict[str, str | None]:
+    have = versions(python)
+    return {name: have.get(name) for name in ("torch", "transformers", "numpy")}
+
+
+def _converted(out: Path, manifest: Manifest, *, reused: bool) -> Converted:
+    said = manifest.details
+    return Converted(out, manifest, int(said["head_layers"]), int(said["tensors"]), dict(said["left_out"]), reused)
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
@@ -312,28 +375,18 @@ def _verify(job: Job, part: Path, account: Account) -> Header:
     return header
 
 
-def _manifest(job: Job, python: Path, header: Header, sha256: str, left: dict[str, list[str]]) -> dict[str, Any]:
+def _record(job: Job, python: Path, header: Header, left: dict[str, list[str]]) -> ConvertedRecord:
     checkpoint = job.checkpoint
-    have = versions(python)
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    return {
-        "checkpoint": {
-            "architecture": checkpoint.architecture,
-            "config_sha256": sha256_json(dict(checkpoint.config)),
-            "files": {name: (checkpoint.path / name).stat().st_size for name in files},
-            "tensors_sha256": sha256_json({name: [info.dtype, *info.shape] for name, info in sorted(checkpoint.tensors.items())}),
-        },
-        "converter": {
-            "source": tree_identity(job.source),
-            "packages": {name: have.get(name) for name in ("torch", "transformers", "numpy")},
-        },
-        "converted": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "head_layers": header.metadata.get(f"{header.metadata.get('general.architecture')}.nextn_predict_layers", 0),
-        "outtype": job.outtype,
-        "pre_tokenizer": job.pre_tokenizer or header.metadata.get("tokenizer.ggml.pre"),
-        "left_out": left,
-        "metadata": {one.key: one.value for one in job.metadata},
-        "sha256": sha256,
-        "size": header.file_size,
-        "tensors": len(header.tensors),
-    }
+    architecture = header.metadata.get("general.architecture")
+    return ConvertedRecord(
+        checkpoint=CheckpointRecord(checkpoint.architecture, {name: (checkpoint.path / name).stat().st_size for name in files}),
+        converter=ConverterRecord(tree_identity(job.source), _packages(python)),
+        converted=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        head_layers=header.metadata.get(f"{architecture}.nextn_predict_layers", 0),
+        outtype=job.outtype,
+        pre_tokenizer=job.pre_tokenizer or header.metadata.get("tokenizer.ggml.pre"),
+        left_out=left,
+        metadata={one.key: one.value for one in job.metadata},
+        tensors=len(header.tensors),
+    )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from apex_build.errors import EnvironmentUnusable, ToolFailed, ToolKilled, ToolT
 from apex_build.fetching.pip_config import open_session, read_pip_config
 from apex_build.native.run import run_tool
 from apex_build.progress import Report, Step
+from apex_build.storage.artifacts import Artifact, making_folder
 from apex_build.storage.digests import sha256_json
-from apex_build.storage.folders import locked
-from apex_build.storage.json_files import write_json
-from apex_build.storage.outputs import check_room, writing
+from apex_build.storage.disk import check_room
+from apex_build.storage.manifest import ENVIRONMENT, Parts
 
 VARIABLE = "APEX_CONVERT_PYTHON"
 _COMPLETE = "apex-complete.json"
@@ -91,6 +91,14 @@ def choose(python: Path | None) -> Python:
     return Python(_folder(wanted) / "bin" / "python", "its own environment", made=True)
 
 
+@dataclass(frozen=True)
+class EnvironmentRecord:
+    """What its manifest says beyond the head."""
+
+    requirements: tuple[str, ...]
+    seconds: float
+
+
 def is_ready(python: Python) -> bool:
     """Whether the interpreter exists: our own environment may not have been made yet."""
     return not python.made or (python.executable.parent.parent / _COMPLETE).is_file()
@@ -101,14 +109,18 @@ def ensure(python: Python, log: Path, report: Report) -> Path:
     folder = python.executable.parent.parent
     if is_ready(python):
         return python.executable
-    with locked(folder, report), writing(folder):
-        if not (folder / _COMPLETE).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            _make(folder, requirements(), log, report)
+    wanted, began = requirements(), time.monotonic()
+    artifact = Artifact(folder, ENVIRONMENT, _parts(wanted), folder / _COMPLETE)
+    # at its place: the scripts of an environment name the folder that it was made in
+    with making_folder(artifact, intact=lambda _: is_ready(python), movable=False, report=report) as draft:
+        if not draft.found:
+            arguments = _make(folder, wanted, log, report)
+            draft.done(EnvironmentRecord(tuple(arguments), round(time.monotonic() - began, 1)))
     return python.executable
 
 
-def versions(python: Path) -> dict[str, str]:
+@functools.lru_cache(maxsize=8)
+def versions(python: Path) -> Mapping[str, str]:
     """Installed distributions of an interpreter, by canonical name. Raises EnvironmentUnusable."""
     try:
         said = run_tool([python, "-c", _ASK], timeout=120)
@@ -125,13 +137,19 @@ def _lacking(python: Path, wanted: Sequence[Requirement]) -> list[Requirement]:
 
 
 def _folder(wanted: Sequence[Requirement]) -> Path:
-    key = sha256_json(
-        {"python": sys.version, "executable": str(Path(sys.executable).resolve()), "requirements": [str(item) for item in wanted]}
-    )
-    return places.cache_root() / "envs" / f"convert-{key[:16]}"
+    return places.cache_root() / "envs" / f"convert-{sha256_json(_parts(wanted))[:16]}"
 
 
-def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report) -> None:
+def _parts(wanted: Sequence[Requirement]) -> Parts:
+    return {
+        "python": sys.version,
+        "executable": str(Path(sys.executable).resolve()),
+        "requirements": [str(item) for item in wanted],
+    }
+
+
+def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report) -> list[str]:
+    """Returns what pip was given."""
     task = "preparing the converter's environment (once)"
     report(Step(task, 0))
     arguments = [str(item) if item.name != "torch" else _torch(item, report) for item in wanted]
@@ -139,7 +157,6 @@ def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report
     if torch := next((argument for argument in arguments if argument.startswith("torch")), ""):
         size = _SIZE if "+cpu" in torch else _SIZE_WITH_CUDA
         check_room(folder.parent, size, "the converter's Python", spare=0, hint="APEX_CACHE_DIR=FOLDER names another cache")
-    began = time.monotonic()
     count = 0
 
     def progress(line: str) -> None:
@@ -154,16 +171,12 @@ def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report
         run_tool([sys.executable, "-m", "venv", folder], log=log, env=aside)
         run_tool([python, "-m", "pip", "install", "--no-input", *arguments], log=log, on_line=progress, env=aside)
     except (ToolFailed, ToolKilled) as error:
-        shutil.rmtree(folder, ignore_errors=True)
         hint = "apt-get install python3-venv, or" if "ensurepip" in error.message else ""
         raise EnvironmentUnusable(
             f"the converter's environment could not be made: {error.message}",
             hint=f"{hint} name a Python that has torch and transformers: apex convert --python PATH".strip(),
         ) from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    write_json(folder / _COMPLETE, {"requirements": arguments, "seconds": round(time.monotonic() - began, 1)})
+    return arguments
 
 
 def _torch(wanted: Requirement, report: Report) -> str:

@@ -31,7 +31,8 @@ from apex_build.parameters import Value, values_of
 from apex_build.places import cache_root, in_use
 from apex_build.progress import Report, silent
 from apex_build.storage.digests import sha256_file, sha256_json
-from apex_build.storage.outputs import check_apart, check_place, check_room, locked, whole_file
+from apex_build.storage.disk import check_room
+from apex_build.storage.outputs import check_apart, check_place, locked_output, whole_file
 from apex_build.system import cpus
 
 _ELSEWHERE = "give another file with --results"
@@ -273,7 +274,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
     """One line more, whole or not at all, whatever ends us. Runs may share the file: each adds to what is there then."""
     path = path.resolve()  # the file that a link leads to
     line = json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n"
-    with locked(path, wait=True), whole_file(path) as part:
+    with locked_output(path, wait=True), whole_file(path) as part:
         part.write_bytes(_records(path)[1] + line)
 
 

@@ -13,8 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 from apex_build.errors import CalibrationSetInvalid, ParameterUnknown
 from apex_build.evaluation.pace import tokens_of
 from apex_build.gguf_model.catalogue import Model
@@ -27,11 +25,13 @@ from apex_build.native.run import ToolRun, run_tool
 from apex_build.native.server import Server, serve
 from apex_build.native.toolset import Toolset
 from apex_build.parameters import Value
-from apex_build.places import cache_root, lock_path
+from apex_build.places import cache_folder
 from apex_build.progress import Report, Step, silent
+from apex_build.storage.artifacts import Artifact, making
 from apex_build.storage.digests import sha256_file, sha256_json
-from apex_build.storage.json_files import write_json
-from apex_build.storage.outputs import check_room, whole_file
+from apex_build.storage.disk import check_room
+from apex_build.storage.locks import lock_file, locked_in_thread
+from apex_build.storage.manifest import KEPT
 
 __all__ = ["Prompt", "Server", "Step", "Task", "read_prompts"]  # what a plugin may rely on
 
@@ -39,6 +39,13 @@ _ALIKE = ("llama-perplexity", "llama-server")  # these take the same arguments
 _OWN = "llama-bench"  # some of this one's are others
 _READY = 600.0  # seconds that a server may take to load a model, beside those of
 _SLOW_DISK = 50e6  # bytes a second
+
+
+@dataclass(frozen=True)
+class KeptRecord:
+    """What the manifest of a kept file says beyond its head."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class Task:
 
         `make` writes it to the path it is given; nothing that it left half-written is ever found. `about` holds JSON values.
         """
-        parts = {
+        parts: dict[str, Any] = {
             **about,
             "model": fingerprint(of or self.model),
             "tools": self.tools.identity,
@@ -173,17 +180,18 @@ class Task:
         }
         if self.code:  # not a built-in evaluator: another version of it may write another file, and others may use the same name
             parts |= {"evaluator": self.evaluator, "code": self.code}
-        path = cache_root() / "evaluation" / sha256_json(parts)[:32] / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone(FileLock(lock_path(path)), f"for another evaluation that makes {name}"):
-            if not path.is_file():
-                for left in path.parent.glob(f".{glob.escape(name)}.*"):  # by a run that was killed: it may be of many GB
-                    left.unlink(missing_ok=True)
-                write_json(path.with_name("made-from.json"), parts)
-                with whole_file(path) as part:
-                    make(part)
-            else:
+        path = cache_folder("evaluation", sha256_json(parts)[:32]) / name
+        artifact = Artifact(path, KEPT, parts, path.with_name("made-from.json"))
+        wait = f"another evaluation that makes {name}"
+        with making(artifact, replace="anything", intact=lambda one: one.is_of_size(path), wait=wait, report=self.report) as draft:
+            if draft.found:
                 os.utime(path)  # `apex cache prune` goes by the last use
+                return path
+            for left in path.parent.glob(f".{glob.escape(name)}.*"):  # what a killed run's tool wrote beside: it may be of many GB
+                if left not in (draft.part, lock_file(path)):
+                    left.unlink(missing_ok=True)
+            make(draft.part)
+            draft.done(KeptRecord(name))
         return path
 
     def tokens_of_text(self, domain: str) -> float:
@@ -218,23 +226,10 @@ class Task:
         if self.threads is not None:
             yield
             return
-        # a singleton, so that an evaluator can run a tool while its server is up
-        lock = FileLock(lock_path(cache_root() / "evaluation" / f"machine-{_this_machine()}"), is_singleton=True)
-        with self._alone(lock, "for another evaluation on this machine (--threads N: do not wait)"):
+        what = "another evaluation on this machine (--threads N: do not wait)"
+        # again in this process: an evaluator may run a tool while a server of its own is up
+        with locked_in_thread(cache_folder("evaluation") / f"machine-{_this_machine()}", what=what, report=self.report):
             yield
-
-    @contextmanager
-    def _alone(self, lock: BaseFileLock, what: str) -> Iterator[None]:
-        """With the lock; reports when it has to wait."""
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            self.report(Step(f"waiting {what}", 0))
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:

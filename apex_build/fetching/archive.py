@@ -18,7 +18,7 @@ import zstandard
 
 from apex_build.errors import ApexError, ArchiveUnsafe, DownloadFailed, HashMismatch
 from apex_build.places import cache_root
-from apex_build.storage.outputs import writing
+from apex_build.storage.disk import writing
 
 MAX_FILE = 64 << 20  # bytes of one member; the largest file of the pinned trees that is kept has 4 MB
 MAX_MEMBERS = 100_000

@@ -22,7 +22,8 @@ from apex_build.fetching.pip_config import PipConfig, open_session, read_pip_con
 from apex_build.places import cache_root
 from apex_build.progress import Report, Step, silent
 from apex_build.storage.digests import sha256_file
-from apex_build.storage.outputs import whole_file, writing
+from apex_build.storage.disk import writing
+from apex_build.storage.outputs import whole_file
 
 _NETWORK = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
 # As pip does: a server that would compress the file once more on the way must not, what is hashed is the file itself.

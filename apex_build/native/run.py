@@ -27,7 +27,7 @@ from apex_build.native.memory import memory_guard
 from apex_build.native.surroundings import bound, environment, is_tool
 from apex_build.places import BUILD_HINT
 from apex_build.printable import printable
-from apex_build.storage.outputs import writing
+from apex_build.storage.disk import writing
 from apex_build.storage.scratch import scratch_folder
 from apex_build.system import require_linux
 

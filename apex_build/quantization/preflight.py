@@ -18,7 +18,9 @@ from apex_build.native.ggml import Ggml
 from apex_build.places import model_stem
 from apex_build.policy.plan import Entry, Plan
 from apex_build.policy.remarks import remarks
-from apex_build.storage.outputs import check_apart, check_free, check_place, check_room, with_manifest_and_log
+from apex_build.storage.artifacts import Artifact, Replace, check_free
+from apex_build.storage.disk import check_room
+from apex_build.storage.outputs import check_apart, check_place, with_manifest_and_log
 
 # llama-quantize makes no use of calibration data for these (src/llama-quant.cpp: ggml_quantize_chunk passes it on, they ignore it)
 _DATA_UNUSED = frozenset({"F32", "F16", "BF16", "Q8_0"})
@@ -178,10 +180,11 @@ def _quoted(path: Path) -> str:
 
 
 def check_output(
-    out: Path, inputs: Iterable[Path], n_bytes: int, *, force: bool = False, replace: bool = False, before: int = 0
+    artifact: Artifact, inputs: Iterable[Path], n_bytes: int, *, replace: Replace = "nothing", before: int = 0
 ) -> None:
-    """Raises OutputUnwritable and DiskTooSmall. `before`: bytes that are to be written there earlier; the rest: `check_free`."""
+    """Raises OutputUnwritable and DiskTooSmall. `before`: bytes that are to be written there earlier."""
+    out = artifact.out
     check_place(out)
     check_apart(with_manifest_and_log(out), inputs)
-    check_free(out, "policy", force=force, replace=replace)
+    check_free(artifact, replace)
     check_room(out.parent, n_bytes, out.name, before=before)

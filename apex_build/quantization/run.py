@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from apex_build.errors import ModelInvalid, ModelMissing
 from apex_build.gguf_model.catalogue import Model
@@ -25,7 +24,7 @@ from apex_build.native.tensor_data import codec
 from apex_build.native.toolset import Toolset
 from apex_build.parameters import Value
 from apex_build.policy.lists import TypeList
-from apex_build.policy.plan import Plan, make_plan
+from apex_build.policy.plan import Entry, Plan, make_plan
 from apex_build.policy.render import template_files
 from apex_build.policy.size import file_size, imatrix_keys
 from apex_build.progress import Report, Step, silent
@@ -35,11 +34,12 @@ from apex_build.quantization.load_check import check_input, check_loads
 from apex_build.quantization.naming import file_name
 from apex_build.quantization.preflight import Allowed, check_output, check_plan, check_policy
 from apex_build.quantization.provenance import Value as Keyed
-from apex_build.quantization.provenance import description, identity, override, provenance
+from apex_build.quantization.provenance import description, override, provenance
 from apex_build.quantization.verify import verify
-from apex_build.storage.digests import sha256_file
-from apex_build.storage.json_files import read_json, write_json
-from apex_build.storage.outputs import LOG, MANIFEST, beside, check_apart, check_place, locked, new_part, put, tool_writing
+from apex_build.storage.artifacts import Artifact, Replace, making
+from apex_build.storage.disk import tool_writing
+from apex_build.storage.manifest import QUANTIZED
+from apex_build.storage.outputs import LOG, beside, check_apart, check_place
 from apex_build.storage.scratch import scratch_folder
 
 
@@ -62,6 +62,11 @@ class Job:
     memory: int | None = None  # bytes that llama-quantize may take; None: by the model's size
 
     @property
+    def artifact(self) -> Artifact:
+        """The file is made of what its metadata names, and of nothing else."""
+        return Artifact(self.out, QUANTIZED, self.keys)
+
+    @property
     def inputs(self) -> Iterator[Path]:
         yield from self.model.files
         if self.imatrix:
@@ -77,6 +82,21 @@ class Job:
         if self.imatrix is None or not self.derived:
             return self.imatrix
         return self.out.absolute().parent / f"{self.imatrix.stem}.examined.gguf"
+
+
+@dataclass(frozen=True)
+class QuantizedRecord:
+    """What the manifest says beyond its head. `input` and the imatrices are names of files."""
+
+    policy: str
+    parameters: Mapping[str, Value]
+    base_type: str
+    rules: tuple[str, ...]
+    tensors: tuple[Entry, ...]
+    warnings: tuple[str, ...]
+    input: str
+    imatrix: str | None
+    examined_imatrix: str | None
 
 
 @dataclass(frozen=True)
@@ -154,13 +174,14 @@ def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -
     return wanted if threads is None else [*wanted, str(threads)]
 
 
-def check_outputs(jobs: Sequence[Job], *, force: bool = False) -> None:
+def check_outputs(jobs: Sequence[Job], *, force: bool = False, replace: bool = False) -> None:
     """Refuse what `run` would refuse of the last one before the first is written. Raises OutputUnwritable, DiskTooSmall."""
     taken: dict[Path, int] = {}
+    may = _may_replace(force, replace)
     for job in jobs:
         if force or not _recorded(job):
             before = taken.get(job.out.parent, 0)
-            check_output(job.out, job.inputs, job.n_bytes, force=force, before=before)
+            check_output(job.artifact, job.inputs, job.n_bytes, replace=may, before=before)
             _check_copy(job)
             taken[job.out.parent] = before + job.n_bytes
 
@@ -184,15 +205,14 @@ def run(
     out = job.out
     sizes = {tensor.name: tensor.n_bytes for tensor in job.model.tensors}
     progress = _Progress(sizes, report, f"quantizing {out.name}")
-    check_place(out)  # the lock is there too
+    may = _may_replace(force, replace)
     with (
-        locked(out),
+        making(job.artifact, inputs=job.inputs, reuse=not force, replace=may, n_bytes=job.n_bytes) as draft,
         scratch_folder("quantize") as scratch,
         unwinding_signals(),  # also while the file is verified
     ):
-        if not force and _recorded(job) and read_json(beside(out, MANIFEST))["sha256"] == sha256_file(out):
+        if draft.found:
             return Quantized(out, job.plan, job.n_bytes, 0.0, job.warnings, True)
-        check_output(out, job.inputs, job.n_bytes, force=force, replace=replace)
         if load_check:
             check_input(job.model, job.tools)
         data = _examined(job)
@@ -201,23 +221,20 @@ def run(
         if job.data_path is not None:
             (folder / job.data_path.name).symlink_to(job.data_path.absolute())
         rules.write_text(job.plan.rules, encoding="utf-8")
-        with new_part(out) as part:
-            with tool_writing(part, out, job.n_bytes):
-                ran = run_tool(
-                    arguments(job, rules, part, threads=threads),
-                    cwd=folder,
-                    log=beside(out, LOG),
-                    on_line=progress.line,
-                    explain=output.explain,
-                    memory=job.memory or memory_limit(sum(sizes.values())),
-                )
-            progress.end()
-            verify(part, job.plan, job.keys, job.n_bytes, job.tools, source=job.model, imatrix=data, report=report)
-            if load_check and trunk_blocks(job.model):
-                check_loads(part, job.tools, f"{out} as llama-quantize wrote it")
-            # The manifest first: hashing takes minutes, and a file in place without its manifest would not be known again.
-            write_json(beside(out, MANIFEST), _manifest(job, sha256_file(part)))
-            put(part, out)
+        with tool_writing(draft.part, out, job.n_bytes):
+            ran = run_tool(
+                arguments(job, rules, draft.part, threads=threads),
+                cwd=folder,
+                log=beside(out, LOG),
+                on_line=progress.line,
+                explain=output.explain,
+                memory=job.memory or memory_limit(sum(sizes.values())),
+            )
+        progress.end()
+        verify(draft.part, job.plan, job.keys, job.n_bytes, job.tools, source=job.model, imatrix=data, report=report)
+        if load_check and trunk_blocks(job.model):
+            check_loads(draft.part, job.tools, f"{out} as llama-quantize wrote it")
+        draft.done(_record(job))
     return Quantized(out, job.plan, job.n_bytes, ran.seconds, job.warnings, False)
 
 
@@ -261,22 +278,28 @@ class _Progress:
             self.report(Step(self.task, self.done / 1e6, sum(self.sizes.values()) / 1e6, "MB"))
 
 
+def _may_replace(force: bool, replace: bool) -> Replace:
+    return "anything" if force else "own" if replace else "nothing"
+
+
 def _recorded(job: Job) -> bool:
     """Whether the output is there with its size, and its manifest says that it was made from the same parts."""
     try:
-        manifest = read_json(beside(job.out, MANIFEST))
-        same = manifest["identity"] == identity(job.keys) and isinstance(manifest["sha256"], str)
-        return same and read_header(job.out).file_size == job.n_bytes
-    except (OSError, ValueError, KeyError, TypeError, ModelMissing, ModelInvalid):
+        return job.artifact.found() is not None and read_header(job.out).file_size == job.n_bytes
+    except (ModelMissing, ModelInvalid):
         return False
 
 
-def _manifest(job: Job, sha256: str) -> dict[str, Any]:
+def _record(job: Job) -> QuantizedRecord:
     plan = job.plan
-    return {
-        "identity": identity(job.keys), "sha256": sha256, "bytes": job.n_bytes, "provenance": job.keys,
-        "policy": plan.policy, "parameters": dict(plan.parameters), "base_type": plan.base_type, "rules": plan.rules.splitlines(),
-        "tensors": [asdict(entry) for entry in plan.entries], "warnings": list(job.warnings),
-        "input": job.model.path.name, "imatrix": job.imatrix.name if job.imatrix else None,
-        "examined_imatrix": job.data_path.name if job.data_path and job.derived else None,
-    }  # fmt: skip
+    return QuantizedRecord(
+        policy=plan.policy,
+        parameters=dict(plan.parameters),
+        base_type=plan.base_type,
+        rules=tuple(plan.rules.splitlines()),
+        tensors=plan.entries,
+        warnings=job.warnings,
+        input=job.model.path.name,
+        imatrix=job.imatrix.name if job.imatrix else None,
+        examined_imatrix=job.data_path.name if job.data_path and job.derived else None,
+    )

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,30 @@ from apex_build.gguf_model.header import ArrayValue, Header, read_header
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, Step, silent
+from apex_build.storage.artifacts import Artifact
 from apex_build.storage.digests import sha256_file
-from apex_build.storage.json_files import read_json, write_json
-from apex_build.storage.outputs import MANIFEST, beside, locked, put
+from apex_build.storage.json_files import write_json
+from apex_build.storage.manifest import Manifest, details_of, read_manifest
+from apex_build.storage.outputs import MANIFEST, beside, locked_output, put
 
 _SIZE = re.compile(r"([1-9]\d{0,5})([MG])")
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _BLOCK = 64 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """What the manifest of a file that was split says beyond that of the whole."""
+
+    split_size: str
+    shards: tuple[Shard, ...]
 
 
 def parse_size(text: str) -> int:
@@ -39,27 +57,37 @@ def shards_of(out: Path) -> list[Path]:
     return sorted(path for path in out.parent.glob("*.gguf") if pattern.fullmatch(path.name))
 
 
-def recorded_shards(out: Path, identity: str, size: str) -> tuple[Path, ...] | None:
+def recorded_shards(artifact: Artifact, size: str) -> tuple[Path, ...] | None:
     """The shards of an earlier run, if the manifest says that they are of the same parts and size and they are all there."""
-    try:
-        manifest = read_json(beside(out, MANIFEST))
-        if manifest["identity"] != identity or manifest["split_size"] != size.upper():
-            return None
-        shards = [(out.with_name(one["name"]), one["sha256"]) for one in manifest["shards"]]
-        same = all(sha256_file(path) == sha256 for path, sha256 in shards)
-    except (OSError, ValueError, KeyError, TypeError):
+    found = read_manifest(artifact.manifest_path)
+    if found is None or found.identity != artifact.identity or found.details.get("split_size") != size.upper():
         return None
-    return tuple(path for path, _ in shards) if same else None
+    shards = _named(found, artifact.out)
+    try:
+        same = bool(shards) and all(sha256_file(path) == sha256 for path, sha256 in shards.items())
+    except OSError:
+        return None
+    return tuple(shards) if same else None
 
 
-def split(out: Path, size: str, tools: Toolset, *, force: bool = False, report: Report = silent) -> tuple[Path, ...]:
-    """Replace the finished file `out` by its shards; the manifest beside it names them. One that is small enough stays whole.
+def check_shards_free(out: Path) -> None:
+    """Raises OutputUnwritable where there are shards of this name that the manifest beside does not name."""
+    found = read_manifest(beside(out, MANIFEST))
+    ours = _named(found, out) if found else {}
+    if odd := [path for path in shards_of(out) if path not in ours]:
+        raise OutputUnwritable(f"{odd[0]} exists and was made from something else", hint="another name, or --force to replace it")
 
-    Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed; then `out` is as it was.
+
+def split(artifact: Artifact, size: str, tools: Toolset, *, force: bool = False, report: Report = silent) -> tuple[Path, ...]:
+    """Replace the finished file by its shards; the manifest beside it names them. One that is small enough stays whole.
+
+    The manifest names them before the first is there: a run that is cut short is taken up by the next, from the whole file, which
+    goes last. Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed; then the file is as it was.
     """
+    out = artifact.out
     if out.stat().st_size <= parse_size(size):
         return (out,)
-    with locked(out), unwinding_signals(), _folder_beside(out) as folder:
+    with locked_output(out), unwinding_signals(), _folder_beside(out) as folder:
         report(Step(f"splitting {out.name}", 0))
         command: list[str | Path] = [tools.tool("llama-gguf-split"), "--split", "--split-max-size", size.upper()]
         command += [out.absolute(), folder / out.stem]
@@ -67,24 +95,35 @@ def split(out: Path, size: str, tools: Toolset, *, force: bool = False, report: 
         made = sorted(folder.glob("*.gguf"))
         _verify(out, made, report)
         places = [out.with_name(path.name) for path in made]
-        if not force and (there := shards_of(out)):
-            raise OutputUnwritable(f"{there[0]} exists", hint="another name, or --force to replace it")
-        shards = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in made]
-        manifest: dict[str, Any] = {**read_json(beside(out, MANIFEST)), "split_size": size.upper(), "shards": shards}
-        placed: list[Path] = []
+        if not force:
+            check_shards_free(out)
+        there = set(shards_of(out))
+        whole = artifact.found()
+        if whole is None:
+            raise OutputUnwritable(f"{out} was replaced while it was being split")
+        shards = SplitRecord(size.upper(), tuple(Shard(path.name, path.stat().st_size, sha256_file(path)) for path in made))
+        write_json(artifact.manifest_path, replace(whole, details={**whole.details, **details_of(shards)}).json())
         try:
             for path, place in reversed(list(zip(made, places, strict=True))):  # the first last: nothing loads the others without
                 put(path, place)
-                placed.append(place)
-            write_json(beside(out, MANIFEST), manifest)
         except BaseException:
-            for place in placed:
+            for place in set(places) - there:
                 place.unlink(missing_ok=True)
+            write_json(artifact.manifest_path, whole.json())
             raise
-        for old in set(shards_of(out)) - set(places):  # with --force: of another count
+        for old in there - set(places):  # of another count
             old.unlink()
         out.unlink()
     return tuple(places)
+
+
+def _named(manifest: Manifest, out: Path) -> dict[Path, str]:
+    """The shards that a manifest names, with their sha256."""
+    shards = manifest.details.get("shards")
+    try:
+        return {out.with_name(one["name"]): str(one["sha256"]) for one in shards or ()}
+    except (TypeError, KeyError, ValueError):
+        return {}
 
 
 @contextmanager

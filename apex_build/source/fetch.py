@@ -25,8 +25,9 @@ from apex_build.source.tree import (
     verify_clean,
 )
 from apex_build.source.upstream import upstream_files
-from apex_build.storage.folders import locked, mend, new_folder, put_in_place
-from apex_build.storage.outputs import writing
+from apex_build.storage.disk import writing
+from apex_build.storage.folders import new_folder, put_in_place, remove_left_over
+from apex_build.storage.locks import locked
 
 Origin = Literal["pypi", "git", "archive"]
 
@@ -64,8 +65,8 @@ def fetch(
     it would be lost (TreeEdited names what would). Raises also DownloadFailed, HashMismatch, ArchiveUnsafe, PatchConflict.
     """
     path = tree_path(pin)
-    with locked(path, report):
-        mend(path)
+    with locked(path, wait=True, report=report):
+        remove_left_over(path)
         found = status(pin)
         if found.present and not force and not found.outdated:
             return Fetched(path, False, apply_to(pin, path) if patches else ())
@@ -85,8 +86,8 @@ def ensure_source(pin: Pin, report: Report = silent) -> Path:
     apart.
     """
     path = tree_path(pin)
-    with locked(path, report):
-        mend(path)
+    with locked(path, wait=True, report=report):
+        remove_left_over(path)
     found = status(pin)
     if not found.present:
         return fetch(pin, report=report).path

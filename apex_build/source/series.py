@@ -20,8 +20,8 @@ from apex_build.source.git import git
 from apex_build.source.patch import ApplyFailed, Patch, commit_patches, format_patches, merges_between, read_patch
 from apex_build.source.pins import Pin
 from apex_build.source.tree import edits, fetch_command, refuse_under_way, require_tree, some
-from apex_build.storage import outputs
-from apex_build.storage.folders import locked, new_folder, put_in_place
+from apex_build.storage.folders import new_folder, put_in_place
+from apex_build.storage.locks import locked
 
 State = Literal["applied", "changed", "missing", "conflict"]
 _PATCH_NAME = re.compile(r"[0-9]{4}-[^/\\\s]+\.patch")
@@ -119,7 +119,7 @@ def apply_series(pin: Pin, report: Report = silent) -> tuple[str, ...]:
     Raises PatchConflict naming the patch, the file and the hunk, with the tree as it was; TreeEdited rather than touch a file with
     uncommitted edits or leave out a commit that the series does not hold. Unsaved commits stay; missing patches are applied on top.
     """
-    with locked(require_tree(pin), report):
+    with locked(require_tree(pin), wait=True, report=report):
         return apply_to(pin, require_tree(pin))
 
 
@@ -175,7 +175,7 @@ def save_series(pin: Pin, report: Report = silent, *, force: bool = False) -> Sa
     the middle of something, and when it would drop a patch that this tree never had, or (unless `force`) overwrite another version.
     """
     path = require_tree(pin)
-    with locked(path, report):
+    with locked(path, wait=True, report=report):
         return save_from(pin, path, force=force)
 
 
@@ -269,7 +269,7 @@ def _write(pin: Pin, patches: Sequence[Patch]) -> Saved:
     removed = tuple(name for name in old if name not in new and name in listed)
     listing = (head[0] if head else "") + "".join(f"{name}\n" for name in new)
     if written or removed or listing != text:
-        with outputs.locked(final), new_folder(final) as part:
+        with locked(final), new_folder(final) as part:
             part.mkdir(parents=True)
             for file in final.iterdir() if final.is_dir() else ():
                 if file.is_dir() and not file.is_symlink():

@@ -1,40 +1,23 @@
-"""Folders that appear whole or not at all, one writer at a time."""
+"""Folders that appear whole or not at all. Call these with the folder's lock held (see locks.py)."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from apex_build.storage.disk import sync, sync_folder, writing
 
-from apex_build.progress import Report, Step, silent
-from apex_build.storage.outputs import sync, sync_folder, writing
-
-
-@contextmanager
-def locked(folder: Path, report: Report = silent) -> Iterator[None]:
-    """Hold the lock of `folder`: a file in `.locks/` beside it, since the folder may be replaced. Waits for another holder."""
-    with writing(folder.parent):
-        locks = folder.parent / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / f"{folder.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            report(Step(f"waiting for another apex that works on {folder.name}", 0))
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A path beside `final` to build a folder at; whatever is there when the block ends is removed. Call with the lock held."""
-    mend(final)
+    """A path beside `final` to build a folder at; whatever is there when the block ends is removed."""
+    remove_left_over(final)
     part = _part(final)
     try:
         with writing(final.parent):
@@ -44,29 +27,44 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def put_in_place(part: Path, final: Path) -> None:
-    """Rename `part` to `final`, on the disk before and after; what was there is kept until that has worked, then removed."""
+    """Rename `part` to `final`, on the disk before and after. A folder that was there changes places with it in one step.
+
+    Where the file system cannot do that (some network file systems), it is kept beside until the new one is in place: see
+    `remove_left_over`.
+    """
     sync_folder(part)
-    old = _old(final)
-    if final.exists():
-        final.rename(old)
-    try:
+    if not final.exists():
         part.rename(final)
-    except BaseException:
-        if old.exists():
+    elif not _exchange(part, final):
+        old = _old(final)
+        final.rename(old)
+        try:
+            part.rename(final)
+        except BaseException:
             old.rename(final)
-        raise
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # the one that was there
 
 
-def mend(final: Path) -> None:
-    """Undo what a killed run left: its half-made folder, and a replacement that stopped between its two renames."""
+def remove_left_over(final: Path) -> None:
+    """Undo what a killed run left: its half-made folder, and a replacement that stopped between two renames."""
     shutil.rmtree(_part(final), ignore_errors=True)
     if _old(final).exists():
         if final.exists():
             shutil.rmtree(_old(final), ignore_errors=True)
         else:
             _old(final).rename(final)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Let two paths change places, as one step. False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):  # a C library without it
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(two), _EXCHANGE) == 0)
 
 
 def _part(final: Path) -> Path:

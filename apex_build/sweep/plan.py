@@ -22,8 +22,9 @@ from apex_build.quantization.preflight import Allowed, check_policy
 from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, prepare
 from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.disk import check_room
 from apex_build.storage.json_files import read_json
-from apex_build.storage.outputs import check_apart, check_place, check_room
+from apex_build.storage.outputs import check_apart, check_place
 from apex_build.storage.scratch import scratch_folder
 from apex_build.sweep.request import Request as Request
 from apex_build.sweep.request import checked, curves_of, evaluators_of, headless_name, imatrices_of, varied

@@ -20,8 +20,10 @@ from apex_build.progress import Report, silent
 from apex_build.quantization.preflight import without_data
 from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, run
+from apex_build.storage.disk import writing
 from apex_build.storage.json_files import write_json
-from apex_build.storage.outputs import locked, with_manifest_and_log, writing
+from apex_build.storage.locks import locked
+from apex_build.storage.outputs import with_manifest_and_log
 from apex_build.sweep.plan import FILES, MANIFEST, MEASURED, Point, Sweep, check_folder
 from apex_build.sweep.request import headless_name
 from apex_build.sweep.rows import Row, curve_name, write_rows

@@ -18,7 +18,7 @@ from apex_build.source.patch import COMMITTER, ApplyFailed, Patch, commit_patche
 from apex_build.source.pins import Pin
 from apex_build.source.series import Saved, apply_to, move_to, read_series, save_from, verb
 from apex_build.source.tree import edits, refuse_under_way, require_tree, some
-from apex_build.storage.folders import locked
+from apex_build.storage.locks import locked
 from apex_build.storage.scratch import scratch_folder
 from apex_build.workshop.standing import find_patch
 
@@ -38,7 +38,7 @@ def edit(pin: Pin, given: str | None = None, report: Report = silent) -> Opened:
     Raises TreeEdited where edits are not committed, or git is in the middle of something; PatchUnknown.
     """
     path = require_tree(pin)
-    with locked(path, report):
+    with locked(path, wait=True, report=report):
         refuse_under_way(path)
         if given is not None:
             _refuse_edits(pin, path)
@@ -84,7 +84,7 @@ def new_patch(pin: Pin, subject: str, message: str = "", files: Sequence[str] = 
     Its author is the series' author, or git's configured user. Raises TreeEdited if there is nothing to commit.
     """
     path = require_tree(pin)
-    with locked(path, report):
+    with locked(path, wait=True, report=report):
         refuse_under_way(path)
         edited, untracked = edits(path)
         if not edited and not untracked:
@@ -169,7 +169,7 @@ def _rebuild(pin: Pin, path: Path, patches: Sequence[Patch], how: str, *, same: 
 def _at_series(pin: Pin, report: Report) -> Iterator[tuple[Path, tuple[Patch, ...]]]:
     """The tree and the series, both the same: applied in full, nothing unsaved."""
     path = require_tree(pin)
-    with locked(path, report):
+    with locked(path, wait=True, report=report):
         refuse_under_way(path)
         _refuse_edits(pin, path)
         series = read_series(pin)

@@ -11,8 +11,8 @@ from apex_build.progress import Report, Step, silent
 from apex_build.source.git import git
 from apex_build.source.pins import Pin
 from apex_build.source.tree import BASE, check_out, commit_identity, require_tree
-from apex_build.storage.folders import locked
-from apex_build.storage.outputs import check_room, writing
+from apex_build.storage.disk import check_room, writing
+from apex_build.storage.locks import locked
 from apex_build.toolchain.backends import BACKENDS, Backend
 from apex_build.toolchain.build import cache, cmake
 from apex_build.toolchain.build.launcher import launcher
@@ -60,7 +60,7 @@ def compile_commit(
     """Compile a commit of the pin's tree in a separate folder; returns the compiler's errors if it fails."""
     folder = workplace(pin)
     source, work = folder / "source", folder / "build"
-    with locked(folder, report), writing(folder):
+    with locked(folder, wait=True, report=report), writing(folder):
         check_room(cache.work_root(), 0 if work.is_dir() else WORK_SIZE, "a build", hint="APEX_CACHE_DIR=FOLDER: another disk")
         check_out(require_tree(pin), commit, source)
         work.mkdir(parents=True, exist_ok=True)

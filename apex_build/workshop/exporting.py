@@ -16,7 +16,8 @@ from apex_build.source.patch import Patch
 from apex_build.source.pins import Pin
 from apex_build.source.series import read_series, verb
 from apex_build.source.tree import require_tree
-from apex_build.storage.outputs import check_text_free, whole_file, writing
+from apex_build.storage.disk import writing
+from apex_build.storage.outputs import check_text_free, whole_file
 from apex_build.workshop import style
 from apex_build.workshop.overview import Known, overview
 from apex_build.workshop.standing import Standing

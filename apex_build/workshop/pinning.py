@@ -20,8 +20,10 @@ from apex_build.source.series import read_series, verb
 from apex_build.source.tree import some, tree_path
 from apex_build.source.tree_digest import digest_of
 from apex_build.source.upstream import upstream_files
+from apex_build.storage.disk import writing
 from apex_build.storage.folders import new_folder, put_in_place
-from apex_build.storage.outputs import locked, whole_file, writing
+from apex_build.storage.locks import locked
+from apex_build.storage.outputs import whole_file
 from apex_build.workshop.overview import overview
 
 PACKAGE = "llama-cpp-python"

@@ -19,8 +19,8 @@ from apex_build.source.patch import COMMITTER, ApplyFailed, Patch, commit_patche
 from apex_build.source.pins import Pin
 from apex_build.source.series import Saved, apply_to, read_series, save_from, verb
 from apex_build.source.tree import BASE, edits, refuse_under_way, require_tree, some, under_way
-from apex_build.storage.folders import locked
 from apex_build.storage.json_files import read_json, write_json
+from apex_build.storage.locks import locked
 from apex_build.storage.scratch import scratch_folder
 from apex_build.workshop.standing import Standing, find_patch, stand
 
@@ -64,7 +64,7 @@ def port(onto: Pin, origin: Pin, given: Sequence[str] = (), report: Report = sil
     Raises PatchConflict where git stops at one, with what to do next; TreeEdited where the tree has unsaved work.
     """
     path = require_tree(onto)
-    with locked(path, report):
+    with locked(path, wait=True, report=report):
         refuse_under_way(path)
         if _file(path).exists():
             raise TreeEdited(f"a port is under way in {path}", hint=_onward(onto))
@@ -88,7 +88,7 @@ def port(onto: Pin, origin: Pin, given: Sequence[str] = (), report: Report = sil
 def continue_port(onto: Pin, report: Report = silent, *, skip: bool = False) -> Ported:
     """Go on after a conflict was resolved, or with `skip` without the patch that git stopped at. Raises as `port`."""
     path = require_tree(onto)
-    with locked(path, report):
+    with locked(path, wait=True, report=report):
         state = _read(onto, path)
         name = state.todo[0][1]
         if under_way(path) == "cherry-pick":
@@ -107,7 +107,7 @@ def continue_port(onto: Pin, report: Report = silent, *, skip: bool = False) -> 
 def abort_port(onto: Pin, report: Report = silent) -> str:
     """Bring the tree back to what it was; gives a commit that holds all that was in it, half-resolved files too."""
     path = require_tree(onto)
-    with locked(path, report):
+    with locked(path, wait=True, report=report):
         state = _read(onto, path)
         with scratch_folder("index") as temp:
             index = {"GIT_INDEX_FILE": str(temp / "index")}

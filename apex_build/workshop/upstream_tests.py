@@ -23,8 +23,8 @@ from apex_build.source.series import read_series, verb
 from apex_build.source.tree import BASE, check_out, commit_identity, require_tree
 from apex_build.source.tree_digest import digest_of, is_executable
 from apex_build.storage.digests import sha256_json
-from apex_build.storage.folders import locked
-from apex_build.storage.outputs import check_room, writing
+from apex_build.storage.disk import check_room, writing
+from apex_build.storage.locks import locked
 from apex_build.toolchain.backends import BACKENDS
 from apex_build.toolchain.build import cache, cmake
 from apex_build.toolchain.build.launcher import Launcher, launcher
@@ -113,7 +113,7 @@ def run_both_sides(
     base = git(tree, "rev-parse", "--verify", f"refs/tags/{BASE}^{{commit}}")
     head = next((one.commit for one in reversed(standing) if one.commit), base)
     folder, compiler = workplace(pin), find_compiler()
-    with locked(folder, report), writing(folder):
+    with locked(folder, wait=True, report=report), writing(folder):
         report(Step("reading the tests", 0))
         files = list(further_files(pin, lambda name: name.startswith(_FOLDERS), report))
         if not any(name == "tests/CMakeLists.txt" for name, _ in files):

@@ -17,7 +17,7 @@ from apex_build.cli import apex, summary
 from apex_build.cli.verbs import VERBS
 
 # What a start of `apex` must not wait for: hundreds of milliseconds together.
-HEAVY = ("numpy", "gguf", "cffi", "rich", "jinja2", "httpx2", "unearth", "requests", "matplotlib", "filelock")
+HEAVY = ("numpy", "gguf", "cffi", "rich", "jinja2", "httpx2", "unearth", "requests", "matplotlib")
 
 
 def imported(*arguments: str) -> list[str]:

@@ -27,7 +27,7 @@ from apex_build.errors import (
 )
 from apex_build.gguf_model.header import read_header
 from apex_build.native.run import run_tool
-from apex_build.storage.outputs import locked
+from apex_build.storage.locks import locked
 
 
 @pytest.fixture
@@ -59,7 +59,8 @@ def left(folder: Path, *expected: str) -> bool:
 def test_a_checkpoint_becomes_a_model_with_its_head(folder: Path, source: Path, python: Path, tmp_path: Path) -> None:
     out = tmp_path / "out {dir}" / "größer {ftype}.gguf"
     out.parent.mkdir()
-    manifest = convert.run(convert.prepare(folder, source, out, outtype="f16", pre_tokenizer="qwen2", python=python))
+    job = convert.prepare(folder, source, out, outtype="f16", pre_tokenizer="qwen2", python=python)
+    manifest = convert.run(job).manifest.json()
     header = read_header(out)
     assert header.metadata["general.architecture"] == "qwen35moe"
     assert (header.metadata["qwen35moe.block_count"], header.metadata["qwen35moe.nextn_predict_layers"]) == (5, 1)
@@ -69,6 +70,10 @@ def test_a_checkpoint_becomes_a_model_with_its_head(folder: Path, source: Path, 
     assert manifest["head_layers"] == 1
     assert json.loads(out.with_name(out.name + ".json").read_text()) == manifest
     assert left(out.parent, out.name, out.name + ".json", out.name + ".log")
+    again = convert.run(convert.prepare(folder, source, out, outtype="f16", pre_tokenizer="qwen2", python=python))
+    assert again.reused and again.head_layers == 1 and again.manifest.json() == manifest
+    with pytest.raises(OutputUnwritable, match="was made from something else"):
+        convert.prepare(folder, source, out, outtype="bf16", pre_tokenizer="qwen2", python=python)
     status = subprocess.run(["git", "-C", str(source), "status", "--short", "--ignored"], capture_output=True, check=True)
     assert b"__pycache__" not in status.stdout
 

@@ -165,7 +165,7 @@ def test_the_check_is_made_once(
 
 
 def test_a_check_that_raises_leaves_nothing(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    def check(_: Path) -> dict[str, object]:
+    def check(_: Path) -> None:
         raise HeadRowsDoubtful("the others")
 
     model = read_model(testbed, load_plugins().role_of)

@@ -17,10 +17,10 @@ from apex_build.errors import DiskTooSmall, OutputUnwritable
 from apex_build.gguf_model.header import read_header
 from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import Toolset
-from apex_build.places import lock_path
 from apex_build.plugins import load_plugins
 from apex_build.quantization.run import check_outputs, prepare
-from apex_build.storage.outputs import check_apart, check_place, locked, with_manifest_and_log
+from apex_build.storage.locks import locked
+from apex_build.storage.outputs import check_apart, check_place, with_manifest_and_log
 
 
 def compact(testbed: Path, out: Path, *more: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -205,5 +205,5 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert places.cache_root() == tmp_path / "cache", "tools run in other folders"
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(OutputUnwritable, match="the cache cannot be written") as caught:
-        lock_path(tmp_path / "x")
+        places.cache_folder("evaluation")
     assert "APEX_CACHE_DIR" in str(caught.value.hint)

@@ -66,9 +66,7 @@ def test_the_file_tells_how_it_was_made(nano: Path, calibrated: Path) -> None:
     assert "draft_head=IQ2_XXS" in metadata["apex.parameters"] and "edge=1" in metadata["apex.parameters"]
     assert metadata["quantize.imatrix.file"] == calibrated.name, "a name, not where it lay"
     manifest = json.loads(nano.with_name(nano.name + ".json").read_text())
-    assert manifest["provenance"]["apex.plan"] == metadata["apex.plan"] and len(manifest["tensors"]) == len(
-        read_header(nano).tensors
-    )
+    assert manifest["from"]["apex.plan"] == metadata["apex.plan"] and len(manifest["tensors"]) == len(read_header(nano).tensors)
 
 
 def test_the_same_file_is_not_made_twice_and_another_is_not_replaced(nano: Path, testbed: Path, calibrated: Path) -> None:

@@ -14,6 +14,8 @@ from apex_build.gguf_model.header import read_header
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 from apex_build.quantization import split as splitting
+from apex_build.storage.artifacts import Artifact
+from apex_build.storage.manifest import QUANTIZED, read_manifest
 
 COMPACT = ("--policy", "compact", *SMALL)
 
@@ -86,6 +88,9 @@ def test_shards_that_are_not_the_same_are_refused(
         return done
 
     monkeypatch.setattr(splitting, "run_tool", damaging)
+    made = read_manifest(tmp_path / "x.gguf.json")
+    assert made is not None
+    artifact = Artifact(tmp_path / "x.gguf", QUANTIZED, made.parts)
     with pytest.raises(VerificationFailed, match="is not as in"):
-        splitting.split(tmp_path / "x.gguf", "4M", tools)
+        splitting.split(artifact, "4M", tools)
     assert sorted(path.name for path in tmp_path.iterdir()) == before, "the whole file is still there, and no shard"

@@ -95,7 +95,7 @@ class World:
 
     def left_over(self) -> list[str]:
         """Whatever lies about in the source folder and the download cache, apart from whole trees, whole downloads and locks."""
-        found = [path.name for path in self.tree.parent.iterdir() if path.name != ".locks"] if self.tree.parent.is_dir() else []
+        found = [path.name for path in self.tree.parent.iterdir()] if self.tree.parent.is_dir() else []
         found += [path.name for path in self.cache.rglob("*") if path.is_file()]
         return sorted(name for name in found if name not in (self.tree.name, self.sdist.name))
 

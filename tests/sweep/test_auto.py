@@ -152,4 +152,4 @@ def test_an_interrupted_measurement_is_resumed_and_shown_and_the_file_says_it(
     assert "draft head: " in ran.stdout
     assert "points of agreement" in ran.stdout or "Q8_0: none smaller loses less than 0.5 points" in ran.stdout
     manifest = json.loads(out.with_name("out.gguf.json").read_text())
-    assert manifest["parameters"]["draft_head"] != "auto" and "apex.draft_loss" in manifest["provenance"]
+    assert manifest["parameters"]["draft_head"] != "auto" and "apex.draft_loss" in manifest["from"]

@@ -33,7 +33,7 @@ from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
 from apex_build.storage.digests import sha256_file
-from apex_build.storage.outputs import locked
+from apex_build.storage.locks import locked
 from apex_build.sweep.plan import Request, plan_sweep
 
 # An evaluator that costs nothing: the sweep's own doings are what is looked at.

@@ -21,6 +21,8 @@ from apex_build.native.toolset import Toolset, current_build, open_build
 from apex_build.source.pins import DEFAULT_PIN
 from apex_build.storage.digests import sha256_file, sha256_json
 from apex_build.storage.json_files import read_json, write_json
+from apex_build.storage.manifest import Parts
+from apex_build.toolchain.build.record import FileRecord
 
 RECIPE = 1  # part of every key: raise it when a build made by this code differs from what the code before would have made
 _TYPE_COUNT = re.compile(r"\bGGML_TYPE_COUNT\s*=\s*(\d+)")
@@ -44,9 +46,14 @@ def work_root() -> Path:
     return places.cache_root() / "work"
 
 
-def key_of(ingredients: Mapping[str, Any]) -> str:
+def parts_of(ingredients: Parts) -> Parts:
+    """All that a build's identity is made of."""
+    return {"recipe": RECIPE, **ingredients}
+
+
+def key_of(ingredients: Parts) -> str:
     """32 hexadecimal digits over everything that went in."""
-    return sha256_json({"recipe": RECIPE, **ingredients})[:32]
+    return sha256_json(parts_of(ingredients))[:32]
 
 
 def look_up(key: str) -> Toolset | None:
@@ -99,7 +106,7 @@ def all_builds() -> list[Build]:
 
 def collect(
     binaries: Path, targets: Sequence[str], folder: Path, runtime: Mapping[str, Path] | None = None, licences: Path | None = None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, FileRecord]:
     """Copy the targets and the shared libraries (links kept as links) into `folder`/bin; returns the manifest's `files`.
 
     `runtime`: libraries that are not ours, by the names they get in bin/, marked `"part": "cuda-runtime"` in the manifest.
@@ -117,15 +124,14 @@ def collect(
     if licences and licences.is_dir():
         shutil.copytree(licences, folder / "licenses")
     hashes: dict[Path, str] = {}
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, FileRecord] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         real = path.resolve()
         if real not in hashes:
             hashes[real] = sha256_file(real)
         name = path.relative_to(folder).as_posix()
-        files[name] = {"sha256": hashes[real], "size": real.stat().st_size}
-        if path.name in (runtime or {}):
-            files[name]["part"] = "cuda-runtime"
+        part = "cuda-runtime" if path.name in (runtime or {}) else None
+        files[name] = FileRecord(hashes[real], real.stat().st_size, part)
     return files
 
 

@@ -19,13 +19,15 @@ from apex_build.progress import Report, Step, silent
 from apex_build.source.pins import Pin
 from apex_build.source.series import read_series, series_digest
 from apex_build.source.tree import tree_identity
+from apex_build.storage.artifacts import Artifact, making_folder
 from apex_build.storage.digests import sha256_json
-from apex_build.storage.folders import locked, new_folder, put_in_place
-from apex_build.storage.json_files import write_json
-from apex_build.storage.outputs import check_room, writing
+from apex_build.storage.disk import check_room, writing
+from apex_build.storage.locks import locked
+from apex_build.storage.manifest import BUILD
 from apex_build.toolchain.backends import BACKENDS, Backend
 from apex_build.toolchain.build import cache, cmake
 from apex_build.toolchain.build.launcher import launcher
+from apex_build.toolchain.build.record import BuildRecord, CudaRecord, FileRecord, PatchRecord, PinRecord
 from apex_build.toolchain.cuda.binary import check_device_code, device_code
 from apex_build.toolchain.cuda.plan import CudaPlan, cmake_settings, runtime_libraries
 from apex_build.toolchain.cuda.toolkit import CudaToolkit
@@ -57,6 +59,10 @@ class BuildPlan:
     def root(self) -> Path:
         """Where the finished build will be."""
         return cache.builds_root() / self.key
+
+    @property
+    def artifact(self) -> Artifact:
+        return Artifact(self.root, BUILD, cache.parts_of(self.ingredients), self.root / "manifest.json")
 
     @property
     def work(self) -> Path:
@@ -129,12 +135,14 @@ def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, pref
     began = time.monotonic()
     if not force and (found := cache.look_up(plan.key)):
         return _done(found, True, began, prefer)
-    with locked(plan.root, report):
-        if not force and (found := cache.look_up(plan.key)):  # another apex built it while we waited
-            return _done(found, True, began, prefer)
+    with making_folder(
+        plan.artifact, reuse=not force, intact=lambda _: cache.look_up(plan.key) is not None, report=report
+    ) as draft:
+        if draft.found:  # another apex built it while we waited
+            return _done(open_build(plan.root), True, began, prefer)
         if not force and (wrong := cache.damage(plan.key)):
             report(Step(f"the finished build is damaged, so it is built again: {wrong}", 0, said=True))
-        with locked(plan.work, report), writing(plan.work):
+        with locked(plan.work, wait=True, report=report), writing(plan.work):
             if force:
                 shutil.rmtree(plan.work, ignore_errors=True)
             there = sum(path.lstat().st_size for path in plan.work.rglob("*"))
@@ -143,14 +151,12 @@ def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, pref
             toolkit = plan.cuda.ready(plan.compiler, report) if plan.cuda else None
             counts, name = _compile(plan, toolkit, jobs or cmake.default_jobs(), report)
             _check_unchanged(plan)
-            with new_folder(plan.root) as part:
-                report(Step("collecting", 0))
-                part.mkdir(parents=True)
-                more = _of_cuda(plan, toolkit) if toolkit else {}
-                runtime, licences = (runtime_libraries(toolkit), toolkit.root / "licenses") if toolkit else ({}, None)
-                files = cache.collect(plan.work / "bin", plan.backend.targets, part, runtime, licences)
-                write_json(part / "manifest.json", _manifest(plan, files, name, time.monotonic() - began) | more)
-                put_in_place(part, plan.root)
+            report(Step("collecting", 0))
+            draft.part.mkdir(parents=True)
+            cuda = _of_cuda(plan, toolkit) if toolkit else None
+            runtime, licences = (runtime_libraries(toolkit), toolkit.root / "licenses") if toolkit else ({}, None)
+            files = cache.collect(plan.work / "bin", plan.backend.targets, draft.part, runtime, licences)
+            draft.done(_record(plan, files, cuda, name, time.monotonic() - began))
     return _done(open_build(plan.root), False, began, prefer, counts)
 
 
@@ -166,21 +172,16 @@ def _compile(plan: BuildPlan, toolkit: CudaToolkit | None, jobs: int, report: Re
         return front.counts(), front.name
 
 
-def _of_cuda(plan: BuildPlan, toolkit: CudaToolkit) -> dict[str, Any]:
+def _of_cuda(plan: BuildPlan, toolkit: CudaToolkit) -> CudaRecord:
     """What the manifest says of a CUDA build, and the device code that is really in it. Raises BuildFailed if some is missing."""
     assert plan.cuda
     library = plan.work / "bin" / "libggml-cuda.so"
     found = device_code(library, toolkit.part("cuobjdump"))
     units = json.loads((plan.work / "compile_commands.json").read_text(encoding="utf-8"))
     check_device_code(found, plan.cuda.architectures, sum(unit["file"].endswith(".cu") for unit in units), library)
-    return {
-        "cuda": {
-            **plan.cuda.ingredients(),
-            "architectures": list(plan.cuda.architectures),
-            "device_code": {name: asdict(code) for name, code in sorted(found.items())},
-            "gpus": [target.name for target in plan.cuda.targets],
-        }
-    }
+    gpus = tuple(target.name for target in plan.cuda.targets)
+    chosen, architectures = plan.cuda.toolkit, tuple(plan.cuda.architectures)
+    return CudaRecord(chosen.origin, chosen.version, chosen.packages, architectures, dict(sorted(found.items())), gpus)
 
 
 def _check_unchanged(plan: BuildPlan) -> None:
@@ -188,20 +189,31 @@ def _check_unchanged(plan: BuildPlan) -> None:
         raise BuildFailed(f"{plan.source} was edited while it was being built", hint="apex build, once more")
 
 
-def _manifest(plan: BuildPlan, files: Mapping[str, Any], cached_by: str, seconds: float) -> dict[str, Any]:
-    return {
-        **plan.ingredients,
-        "key": plan.key,
-        "recipe": cache.RECIPE,
-        "patches": [{"name": patch.name, "sha256": patch.sha256} for patch in read_series(plan.pin)] if plan.pin else [],
-        "compiler": _of(plan.compiler),
-        "compiler_cache": cached_by,
-        "host": platform.machine(),
-        "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
-        "ggml_type_count": cache.ggml_type_count(plan.source),
-        "files": files,
-    }
+def _record(
+    plan: BuildPlan, files: Mapping[str, FileRecord], cuda: CudaRecord | None, cached_by: str, seconds: float
+) -> BuildRecord:
+    went_in = plan.ingredients
+    return BuildRecord(
+        key=plan.key,
+        recipe=cache.RECIPE,
+        backend=plan.backend.name,
+        source=went_in["source"],
+        pin=PinRecord(plan.pin.name, plan.pin.commit) if plan.pin else None,
+        series=went_in["series"],
+        patches=tuple(PatchRecord(patch.name, patch.sha256) for patch in read_series(plan.pin)) if plan.pin else (),
+        compiler=_of(plan.compiler),
+        compiler_cache=cached_by,
+        options=plan.options,
+        targets=tuple(plan.backend.targets),
+        cpu=went_in["cpu"],
+        environment=went_in["environment"],
+        host=platform.machine(),
+        built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        seconds=round(seconds, 1),
+        ggml_type_count=cache.ggml_type_count(plan.source),
+        files=files,
+        cuda=cuda,
+    )
 
 
 def _of(compiler: Compiler) -> dict[str, str]:

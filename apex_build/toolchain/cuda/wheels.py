@@ -16,10 +16,11 @@ from apex_build.errors import ArchiveUnsafe, HashMismatch, ToolkitUnusable
 from apex_build.fetching.download import IndexFile, download
 from apex_build.fetching.pip_config import read_pip_config
 from apex_build.progress import Report, Step, silent
+from apex_build.storage.artifacts import Artifact, making_folder
 from apex_build.storage.digests import sha256_json
-from apex_build.storage.folders import locked, new_folder, put_in_place
-from apex_build.storage.json_files import read_json, write_json
-from apex_build.storage.outputs import amount, check_room, writing
+from apex_build.storage.disk import amount, check_room, writing
+from apex_build.storage.json_files import read_json
+from apex_build.storage.manifest import TOOLKIT
 from apex_build.toolchain.cuda.toolkit import CudaToolkit, judge
 
 if sys.version_info >= (3, 11):
@@ -34,6 +35,15 @@ _FOLDERS = {"bin": "bin", "include": "include", "lib": "lib64", "nvvm": "nvvm"} 
 _ELSEWHERE = (
     "pip download --no-deps 'apex-build[cuda]' where there is a network, then PIP_FIND_LINKS=FOLDER; or --cuda-toolchain system"
 )
+
+
+@dataclass(frozen=True)
+class ToolkitRecord:
+    """What its manifest says beyond the head."""
+
+    version: str
+    machine: str
+    packages: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -103,24 +113,23 @@ def install(wheels: Wheels | None = None, report: Report = silent) -> CudaToolki
     wheels = wheels or pinned_wheels()
     if found := _installed(wheels):
         return found
-    with locked(wheels.root, report):
-        if found := _installed(wheels):
-            return found
+    artifact = Artifact(wheels.root, TOOLKIT, {"layout": _LAYOUT, "packages": wheels.packages}, wheels.root / _MANIFEST)
+    with making_folder(artifact, intact=lambda _: _installed(wheels) is not None, report=report) as draft:
+        if draft.found:
+            return planned(wheels)
         _check_disk(wheels)
         config = read_pip_config()
         fetched = [download(file, report, config) for file in wheels.files.values()]
-        with new_folder(wheels.root) as part:
-            for number, (name, path) in enumerate(zip(wheels.files, fetched, strict=True)):
-                report(Step("unpacking the CUDA toolkit", number, len(fetched), "wheels"))
-                _unpack(path, name, part)
-            _link_names(part / "lib64")
-            toolkit = judge(part, "pypi", wheels.packages)
-            if toolkit.missing:
-                raise ToolkitUnusable(
-                    f"the wheels of CUDA {wheels.version} do not make a whole toolkit: no {', '.join(toolkit.missing)}"
-                )
-            write_json(part / _MANIFEST, {"version": wheels.version, "machine": wheels.machine, "packages": wheels.packages})
-            put_in_place(part, wheels.root)
+        for number, (name, path) in enumerate(zip(wheels.files, fetched, strict=True)):
+            report(Step("unpacking the CUDA toolkit", number, len(fetched), "wheels"))
+            _unpack(path, name, draft.part)
+        _link_names(draft.part / "lib64")
+        toolkit = judge(draft.part, "pypi", wheels.packages)
+        if toolkit.missing:
+            raise ToolkitUnusable(
+                f"the wheels of CUDA {wheels.version} do not make a whole toolkit: no {', '.join(toolkit.missing)}"
+            )
+        draft.done(ToolkitRecord(wheels.version, wheels.machine, wheels.packages))
     for path in fetched:
         shutil.rmtree(path.parent, ignore_errors=True)
     return planned(wheels)

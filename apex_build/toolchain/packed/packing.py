@@ -21,8 +21,9 @@ import zstandard
 from apex_build.errors import BuildMissing, OutputUnwritable
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, Step, silent
-from apex_build.storage.digests import sha256_file
-from apex_build.storage.outputs import check_apart, check_place, check_room, locked, whole_file
+from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.disk import check_room
+from apex_build.storage.outputs import check_apart, check_place, locked_output, whole_file
 from apex_build.toolchain.build import cache
 from apex_build.toolchain.machine.cpu import cpu_flags
 from apex_build.toolchain.packed.licences import licence_texts
@@ -35,6 +36,7 @@ _WINDOW = 25  # bits; a library and its copy under another name are this close t
 # What a manifest says beyond what the build's key was made of.
 _RECORDED = frozenset(
     {"built", "compiler_cache", "cpu_flags", "files", "ggml_type_count", "host", "key", "patches", "recipe", "seconds"}
+    | {"apex", "from", "identity", "kind", "schema"}
 )
 _OF_KEY = {"compiler": ("kind", "target", "version"), "cuda": ("origin", "packages", "version")}
 _RUNTIME = "cuda-runtime"  # the `part` of files that are NVIDIA's
@@ -71,7 +73,7 @@ def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True
     listing = (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
     sums = {name: about["sha256"] for name, about in manifest["files"].items()} | {MANIFEST: hashlib.sha256(listing).hexdigest()}
     text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
-    with locked(out), whole_file(out) as part:
+    with locked_output(out), whole_file(out) as part:
         _write(part, f"apex-build-{manifest['key'][:12]}", {SUMS: text, MANIFEST: listing, **dict(sorted(files.items()))}, report)
     return Packed(out, sha256_file(out), out.stat().st_size, manifest, left_out)
 
@@ -116,6 +118,9 @@ def _manifest_for(toolset: Toolset, cuda_runtime: bool) -> tuple[dict[str, Any],
     if runtime and not cuda_runtime:
         manifest["files"] = {name: about for name, about in manifest["files"].items() if name not in runtime}
         manifest["left_out"] = sorted(name.rpartition("/")[2] for name in runtime)
+        if "from" in manifest:
+            manifest["from"] = {**manifest["from"], "left_out": manifest["left_out"]}
+            manifest["identity"] = sha256_json(manifest["from"])
         manifest["key"] = key_of(manifest)
     elif runtime and not any(name.startswith("licenses/nvidia-") for name in manifest["files"]):
         raise BuildMissing(

@@ -18,9 +18,11 @@ from apex_build.fetching.archive import MAX_MEMBERS, MAX_TOTAL, member_path, mem
 from apex_build.native.run import run_tool, tail
 from apex_build.native.toolset import Toolset, misshapen, open_build
 from apex_build.progress import Report, Step, silent
-from apex_build.storage.folders import locked, mend, new_folder, put_in_place
+from apex_build.storage.digests import sha256_json
+from apex_build.storage.disk import check_room, writing
+from apex_build.storage.folders import new_folder, put_in_place, remove_left_over
 from apex_build.storage.json_files import write_json
-from apex_build.storage.outputs import check_room, writing
+from apex_build.storage.locks import locked
 from apex_build.toolchain.build import cache
 from apex_build.toolchain.machine.cpu import cpu_flags
 from apex_build.toolchain.packed.packing import MANIFEST, SUMS, key_of
@@ -54,7 +56,7 @@ def take_in(archive: Path, *, make_current: bool = False, report: Report = silen
     machine), DownloadFailed (missing, or cut short), DiskTooSmall.
     """
     root = cache.builds_root()
-    with locked(root / "import", report), new_folder(root / "import") as part:
+    with locked(root / "import", wait=True, report=report), new_folder(root / "import") as part:
         part.mkdir(parents=True)
         report(Step("unpacking", 0))
         with open_tar(archive) as tar:
@@ -67,8 +69,8 @@ def take_in(archive: Path, *, make_current: bool = False, report: Report = silen
         write_json(part / MANIFEST, manifest)
         _try(archive, part, manifest["targets"])
         final = root / manifest["key"]
-        with locked(final, report):
-            mend(final)
+        with locked(final, wait=True, report=report):
+            remove_left_over(final)
             reused = cache.look_up(final.name) is not None
             if not reused:
                 put_in_place(part, final)
@@ -121,7 +123,7 @@ def _manifest(archive: Path, tar: tarfile.TarFile, members: Mapping[str, tarfile
         raise BuildForeign(
             f"{archive} is from another version of apex-build: its recipe is {manifest['recipe']}, not {cache.RECIPE}"
         )
-    if manifest["key"] != key:
+    if manifest["key"] != key or ("from" in manifest and sha256_json(manifest["from"])[:32] != key):
         raise HashMismatch(
             f"{archive}: its {MANIFEST} was changed: it gives the key {manifest['key']!r:.80}, its contents make {key}"
         )

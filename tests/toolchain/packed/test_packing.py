@@ -43,7 +43,7 @@ def source(origin: Origin) -> Path:
 def toolset(origin: Origin, cache: Path) -> Toolset:
     """The build, in a cache of this test's own."""
     shutil.copytree(origin.cache / "builds", cache / "builds", symlinks=True)
-    (root,) = (path for path in (cache / "builds").iterdir() if path.name != ".locks")
+    (root,) = (path for path in (cache / "builds").iterdir())
     return open_build(root)
 
 
@@ -162,6 +162,7 @@ def with_runtime(toolset: Toolset) -> Toolset:
         manifest["files"][name] = {"sha256": hashlib.sha256(text).hexdigest(), "size": len(text), **more}
     identity = {"origin": "pypi", "version": "13.0.88", "packages": {"nvidia-cublas": {"version": "13.1", "sha256": "0"}}}
     manifest["cuda"] = identity | {"architectures": ["121a-real"], "gpus": ["dgx-spark"], "device_code": {}}
+    manifest["from"]["cuda"] = identity
     manifest["key"] = key_of(manifest)
     write_json(toolset.root / MANIFEST, manifest)
     root = toolset.root.rename(toolset.root.with_name(manifest["key"]))

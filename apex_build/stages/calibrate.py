@@ -1,0 +1,105 @@
+"""Stage calibrate: an imatrix of the whole model, draft head included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from apex_build.calibration.run import Calibration, Check, Settings, without_own_arguments
+from apex_build.calibration.run import calibrate as run
+from apex_build.calibration.sets import CalibrationText, compose, load_set, text_of_file
+from apex_build.evaluation.rows_check import CHUNKS, RowsCheck, check_rows
+from apex_build.evaluation.task import ToolOptions
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.mtp_rows import AUTO
+from apex_build.places import model_stem
+from apex_build.plugins import Plugins
+from apex_build.stages.given import ModelFile, Workplace, workplace
+from apex_build.storage.outputs import check_apart, with_manifest_and_log
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """`text`: a file of your own instead of the set. `rows_check`: score the draft head with both kinds of hidden rows first.
+
+    `force` starts afresh and replaces what is there; `replace` replaces only what was made from something else.
+    """
+
+    calibration_set: str = "default"
+    domains: tuple[str, ...] = ()  # only these of the set
+    text: Path | None = None
+    chat_template: Path | None = None  # instead of the model's own
+    settings: Settings = field(default_factory=Settings)
+    rows_check: bool = True
+    force: bool = False
+    replace: bool = False
+
+
+def text_of(model: Model, options: CalibrateOptions, plugins: Plugins) -> CalibrationText:
+    """Raises CalibrationSetInvalid, ChatTemplateFailed."""
+    if options.text is not None:
+        return text_of_file(options.text)
+    chosen, sources = load_set(options.calibration_set), plugins.calibration_sources()
+    return compose(chosen, sources, model, domains=options.domains, template_file=options.chat_template)
+
+
+def output_of(model: Model) -> Path:
+    return model.path.with_name(f"{model_stem(model.path)}.imatrix.gguf")
+
+
+def calibrate(
+    model: ModelFile,
+    out: Path | None = None,
+    options: CalibrateOptions = CalibrateOptions(),
+    *,
+    place: Workplace | None = None,
+    text: CalibrationText | None = None,
+    on_check: Callable[[RowsCheck], None] = lambda _: None,
+) -> Calibration:
+    """Run the model, and its draft head, over a diverse text, and write the imatrix to `out` (beside the model).
+
+    An interrupted run is resumed by the same call; a finished one is used again. `text`: composed before, by `text_of`; `on_check`
+    is told what the check of the hidden rows found. Raises what `calibration.run.calibrate` raises, and HeadRowsDoubtful.
+    """
+    place = place or workplace()
+    found = place.model(model)
+    out = out or output_of(found)
+    check_apart(with_manifest_and_log(out), place.plugins.files())
+    settings, check = options.settings, None
+    if options.rows_check and settings.head and found.has_head and settings.rows == AUTO:
+        check = _check(found, settings, place, on_check)
+    return run(
+        found,
+        text or text_of(found, options, place.plugins),
+        place.tools,
+        out,
+        settings,
+        force=options.force,
+        replace=options.replace,
+        check=check,
+        report=place.report,
+    )
+
+
+def _check(model: Model, settings: Settings, place: Workplace, on_check: Callable[[RowsCheck], None]) -> Check:
+    """Of the text's first chunks: cheap beside the whole of it."""
+    chunks = min(CHUNKS, settings.chunks or CHUNKS)
+    options = ToolOptions(settings.gpu_layers, without_own_arguments(settings.extra))
+
+    def check(text: Path) -> RowsCheck | None:
+        found = check_rows(
+            model,
+            text,
+            place.tools,
+            context=settings.context,
+            chunks=chunks,
+            threads=settings.threads,
+            options=options,
+            report=place.report,
+        )
+        if found is not None:
+            on_check(found)
+        return found
+
+    return check

@@ -1,0 +1,119 @@
+"""Stage evaluate: figures of files, each with its interval, recorded as soon as they are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from apex_build.errors import ChatTemplateFailed
+from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
+from apex_build.evaluation.run import Inputs, Result, Work, check_results, check_settings, choose, plan_work, with_report
+from apex_build.evaluation.run import evaluate as run
+from apex_build.evaluation.task import ToolOptions, read_prompts
+from apex_build.gguf_model.catalogue import Model
+from apex_build.stages.given import ModelFile, Workplace, check_data_files, texts_by_domain, workplace
+
+_PROMPTS = 12  # of each domain, of the built-in set
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """`only`: these evaluators, if not all that have what they need. `settings`: evaluator.parameter -> value.
+
+    `results`: a file that each result is appended to, and taken from where it is there (`force`: not).
+    """
+
+    reference: Path | None = None
+    texts: tuple[Path, ...] = ()
+    prompts: Path | None = None
+    data: Mapping[str, Path] = field(default_factory=dict, hash=False)  # evaluator -> its file
+    only: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict, hash=False)
+    threads: int | None = None
+    tools: ToolOptions = field(default_factory=ToolOptions)
+    results: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedEvaluation:
+    """`left_out`: names of files, and the evaluators that they lack something for. `built_in`: what was taken of that, 'texts' or
+    'prompts'; `without`: why there are none.
+    """
+
+    works: tuple[Work, ...]
+    inputs: Inputs
+    left_out: Mapping[tuple[str, ...], list[str]] = field(hash=False)
+    built_in: str = ""
+    without: str = ""
+
+
+def inputs_of(options: EvaluateOptions, place: Workplace) -> Inputs:
+    """Raises CalibrationSetInvalid, ParameterUnknown, ModelMissing, ModelInvalid."""
+    evaluators = place.plugins.evaluators()
+    found = Inputs(
+        reference=place.model(options.reference) if options.reference else None,
+        texts=texts_by_domain(options.texts),
+        prompts=read_prompts(options.prompts) if options.prompts else (),
+        data=check_data_files(options.data, evaluators),
+        settings=options.settings,
+        options=options.tools,
+        files=(*([options.prompts] if options.prompts else []), *place.plugins.files()),
+    )
+    check_settings(found.settings, evaluators)
+    return found
+
+
+def plan(files: Sequence[ModelFile], options: EvaluateOptions, *, place: Workplace | None = None) -> PlannedEvaluation:
+    """What is to be measured, checked; all files on the same texts and prompts. Raises as `evaluate`."""
+    place = place or workplace()
+    evaluators = place.plugins.evaluators()
+    models = list({model.path: model for model in map(place.model, files)}.values())
+    inputs, built_in, without = _with_built_in(inputs_of(options, place), models[0], options.only, place)
+    works: list[Work] = []
+    left_out: dict[tuple[str, ...], list[str]] = {}
+    for model in models:
+        chosen, lacking = choose(evaluators, options.only, model, inputs)
+        if lacking:
+            left_out.setdefault(tuple(lacking), []).append(model.path.name)
+        works += [plan_work(evaluator, model, inputs, place.tools, threads=options.threads) for evaluator in chosen]
+    if options.results is not None:
+        check_results(options.results, works, inputs)
+    return PlannedEvaluation(tuple(works), inputs, left_out, built_in, without)
+
+
+def evaluate(
+    files: Sequence[ModelFile],
+    options: EvaluateOptions = EvaluateOptions(),
+    *,
+    place: Workplace | None = None,
+) -> tuple[Result, ...]:
+    """Measure the files. An evaluator that fails gives a Result with its error, and the others are still run.
+
+    Raises EvaluatorUnknown, EvaluationRefused, ParameterUnknown, CalibrationSetInvalid, VocabularyMismatch, OutputUnwritable.
+    """
+    place = place or workplace()
+    planned = plan(files, options, place=place)
+    return tuple(run([with_report(work, place.report) for work in planned.works], options.results, force=options.force))
+
+
+def _with_built_in(inputs: Inputs, model: Model, only: Sequence[str], place: Workplace) -> tuple[Inputs, str, str]:
+    """The built-in texts, as this model's chat template writes them, where a text is wanted and none is given; prompts where an
+    evaluator of `only` cannot do without.
+    """
+    evaluators = place.plugins.evaluators()
+    wanted = [evaluators[name] for name in only if name in evaluators] or list(evaluators.values())
+    texts = not inputs.texts and any("text" in one.needs for one in wanted)
+    prompts = not inputs.prompts and bool(only) and any("prompts" in one.needs for one in wanted)
+    if not texts and not prompts:
+        return inputs, "", ""
+    sources = place.plugins.calibration_sources()
+    try:
+        if texts:
+            inputs = replace(inputs, texts=built_in_texts(model, sources))
+        if prompts:
+            inputs = replace(inputs, prompts=built_in_prompts(model, sources, _PROMPTS))
+    except ChatTemplateFailed as error:
+        return inputs, "", error.message
+    return inputs, "texts" if texts else "prompts", ""

@@ -1,0 +1,133 @@
+"""The verbs, killed at random moments: what is there afterwards is the old file or the new one, each with its own manifest."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from apex_runs import SMALL, run_apex
+
+from apex_build.native.toolset import Toolset
+from apex_build.storage.manifest import manifest_of
+from apex_build.storage.outputs import MANIFEST, beside
+
+KILLS = 6
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "apex_build", *map(str, words)]
+
+
+def kill_at_random(words: list[str], seed: int) -> tuple[int, float]:
+    """Run it once to its end for the time that it takes, then kill it again and again. Returns how often it was killed."""
+    chance, began = random.Random(seed), time.monotonic()
+    subprocess.run(words, check=True, capture_output=True)
+    takes, killed = time.monotonic() - began, 0
+    for _ in range(KILLS):
+        child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            child.wait(chance.uniform(0.1, 1.0) * takes)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            killed += 1
+        check_state(words)
+    return killed, takes
+
+
+def check_state(words: list[str]) -> None:
+    """AssertionError where a file is there that its manifest was not written for."""
+    out = Path(words[words.index("-o") + 1])
+    found = manifest_of(out, beside(out, MANIFEST))
+    assert out.exists() and found is not None and found.describes(out), f"{out}: a file without its own manifest"
+
+
+def test_quantize(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
+    out = tmp_path / "x.gguf"
+    run_apex("quantize", testbed, "--policy", "quality", *SMALL, "-o", out)
+    old = out.read_bytes()
+    words = command("quantize", testbed, "--policy", "compact", *SMALL, "--threads", 1, "-o", out, "--force")
+    killed, _ = kill_at_random(words, seed=1)
+    subprocess.run(words, check=True, capture_output=True)
+    new = out.read_bytes()
+    assert new != old and killed
+    print(f"quantize: killed {killed} times")
+    # what is replaced: the old one again, then killed in the middle
+    for seed in (2, 3):
+        run_apex("quantize", testbed, "--policy", "quality", *SMALL, "-o", out, "--force")
+        child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(random.Random(seed).uniform(0.5, 2))
+        child.kill()
+        child.wait()
+        check_state(words)
+        assert out.read_bytes() in (old, new)
+    subprocess.run(words, check=True, capture_output=True)
+    assert out.read_bytes() == new and sorted(path.name for path in tmp_path.iterdir()) == ["x.gguf", "x.gguf.json", "x.gguf.log"]
+
+
+def test_calibrate(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
+    out = tmp_path / "x.imatrix.gguf"
+    words = command("calibrate", testbed, "--chunks", 12, "--threads", 1, "--no-rows-check", "-o", out)
+    subprocess.run(words, check=True, capture_output=True)
+    whole = out.read_bytes()
+    run_apex("calibrate", testbed, "--chunks", 6, "--threads", 1, "--no-rows-check", "-o", out, "--force")
+    killed, _ = kill_at_random([*words, "--force"], seed=4)
+    print(f"calibrate: killed {killed} times")
+    assert killed
+    subprocess.run([*words, "--force"], check=True, capture_output=True)
+    assert out.read_bytes() == whole, "a run that was killed before does not change what comes out"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, f"{out.name}.json", f"{out.name}.log"]
+
+
+def test_build_from_the_cache(tools: Toolset) -> None:
+    """A finished build is used again, whenever an earlier run was killed."""
+    words, chance, killed = command("build", "--backend", "cpu"), random.Random(5), 0
+    for _ in range(KILLS):
+        child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            child.wait(chance.uniform(0.05, 1.5))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            killed += 1
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert "already built" in done.stdout and killed
+    print(f"build: killed {killed} times")
+
+
+@pytest.mark.parametrize("kills", [3])
+def test_convert(kills: int, tmp_path: Path) -> None:
+    """Needs a Python with torch (APEX_CONVERT_PYTHON, or the environment that apex made)."""
+    from checkpoints import make_checkpoint
+
+    from apex_build.conversion.environment import choose, is_ready
+    from apex_build.errors import EnvironmentUnusable
+
+    try:
+        python = choose(None)
+    except EnvironmentUnusable as error:
+        pytest.skip(error.message)
+    if not is_ready(python):
+        pytest.skip("no Python with torch")
+    out, chance = tmp_path / "out.gguf", random.Random(6)
+    folder = make_checkpoint(tmp_path / "hf")
+    words = command("convert", folder, "--pre-tokenizer", "qwen2", "-o", out)
+    began = time.monotonic()
+    subprocess.run(words, check=True, capture_output=True)
+    whole, takes, killed = out.read_bytes(), time.monotonic() - began, 0
+    for _ in range(kills):
+        child = subprocess.Popen([*words, "--force"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            child.wait(chance.uniform(0.3, 1.0) * takes)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            killed += 1
+        check_state(words)
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert out.read_bytes() == whole and killed and "already made from the same inputs" in done.stdout
+    print(f"convert: killed {killed} times")
