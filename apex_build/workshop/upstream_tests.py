@@ -40,7 +40,8 @@ _FOLDERS = ("tests/", "models/ggml-vocab-")
 _LABELS = {"model": "needs a model that is downloaded", "python": "needs packages of Python"}
 # What a test is given so that it tests something on a machine that has a CPU alone.
 _ARGUMENTS = {"test-backend-ops": ("test", "-b", "CPU")}
-_ADDED = re.compile(r'^add_test\((?:\[=*\[(?P<quoted>[^\]]+)\]=*\]|(?P<plain>[^\s"\[]+)) "(?P<program>[^"]+)"', re.MULTILINE)
+# `name`, `"name"` or `[=[name]=]`, as the name needs it
+ADDED = re.compile(r'^add_test\((?:\[=*\[|")?(?P<name>[^\s"\]]+)(?:\]=*\]|")? "(?P<program>[^"]+)"', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def _side(
     try:
         programs = _programs(bench)
         targets = sorted({programs[test.name] for test in todo if test.name in programs})
-        cmake.compile_targets(bench.source, bench.work, targets, bench.jobs, bench.front, _told(bench.report, which))
+        if targets:  # Ninja would make everything if it was asked for nothing
+            cmake.compile_targets(bench.source, bench.work, targets, bench.jobs, bench.front, _told(bench.report, which))
     except BuildFailed as error:
         raise BuildFailed(f"llama.cpp's tests cannot be built {which}:\n{compilers_words(error)}", hint=error.hint) from None
     tests = _list(bench)  # only now CMake says how each is run
@@ -239,10 +241,8 @@ def _test(entry: Mapping[str, Any]) -> OwnTest:
 def _programs(bench: _Bench) -> dict[str, str]:
     """Test -> the target that makes its program. ctest does not tell before it is built, the files that it reads do."""
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in bench.work.rglob("CTestTestfile.cmake")]
-    found = [match for text in texts for match in _ADDED.finditer(text)]
-    return {
-        match["plain"] or match["quoted"]: Path(match["program"]).name for match in found if f"{bench.work}/" in match["program"]
-    }
+    found = [match for text in texts for match in ADDED.finditer(text)]
+    return {match["name"]: Path(match["program"]).name for match in found if f"{bench.work}/" in match["program"]}
 
 
 def _run(bench: _Bench, test: OwnTest) -> State:

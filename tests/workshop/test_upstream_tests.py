@@ -12,8 +12,9 @@ from workshop.conftest import MakeLater, Run
 from apex_build.errors import BuildFailed, SeriesUnfit, UpstreamTestsFailed
 from apex_build.source.fetch import fetch
 from apex_build.source.series import save_series
+from apex_build.workshop import upstream_tests
 
-CMAKE = b"""cmake_minimum_required(VERSION 3.14)
+CMAKE = b"""cmake_minimum_required(VERSION 3.14...3.28)
 project(tiny C)
 set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 add_executable(llama-imatrix src/tool.c)
@@ -108,6 +109,13 @@ def test_both_sides(later: World, run: Run) -> None:
     assert json.loads(said.out)["with"] == {"test-slow": "timeout"}
     said = run("patch", "status", "--pin", later.toml)
     assert "it breaks tests: test-slow" in said.out
+
+
+@pytest.mark.parametrize("name", ["test-a", '"test-a"', "[=[test-a]=]", "[==[test-a]==]"])
+def test_the_program_of_a_test(name: str) -> None:
+    """CMake writes a test's name in one of these ways, by its version and policies."""
+    found = upstream_tests.ADDED.fullmatch(f'add_test({name} "/work/bin/test-program"')
+    assert found and (found["name"], found["program"]) == ("test-a", "/work/bin/test-program")
 
 
 def test_a_part_of_the_tests_is_no_whole(later: World, run: Run) -> None:
