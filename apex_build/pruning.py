@@ -144,7 +144,7 @@ def _kept(kind: str, path: Path) -> str:
 def _unsaved(path: Path) -> str:
     pin = next(pin for pin in all_pins() if tree_path(pin) == path)
     work = unsaved_work(path, read_series(pin))
-    return f"holds what is nowhere else: {work[0]}" if work else ""
+    return f"holds unsaved work: {work[0]}" if work else ""
 
 
 def _last_used(path: Path) -> float:

@@ -1,7 +1,7 @@
 """Imatrices put together, and carried from one format to the other: counts and sums of squares, without running anything.
 
 Sums are added in double precision and rounded once. The format before GGUF (.dat) keeps means instead of sums, one count for all
-experts, and not how many tokens a chunk had: what it cannot hold is lost in it, and told.
+experts, and not how many tokens a chunk had: what it cannot hold is lost, with a warning.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _differences(found: Sequence[Imatrix]) -> Iterator[str]:
 def _head_rows(heads: Sequence[Imatrix]) -> Any:
     rows = {one.head_rows: one.path for one in heads}
     if len(rows) > 1:
-        said = ", ".join(f"{path}: {row or 'not told'}" for row, path in rows.items())
+        said = ", ".join(f"{path}: {row or 'unknown'}" for row, path in rows.items())
         raise ImatrixMismatch(
             f"the draft head was not run over the same rows of the trunk ({HEAD_ROWS}): {said}",
             hint="calibrate again with one build: apex calibrate MODEL",

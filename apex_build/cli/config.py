@@ -14,10 +14,10 @@ from apex_build.cli.options import json_option
 
 @click.group(cls=Group)
 def command() -> None:
-    """Show the defaults that apex.toml files set, and where those files are looked for.
+    """Show the defaults set in apex.toml files, and where those files are searched.
 
-    One in the user's own configuration folder, and one in the folder where apex is run; docs/configuration.md says what may stand
-    in them. The command line comes first, then the environment, then the folder's file, then the user's.
+    One in the user's own configuration folder, and one in the folder where apex is run; docs/configuration.md lists the
+    settings. The command line comes first, then the environment, then the folder's file, then the user's.
     """
 
 
@@ -53,7 +53,7 @@ def show_(json_: bool) -> None:
         show.as_json({"files": [str(path) for path, _ in defaults.files()], "looked_for": places, "settings": rows})
         return
     for path, which in ((defaults.user_file(), "your own"), (Path.cwd() / defaults.NAME, "this folder's")):
-        click.echo(f"{which}: {path}{'' if path.is_file() else ' (there is none)'}")
+        click.echo(f"{which}: {path}{'' if path.is_file() else ' (missing)'}")
     if rows:
         cells = [(row["setting"], row["value"], row["file"], row["overridden_by"] or "") for row in rows]
         show.table("Settings", ("setting", "value", "file", "overridden by"), cells)

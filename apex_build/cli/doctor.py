@@ -1,4 +1,4 @@
-"""`apex doctor`: what this machine has for building, what is missing, and what could be built on it."""
+"""`apex doctor`: what this machine has for building, what is missing, and what can be built."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from apex_build.toolchain.machine.gpus import Survey, survey_gpus
 @click.command()
 @json_option
 def command(json_: bool) -> None:
-    """Say what this machine has for building the tools, and what could be built on it.
+    """Show what this machine has for building the tools, and what can be built.
 
     Compilers, build tools, each part of the CUDA toolkits that are found, driver and GPUs, disk, memory, the cache; and for each
     build whether it can be made here, and about how long it takes without a compiler cache. Nothing is built, fetched or written.
@@ -69,7 +69,7 @@ def _machine(machine: Machine, toolkits: list[CudaToolkit], wheels: Wheels | Non
         used += f"\ntry: {install_hint()}"
     rows = [
         ("system", f"{machine.system}, {machine.architecture}"),
-        ("processor", f"{machine.cpu}, {machine.cpus} for us"),
+        ("processor", f"{machine.cpu}, {machine.cpus} usable"),
         ("memory", f"{show.size(machine.memory)}, {show.size(machine.memory_available)} available"),
         *((f"disk: {disk.what}", f"{disk.path}: {show.size(disk.free)} free of {show.size(disk.total)}") for disk in machine.disks),
         ("compiler", used),
@@ -84,7 +84,7 @@ def _compiler_line(path: object, kind: str, version: str, wheels: Wheels | None)
     newest = wheels.newest_host.get(kind) if wheels else None
     if newest and wheels and version.partition(".")[0].isdigit():
         fits = int(version.partition(".")[0]) <= newest
-        line += f"; nvcc {wheels.version} {'takes it' if fits else f'does not take it: {newest} is its newest'}"
+        line += f"; nvcc {wheels.version} {'accepts it' if fits else f'rejects it: newest accepted is {newest}'}"
     return line
 
 
@@ -102,7 +102,7 @@ def _toolkits(toolkits: list[CudaToolkit], wheels: Wheels | None, no_wheels: str
             )
         )
     if rows:
-        show.table("CUDA toolkits", ("toolkit", "nvcc", "takes", "there", "missing"), rows)
+        show.table("CUDA toolkits", ("toolkit", "nvcc", "accepts", "present", "missing"), rows)
     else:
         click.echo("CUDA toolkits: none on this machine")
     if wheels is None:
@@ -134,14 +134,12 @@ def _cache(builds: tuple[CachedBuild, ...], sizes: dict[str, int]) -> None:
         click.echo("builds in the cache: none")
     if sizes:
         click.echo(f"the cache holds {', '.join(f'{name} {show.size(size)}' for name, size in sizes.items())}")
-        click.echo(
-            "each of these folders can be deleted while no apex runs; what is needed is then made, fetched or imported again"
-        )
+        click.echo("these folders can be deleted while apex is not running; they are recreated when needed")
 
 
 def _coming(coming: tuple[BuildOption, ...], unknown: str) -> None:
     if unknown:
-        click.echo(f"what could be built cannot be said: {unknown}")
+        click.echo(f"unknown what can be built: {unknown}")
         return
     rows = []
     for item in coming:
@@ -151,11 +149,11 @@ def _coming(coming: tuple[BuildOption, ...], unknown: str) -> None:
             (
                 item.name,
                 item.command,
-                "it is in the cache" if item.cached else when,
+                "in the cache" if item.cached else when,
                 "\n".join(line for line in (*why, *item.notes) if line),
             )
         )
-    show.table("What could be built here", ("build", "command", "possible", ""), rows)
+    show.table("What can be built here", ("build", "command", "possible", ""), rows)
 
 
 def _json(

@@ -1,4 +1,4 @@
-"""`apex evaluate`: what a file is worth, measured with the native tools and with error bars."""
+"""`apex evaluate`: how good a file is, measured with the native tools, with intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from apex_build.stages.given import workplace
 
 
 def evaluation_options(function: Any) -> Any:
-    """What `apex evaluate` and `apex sweep` share: what is measured, and on what."""
+    """Options of `apex evaluate` and `apex sweep`: what is measured, and on what."""
     options = (
         click.option("--reference", metavar="FILE", type=PATH, help="A model file to compare with, such as the F16."),
         click.option(
@@ -38,7 +38,7 @@ def evaluation_options(function: Any) -> Any:
             metavar="FILE",
             type=PATH,
             multiple=True,
-            help="A text to score, one for each domain, named after it.",
+            help="A text to score; each is a domain named after its file.",
         ),
         click.option(
             "--prompts", metavar="FILE", type=PATH, help='JSON lines: {"domain": ..., "prompt": ...}, as the model gets them.'
@@ -49,7 +49,7 @@ def evaluation_options(function: Any) -> Any:
             metavar="NAME,NAME",
             multiple=True,
             shell_complete=values.evaluators,
-            help="These evaluators.  [default: all that have what they need]",
+            help="Only these evaluators.  [default: all whose needs are met]",
         ),
         click.option("--set", "settings", metavar="NAME.PARAMETER=VALUE", multiple=True, help="A parameter of an evaluator."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]"),
@@ -60,7 +60,7 @@ def evaluation_options(function: Any) -> Any:
             "extra",
             metavar="ARGUMENT",
             multiple=True,
-            help="A further argument for llama-perplexity and llama-server; llama-bench:ARGUMENT for that tool.",
+            help="An additional argument for llama-perplexity and llama-server; llama-bench:ARGUMENT for llama-bench.",
         ),
     )
     for option in reversed(options):
@@ -76,12 +76,12 @@ def evaluation_options(function: Any) -> Any:
     type=PATH,
     default=Path("evaluation.jsonl"),
     show_default=True,
-    help="Where each result goes, one JSON object a line.",
+    help="File for the results, one JSON object a line.",
 )
-@click.option("--all", "all_", is_flag=True, help="Every figure with its interval, by domain; -v does the same.")
+@click.option("--all", "all_", is_flag=True, help="Show every figure with its interval, by domain; same as -v.")
 @click.option("--list", "list_", is_flag=True, help="List the evaluators with their parameters.")
 @click.option("--force", is_flag=True, help="Measure again what is in the results file.")
-@click.option("--dry-run", is_flag=True, help="Check everything, and say what would be run.")
+@click.option("--dry-run", is_flag=True, help="Check everything, and show what would run.")
 @tools_option
 @plugin_option
 @json_option
@@ -108,7 +108,7 @@ def command(
 ) -> None:
     """Measure FILEs with evaluators: perplexity, divergence from a reference, the draft head's score and acceptance, speed.
 
-    Each result goes to the results file as soon as it is there; what is in it is not measured again, so a run that was interrupted
+    Each result is recorded in the results file at once and not measured again, so an interrupted run
     continues. Text and prompts should not be what the files were calibrated on. Intervals are of 95 %.
 
     \b
@@ -143,7 +143,7 @@ def command(
     if planned.without:
         click.echo(f"warning: without --text: the built-in texts are left out: {printable(planned.without)}", err=True)
     if planned.built_in:
-        show.note(f"measured on the built-in {planned.built_in} (--text, --prompts: others)")
+        show.note(f"measured on the built-in {planned.built_in} (--text and --prompts use others)")
     for lines, names in planned.left_out.items():
         show.note(f"{', '.join(names)}: left out {'; '.join(lines)}")
     if dry_run:
@@ -182,7 +182,7 @@ def command(
     if unrecorded is not None:
         raise unrecorded
     good, reused = sum(result.error is None for result in done), sum(result.reused for result in done)
-    before = f", {reused} of them from before" if reused else ""
+    before = f", {reused} of them recorded before" if reused else ""
     show.note(f"{_counted(good, 'result')} in {results}{before}" + ("" if all_ or json_ else "; --all shows every figure"))
     if failed := [result.error for result in done if result.error is not None]:
         raise _summed_up(failed, len(done))
@@ -264,7 +264,7 @@ def figure_text(figure: Figure | None) -> str:
 
 
 def _digits(figure: Figure) -> int:
-    """Enough to see the interval, and no more than it bears out."""
+    """Enough digits to see the interval, and no more."""
     value = abs(figure.value or 0.0)
     if value == int(value) and figure.low is None:
         return 0
@@ -276,7 +276,7 @@ def _digits(figure: Figure) -> int:
 
 
 def _summed_up(failed: Sequence[ApexError], total: int) -> ApexError:
-    """The first failure, said once more at the end with the exit code that is its own."""
+    """The first failure, repeated at the end with its exit code."""
     first = failed[0]
     return type(first)(f"{len(failed)} of {_counted(total, 'measurement')} failed; the first: {first.message}", hint=first.hint)
 

@@ -31,7 +31,7 @@ def print_headline(results: Sequence[Result]) -> None:
 
 
 def labels_of(paths: Sequence[Path]) -> dict[Path, str]:
-    """Names to show: files of one name in several folders are told apart by where they are."""
+    """Names to show: files of the same name are distinguished by their folders."""
     return {path: path.name if sum(one.name == path.name for one in paths) == 1 else str(path) for path in paths}
 
 

@@ -60,7 +60,7 @@ def merge(files: tuple[Path, ...], out: Path, chunk_size: int | None, force: boo
 def convert(file: Path, out: Path, form: str | None, chunk_size: int | None, force: bool, json_: bool) -> None:
     """Write an imatrix in the other format: GGUF, or the .dat that older programs and ik_llama.cpp read.
 
-    What a format cannot hold is told: .dat keeps one count for all experts, and nothing of the draft head's tokens.
+    It reports what the format cannot hold: .dat keeps one count for all experts, and nothing about the draft head's tokens.
 
     \b
     Examples:

@@ -21,7 +21,7 @@ from apex_build.workshop.overview import Overview, overview
 
 @click.group(cls=Group)
 def command() -> None:
-    """Apply our patches to the fetched tree, see how they stand, and write commits back as patches.
+    """Apply our patches to the fetched tree, show their state, and write commits back as patches.
 
     A series is a folder of mailable patches (git format-patch) and a file `series` that lists them. In the tree each is a commit
     above the tag apex-base: work there with git as usual, commit, and save.
@@ -54,11 +54,11 @@ def apply(pin_name: str) -> None:
     "--pin", "pin_name", metavar="NAME", shell_complete=values.pins, help=f"Pin, or a pin's TOML file. [default: {DEFAULT_PIN}]"
 )
 @click.option("--all", "all_", is_flag=True, help="All pins.")
-@click.option("--build", "build_", is_flag=True, help="Compile the source up to each patch that nobody built yet.")
+@click.option("--build", "build_", is_flag=True, help="Compile the source up to each patch that was not built yet.")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(pin_name: str | None, all_: bool, build_: bool, jobs: int | None, as_json: bool) -> None:
-    """Show how each patch stands: applied, builds, passes tests.
+    """Show the state of each patch: applied, builds, passes tests.
 
     \b
     tree      applied, changed (the tree has another version), missing, conflict
@@ -159,7 +159,7 @@ def _tests(found: dict[str, Any] | None) -> str:
 
 @command.command()
 @pin_option
-@click.option("--force", is_flag=True, help="Overwrite patch files that were changed since the tree had them.")
+@click.option("--force", is_flag=True, help="Overwrite patch files that were changed since they were applied.")
 def save(pin_name: str, force: bool) -> None:
     """Write the tree's commits, from apex-base on, back as the series.
 
@@ -177,7 +177,7 @@ def save(pin_name: str, force: bool) -> None:
         saved = series.save_series(pin, report, force=force)
     tell(saved)
     for name in series.series_status(pin).edited:
-        click.echo(f"warning: {name} has edits that are not committed, so not saved", err=True)
+        click.echo(f"warning: {name} has uncommitted edits, which are not saved", err=True)
 
 
 for one in (edit, new, drop, reorder, port, test, export):

@@ -1,4 +1,4 @@
-"""`apex patch edit`, `new`, `drop`, `reorder`, `port`: changing a series, and carrying it to another pin."""
+"""`apex patch edit`, `new`, `drop`, `reorder`, `port`: changing a series, and porting it to another pin."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def edit(patch: str | None, pin_name: str) -> None:
 @click.command()
 @click.argument("subject")
 @click.argument("files", nargs=-1)
-@click.option("--message", "-m", default="", metavar="TEXT", help="What follows the subject: why, and how it was tested.")
+@click.option("--message", "-m", default="", metavar="TEXT", help="The message's body: why, and how it was tested.")
 @click.option(
     "--message-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE", help="The same, from a file."
 )
 @pin_option
 def new(subject: str, files: tuple[str, ...], message: str, message_file: Path | None, pin_name: str) -> None:
-    """Make a patch of what is edited in the tree, and save it.
+    """Make a patch from the tree's edits, and save it.
 
     It comes last in the series. FILES, relative to the tree, are what goes into it; by default all edits and new files. Its
     author is that of the series.
@@ -123,9 +123,9 @@ def tell(saved: Saved) -> None:
 )
 @click.option("--from", "from_name", metavar="PIN", shell_complete=values.pins, help=f"Pin to port from. [default: {DEFAULT_PIN}]")
 @click.option("--dry-run", is_flag=True, help="Only say which patches apply as they are.")
-@click.option("--continue", "continue_", is_flag=True, help="Go on: the conflict is resolved, and added with git.")
-@click.option("--skip", is_flag=True, help="Go on without the patch that conflicts.")
-@click.option("--abort", is_flag=True, help="Bring the tree back to what it was.")
+@click.option("--continue", "continue_", is_flag=True, help="Continue after resolving the conflict (and git add).")
+@click.option("--skip", is_flag=True, help="Continue without the conflicting patch.")
+@click.option("--abort", is_flag=True, help="Restore the tree's previous state.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def port(
     patches: tuple[str, ...],
@@ -161,7 +161,7 @@ def port(
             if as_json:
                 show.as_json({"pin": onto.name, "kept": kept})
                 return
-            click.echo(f"{onto.name} is as it was; what the port had come to: git show {kept[:9]} there, or {porting.ABORTED}")
+            click.echo(f"{onto.name} is restored; the port's progress: git show {kept[:9]} there, or {porting.ABORTED}")
             return
         if continue_ or skip:
             _tell_port(onto, porting.continue_port(onto, report, skip=skip), as_json)

@@ -45,7 +45,7 @@ def command() -> None:
 )
 @click.option("--repository", metavar="URL", help="git repository to use instead of the pin's (a mirror or a local clone).")
 @click.option("--force", is_flag=True, help="Replace the tree. Refused while it holds unsaved work.")
-@click.option("--no-patches", is_flag=True, help="Leave the tree at upstream's state.")
+@click.option("--no-patches", is_flag=True, help="Do not apply our patches.")
 def fetch(pin_name: str, origin: Any, archive: Path | None, repository: str | None, force: bool, no_patches: bool) -> None:
     """Fetch, verify and lay out a pinned tree, with our patches applied.
 
@@ -83,7 +83,7 @@ def _origin(origin: str | None, archive: Path | None, repository: str | None) ->
     if origin == "archive" and not archive:
         raise click.UsageError("--from archive needs --archive FILE")
     if origin and implied and origin != implied:
-        raise click.UsageError(f"--{'archive' if archive else 'repository'} goes with --from {implied}, not with --from {origin}")
+        raise click.UsageError(f"--{'archive' if archive else 'repository'} needs --from {implied}, not --from {origin}")
     return origin or implied or "pypi"
 
 
@@ -91,7 +91,7 @@ def _origin(origin: str | None, archive: Path | None, repository: str | None) ->
 @pin_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(pin_name: str, as_json: bool) -> None:
-    """Check a tree from the ground up; any edit since it was laid out is an error.
+    """Check a tree completely; any edit is an error.
 
     The base commit's content must have the pin's digest, no file may differ from the last commit, and the commits must be the whole
     patch series in order.
@@ -106,7 +106,7 @@ def verify(pin_name: str, as_json: bool) -> None:
     if as_json:
         show.as_json({"pin": pin.name, "path": str(found.path), "tree_digest": found.tree_digest, "patches": list(found.patches)})
         return
-    click.echo(f"{pin.name}: {found.path} is as pinned: tree digest {found.tree_digest}, {len(found.patches)} patches, no edits")
+    click.echo(f"{pin.name}: {found.path} matches its pin: tree digest {found.tree_digest}, {len(found.patches)} patches, no edits")
 
 
 @command.command()
@@ -152,7 +152,7 @@ def _row(pin: Pin) -> dict[str, Any]:
             ]
             row["state"] = ", ".join(f"{n} {what}" for n, what in notes if n) or "as laid out"
             if found.outdated:
-                row["state"] = f"laid out for another digest ({row['state']}): fetch again"
+                row["state"] = f"has another digest ({row['state']}): fetch again"
     except ApexError as error:
         row |= {"path": row.get("path", ""), "state": error.message, "problem": error.message}
     return row

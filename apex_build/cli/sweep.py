@@ -1,4 +1,4 @@
-"""`apex sweep`: how far down a part of a model can go, one file for each value of a policy's parameter."""
+"""`apex sweep`: how small a part of a model can be, with one file for each value of a policy's parameter."""
 
 from __future__ import annotations
 
@@ -47,26 +47,28 @@ from apex_build.sweep.run import Outcome, planned_row, planned_works, run_sweep
     "policy_name",
     metavar="NAME",
     shell_complete=values.policies,
-    help="The policy.  [default: the one for the draft head alone]",
+    help="The policy.  [default: the one for the draft head only]",
 )
 @click.option("--imatrix", type=PATH, help="Calibration data of the whole model: apex calibrate makes it.")
-@click.option("--imatrix-without-head", "without", type=PATH, help="For the other curve.  [default: made from --imatrix]")
+@click.option("--imatrix-without-head", "without", type=PATH, help="Imatrix for the other curve.  [default: made from --imatrix]")
 @click.option("--with-head", "curves", flag_value="with", help="Only with the head's calibration data.")
 @click.option("--without-head", "curves", flag_value="without", help="Only without the head's calibration data.")
 @mtp_rows_option
-@click.option("--baseline", metavar="NAME=VALUE,...", help="What losses are taken against.  [default: Q8_0 for every swept type]")
+@click.option(
+    "--baseline", metavar="NAME=VALUE,...", help="The point that losses are relative to.  [default: Q8_0 for every swept type]"
+)
 @evaluation_options
 @click.option(
     "--score",
     "scores",
     metavar="NAME",
     multiple=True,
-    help="The figure to show.  [default: the one that the evaluator wants shown]",
+    help="The figure to show.  [default: the evaluator's choice]",
 )
-@click.option("--bound", type=click.FloatRange(min=0), help="The knee is the smallest that loses less.  [default: 0.5 points]")
-@click.option("-o", "--output", "folder", metavar="FOLDER", type=PATH, required=True, help="Where the results go.")
+@click.option("--bound", type=click.FloatRange(min=0), help="Largest loss at the knee.  [default: 0.5 points]")
+@click.option("-o", "--output", "folder", metavar="FOLDER", type=PATH, required=True, help="Folder for the results.")
 @click.option("--keep", is_flag=True, help="Keep the files that this run quantizes, in FOLDER/files.")
-@click.option("--dry-run", is_flag=True, help="Check everything, and say what would be made.")
+@click.option("--dry-run", is_flag=True, help="Check everything, and show what would be made.")
 @json_option
 @tools_option
 @plugin_option
@@ -100,7 +102,7 @@ def command(
 ) -> None:
     """Quantize MODEL once for each value of a parameter, measure each file, and show what the bytes buy.
 
-    Where the values change the draft head alone, each is tried with the head's calibration data and without. A file is deleted once
+    If the values change only the draft head, each is tried with and without the head's calibration data. A file is deleted once
     it is measured. FOLDER gets sweep.jsonl with a line for each point, table.md, and a plot with the knee marked. An interrupted
     sweep is resumed by the same command, and more values may be given then. --set takes parameters of the policy and of evaluators.
 
@@ -162,7 +164,7 @@ def command(
 for _option in command.params:  # shared with apex evaluate, where they say less
     if isinstance(_option, click.Option) and _option.name in ("only", "settings"):
         _option.help = {
-            "only": "These evaluators.  [default: those for a sweep of the head, or of the model]",
+            "only": "Only these evaluators.  [default: those for a sweep of the head, or of the model]",
             "settings": "A parameter of the policy, or EVALUATOR.PARAMETER.",
         }[_option.name]
 
@@ -190,7 +192,7 @@ def values_of_sweep(over: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _divided(settings: dict[str, str], policy: PolicySpec, evaluators: set[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Settings of evaluators, and of the policy: all others."""
+    """Settings of evaluators, and all others: of the policy."""
     own = {name for name in settings if name.partition(".")[0] in evaluators and name not in policy.parameters}
     return {name: settings[name] for name in own}, {name: value for name, value in settings.items() if name not in own}
 
@@ -201,7 +203,7 @@ def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
     pieces = [piece_of(works) for works in planned_works(sweep)]
     if pieces:
         takes = Estimate(sum(one.seconds for _, one in pieces), all(one.measured for _, one in pieces))
-        show.note(f"{len(pieces)} of {len(sweep.points)} points to do: {takes}, beside the time that quantizing takes")
+        show.note(f"{len(pieces)} of {len(sweep.points)} points to do: {takes}, plus the time for quantizing")
     try:
         with show.progress() as report:
             whole = Whole("sweep", report, [piece for piece, _ in pieces])

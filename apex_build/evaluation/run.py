@@ -295,7 +295,7 @@ def _plain(figure: Figure) -> Figure:
         found[name] = number if number is None or isinstance(number, (int, float)) else float(number)
     texts = (figure.name, figure.unit, figure.domain, figure.note, figure.better, figure.paired, figure.label)
     if not all(isinstance(text, str) and text == text.encode(errors="replace").decode() for text in texts):
-        raise ValueError(f"a figure whose name, unit, domain, note, paired or label is no text: {figure!a:.200}")
+        raise ValueError(f"a figure whose name, unit, domain, note, paired or label is not a string: {figure!a:.200}")
     if figure.better not in ("", "lower", "higher"):
         raise ValueError(f"a figure whose better is '{figure.better}', expected lower or higher: {figure!r:.200}")
     return replace(figure, **found, n=None if figure.n is None else operator.index(figure.n))

@@ -70,7 +70,7 @@ class Imatrix:
     chunk_count: int | None
     chunk_size: int | None  # tokens
     head_tokens: int | None  # tokens that the draft head was run over; None: no tool said so
-    head_rows: str | None  # hidden rows that it was fed with, as in mtp_rows; None: not told
+    head_rows: str | None  # hidden rows that the head read, as in mtp_rows; None: not recorded
     metadata: Mapping[str, Any]
 
 

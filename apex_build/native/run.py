@@ -203,7 +203,7 @@ def _output_of(child: subprocess.Popen[bytes], deadline: float | None) -> Iterat
 
 
 def _wait_draining(child: subprocess.Popen[bytes], seconds: float) -> None:
-    """Wait for the end of a child that was told to end, reading on: one that blocks on a full pipe cannot end."""
+    """Wait for a child that is being stopped, and keep reading: it cannot end while it blocks on a full pipe."""
     deadline = time.monotonic() + seconds
     poll = select.poll()
     if child.stdout:

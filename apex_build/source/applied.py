@@ -1,4 +1,4 @@
-"""Which commit of a tree is which patch of the series, and what in a tree exists nowhere else."""
+"""Which commit of a tree is which patch of the series, and what in a tree is not saved elsewhere."""
 
 from __future__ import annotations
 

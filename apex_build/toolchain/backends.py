@@ -12,8 +12,8 @@ TOOLS = ("llama-imatrix", "llama-quantize", "llama-perplexity", "llama-server", 
 _COMMON = {
     "BUILD_SHARED_LIBS": "ON",
     "CMAKE_BUILD_TYPE": "Release",
-    # Libraries are found beside the tools, so that the folder can be moved, and nowhere else: CMake's own path for the build folder
-    # ends with an empty element, which is the current folder of whoever runs the tool.
+    # Libraries are found beside the tools, so that the folder can be moved. CMake's own path for the build folder
+    # ends with an empty element, which means the current folder when the tool runs.
     "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
     "FETCHCONTENT_FULLY_DISCONNECTED": "ON",

@@ -123,7 +123,7 @@ def _request(pin: Pin, one: Standing, facts: Mapping[str, Any], known: Known, gu
     if facts.get("figures"):
         lines += ["## Figures", "", *(f"- {line}" for line in facts["figures"]), ""]
     lines += ["## Before it is sent (not part of the text)", ""]
-    lines += ["- This is a draft, made of the commit's message: whoever sends it writes and answers for the text."]
+    lines += ["- This is a draft from the commit's message. Rewrite it; the sender is responsible for the text."]
     for what, section, quoted in guide_rules(guide):
         lines.append(f"- {GUIDE}, section '{section}', on {what}: \"{quoted}\"")
     lines += [f"- style: {remark}" for remark in remarks] or ["- style: nothing found"]

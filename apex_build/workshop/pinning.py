@@ -95,7 +95,7 @@ def _text(pin: Pin, patches: str | None) -> str:
 def bump(name: str, to: str, report: Report = silent) -> tuple[Pin, Pin]:
     """Let the pin `name` be what the pin `to` is, its series too; gives what it was, and what it is. Both trees stay as they are.
 
-    Raises SeriesUnfit unless `to` is green, TreeEdited where the tree of `name` holds work that is saved nowhere else.
+    Raises SeriesUnfit unless `to` is green, TreeEdited where the tree of `name` holds unsaved work.
     """
     old, new = load_pin(name), load_pin(to)
     if old == new:
@@ -105,7 +105,7 @@ def bump(name: str, to: str, report: Report = silent) -> tuple[Pin, Pin]:
         raise SeriesUnfit(f"{new.name} is not green: {'; '.join(lacking)}", hint=verb(new, "status"))
     tree = tree_path(old)
     if tree.exists() and (work := unsaved_work(tree, read_series(old))):
-        raise TreeEdited(f"{tree} holds work that is saved nowhere else: {some(work, '; ')}", hint=verb(old, "save"))
+        raise TreeEdited(f"{tree} holds unsaved work: {some(work, '; ')}", hint=verb(old, "save"))
     target = old.own_file or places.data_root() / "vendor" / f"{old.name}.toml"
     final = old.patches_folder
     with writing(final.parent):

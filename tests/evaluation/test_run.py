@@ -106,7 +106,7 @@ def test_figures_that_are_no_figures_are_refused_and_numpys_are_taken(tools: Too
     ran = evaluate(place, "--only", "half,infinite,wordy,numpy", code=PluginFailed.exit_code)
     assert "evaluator 'infinite' gave a figure whose value is nan, expected a finite number" in ran.stderr
     assert "evaluator 'wordy' gave a figure whose value is 'much'" in ran.stderr and "3 of 4 measurements failed" in ran.stderr
-    assert "evaluator 'half' gave a figure whose name, unit, domain, note, paired or label is no text" in ran.stderr
+    assert "evaluator 'half' gave a figure whose name, unit, domain, note, paired or label is not a string" in ran.stderr
     (row,) = map(json.loads, (place / "r.jsonl").read_text().splitlines())
     assert row["figures"][0]["value"] == 0.5 and row["figures"][0]["n"] == 7
     assert json.loads(evaluate(place, "--only", "numpy", "--json").stdout)[0]["measured"]

@@ -13,10 +13,10 @@ def test_a_tree_with_work_that_is_nowhere_else_stays(series: World, monkeypatch:
     (item,) = pruning.items(["sources"])
     assert item.path == series.tree and not item.kept
     (series.tree / "notes.txt").write_text("mine")
-    assert pruning.remove(item).kept == "holds what is nowhere else: new: notes.txt" and series.tree.exists()
+    assert pruning.remove(item).kept == "holds unsaved work: new: notes.txt" and series.tree.exists()
     (series.tree / "notes.txt").unlink()
     commit(series.tree, {"ggml/src/more.c": b"more\n"}, "ggml: more")
-    assert "holds what is nowhere else: commit" in pruning.remove(item).kept and series.tree.exists()
+    assert "holds unsaved work: commit" in pruning.remove(item).kept and series.tree.exists()
 
 
 def test_a_tree_that_can_be_fetched_again_goes(series: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_outdated_tree_is_replaced(world: World, apex: Apex) -> None:
     digest = digest_of((name, content) for name, content in files.items() if wanted(name))
     newer = write_pin(world, sha256=sha256_file(world.sdist), size=world.sdist.stat().st_size, tree_digest=digest)
     assert apex("source", "verify").code == HashMismatch.exit_code
-    assert "laid out for another digest" in apex("source", "status").out
+    assert "has another digest" in apex("source", "status").out
     (world.tree / "note.txt").write_text("mine")
     said = apex("source", "fetch")
     assert said.code == TreeEdited.exit_code

@@ -192,7 +192,7 @@ def test_a_plugin_that_fails_does_not_silence_it(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[apex_build]\nbroken = nothing_like_it\n")
     ran = run_apex("doctor", env={**os.environ, "PYTHONPATH": str(tmp_path / "packages")})
     assert "warning: plugin 'broken' (package broken): ModuleNotFoundError" in ran.stderr
-    assert "This machine" in ran.stdout and "What could be built here" in ran.stdout
+    assert "This machine" in ran.stdout and "What can be built here" in ran.stdout
 
 
 def test_the_cpus_instruction_sets() -> None:
