@@ -160,8 +160,8 @@ def test_the_compilers_in_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("g++", "GNU", "16.1.0"),
     ]
     text = said()
-    assert "GNU 16.1.0; nvcc 13.0.88 does not take it: 15 is its newest" in text
-    assert "Clang 14.0.6; nvcc 13.0.88 takes it" in text
+    assert "GNU 16.1.0; nvcc 13.0.88 rejects it: newest accepted is 15" in text
+    assert "Clang 14.0.6; nvcc 13.0.88 accepts it" in text
 
 
 def test_builds_in_the_cache_and_a_damaged_one(source: Path, cache: Path) -> None:
