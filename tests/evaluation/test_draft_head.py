@@ -270,7 +270,11 @@ def test_a_damaged_cache_is_said(tools: Toolset, testbed: Path, texts: dict[str,
     before = set(cache.glob("evaluation/*/*.npz"))
     measure("draft-head", tools, testbed, one, chunks=8)
     (kept,) = set(cache.glob("evaluation/*/*.npz")) - before
+    size = kept.stat().st_size
     kept.write_bytes(kept.read_bytes()[:1000])
+    measure("draft-head", tools, testbed, one, chunks=8)
+    assert kept.stat().st_size == size, "a file that was cut is made again"
+    kept.write_bytes(b"x" * size)
     with pytest.raises(EvaluationRefused, match=r"draft-head\.npz: damaged in the cache") as caught:
         measure("draft-head", tools, testbed, one, chunks=8)
     assert str(kept) in str(caught.value.hint)

@@ -68,8 +68,8 @@ def test_the_imatrix_and_all_that_is_made_of_it_say_which(
     out = tmp_path / "x.gguf"
     run_apex("quantize", testbed, *LOW, "--imatrix", calibrated, "-o", out, "--threads", 1)
     assert read_header(out).metadata["apex.head_rows"] == "post_norm"
-    provenance = manifest(out)["provenance"]
-    assert isinstance(provenance, dict) and provenance["apex.head_rows"] == "post_norm"
+    made_from = manifest(out)["from"]
+    assert isinstance(made_from, dict) and made_from["apex.head_rows"] == "post_norm"
 
     write_without_head(calibrated, read_model(testbed, load_plugins().role_of), tmp_path / "trunk.gguf")
     assert read_imatrix(tmp_path / "trunk.gguf").head_rows is None
@@ -120,7 +120,7 @@ def test_an_architecture_that_nothing_is_known_of(
     stranger = write_header_only(tmp_path / "stranger.gguf", TINY, arch="exaone-moe")
     said = run_apex("calibrate", stranger, "--text", heldout / "code.txt", code=30).stderr
     assert (
-        "warning: which hidden rows the draft heads of exaone-moe were trained on is not known: the tool's default is taken" in said
+        "warning: which hidden rows the draft heads of exaone-moe were trained on is not known: using the tool's default" in said
     )
     # the table without an architecture that the tools do run: they decide, and that is recorded
     monkeypatch.delitem(TRAINED_ON, "qwen35moe")
