@@ -49,7 +49,7 @@ def test_edit_refuses_what_it_could_not_keep(series: World, apex: Apex) -> None:
     (series.tree / IMATRIX).write_text("mine\n")
     said = apex("patch", "edit", "1")
     assert said.code == TreeEdited.exit_code
-    assert "has uncommitted edits" in said.err
+    assert "has edits that are not committed" in said.err
     assert apex("patch", "edit").code == 0, "only to look"
     assert (series.tree / IMATRIX).read_text() == "mine\n"
     git(series.tree, "checkout", "--quiet", ".")
