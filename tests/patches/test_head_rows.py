@@ -119,9 +119,7 @@ def test_an_architecture_that_nothing_is_known_of(
 ) -> None:
     stranger = write_header_only(tmp_path / "stranger.gguf", TINY, arch="exaone-moe")
     said = run_apex("calibrate", stranger, "--text", heldout / "code.txt", code=30).stderr
-    assert (
-        "warning: which hidden rows the draft heads of exaone-moe were trained on is not known: using the tool's default" in said
-    )
+    assert "warning: which hidden rows the draft heads of exaone-moe were trained on is not known: using the tool's default" in said
     # the table without an architecture that the tools do run: they decide, and that is recorded
     monkeypatch.delitem(TRAINED_ON, "qwen35moe")
     model = read_model(testbed, load_plugins().role_of)
