@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # These are words of the core too: keys of its JSON, meanings of figures, endings of files. Equal by chance.
 ORDINARY = {"files", "datasets", "perplexity", "jsonl"}
 MEANT = {
-    "apex_build/cli/demo.py": {"i-nano"},  # the demo plays a user
+    "apex_build/stages/demo.py": {"i-nano"},  # the demo plays a user
     "apex_build/evaluation/head_scores.py": {"kld"},  # a column that the tool writes
 }
 

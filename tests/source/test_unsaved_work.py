@@ -191,4 +191,4 @@ def test_save_notes_uncommitted_edits(series: World, apex: Apex) -> None:
     (series.tree / "LICENSE").write_text("mine\n")
     said = apex("patch", "save")
     assert said.code == 0
-    assert "warning: LICENSE has edits that are not committed" in said.err
+    assert "warning: LICENSE has uncommitted edits" in said.err

@@ -258,12 +258,12 @@ def test_another_run_is_refused_or_waited_for(tmp_path: Path) -> None:
 
 TABLE = """
 22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
-30 22 0:40 / /home rw,relatime - nfs4 host:/home rw,vers=4.2,local_lock=none,addr=1.2.3.4
+30 22 0:40 / /shared rw,relatime - nfs4 host:/shared rw,vers=4.2,local_lock=none,addr=1.2.3.4
 31 22 0:41 / /old rw,relatime - nfs host:/old rw,vers=3,nolock,local_lock=all
-32 22 0:42 / /mnt/my\\040disk rw - fuse.sshfs me@host:/ rw,user_id=0
+32 22 0:42 / /my\\040disk rw - fuse.sshfs me@host:/ rw,user_id=0
 33 22 0:43 / /scratch rw - lustre 1@tcp:/scratch rw,flock,lazystatfs
 34 22 0:44 / /scratch/old rw - lustre 1@tcp:/scratch rw,localflock
-35 22 0:45 / /tmp rw - tmpfs tmpfs rw
+35 22 0:45 / /ram rw - tmpfs tmpfs rw
 broken line
 """
 
@@ -272,13 +272,13 @@ broken line
     ("path", "doubt"),
     [
         ("/var/x", ""),
-        ("/home/me/x", ""),
+        ("/shared/me/x", ""),
         ("/old/x", "mounted as nfs with local_lock=all, nolock: other machines do not see locks"),
         ("/older/x", ""),
-        ("/mnt/my disk/x", "locks on fuse.sshfs may not be seen by other machines"),
+        ("/my disk/x", "locks on fuse.sshfs may not be seen by other machines"),
         ("/scratch/x", ""),
         ("/scratch/old/x", "mounted as lustre without flock: other machines do not see locks"),
-        ("/tmp/x", ""),
+        ("/ram/x", ""),
     ],
 )
 def test_locks_on_network_file_systems(path: str, doubt: str) -> None:

@@ -117,7 +117,7 @@ def test_without_text_and_chat_template_it_says_how_to_give_a_text(
 
 def test_a_file_whose_head_was_not_measured_says_so(tools: Toolset, testbed: Path, calibrated: Path, tmp_path: Path) -> None:
     plain = run_apex("quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", calibrated, "-o", tmp_path / "plain.gguf")
-    assert "loss not measured on this model (draft_head=auto measures it)" in plain.stdout
+    assert "its loss was not measured on this model (draft_head=auto measures it)" in plain.stdout
 
 
 def test_a_plan_without_a_measurement_is_cautious_and_says_so(tools: Toolset, testbed: Path) -> None:

@@ -114,8 +114,8 @@ def test_both_sides(later: World, run: Run) -> None:
 @pytest.mark.parametrize("name", ["test-a", '"test-a"', "[=[test-a]=]", "[==[test-a]==]"])
 def test_the_program_of_a_test(name: str) -> None:
     """CMake writes a test's name in one of these ways, by its version and policies."""
-    found = upstream_tests.ADDED.fullmatch(f'add_test({name} "/work/bin/test-program"')
-    assert found and (found["name"], found["program"]) == ("test-a", "/work/bin/test-program")
+    found = upstream_tests.ADDED.fullmatch(f'add_test({name} "/built/bin/test-program"')
+    assert found and (found["name"], found["program"]) == ("test-a", "/built/bin/test-program")
 
 
 def test_a_part_of_the_tests_is_no_whole(later: World, run: Run) -> None:
