@@ -119,7 +119,7 @@ def test_aborted(pair: tuple[World, World], run: Run) -> None:
     (later.tree / "note.txt").write_text("mine\n")
     said = run("patch", "port", "--onto", later.toml, "--abort")
     assert said.code == 0, said.err
-    assert "later is as it was" in said.out
+    assert "later is restored" in said.out
     assert git(later.tree, "rev-parse", "HEAD") == head and folder(later.patches) == files
     assert git(later.tree, "status", "--porcelain") == "?? note.txt"
     assert git(later.tree, "show", f"{ABORTED}:{IMATRIX}") == "half resolved"
