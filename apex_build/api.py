@@ -1,9 +1,11 @@
-"""The stages as functions, for scripts: what the verbs of `apex` call. Each takes a frozen dataclass of options and returns one.
+"""The stages as functions, for scripts: what the verbs of `apex` call. Each takes a frozen dataclass of options and
+returns one.
 
     source  ->  build  ->  convert  ->  calibrate  ->  plan  ->  quantize  ->  evaluate, check, sweep
 
-A `Workplace` holds what they share: the built tools, the plugins, and whom they tell how far they are; without one, the tools in
-use and the installed plugins are taken. Nothing is printed; every error is an `ApexError` with the verb's own exit code.
+A `Workplace` holds what they share: the built tools, the plugins, and whom they tell how far they are; without one, the
+tools in use and the installed plugins are taken. Nothing is printed; every error is an `ApexError` with the verb's own
+exit code.
 """
 
 from __future__ import annotations

@@ -193,13 +193,17 @@ class CheckpointInvalid(ApexError):
 
 
 class HeadRowsMismatch(ApexError):
-    """The imatrix's data for the draft head is of other hidden rows than the head was trained on, or does not say of which."""
+    """The imatrix's data for the draft head is of other hidden rows than the head was trained on, or does not say of
+    which.
+    """
 
     exit_code = 45
 
 
 class LoadFailed(ApexError):
-    """The built tools cannot load the model: tensors or keys are missing, or its vocabulary or architecture is unknown to them."""
+    """The built tools cannot load the model: tensors or keys are missing, or its vocabulary or architecture is unknown
+    to them.
+    """
 
     exit_code = 46
 
@@ -259,7 +263,9 @@ class TemplateUnsafe(ApexError):
     """A policy's template tried what the sandbox forbids."""
 
     exit_code = 64
-    advice = "a template sees data alone, no files and no Python: docs/policies.md; apex policies lists those that are there"
+    advice = (
+        "a template sees data alone, no files and no Python: docs/policies.md; apex policies lists those that are there"
+    )
 
 
 class PlanMismatch(ApexError):

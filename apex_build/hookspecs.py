@@ -1,7 +1,7 @@
 """The hooks of the plugin API, and the data that crosses them. Plugins import both from `apex_build.plugin_api`.
 
-A plugin is a folder with a `plugin.py`, or a module that a package names in the entry-point group `apex_build`. It writes a
-function of a hook's name, marked with `@hookimpl`:
+A plugin is a folder with a `plugin.py`, or a module that a package names in the entry-point group `apex_build`. It
+writes a function of a hook's name, marked with `@hookimpl`:
 
     from apex_build.plugin_api import PolicySpec, hookimpl
 
@@ -9,8 +9,8 @@ function of a hook's name, marked with `@hookimpl`:
     def apex_policies() -> list[PolicySpec]:
         return [PolicySpec(name="mine", template=Path(__file__).with_name("mine.jinja"), base_type="Q4_K_M")]
 
-Hooks give data and do no work until they are asked. Each hook function is called on its own, so that an error in it can be
-reported under its plugin's name; pluggy's wrappers have no effect. docs/plugins.md has an example of each hook.
+Hooks give data and do no work until they are asked. Each hook function is called on its own, so that an error in it can
+be reported under its plugin's name; pluggy's wrappers have no effect. docs/plugins.md has an example of each hook.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 hookspec = pluggy.HookspecMarker("apex_build")
 hookimpl = pluggy.HookimplMarker("apex_build")
 
-# The version of this API. A plugin says which it was made for with a line `APEX_API = 2`; without one it was made for 1. It grows
-# with each addition that a plugin may rely on; OLDEST_API is raised where something that plugins rely on is taken away.
+# The version of this API. A plugin says which it was made for with a line `APEX_API = 2`; without one it was made for
+# 1. It grows with each addition that a plugin may rely on; OLDEST_API is raised where something that plugins rely on is
+# taken away.
 API_VERSION = 2
 OLDEST_API = 1
 
@@ -68,7 +69,8 @@ ROLES = (
 class Part:
     """A tensor's role, and whether it belongs to the draft head, where its block does not tell.
 
-    Without this, the draft head is the blocks after the trunk's (`nextn_predict_layers` of them), as llama.cpp lays it out.
+    Without this, the draft head is the blocks after the trunk's (`nextn_predict_layers` of them), as llama.cpp lays it
+    out.
     """
 
     role: str
@@ -79,11 +81,11 @@ class Part:
 class PolicySpec:
     """A named way to give each tensor a type.
 
-    The template renders `pattern=type`, one a line; `base_type` is llama-quantize's own type argument, whose mixture decides
-    for every tensor that no line names (`{name}` stands for the value of a parameter); `calibrated` says that the policy is
-    meant for use with an imatrix; `fit` that a tensor whose rows cannot hold its type gets the nearest that they can, instead of
-    a refusal; `needs` what a model must have: 'head'; `otherwise` the policy to take for a model without it. `sweeps`: apex sweep
-    takes this policy where no other is asked for.
+    The template renders `pattern=type`, one a line; `base_type` is llama-quantize's own type argument, whose mixture
+    decides for every tensor that no line names (`{name}` stands for the value of a parameter); `calibrated` says that
+    the policy is meant for use with an imatrix; `fit` that a tensor whose rows cannot hold its type gets the nearest
+    that they can, instead of a refusal; `needs` what a model must have: 'head'; `otherwise` the policy to take for a
+    model without it. `sweeps`: apex sweep takes this policy where no other is asked for.
 
     A line `# warning: TEXT` of the rendered rules is shown to the user.
     """
@@ -102,7 +104,9 @@ class PolicySpec:
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of calibration material: a conversation (`messages`, as chat templates take them) or raw `text`, never both."""
+    """One piece of calibration material: a conversation (`messages`, as chat templates take them) or raw `text`, never
+    both.
+    """
 
     domain: str
     text: str | None = None
@@ -113,7 +117,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from. `read` gets the options that a calibration set gives it and the folder of that set's file.
+    """Where documents come from. `read` gets the options that a calibration set gives it and the folder of that set's
+    file.
 
     `options`: their names, so that others are refused; None for a source that takes any.
     """
@@ -128,12 +133,14 @@ class Figure:
     """One number about a model file. `low` and `high` bound its 95 % interval, in the unit of `value`.
 
     `name` is for scripts, dotted and stable: `depth1.agreement`. `domain` is the domain of its text or prompts, empty
-    for all of them. `n` counts what it was taken over: positions, prompts, tasks. Where `value` is None, `note` says why.
+    for all of them. `n` counts what it was taken over: positions, prompts, tasks. Where `value` is None, `note` says
+    why.
 
-    `better` says whether a lower or a higher value is the better one; without it nothing is called a gain or a loss, and a sweep
-    has no knee. `paired` names the figure that is this one's paired difference from the reference (file minus reference, on the
-    same positions), by custom `NAME.difference`; a figure that is such a difference itself, as a divergence is, names itself.
-    `label` is the figure in words, for a plot; of an evaluator's figures a sweep shows the first one with `plot`.
+    `better` says whether a lower or a higher value is the better one; without it nothing is called a gain or a loss,
+    and a sweep has no knee. `paired` names the figure that is this one's paired difference from the reference (file
+    minus reference, on the same positions), by custom `NAME.difference`; a figure that is such a difference itself, as
+    a divergence is, names itself. `label` is the figure in words, for a plot; of an evaluator's figures a sweep shows
+    the first one with `plot`.
     """
 
     name: str
@@ -162,8 +169,8 @@ class Service:
     check     apex check                                      perplexity; or acceptance (in %), and perhaps same_text (in %),
                                                               drafted and accepted (tokens)
 
-    `figures`: meaning -> name of the figure; `settings`: its parameters for the purpose. For 'auto', apex also sets the parameters
-    `rows` and `chunks` of an evaluator that has them.
+    `figures`: meaning -> name of the figure; `settings`: its parameters for the purpose. For 'auto', apex also sets the
+    parameters `rows` and `chunks` of an evaluator that has them.
     """
 
     purpose: Literal["sweep", "head", "auto", "check"]
@@ -175,9 +182,10 @@ class Service:
 class Evaluator:
     """A named way to measure a model file.
 
-    `needs` is what it cannot go without, of 'text', 'prompts', 'reference', 'head' and 'data' (a file that the user gives under the
-    evaluator's name); `uses` what it takes where it is given. `timed`: its figures are times, so it never shares the machine and
-    its results hold for one machine only. Parameters are set with `--set NAME.parameter=value`.
+    `needs` is what it cannot go without, of 'text', 'prompts', 'reference', 'head' and 'data' (a file that the user
+    gives under the evaluator's name); `uses` what it takes where it is given. `timed`: its figures are times, so it
+    never shares the machine and its results hold for one machine only. Parameters are set with `--set
+    NAME.parameter=value`.
     """
 
     name: str
@@ -187,13 +195,15 @@ class Evaluator:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     timed: bool = False
     description: str = ""
-    # what stands for it in a table of a line a file: the name of a figure, or a pattern (greedy.n*.acceptance), and its heading;
-    # of those with one heading the first that is there counts. Without any it is the evaluator's first figure
+    # what stands for it in a table of a line a file: the name of a figure, or a pattern (greedy.n*.acceptance), and its
+    # heading; of those with one heading the first that is there counts. Without any it is the evaluator's first figure
     headline: tuple[tuple[str, str], ...] = ()
-    # for the time left: the tasks that it will report (Step.task), in order, and about how many tokens the model reads in each (one
-    # that it writes counts as GENERATED of them)
+    # for the time left: the tasks that it will report (Step.task), in order, and about how many tokens the model reads
+    # in each (one that it writes counts as GENERATED of them)
     runs: Callable[[Task], Mapping[str, float]] | None = None
-    version: int = 1  # to be raised when it gives other figures for the same: what an earlier one recorded is measured again
+    version: int = (
+        1  # to be raised when it gives other figures for the same: what an earlier one recorded is measured again
+    )
     serves: tuple[Service, ...] = ()
 
 
@@ -201,10 +211,10 @@ class Evaluator:
 class GpuTarget:
     """A GPU, by a name that people know it under, and what the CUDA compiler is asked for.
 
-    `architecture` is a value of CMAKE_CUDA_ARCHITECTURES (121a-real); `memory_gib` what its driver reports, rounded, 0 where that
-    is not known; `minimum_cuda` the first CUDA toolkit that knows the architecture (12.9), empty where that is not known.
-    `groups`: further names, each of which stands for all targets that have it (all-common). `aliases`: what else it is called, such
-    as nvidia-smi's name of it (GB10); 'NVIDIA', 'GeForce' and the like need not be in it.
+    `architecture` is a value of CMAKE_CUDA_ARCHITECTURES (121a-real); `memory_gib` what its driver reports, rounded, 0
+    where that is not known; `minimum_cuda` the first CUDA toolkit that knows the architecture (12.9), empty where that
+    is not known. `groups`: further names, each of which stands for all targets that have it (all-common). `aliases`:
+    what else it is called, such as nvidia-smi's name of it (GB10); 'NVIDIA', 'GeForce' and the like need not be in it.
     """
 
     name: str
@@ -223,15 +233,17 @@ def apex_policies() -> list[PolicySpec]:  # type: ignore[empty-body]
 
 @hookspec
 def apex_roles() -> list[Role]:  # type: ignore[empty-body]
-    """Roles beside `ROLES`, for policies that know them; every other policy leaves their tensors to its base type's mixture."""
+    """Roles beside `ROLES`, for policies that know them; every other policy leaves their tensors to its base type's
+    mixture.
+    """
 
 
 @hookspec
 def apex_tensor_roles(architecture: str) -> Callable[[str], str | Part | None] | None:
     """The role of each tensor name of this architecture, or None for an architecture the plugin does not know.
 
-    The function gives None for a tensor it does not know; the next plugin is asked then, the last loaded first. A role is one of
-    `ROLES` or of `apex_roles`; a `Part` also says whether the tensor belongs to the draft head.
+    The function gives None for a tensor it does not know; the next plugin is asked then, the last loaded first. A role
+    is one of `ROLES` or of `apex_roles`; a `Part` also says whether the tensor belongs to the draft head.
     """
 
 

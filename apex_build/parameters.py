@@ -28,12 +28,12 @@ _YES = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": 
 class Parameter:
     """What a user may set with `--set name=value`. A template sees it as a variable, with `_` for each dot of its name.
 
-    kind 'type' takes a GGUF tensor type (Q4_K), 'int' a whole number >= 0, 'number' a decimal one >= 0, 'flag' yes or no, 'text'
-    anything.
-    `words` are further values of a 'type' parameter, to which the template gives its own meaning; with `mixtures` it also
-    takes two types, A+B. One that has `measured` takes the word 'auto': the smallest of these values whose loss, measured on the
-    user's model against the first of them, is under a bound, the value of the parameter that `bound` names (without one 0.5
-    points). They stand in the order in which they are tried: the largest first.
+    kind 'type' takes a GGUF tensor type (Q4_K), 'int' a whole number >= 0, 'number' a decimal one >= 0, 'flag' yes or
+    no, 'text' anything. `words` are further values of a 'type' parameter, to which the template gives its own meaning;
+    with `mixtures` it also takes two types, A+B. One that has `measured` takes the word 'auto': the smallest of these
+    values whose loss, measured on the user's model against the first of them, is under a bound, the value of the
+    parameter that `bound` names (without one 0.5 points). They stand in the order in which they are tried: the largest
+    first.
     """
 
     default: str | int | float | bool
@@ -50,9 +50,14 @@ def resolve(policy: PolicySpec, given: Mapping[str, Value], ggml: Ggml) -> dict[
 
     Raises ParameterUnknown, listing what there is, and TypeUnknown.
     """
-    known = {**policy.parameters, BASE_TYPE: Parameter(policy.base_type, "text", "llama-quantize's type for what no rule names")}
+    known = {
+        **policy.parameters,
+        BASE_TYPE: Parameter(policy.base_type, "text", "llama-quantize's type for what no rule names"),
+    }
     values = values_of(f"policy '{policy.name}'", known, given, ggml, hint=f"apex policies {policy.name}")
-    values[BASE_TYPE] = re.sub(r"\{([\w.]+)\}", lambda found: str(values.get(found[1], found[0])), str(values[BASE_TYPE])).upper()
+    values[BASE_TYPE] = re.sub(
+        r"\{([\w.]+)\}", lambda found: str(values.get(found[1], found[0])), str(values[BASE_TYPE])
+    ).upper()
     return values
 
 
@@ -63,7 +68,8 @@ def values_of(
     for name in given:
         if name not in known:
             raise ParameterUnknown(
-                f"{owner} has no parameter '{name}'{nearby(name, known)}. It has: {', '.join(sorted(known)) or 'none'}", hint=hint
+                f"{owner} has no parameter '{name}'{nearby(name, known)}. It has: {', '.join(sorted(known)) or 'none'}",
+                hint=hint,
             )
     return {
         name: _value(f"parameter '{name}' of {owner}", parameter, given.get(name, parameter.default), ggml)
@@ -77,7 +83,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, str]:
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name.strip() or not value.strip():
-            raise ParameterUnknown(f"'{setting}' is not of the form name=value", hint="for example: --set draft_head=Q4_K")
+            raise ParameterUnknown(
+                f"'{setting}' is not of the form name=value", hint="for example: --set draft_head=Q4_K"
+            )
         values[name.strip()] = value.strip()
     return values
 
@@ -107,16 +115,22 @@ def _value(about: str, parameter: Parameter, value: Value, ggml: Ggml) -> Value:
         except TypeUnknown as error:
             also = f" (or: {', '.join(words)}{', or two types, A+B' if parameter.mixtures else ''})" if words else ""
             close = near(text, words, n=1, cutoff=0.7)
-            raise TypeUnknown(f"{about}: {error.message}{also}", hint=f"near it: {close[0]}" if close else error.hint) from None
+            raise TypeUnknown(
+                f"{about}: {error.message}{also}", hint=f"near it: {close[0]}" if close else error.hint
+            ) from None
     return text
 
 
 def writable_type(name: str, ggml: Ggml) -> str:
-    """The name in upper case of a tensor type that llama-quantize can write. Raises TypeUnknown with names that are near."""
+    """The name in upper case of a tensor type that llama-quantize can write. Raises TypeUnknown with names that are
+    near.
+    """
     traits = ggml.type_traits(name)
-    # Q8_1 and Q8_K hold intermediate results of matrix products: ggml_quantize_chunk has no case for them, nor for integers and F64
+    # Q8_1 and Q8_K hold intermediate results of matrix products: ggml_quantize_chunk has no case for them, nor for
+    # integers and F64
     if traits.name in ("Q8_1", "Q8_K") or (not traits.quantized and traits.name not in ("F32", "F16", "BF16")):
         raise TypeUnknown(
-            f"llama-quantize cannot write tensors of type {traits.name}", hint="types it can: Q8_0, Q6_K, Q4_K, IQ2_XXS, F16, ..."
+            f"llama-quantize cannot write tensors of type {traits.name}",
+            hint="types it can: Q8_0, Q6_K, Q4_K, IQ2_XXS, F16, ...",
         )
     return traits.name

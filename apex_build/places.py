@@ -1,7 +1,7 @@
 """Where things are: the data that travels with the package, and the user's folders.
 
-Environment: APEX_CACHE_DIR moves the cache (downloads, builds, environments), APEX_SOURCE_DIR the fetched llama.cpp trees; APEX_PIN
-names the llama.cpp that is worked with.
+Environment: APEX_CACHE_DIR moves the cache (downloads, builds, environments), APEX_SOURCE_DIR the fetched llama.cpp
+trees; APEX_PIN names the llama.cpp that is worked with.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ PIN_VARIABLE = "APEX_PIN"
 
 
 def chosen_pin() -> str:
-    """The pin that APEX_PIN, or apex.toml through it, chose: its name, or a TOML file of the user's; else the default one."""
+    """The pin that APEX_PIN, or apex.toml through it, chose: its name, or a TOML file of the user's; else the default
+    one.
+    """
     return os.environ.get(PIN_VARIABLE) or DEFAULT_PIN
 
 
@@ -74,7 +76,9 @@ def cache_folder(*names: str) -> Path:
 
 
 def source_root() -> Path:
-    """Folder of the fetched llama.cpp trees, one folder a pin: beside the pins in a checkout, else in the user's data folder."""
+    """Folder of the fetched llama.cpp trees, one folder a pin: beside the pins in a checkout, else in the user's data
+    folder.
+    """
     if given := os.environ.get("APEX_SOURCE_DIR"):
         return Path(given).absolute()
     return data_root() / "vendor" if in_checkout() else platformdirs.user_data_path("apex-build") / "vendor"

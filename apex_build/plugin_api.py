@@ -1,4 +1,5 @@
-"""What a plugin imports, and nothing else of apex_build: the hooks' data, what evaluators work with, errors for the user.
+"""What a plugin imports, and nothing else of apex_build: the hooks' data, what evaluators work with, errors for the
+user.
 
 Names that need NumPy or the tools are loaded when they are first used, so that importing a plugin costs little.
 docs/plugins.md teaches each hook by an example; `apex plugins new` writes a plugin to start from.
@@ -65,7 +66,15 @@ _LATER = {
     **{name: ("evaluation.task", name) for name in ("Prompt", "Server", "Step", "Task")},
     **{
         name: ("evaluation.intervals", name)
-        for name in ("NORMAL", "Estimate", "clustered_mean", "clustered_ratio", "ratio_interval", "share_interval", "student")
+        for name in (
+            "NORMAL",
+            "Estimate",
+            "clustered_mean",
+            "clustered_ratio",
+            "ratio_interval",
+            "share_interval",
+            "student",
+        )
     },
     **{name: ("gguf_model.catalogue", name) for name in ("Model", "Tensor")},
     **{name: ("evaluation.pace", name) for name in ("GENERATED", "tokens_of")},

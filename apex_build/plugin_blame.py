@@ -30,7 +30,9 @@ def blaming_evaluator(plugin: str, evaluator: Evaluator) -> Callable[[Task], Seq
         with blame(plugin):
             figures = list(evaluator.evaluate(task))
         if not all(isinstance(figure, Figure) for figure in figures):
-            raise PluginFailed(f"plugin '{plugin}': evaluator '{evaluator.name}' must give a list of Figure, not {figures!r:.200}")
+            raise PluginFailed(
+                f"plugin '{plugin}': evaluator '{evaluator.name}' must give a list of Figure, not {figures!r:.200}"
+            )
         return figures
 
     return blamed

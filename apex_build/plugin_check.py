@@ -1,4 +1,6 @@
-"""Is a plugin whole? Everything that can be seen without a model and without the native tools; for authors and their tests."""
+"""Is a plugin whole? Everything that can be seen without a model and without the native tools; for authors and their
+tests.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,10 @@ _LAYERS = 40  # of the sample models, so that tiers by depth have a middle
 
 @dataclass(frozen=True)
 class CheckedPlugin:
-    """A plugin without fault. `given`: what it gives by kind (policies, roles, sources, evaluators, gpus, commands); `rules`: of
-    each policy, tensor -> type in a sample model, a mixture of experts of 40 layers with a draft head in block 40."""
+    """A plugin without fault. `given`: what it gives by kind (policies, roles, sources, evaluators, gpus, commands);
+    `rules`: of each policy, tensor -> type in a sample model, a mixture of experts of 40 layers with a draft head in
+    block 40.
+    """
 
     name: str
     folder: Path
@@ -67,7 +71,9 @@ def check_plugin(folder: Path) -> CheckedPlugin:
     name = folder.name
     given = plugins.given(name)
     if not any(given.values()) and not plugins.has_hook(name, "apex_tensor_roles"):
-        raise PluginFailed(f"plugin '{name}' ({folder}) gives nothing: it has no function of a hook's name marked with @hookimpl")
+        raise PluginFailed(
+            f"plugin '{name}' ({folder}) gives nothing: it has no function of a hook's name marked with @hookimpl"
+        )
     _check_roles(plugins)
     policies = plugins.policies()
     rules = {policy: _check_policy(name, policies[policy], plugins) for policy in given["policies"]}
@@ -85,7 +91,9 @@ def _check_policy(plugin: str, policy: LoadedPolicy, plugins: Plugins) -> dict[s
     types = _types()
     values = resolve(policy, {}, types)
     if policy.otherwise and policy.otherwise not in plugins.policies():
-        raise PluginFailed(f"plugin '{plugin}': policy '{policy.name}' names another, '{policy.otherwise}', that does not exist")
+        raise PluginFailed(
+            f"plugin '{plugin}': policy '{policy.name}' names another, '{policy.otherwise}', that does not exist"
+        )
     _check_parameters(plugin, policy)
     wanted: dict[str, str] = {}
     for model in (_sample(plugins, experts=True, head=True), *_others(policy, plugins)):
@@ -122,7 +130,8 @@ def _check_evaluator(plugin: str, evaluator: Evaluator) -> None:
     for service in evaluator.serves:
         if service.purpose not in purposes:
             raise PluginFailed(
-                f"{about} serves '{service.purpose}'{nearby(service.purpose, purposes)}. There are: {', '.join(purposes)}"
+                f"{about} serves '{service.purpose}'{nearby(service.purpose, purposes)}. There are: "
+                f"{', '.join(purposes)}"
             )
         if frozenset(service.figures) - _MORE.get(service.purpose, frozenset()) not in _FIGURES[service.purpose]:
             expected = " or ".join(", ".join(sorted(names)) or "none" for names in _FIGURES[service.purpose])
@@ -134,7 +143,8 @@ def _check_evaluator(plugin: str, evaluator: Evaluator) -> None:
 def _check_gpu(plugin: str, gpu: GpuTarget) -> None:
     if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", gpu.architecture):
         raise PluginFailed(
-            f"plugin '{plugin}': GPU '{gpu.name}' has the architecture '{gpu.architecture}': CMake's are such as 89-real"
+            f"plugin '{plugin}': GPU '{gpu.name}' has the architecture '{gpu.architecture}': CMake's are such as "
+            "89-real"
         )
     if gpu.memory_gib < 0:
         raise PluginFailed(f"plugin '{plugin}': GPU '{gpu.name}' has {gpu.memory_gib} GiB of memory")
@@ -153,7 +163,9 @@ def _sample(plugins: Plugins, *, experts: bool, head: bool) -> Model:
     block = {"attn_norm": (width,), "attn_q": (width, rows), "attn_k": (width, width), "attn_v": (width, width)}
     block |= {"attn_output": (rows, width), "ffn_norm": (width,)}
     if experts:
-        block |= {f"ffn_{part}_exps": (width, width, 8) for part in ("gate", "up", "down")} | {"ffn_gate_inp": (width, 8)}
+        block |= {f"ffn_{part}_exps": (width, width, 8) for part in ("gate", "up", "down")} | {
+            "ffn_gate_inp": (width, 8)
+        }
         block |= {f"ffn_{part}_shexp": (width, width) for part in ("gate", "up", "down")}
     else:
         block |= {f"ffn_{part}": (width, rows) for part in ("gate", "up")} | {"ffn_down": (rows, width)}

@@ -53,7 +53,9 @@ def spelt(name: str) -> str:
 
 
 def module_of(folder: Path) -> ModuleType:
-    """Import `folder/plugin.py` as a package of a name of its own, so that its relative imports find the files beside it."""
+    """Import `folder/plugin.py` as a package of a name of its own, so that its relative imports find the files beside
+    it.
+    """
     name = f"_apex_plugin_{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, folder / "plugin.py", submodule_search_locations=[str(folder)])
     if spec is None or spec.loader is None:
@@ -90,7 +92,9 @@ def code_of(origin: str) -> str:
 
 
 def api_in_source(path: Path) -> int | None:
-    """The version of the API that a file says it was made for, without importing it: with another one its imports may fail."""
+    """The version of the API that a file says it was made for, without importing it: with another one its imports may
+    fail.
+    """
     try:
         found = _API_LINE.search(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -124,5 +128,7 @@ def check_api(api: int, plugin: str, origin: str) -> None:
     ours = f"{API_VERSION}" if OLDEST_API == API_VERSION else f"{OLDEST_API} to {API_VERSION}"
     raise PluginIncompatible(
         f"plugin '{plugin}' ({origin}) was made for version {api} of the plugin API: this apex-build has version {ours}",
-        hint="a newer apex-build, or an older release of the plugin" if api > API_VERSION else "a newer release of the plugin",
+        hint="a newer apex-build, or an older release of the plugin"
+        if api > API_VERSION
+        else "a newer release of the plugin",
     )

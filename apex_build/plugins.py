@@ -56,7 +56,9 @@ class Plugins:
     manager: pluggy.PluginManager
     origins: Mapping[str, str]  # plugin name -> folder or distribution it came from
     apis: Mapping[str, int]  # plugin name -> version of the API that it was made for
-    broken: Mapping[str, str] = field(default_factory=dict)  # installed plugins that were left out: name -> what is wrong with each
+    broken: Mapping[str, str] = field(
+        default_factory=dict
+    )  # installed plugins that were left out: name -> what is wrong with each
 
     def policies(self) -> dict[str, LoadedPolicy]:
         """Policies by name, sorted; two plugins with a policy of the same name are refused."""
@@ -96,7 +98,9 @@ class Plugins:
         """Evaluators by name; an error inside one blames its plugin."""
         found = self._named("apex_evaluators", Evaluator)
         return {
-            name: loaded_evaluator(evaluator, plugin, code_of(self.origins[plugin]), evaluate=blaming_evaluator(plugin, evaluator))
+            name: loaded_evaluator(
+                evaluator, plugin, code_of(self.origins[plugin]), evaluate=blaming_evaluator(plugin, evaluator)
+            )
             for name, (plugin, evaluator) in sorted(found.items())
         }
 
@@ -126,7 +130,9 @@ class Plugins:
 
     def _check_role(self, plugin: str, found: object, tensor: str) -> None:
         role = found.role if isinstance(found, Part) else found
-        if role in _roles(self) or (isinstance(role, str) and self.apis[plugin] < 2):  # before version 2 there was no list
+        if role in _roles(self) or (
+            isinstance(role, str) and self.apis[plugin] < 2
+        ):  # before version 2 there was no list
             return
         near = nearby(role, _roles(self)) if isinstance(role, str) else ""
         raise PluginFailed(
@@ -136,7 +142,9 @@ class Plugins:
         )
 
     def given(self, plugin: str) -> dict[str, tuple[str, ...]]:
-        """What a plugin gives: kind -> names. Roles are those that it adds; `has_hook` tells whether it gives roles to tensors."""
+        """What a plugin gives: kind -> names. Roles are those that it adds; `has_hook` tells whether it gives roles to
+        tensors.
+        """
         return {
             kind: tuple(sorted(name for name, (owner, _) in self._named(hook, of).items() if owner == plugin))
             for kind, (hook, of) in _kinds().items()
@@ -169,7 +177,9 @@ class Plugins:
                 with blame(plugin):
                     results = implementation.function()
                 if not isinstance(results, Sequence) or not all(isinstance(item, kind) for item in results):
-                    raise PluginFailed(f"plugin '{plugin}': {hook}() must give a list of {kind.__name__}, not {results!r:.200}")
+                    raise PluginFailed(
+                        f"plugin '{plugin}': {hook}() must give a list of {kind.__name__}, not {results!r:.200}"
+                    )
                 for item in results:
                     if (name := str(item.name)) in found:
                         raise PluginFailed(
@@ -196,9 +206,10 @@ class Plugins:
 def load_plugins(folders: Sequence[Path] = ()) -> Plugins:
     """Built-in plugins, installed ones (entry points), then the folders given; each folder holds a `plugin.py`.
 
-    The same folders give the same object. An installed plugin that is broken is left out with a warning, and so is, without
-    one, what APEX_PLUGINS_OFF names: plugins or packages, with commas between them. Raises PluginFailed for any other, naming the
-    plugin and the line of its code, and PluginIncompatible for one that was made for another version of the API.
+    The same folders give the same object. An installed plugin that is broken is left out with a warning, and so is,
+    without one, what APEX_PLUGINS_OFF names: plugins or packages, with commas between them. Raises PluginFailed for any
+    other, naming the plugin and the line of its code, and PluginIncompatible for one that was made for another version
+    of the API.
     """
     return _load(tuple(dict.fromkeys(Path(folder).resolve() for folder in folders)), data_root(), switched_off())
 
@@ -228,14 +239,18 @@ def _load(folders: tuple[Path, ...], data: Path, off: frozenset[str]) -> Plugins
             _warn_left_out(entry.name, origin, error.message)
     for folder in folders:
         if not (folder / "plugin.py").is_file():
-            raise PluginFailed(f"no plugin in {folder}: a plugin folder holds a file plugin.py", hint="apex plugins new")
+            raise PluginFailed(
+                f"no plugin in {folder}: a plugin folder holds a file plugin.py", hint="apex plugins new"
+            )
         if str(folder) not in origins.values():  # a built-in one, named once more
             from_folder(folder)
     return Plugins(manager, origins, apis, broken)
 
 
 def command_summaries() -> dict[str, str]:
-    """Further verbs that plugins give, with what they say of themselves, without importing plugins that were looked into before."""
+    """Further verbs that plugins give, with what they say of themselves, without importing plugins that were looked
+    into before.
+    """
     built_in, entries = _with_commands()
     if not built_in and not entries:
         return {}
@@ -275,7 +290,12 @@ def _warn_left_out(plugin: str, origin: str, why: str) -> None:
 
 
 def _register(
-    manager: pluggy.PluginManager, origins: dict[str, str], name: str, origin: str, load: Callable[[], Any], source: Path | None
+    manager: pluggy.PluginManager,
+    origins: dict[str, str],
+    name: str,
+    origin: str,
+    load: Callable[[], Any],
+    source: Path | None,
 ) -> int:
     """Load a plugin; gives the version of the API that it was made for."""
     if name in origins:
@@ -288,7 +308,8 @@ def _register(
             api = api_of(module, name, origin)
             check_api(api, name, origin)
             manager.register(module, name=name)
-            manager.check_pending()  # a function marked as a hook whose name is not one: misspelt, or made for another version
+            # a function marked as a hook whose name is not one: misspelt, or made for another version
+            manager.check_pending()
     except BaseException:
         if manager.has_plugin(name):
             manager.unregister(name=name)
@@ -309,7 +330,9 @@ def _policy_hint(name: str, known: Mapping[str, PolicySpec]) -> str:
 
 
 def _type_like(name: str) -> str:
-    """The tensor type that a type's or a mixture's name stands for: Q4_K_M -> Q4_K, iq3_m -> IQ3_S; '' for any other name."""
+    """The tensor type that a type's or a mixture's name stands for: Q4_K_M -> Q4_K, iq3_m -> IQ3_S; '' for any other
+    name.
+    """
     import gguf
 
     types = {one.name for one in gguf.GGMLQuantizationType}
@@ -363,6 +386,7 @@ def _refuse_ambiguous(plugin: str, policy: PolicySpec) -> None:
         if variable in taken or not variable.isidentifier():
             what = "is taken" if variable in taken else "is not a valid name"
             raise PluginFailed(
-                f"plugin '{plugin}': policy '{policy.name}' has a parameter '{name}', but the variable '{variable}' {what}"
+                f"plugin '{plugin}': policy '{policy.name}' has a parameter '{name}', but the variable '{variable}' "
+                f"{what}"
             )
         taken.add(variable)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 class Step:
     """The progress of a long task. `total` is None while it is not known; `unit` names what is counted.
 
-    `said`: no work, but a warning to be shown at once and to stay.
-    `detail`: what is being done just now, where the task is made of several pieces; `left`: seconds to its end, where whoever
-    reports it knows better than a straight line does.
+    `said`: no work, but a warning to be shown at once and to stay. `detail`: what is being done just now, where the
+    task is made of several pieces; `left`: seconds to its end, where whoever reports it knows better than a straight
+    line does.
     """
 
     task: str
@@ -37,7 +37,8 @@ _TELLING = 0.02  # of a piece: less says nothing of its pace
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a whole. `runs`: the tasks that it will report, one after the other, and the work in each, in units of `kind`.
+    """A part of a whole. `runs`: the tasks that it will report, one after the other, and the work in each, in units of
+    `kind`.
 
     Work of one kind takes time in proportion; `expected` is the seconds for all of it, as far as that is known before.
     """
@@ -59,7 +60,9 @@ class Whole:
     report: Report
     pieces: Sequence[Piece]
     clock: Callable[[], float] = time.monotonic
-    finished: dict[int, float] = field(default_factory=dict)  # piece -> seconds that it took, 0 where its result was there already
+    finished: dict[int, float] = field(
+        default_factory=dict
+    )  # piece -> seconds that it took, 0 where its result was there already
     current: int | None = None
     began: float = 0.0
     seen: dict[str, float] = field(default_factory=dict)  # of the current piece: run -> share done
@@ -126,7 +129,9 @@ class Whole:
         return sum(share * runs.get(run, 0.0) for run, share in self.seen.items())
 
     def _to_do(self, piece: Piece, seen: Mapping[str, float]) -> float:
-        """Units of the runs that are not passed over: one before the last that was seen, and itself not seen, was not needed."""
+        """Units of the runs that are not passed over: one before the last that was seen, and itself not seen, was not
+        needed.
+        """
         names = list(piece.runs)
         last = max((names.index(run) for run in seen if run in piece.runs), default=-1)
         wanted = (run in seen or (at > last and not self._elsewhere(run, piece)) for at, run in enumerate(names))
@@ -166,5 +171,12 @@ class Whole:
             detail += f", {step.task}{counted}"
         ended = len(self.finished) == len(self.pieces)
         self.report(
-            Step(self.task, 100.0 if ended else min(99.0, 100 * share), 100, "%", detail="" if ended else detail, left=rest)
+            Step(
+                self.task,
+                100.0 if ended else min(99.0, 100 * share),
+                100,
+                "%",
+                detail="" if ended else detail,
+                left=rest,
+            )
         )

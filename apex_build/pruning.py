@@ -43,8 +43,9 @@ _ARRIVING = 600.0  # seconds without change after which a partial download count
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that can go as a whole. `used`: when it was last read or written, as far as the file system tells; `kept`: why it
-    stays whatever is asked."""
+    """One thing that can go as a whole. `used`: when it was last read or written, as far as the file system tells;
+    `kept`: why it stays whatever is asked.
+    """
 
     kind: str
     path: Path
@@ -67,10 +68,15 @@ def items(kinds: Collection[str] = ()) -> list[Item]:
 
 
 def choose(
-    found: Sequence[Item], *, older_than: float | None = None, larger_than: int | None = None, keep_size: int | None = None
+    found: Sequence[Item],
+    *,
+    older_than: float | None = None,
+    larger_than: int | None = None,
+    keep_size: int | None = None,
 ) -> list[Item]:
-    """Those to be removed. `older_than`: unused for this many days; `larger_than`: bytes; `keep_size`: the longest unused go until
-    all that stays has no more bytes than that."""
+    """Those to be removed. `older_than`: unused for this many days; `larger_than`: bytes; `keep_size`: the longest
+    unused go until all that stays has no more bytes than that.
+    """
     now = time.time()
     wanted = [
         item
@@ -197,7 +203,9 @@ def _output_of(work: Path) -> Path:
 
 
 def _delete(item: Item) -> None:
-    """Out of sight first: half of it is never taken for the whole, and what a killed run leaves is cleared away by the next."""
+    """Out of sight first: half of it is never taken for the whole, and what a killed run leaves is cleared away by the
+    next.
+    """
     aside = item.path.with_name(f".{item.path.name.removeprefix('.')}.part")
     shutil.rmtree(aside, ignore_errors=True)
     item.path.rename(aside)

@@ -20,7 +20,8 @@ from apex_build.native.toolset import Toolset
 
 TESTBED = Path(__file__).parent / "testbed"
 
-# Where other work shares the cores, OpenMP's threads would spin at each barrier and slow all of it down many times over.
+# Where other work shares the cores, OpenMP's threads would spin at each barrier and slow all of it down many times
+# over.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # fixtures, and the mark of tests that use one
@@ -61,13 +62,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def testbed() -> Path:
-    """A trained Qwen3.5-MoE of 15 million parameters with its MTP head, F16: 6 trunk layers, 8 experts, head in block 6."""
+    """A trained Qwen3.5-MoE of 15 million parameters with its MTP head, F16: 6 trunk layers, 8 experts, head in block
+    6.
+    """
     return TESTBED / "testbed-f16.gguf"
 
 
 @pytest.fixture(scope="session")
 def heldout() -> Path:
-    """Folder of text that the testbed was not trained on: chat.txt, code.txt, reasoning.txt, tool-calling.txt, prompts.jsonl."""
+    """Folder of text that the testbed was not trained on: chat.txt, code.txt, reasoning.txt, tool-calling.txt,
+    prompts.jsonl.
+    """
     return TESTBED / "heldout"
 
 
@@ -106,7 +111,9 @@ def rows_choice(tools: Toolset) -> None:
 
 @pytest.fixture(scope="session")
 def stock_imatrix(source_tree: Path) -> Path:
-    """llama-imatrix of the same tree without our patches. The compiler cache has most of it; the cache of builds keeps it."""
+    """llama-imatrix of the same tree without our patches. The compiler cache has most of it; the cache of builds keeps
+    it.
+    """
     from apex_build.places import cache_root, chosen_pin_name
     from apex_build.source.tree import BASE
     from apex_build.toolchain.backends import Backend

@@ -1,4 +1,6 @@
-"""Models as header-only GGUF files: every tensor with its real shape, the data a hole in a sparse file, so 72 GB cost no disk."""
+"""Models as header-only GGUF files: every tensor with its real shape, the data a hole in a sparse file, so 72 GB cost
+no disk.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,11 @@ def write_header_only(
     extra: Mapping[str, tuple[int, ...]] | None = None,
     full_size: bool = True,
 ) -> Path:
-    """Write a GGUF file with the tensors of `load_arch_tensors` (src/models/qwen35moe.cpp): matrices of type `weights`, others F32.
+    """Write a GGUF file with the tensors of `load_arch_tensors` (src/models/qwen35moe.cpp): matrices of type `weights`,
+    others F32.
 
-    `metadata` adds keys or replaces them, `extra` adds tensors (ggml's order of extents). With `full_size` False the tensor data
-    is missing: a truncated file.
+    `metadata` adds keys or replaces them, `extra` adds tensors (ggml's order of extents). With `full_size` False the
+    tensor data is missing: a truncated file.
     """
     writer = gguf.GGUFWriter(path, arch)
     for key, value in {**_metadata(shape, arch), **(metadata or {})}.items():
@@ -187,13 +190,17 @@ def _add(writer: gguf.GGUFWriter, key: str, value: str | int | float | bool) -> 
     elif isinstance(value, str):
         writer.add_string(key, value)
     elif isinstance(value, int):
-        (writer.add_uint16 if key.startswith("split.") and key != "split.tensors.count" else writer.add_uint32)(key, value)
+        (writer.add_uint16 if key.startswith("split.") and key != "split.tensors.count" else writer.add_uint32)(
+            key, value
+        )
     else:
         writer.add_float32(key, value)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """As a byte-level BPE has it: tokens, types, merges (about as many as tokens), here with scores too; ends in special tokens."""
+    """As a byte-level BPE has it: tokens, types, merges (about as many as tokens), here with scores too; ends in
+    special tokens.
+    """
     special = 32
     tokens = [f"Ġw{index:x}" for index in range(size - special)] + [f"<|special_{index}|>" for index in range(special)]
     writer.add_token_list(tokens)

@@ -17,7 +17,9 @@ from apex_build.native.toolset import Toolset
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 EXAMPLES = re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-CODE = {title: "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)) for title, text in EXAMPLES}
+CODE = {
+    title: "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)) for title, text in EXAMPLES
+}
 
 
 def test_every_function_of_the_api_has_an_example_and_a_docstring() -> None:
@@ -26,7 +28,11 @@ def test_every_function_of_the_api_has_an_example_and_a_docstring() -> None:
         thing = getattr(api, name)
         if isinstance(thing, FunctionType) and name not in ("silent", "all_pins", "demo"):
             assert f"api.{name}(" in text and thing.__doc__, name
-    used = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "api"}
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "api"
+    }
     assert used <= set(api.__all__)
 
 
@@ -41,7 +47,9 @@ def test_the_page_runs_as_printed(testbed: Path, tools: Toolset, tmp_path: Path)
     last = done.stdout.splitlines()[-2:]
     assert last[0].startswith("quantized-model ") and last[0].endswith(" i-nano True")
     assert last[1].startswith("DataMissing 72 "), last
-    assert {"model-i-nano.gguf", "model-i-nano.gguf.json", "results.jsonl", "sweep"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"model-i-nano.gguf", "model-i-nano.gguf.json", "results.jsonl", "sweep"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_the_tools_of_the_page(tools: Toolset, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The files of the checkout as a whole: nothing of the machine they were written on, and nothing that names what has moved."""
+"""The files of the checkout as a whole: nothing of the machine they were written on, and nothing that names what has
+moved.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def test_no_file_names_a_machine() -> None:
-    """No folder of one machine, and no host but public sites: a package index of one's own belongs in pip's configuration."""
+    """No folder of one machine, and no host but public sites: a package index of one's own belongs in pip's
+    configuration.
+    """
     found = []
     for name, text in texts():
         found += [f"{name}: {match[0]}" for match in MACHINE.finditer(text)]

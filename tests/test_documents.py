@@ -15,7 +15,9 @@ NOT_READ = re.compile(r"LD_TRACE_LOADED_OBJECTS|LC_ALL|CCACHE_\w+|CMAKE_\w+")
 
 
 def variables(path: Path) -> Iterator[str]:
-    """Names and beginnings of names that functions which look at `os.environ` have in them, or in constants that they use."""
+    """Names and beginnings of names that functions which look at `os.environ` have in them, or in constants that they
+    use.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     constants = {
         target.id: node.value
@@ -25,9 +27,13 @@ def variables(path: Path) -> Iterator[str]:
         if isinstance(target, ast.Name)
     }
     for function in ast.walk(tree):
-        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) or "os.environ" not in ast.unparse(function):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) or "os.environ" not in ast.unparse(
+            function
+        ):
             continue
-        named = [constants[node.id] for node in ast.walk(function) if isinstance(node, ast.Name) and node.id in constants]
+        named = [
+            constants[node.id] for node in ast.walk(function) if isinstance(node, ast.Name) and node.id in constants
+        ]
         for part in (*function.body, *named):
             for node in ast.walk(part):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value):
@@ -37,7 +43,15 @@ def variables(path: Path) -> Iterator[str]:
 def test_every_variable_that_is_read_is_documented() -> None:
     found = {name for path in SOURCES for name in variables(path)}
     found = {name for name in found if not NOT_READ.fullmatch(name)}
-    assert {"APEX_CACHE_DIR", "APEX_TOOLS", "CXX", "CUDA_HOME", "PIP_", "APEX_PLUGINS_OFF", "APEX_CONVERT_PYTHON"} <= found
+    assert {
+        "APEX_CACHE_DIR",
+        "APEX_TOOLS",
+        "CXX",
+        "CUDA_HOME",
+        "PIP_",
+        "APEX_PLUGINS_OFF",
+        "APEX_CONVERT_PYTHON",
+    } <= found
     page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"`([A-Za-z][A-Za-z_0-9]*)\*?`", page))
     beginnings = tuple(re.findall(r"`([A-Za-z][A-Za-z_0-9]*)\*`", page))

@@ -27,7 +27,9 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     def make(n_bytes: int) -> Path:
         folder = tmp_path / f"disk{len(made)}"
         folder.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "none", str(folder)], capture_output=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "none", str(folder)], capture_output=True
+        )
         if mounted.returncode:
             pytest.skip("a file system can only be mounted by root")
         made.append(folder)
@@ -133,7 +135,18 @@ def test_results_of_an_evaluation(
 ) -> None:
     place = disk(1 << 20)
     results = place / "r.jsonl"
-    command = ("evaluate", testbed, "--only", "perplexity", "--text", heldout / "chat.txt", "--results", results, "--threads", 1)
+    command = (
+        "evaluate",
+        testbed,
+        "--only",
+        "perplexity",
+        "--text",
+        heldout / "chat.txt",
+        "--results",
+        results,
+        "--threads",
+        1,
+    )
     assert apex(*command, "--set", "perplexity.chunks=2") == 0
     before = results.read_bytes()
     filled(place)
@@ -158,7 +171,9 @@ def test_no_file_that_is_too_large_for_the_limit_of_the_shell(tmp_path: Path) ->
 
 
 # --- the mechanism --------------------------------------------------------------------------------------------------------
-def test_a_file_is_on_the_disk_before_and_after_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_on_the_disk_before_and_after_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
     fsync = __import__("os").fsync
 

@@ -49,7 +49,9 @@ source = "files"
 folder = "notes"
 pattern = "*.txt"
 """
-DIALOGUE = {"messages": [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "Four."}]}
+DIALOGUE = {
+    "messages": [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "Four."}]
+}
 
 # Names of the inputs in the world below; two of them end as what is written beside an output does.
 FILES = (
@@ -96,7 +98,9 @@ def _copy_or_link(source: str, target: str) -> None:
 COMMON = "--plugin scales --tools tools"
 MINE = "--policy mine --imatrix imatrix.gguf --tensor-types types.txt"
 CALIBRATE = f"calibrate model.gguf --chat-template chat.jinja --calibration-set set.toml {COMMON}"
-EVALUATED = "--reference reference.gguf --text text.txt --prompts prompts.jsonl --data winogrande=winogrande.csv --only weight"
+EVALUATED = (
+    "--reference reference.gguf --text text.txt --prompts prompts.jsonl --data winogrande=winogrande.csv --only weight"
+)
 COMMANDS = {
     "plan --write-rules": f"plan model.gguf {MINE} {COMMON} --write-rules {{}}",
     "calibrate -o": f"{CALIBRATE} -o {{}}",
@@ -137,7 +141,9 @@ def everything(world: Path) -> dict[str, tuple[int, int, int]]:
     Folders are left out: the first import of a plugin puts __pycache__ beside it, which changes its folder's time.
     """
     files = ((str(path.relative_to(world)), path.lstat()) for path in world.rglob("*") if not path.is_dir())
-    return {name: (about.st_size, about.st_ino, about.st_mtime_ns) for name, about in files if "__pycache__" not in name}
+    return {
+        name: (about.st_size, about.st_ino, about.st_mtime_ns) for name, about in files if "__pycache__" not in name
+    }
 
 
 @pytest.mark.parametrize(("name", "file"), CASES, ids=[f"{name} onto {file}" for name, file in CASES])
@@ -155,7 +161,12 @@ def test_no_output_goes_onto_an_input(
 @pytest.mark.parametrize("link", ["symlink", "hard link"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_link_to_an_input_is_the_input(
-    name: str, link: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    link: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = next(inputs_of(name))
     out = world / "another-name"
@@ -188,7 +199,12 @@ def test_nor_does_what_is_written_beside_it(
 @pytest.mark.parametrize("ending", ["", MANIFEST, LOG])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_file_that_is_not_ours_is_not_replaced(
-    name: str, ending: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    ending: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with_others = COMMANDS[name].endswith("-o {}")
     foreign = tmp_path / f"notes{ending if with_others else ''}"
@@ -222,14 +238,19 @@ def test_a_folder_of_the_name_of_an_unfinished_run(
     command = COMMANDS["calibrate --text -o"]
     assert run(world, command, tmp_path / "out.gguf", monkeypatch=monkeypatch) == 71
     assert "exists and was not left by an unfinished run" in capsys.readouterr().err
-    assert run(world, command.replace("text.txt", str(mine)), tmp_path / "out.gguf", "--force", monkeypatch=monkeypatch) == 71
+    assert (
+        run(world, command.replace("text.txt", str(mine)), tmp_path / "out.gguf", "--force", monkeypatch=monkeypatch)
+        == 71
+    )
     assert "is the input itself" in capsys.readouterr().err and mine.exists()
 
 
 SWEEP = f"sweep model.gguf --over draft_head=Q8_0,Q4_K --with-head --only weight {COMMON} -o out"
 
 
-def test_a_sweep_writes_over_no_input(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_writes_over_no_input(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In a folder of its own: what it holds may have been given back to it."""
     (world / "out").mkdir()
     try:
@@ -259,7 +280,10 @@ def test_every_option_that_writes_is_in_these_tests() -> None:
         ("sweep", "--output"),
     }  # fmt: skip
     here = {
-        (name.split()[0], {"-o": "--output"}.get(word, word)) for name in COMMANDS for word in name.split()[1:] if word[0] == "-"
+        (name.split()[0], {"-o": "--output"}.get(word, word))
+        for name in COMMANDS
+        for word in name.split()[1:]
+        if word[0] == "-"
     }
     writing = re.compile(r"--(output|results|export|write-.*|rules|log|save.*)")
     found = set()
@@ -267,7 +291,9 @@ def test_every_option_that_writes_is_in_these_tests() -> None:
         command = apex.get_command(click.Context(apex), verb)
         assert command is not None
         for one in [command, *getattr(command, "commands", {}).values()]:
-            found |= {(verb, option) for parameter in one.params for option in parameter.opts if writing.fullmatch(option)}
+            found |= {
+                (verb, option) for parameter in one.params for option in parameter.opts if writing.fullmatch(option)
+            }
     assert found <= here | elsewhere, found - here - elsewhere
 
 
@@ -277,7 +303,9 @@ def test_one_writer_at_a_time_whatever_cache_it_uses(testbed: Path, tools: Tools
     code = "import sys, time; from pathlib import Path; from apex_build.storage.locks import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, env={**os.environ, "APEX_CACHE_DIR": str(tmp_path / "c")}
+        [sys.executable, "-c", code, str(out)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "APEX_CACHE_DIR": str(tmp_path / "c")},
     ) as other:
         assert other.stdout and other.stdout.readline() == b"held\n"
         for command in (

@@ -94,12 +94,22 @@ def texts(node: ast.expr, scopes: tuple[ast.AST, ...], depth: int = 0) -> list[s
             found = [a + b for a in found for b in pieces][:50]
         return found
     if isinstance(node, ast.Name):
-        values = [value for scope in scopes for value in assignments(scope).get(node.id, [])] or constants().get(node.id, [])
+        values = [value for scope in scopes for value in assignments(scope).get(node.id, [])] or constants().get(
+            node.id, []
+        )
         return [text for value in values for text in texts(value, scopes, depth + 1)][:50] or [HOLE]
     if isinstance(node, ast.Attribute):
-        return [text for value in constants().get(node.attr, []) for text in texts(value, scopes, depth + 1)][:50] or [HOLE]
+        return [text for value in constants().get(node.attr, []) for text in texts(value, scopes, depth + 1)][:50] or [
+            HOLE
+        ]
     if isinstance(node, ast.Call):
-        name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        name = (
+            node.func.id
+            if isinstance(node.func, ast.Name)
+            else node.func.attr
+            if isinstance(node.func, ast.Attribute)
+            else ""
+        )
         results: list[str] = []
         for function, module in functions().get(name, []):
             for statement in ast.walk(function):
@@ -114,7 +124,12 @@ def hints() -> dict[str, set[str]]:
     """Error class -> all hints that the code may give with it."""
     found: dict[str, set[str]] = {name: {one.advice} if one.advice else set() for name, one in CLASSES.items()}
     for tree in modules().values():
-        scopes = {id(node): scope for scope in ast.walk(tree) if isinstance(scope, ast.FunctionDef) for node in ast.walk(scope)}
+        scopes = {
+            id(node): scope
+            for scope in ast.walk(tree)
+            if isinstance(scope, ast.FunctionDef)
+            for node in ast.walk(scope)
+        }
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue

@@ -1,4 +1,6 @@
-"""The order of the rooms: what a module may import. `python tests/test_imports.py` prints the rooms and what each imports."""
+"""The order of the rooms: what a module may import. `python tests/test_imports.py` prints the rooms and what each
+imports.
+"""
 
 from __future__ import annotations
 

@@ -85,5 +85,7 @@ def test_no_evaluator_for_a_purpose_and_two() -> None:
     with pytest.raises(EvaluationRefused, match="no evaluator serves 'auto' with a figure for beauty"):
         the_one_serving(evaluators, "auto", "beauty")
     evaluators["again"] = replace(evaluators["draft-head"], name="again")
-    with pytest.raises(PluginFailed, match=r"two evaluators serve 'auto' .* 'draft-head' of plugin 'draft_head' and 'again'"):
+    with pytest.raises(
+        PluginFailed, match=r"two evaluators serve 'auto' .* 'draft-head' of plugin 'draft_head' and 'again'"
+    ):
         the_one_serving(evaluators, "auto", "agreement")

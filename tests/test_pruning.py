@@ -48,7 +48,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def prune(*options: object) -> dict[str, Any]:
     said = json.loads(run_apex("cache", "prune", *options, "--json").stdout)
-    return {Path(item["path"]).name: item for item in said["removed"]} | {"kept": {Path(i["path"]).name: i for i in said["kept"]}}
+    return {Path(item["path"]).name: item for item in said["removed"]} | {
+        "kept": {Path(i["path"]).name: i for i in said["kept"]}
+    }
 
 
 def test_what_there_is(cache: Path) -> None:
@@ -82,7 +84,9 @@ def test_by_size_and_kind(cache: Path) -> None:
     assert prune("--kind", "work", "--kind", "downloads").keys() == {"0123", "ff", "kept"}
     whole = sum(item.n_bytes for item in pruning.items([kind for kind in pruning.KINDS if kind != "sources"]))
     assert prune("--keep-size", whole, "--dry-run").keys() == {"kept"}
-    assert prune("--keep-size", whole - 1, "--dry-run").keys() == {"convert-1", "kept"}, "the longest unused that may be removed"
+    assert prune("--keep-size", whole - 1, "--dry-run").keys() == {"convert-1", "kept"}, (
+        "the longest unused that may be removed"
+    )
     assert "say what to remove" in run_apex("cache", "prune", code=2).stderr
     assert "is not a size" in run_apex("cache", "prune", "--larger-than", "much", code=2).stderr
 
@@ -105,7 +109,9 @@ def test_what_is_used_meanwhile_stays(cache: Path) -> None:
     assert "convert-1" in prune("--kind", "environments") and not list((cache / "envs").glob("*convert*"))
 
 
-def test_calibrations_that_did_not_end(tools: Toolset, testbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibrations_that_did_not_end(
+    tools: Toolset, testbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("APEX_TOOLS", str(tools.root))
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
     out = tmp_path / "i.gguf"

@@ -18,7 +18,9 @@ from apex_build.errors import DiskTooSmall
 NAME = "a\x1b]0;title\x07\u202e\x9bb.gguf"
 
 
-def apex(*arguments: object, shell: Callable[[], None] | None = None, **streams: object) -> subprocess.CompletedProcess[bytes]:
+def apex(
+    *arguments: object, shell: Callable[[], None] | None = None, **streams: object
+) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "apex_build", *map(str, arguments)]
     return subprocess.run(command, check=False, preexec_fn=shell, timeout=120, **streams)  # type: ignore[call-overload,no-any-return]
 

@@ -53,9 +53,22 @@ def test_it_works_outside_the_checkout(installed: Path, tmp_path: Path, tools: T
     assert "i-nano" in apex(installed, tmp_path, "policies")
     planned = apex(installed, tmp_path, "plan", testbed, "--policy", "compact", "--tools", tools.root, "--json")
     assert json.loads(planned)["policy"] == "compact"
-    text = json.loads(apex(installed, tmp_path, "calibrate", testbed, "--tools", tools.root, "--dry-run", "--json"))["text"]
+    text = json.loads(apex(installed, tmp_path, "calibrate", testbed, "--tools", tools.root, "--dry-run", "--json"))[
+        "text"
+    ]
     assert {part["domain"] for part in text["parts"]} == {"chat", "reasoning", "tool-calling", "code"}
-    apex(installed, tmp_path, "quantize", testbed, "--policy", "compact", "--tools", tools.root, "-o", tmp_path / "x.gguf")
+    apex(
+        installed,
+        tmp_path,
+        "quantize",
+        testbed,
+        "--policy",
+        "compact",
+        "--tools",
+        tools.root,
+        "-o",
+        tmp_path / "x.gguf",
+    )
     assert (tmp_path / "x.gguf").stat().st_size > 8_000_000
     status = json.loads(apex(installed, tmp_path, "source", "status", "--json"))
     assert str(tmp_path / "data") in json.dumps(status), "trees go to the user's data folder, not into the package"

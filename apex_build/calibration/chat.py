@@ -38,7 +38,8 @@ def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
     text = model.metadata.get("tokenizer.chat_template")
     if not isinstance(text, str):
         raise ChatTemplateFailed(
-            f"{model.path}: the model has no chat template (tokenizer.chat_template), and the calibration set has conversations",
+            f"{model.path}: the model has no chat template (tokenizer.chat_template), and the calibration set has "
+            "conversations",
             hint=f"apex calibrate {model.path} --chat-template FILE, or with a plain text: --text FILE",
         )
     return ChatTemplate(text, f"{model.path}: tokenizer.chat_template", variables)
@@ -46,7 +47,9 @@ def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's `text`; None where the template refused it with these `words`, or failed, which `words` says then."""
+    """A conversation's `text`; None where the template refused it with these `words`, or failed, which `words` says
+    then.
+    """
 
     text: str | None
     words: str = ""
@@ -63,7 +66,9 @@ def render(template: ChatTemplate, documents: Sequence[Document], *, answer_begi
     found = try_render(template, documents, answer_begins=answer_begins)
     for one, document in zip(found, documents, strict=True):
         if one.failed:
-            raise ChatTemplateFailed(f"chat template of {template.origin}: {one.words}, in {document.origin}", hint=_HINT)
+            raise ChatTemplateFailed(
+                f"chat template of {template.origin}: {one.words}, in {document.origin}", hint=_HINT
+            )
     return [one.text for one in found]
 
 
@@ -103,7 +108,12 @@ def without_system(document: Document) -> Document | None:
 def _conversation(document: Document, answer_begins: bool) -> dict[str, Any]:
     # As transformers calls a template: `tools` and `documents` are there, as none.
     tools = list(document.tools) or None
-    return {"messages": list(document.messages), "tools": tools, "documents": None, "add_generation_prompt": answer_begins}
+    return {
+        "messages": list(document.messages),
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": answer_begins,
+    }
 
 
 def _token(model: Model, key: str) -> str:

@@ -1,7 +1,8 @@
-"""Renders conversations with a model's chat template: `python -m apex_build.calibration.chat_sandbox`, see sandbox_child.py.
+"""Renders conversations with a model's chat template: `python -m apex_build.calibration.chat_sandbox`, see
+sandbox_child.py.
 
-The environment is the one that transformers gives chat templates (utils/chat_template_utils.py), but for the current date: a
-calibration text must come out the same tomorrow.
+The environment is the one that transformers gives chat templates (utils/chat_template_utils.py), but for the current
+date: a calibration text must come out the same tomorrow.
 """
 
 from __future__ import annotations

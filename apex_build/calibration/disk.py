@@ -18,7 +18,9 @@ _COPIES = 4  # of the imatrix, on the disk together
 
 
 def imatrix_bytes(model: Model) -> int:
-    """About what an imatrix of the model takes, rather more: 4 bytes for each column of each weight's matrices, names, counts."""
+    """About what an imatrix of the model takes, rather more: 4 bytes for each column of each weight's matrices, names,
+    counts.
+    """
     weights = [tensor for tensor in model.tensors if len(tensor.shape) > 1]
     return sum(4 * (tensor.shape[0] + 1) * math.prod(tensor.shape[2:]) + 512 for tensor in weights)
 
@@ -38,7 +40,10 @@ def written(partial: Path, out: Path, model: Model) -> Imatrix:
     except ImatrixInvalid as error:
         free = shutil.disk_usage(partial.parent).free
         size = partial.stat().st_size if partial.exists() else 0
-        said = f"llama-imatrix ended with code 0, but wrote {size} bytes of its imatrix, expected about {imatrix_bytes(model)}"
+        said = (
+            f"llama-imatrix ended with code 0, but wrote {size} bytes of its imatrix, expected about "
+            f"{imatrix_bytes(model)}"
+        )
         if free < imatrix_bytes(model):
             raise DiskTooSmall(
                 f"{out}: {said}: {amount(free)} are free in {out.parent}",

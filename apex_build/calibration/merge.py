@@ -1,7 +1,8 @@
-"""Imatrices put together, and carried from one format to the other: counts and sums of squares, without running anything.
+"""Imatrices put together, and carried from one format to the other: counts and sums of squares, without running
+anything.
 
-Sums are added in double precision and rounded once. The format before GGUF (.dat) keeps means instead of sums, one count for all
-experts, and not how many tokens a chunk had: what it cannot hold is lost, with a warning.
+Sums are added in double precision and rounded once. The format before GGUF (.dat) keeps means instead of sums, one
+count for all experts, and not how many tokens a chunk had: what it cannot hold is lost, with a warning.
 """
 
 from __future__ import annotations
@@ -66,14 +67,17 @@ class Merged:
 
     def sums(self, name: str) -> tuple[Sums, Sums]:
         """Sums of squares and counts of one weight, of all files that have it."""
-        parts = [_as_sums(source, source.entries[name], self.chunk_size) for source in self.sources if name in source.entries]
+        parts = [
+            _as_sums(source, source.entries[name], self.chunk_size) for source in self.sources if name in source.entries
+        ]
         return sum((part[0] for part in parts[1:]), parts[0][0]), sum((part[1] for part in parts[1:]), parts[0][1])
 
 
 def plan_merge(paths: Sequence[Path], chunk_size: int | None = None) -> Merged:
     """Read and compare the files. `chunk_size`: tokens of a chunk of those in the older format.
 
-    Raises ImatrixInvalid, and ImatrixMismatch where they are not of one model or their heads were not run over the same rows.
+    Raises ImatrixInvalid, and ImatrixMismatch where they are not of one model or their heads were not run over the same
+    rows.
     """
     found = tuple(read_imatrix(path) for path in paths)
     for one in found:
@@ -84,12 +88,15 @@ def plan_merge(paths: Sequence[Path], chunk_size: int | None = None) -> Merged:
     legacy = any(one.format == "legacy" for one in found)
     size = math.gcd(*sizes, *([chunk_size or _CHUNK_SIZE] if legacy else [])) or _CHUNK_SIZE
     if legacy and chunk_size and size != chunk_size:
-        raise ImatrixMismatch(f"chunks of {chunk_size} tokens, and of {sizes[0]} in {found[0].path}: no size of chunk fits both")
+        raise ImatrixMismatch(
+            f"chunks of {chunk_size} tokens, and of {sizes[0]} in {found[0].path}: no size of chunk fits both"
+        )
     counted = [one.chunk_count for one in found if one.chunk_count is not None]
     chunks = sum((one.chunk_count or 0) * (one.chunk_size or size) // size for one in found) if counted else 0
     silent = [one for one in found if one.format == "legacy" and any(".nextn." in name for name in one.entries)]
     notes += [
-        f"{one.path} has data of a draft head: the older format does not say over which hidden rows of the trunk it was run, "
+        f"{one.path} has data of a draft head: the older format does not say over which hidden rows of the trunk it "
+        "was run, "
         "so apex quantize will not use it for the head"
         for one in silent
     ]
@@ -115,7 +122,9 @@ def write_gguf(merged: Merged, part: Path) -> None:
     for name in merged.names:
         sums, counts = merged.sums(name)
         if counts.max() > _MAX_COUNT:
-            raise ImatrixInvalid(f"{name}: {counts.max():.0f} tokens are more than an imatrix can count exactly ({_MAX_COUNT})")
+            raise ImatrixInvalid(
+                f"{name}: {counts.max():.0f} tokens are more than an imatrix can count exactly ({_MAX_COUNT})"
+            )
         writer.add_tensor(f"{name}.in_sum2", sums.astype(np.float32))
         writer.add_tensor(f"{name}.counts", counts.astype(np.float32)[:, None])
     writer.write_header_to_file()
@@ -165,23 +174,28 @@ def _same_model(found: Sequence[Imatrix]) -> None:
     models = {fingerprint: one.path for one in reversed(found) if (fingerprint := _model_of(one.path))}
     if len(models) > 1:
         paths = " and ".join(str(path) for path in models.values())
-        raise ImatrixMismatch(f"{paths} were made of different models, by the manifests beside them", hint="apex inspect FILE")
+        raise ImatrixMismatch(
+            f"{paths} were made of different models, by the manifests beside them", hint="apex inspect FILE"
+        )
     for one in found[1:]:
         shared = first.entries.keys() & one.entries.keys()
         if len(shared) * 2 < min(len(first.entries), len(one.entries)):
             raise ImatrixMismatch(
-                f"{one.path} belongs to another model than {first.path}: {len(shared)} of their entries have the same name"
+                f"{one.path} belongs to another model than {first.path}: {len(shared)} of their entries have the same "
+                "name"
             )
         for name in sorted(shared):
             ours, theirs = first.entries[name], one.entries[name]
             if ours.n_values != theirs.n_values:
                 raise ImatrixMismatch(
-                    f"{one.path} belongs to another model than {first.path}: {name} has {theirs.n_values} values, expected "
+                    f"{one.path} belongs to another model than {first.path}: {name} has {theirs.n_values} values, "
+                    "expected "
                     f"{ours.n_values}"
                 )
             if len(ours.counts) != len(theirs.counts):
                 raise ImatrixMismatch(
-                    f"{one.path} and {first.path} cannot be added exactly: {name} has {len(theirs.counts)} and {len(ours.counts)} "
+                    f"{one.path} and {first.path} cannot be added exactly: {name} has {len(theirs.counts)} and "
+                    f"{len(ours.counts)} "
                     "counts: the older format does not tell experts apart",
                     hint="merge files of the older format with each other, and those in GGUF",
                 )

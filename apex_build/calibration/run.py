@@ -45,7 +45,9 @@ Check = Callable[[Path], "DataclassInstance | None"]  # of the text, before the 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run llama-imatrix. One sequence of `context` tokens a batch: no row is lost, and runs can be split at any chunk."""
+    """How to run llama-imatrix. One sequence of `context` tokens a batch: no row is lost, and runs can be split at any
+    chunk.
+    """
 
     context: int = 512
     chunks: int | None = None  # maximum; None for the whole text
@@ -67,7 +69,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A finished run. `perplexity` is the trunk's over the whole text; None if not printed, or of a part alone (a resumed run)."""
+    """A finished run. `perplexity` is the trunk's over the whole text; None if not printed, or of a part alone (a
+    resumed run).
+    """
 
     path: Path
     identity: str
@@ -79,7 +83,9 @@ class Calibration:
 
 
 def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
-    """The command of a run, without text, output, chunks and resumption. Raises ParameterUnknown for further arguments of ours."""
+    """The command of a run, without text, output, chunks and resumption. Raises ParameterUnknown for further arguments
+    of ours.
+    """
     wanted = [str(tools.tool("llama-imatrix")), "--model", str(model.path.absolute()), "--parse-special"]
     wanted += ["--ctx-size", str(settings.context), "--batch-size", str(settings.context)]
     wanted += ["--output-frequency", str(_NO_SAVES), "--save-frequency", str(settings.snapshot_every)]
@@ -94,7 +100,15 @@ def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
 
 # what llama-imatrix alone knows: options without and with a value
 _OWN_FLAGS = {"--process-output", "--no-ppl", "--ppl", "--show-statistics"}
-_OWN_OPTIONS = {"--output-format", "--output-frequency", "-ofreq", "--save-frequency", "--chunk", "--from-chunk", "--in-file"}
+_OWN_OPTIONS = {
+    "--output-format",
+    "--output-frequency",
+    "-ofreq",
+    "--save-frequency",
+    "--chunk",
+    "--from-chunk",
+    "--in-file",
+}
 
 
 def without_own_arguments(extra: Sequence[str]) -> tuple[str, ...]:
@@ -129,22 +143,26 @@ def calibrate(
     check: Check | None = None,
     report: Report = silent,
 ) -> Calibration:
-    """Write the imatrix of `model` over `text` to `out`, with a manifest beside it (`out` + .json) and a log (`out` + .log).
+    """Write the imatrix of `model` over `text` to `out`, with a manifest beside it (`out` + .json) and a log (`out` +
+    .log).
 
-    An interrupted run resumes from its last snapshot, if model, text, settings and tools are the same; a finished one is reused.
-    `force` does neither, and replaces what is there; `replace` replaces only what was made from something else. `check` is called
-    with the text's file before a run, also where it resumes; what it raises ends the run.
-    Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then), CalibrationSetInvalid,
-    ModelInvalid (it cannot be run).
+    An interrupted run resumes from its last snapshot, if model, text, settings and tools are the same; a finished one
+    is reused. `force` does neither, and replaces what is there; `replace` replaces only what was made from something
+    else. `check` is called with the text's file before a run, also where it resumes; what it raises ends the run.
+    Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then),
+    CalibrationSetInvalid, ModelInvalid (it cannot be run).
     """
     check_runnable(model)
     check_served(model, tools)
     inputs = (*model.files, *text.files, *tools.files())
     check_place(out)
     check_apart((*with_manifest_and_log(out), *files_in(work_folder(out))), inputs)
-    if len(text.data) < _LEAST_CHUNKS * settings.context:  # a token is a byte at the least; llama-imatrix counts them exactly
+    if (
+        len(text.data) < _LEAST_CHUNKS * settings.context
+    ):  # a token is a byte at the least; llama-imatrix counts them exactly
         raise CalibrationSetInvalid(
-            f"{text.name}: the text has {len(text.data)} bytes, and calibration needs at least {_LEAST_CHUNKS} chunks of "
+            f"{text.name}: the text has {len(text.data)} bytes, and calibration needs at least {_LEAST_CHUNKS} chunks "
+            "of "
             f"{settings.context} tokens",
             hint="give more text, or a smaller --context",
         )
@@ -174,7 +192,9 @@ def _is_whole(out: Path, manifest: Manifest) -> bool:
     return manifest.describes(out)
 
 
-def _checked(work: Path, text: CalibrationText, check: Check | None, model: Model, tools: Toolset) -> DataclassInstance | None:
+def _checked(
+    work: Path, text: CalibrationText, check: Check | None, model: Model, tools: Toolset
+) -> DataclassInstance | None:
     try:
         return check(work / "text" / text.name) if check is not None else None
     except ToolFailed as error:
@@ -184,7 +204,14 @@ def _checked(work: Path, text: CalibrationText, check: Check | None, model: Mode
 
 
 def _run(
-    model: Model, text: CalibrationText, tools: Toolset, out: Path, settings: Settings, work: Path, part: Path, report: Report
+    model: Model,
+    text: CalibrationText,
+    tools: Toolset,
+    out: Path,
+    settings: Settings,
+    work: Path,
+    part: Path,
+    report: Report,
 ) -> tuple[Imatrix, ToolRun, int]:
     """Write `part`, verified. Returns what is in it, and the chunks that an earlier run had done."""
     snapshot, done = _snapshot(work)
@@ -226,7 +253,8 @@ def _verify(found: Imatrix, model: Model, settings: Settings, tools: Toolset) ->
         expected = CHOICES[asked[-1]] if asked else known.rows if known else None
         if expected and found.head_rows != expected and (asked or found.head_rows):
             raise VerificationFailed(
-                f"{model.path}: the draft head was to be run with {expected} rows, and was with {found.head_rows or 'unnamed ones'}"
+                f"{model.path}: the draft head was to be run with {expected} rows, and was with "
+                f"{found.head_rows or 'unnamed ones'}"
             )
     without = [tensor.name for tensor in covered.head if not tensor.has_data]
     if settings.head and without:
@@ -276,7 +304,9 @@ def _snapshots(work: Path) -> list[tuple[Path, int]]:
 
 
 def _snapshot(work: Path) -> tuple[Path | None, int]:
-    """The newest snapshot to resume from, and the chunks it holds: whole, and with enough left for llama-imatrix to start."""
+    """The newest snapshot to resume from, and the chunks it holds: whole, and with enough left for llama-imatrix to
+    start.
+    """
     try:
         total = int(read_json(work / "total.json"))
     except (OSError, ValueError, TypeError, OverflowError):

@@ -28,7 +28,9 @@ _PART_KEYS = {"domain", "source", "bytes", "origin", "licence"}
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a set. `max_bytes`: of its rendered text, None for all there is. `options` go to the source as they are."""
+    """One part of a set. `max_bytes`: of its rendered text, None for all there is. `options` go to the source as they
+    are.
+    """
 
     domain: str
     source: str
@@ -45,7 +47,9 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class PartText:
-    """What a part gave: its documents, the bytes of text they make, and how many conversations the chat template refused."""
+    """What a part gave: its documents, the bytes of text they make, and how many conversations the chat template
+    refused.
+    """
 
     domain: str
     source: str
@@ -56,8 +60,9 @@ class PartText:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The text that llama-imatrix is run over, UTF-8, and what it is made of. `path`: the user's own file; `files`: all that
-    it was made from; `warnings`: what is not in it, or not as its source has it, because the chat template does not take it.
+    """The text that llama-imatrix is run over, UTF-8, and what it is made of. `path`: the user's own file; `files`: all
+    that it was made from; `warnings`: what is not in it, or not as its source has it, because the chat template does
+    not take it.
     """
 
     name: str
@@ -152,7 +157,9 @@ def compose(
     template: ChatTemplate | None = None
     for part in parts:
         if part.source not in sources:
-            raise CalibrationSetInvalid(f"{chosen.path}, domain {part.domain}: {no_such('source', part.source, sources)}")
+            raise CalibrationSetInvalid(
+                f"{chosen.path}, domain {part.domain}: {no_such('source', part.source, sources)}"
+            )
         _check_options(chosen, part, sources[part.source])
         where = f"{chosen.path}: the part {part.domain} ({part.source})"
         try:
@@ -163,10 +170,13 @@ def compose(
             template = chat_template(model, template_file)
         rendered, folded = _rendered(documents, template)
         lost = [one for one in rendered if one.text is None]
-        kept = [_encoded(one.text, document, where) for one, document in zip(rendered, documents, strict=True) if one.text]
+        kept = [
+            _encoded(one.text, document, where) for one, document in zip(rendered, documents, strict=True) if one.text
+        ]
         if folded:
             warnings.append(
-                f"{folded.text} conversations of the part {part.domain} have their system message put before the user's first: the "
+                f"{folded.text} conversations of the part {part.domain} have their system message put before the "
+                "user's first: the "
                 f"chat template takes none ({folded.words!r})"
             )
         if not kept:
@@ -177,7 +187,8 @@ def compose(
             continue
         if lost:
             warnings.append(
-                f"{len(lost)} of the {len(documents)} conversations of the part {part.domain} are left out: the chat template "
+                f"{len(lost)} of the {len(documents)} conversations of the part {part.domain} are left out: the chat "
+                "template "
                 f"refused them: {lost[0].words!r}"
             )
         if part.max_bytes is not None:
@@ -193,7 +204,9 @@ def compose(
         warnings.append(f"{message}. The part {domain} is left out; {others} does that without this warning")
     name = re.sub(r"[^\w.-]", "_", "-".join((chosen.name, *sorted(domains))))[:50]
     files = (chosen.path, *([template_file] if template_file else []), *_data_files(parts, chosen.path.parent))
-    return CalibrationText(f"{name}.txt", b"".join(_in_turn(texts)), tuple(summaries), files=files, warnings=tuple(warnings))
+    return CalibrationText(
+        f"{name}.txt", b"".join(_in_turn(texts)), tuple(summaries), files=files, warnings=tuple(warnings)
+    )
 
 
 def _data_files(parts: Sequence[Part], folder: Path) -> Iterator[Path]:
@@ -230,20 +243,30 @@ def _limited(documents: Iterator[Document], max_bytes: int | None) -> Iterator[D
 
 
 def _rendered(documents: Sequence[Document], template: ChatTemplate | None) -> tuple[list[Rendered], Rendered | None]:
-    """What each document gives; and where system messages had to be moved, of how many, with the words of the first refusal."""
+    """What each document gives; and where system messages had to be moved, of how many, with the words of the first
+    refusal.
+    """
     conversations = [document for document in documents if document.messages]
     found = try_render(template, conversations) if template else []
     moved = 0
     words = ""
-    if template and any(one.text is None for one in found):  # some templates take no system message: its text need not be lost
-        again = [(at, other) for at, one in enumerate(found) if one.text is None and (other := without_system(conversations[at]))]
+    if template and any(
+        one.text is None for one in found
+    ):  # some templates take no system message: its text need not be lost
+        again = [
+            (at, other)
+            for at, one in enumerate(found)
+            if one.text is None and (other := without_system(conversations[at]))
+        ]
         for (at, _), one in zip(again, try_render(template, [other for _, other in again]), strict=True):
             if one.text is not None:
                 moved, words = moved + 1, words or found[at].words
                 found[at] = one
     texts = iter(found)
     plain = (f"{text}\n\n" if (text := (document.text or "").strip()) else "" for document in documents)
-    rendered = [next(texts) if document.messages else Rendered(text) for document, text in zip(documents, plain, strict=True)]
+    rendered = [
+        next(texts) if document.messages else Rendered(text) for document, text in zip(documents, plain, strict=True)
+    ]
     return rendered, Rendered(str(moved), words) if moved else None
 
 

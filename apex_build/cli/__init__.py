@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     as_json = "--json" in words
     for word in words:
         if word != word.encode(errors="replace").decode():
-            click.echo(f"error: {os.fsencode(word)!r}: a name that is not UTF-8, which model files cannot record", err=True)
+            click.echo(
+                f"error: {os.fsencode(word)!r}: a name that is not UTF-8, which model files cannot record", err=True
+            )
             sys.exit(2)
     try:
         code: Any = apex.main(args=arguments, prog_name="apex", standalone_mode=False)
@@ -119,7 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         streams.discard()
         refusal = _REFUSALS[error.errno]
-        _say(refusal.__name__, refusal.exit_code, f"{error.filename or _file_of(error)}: {error.strerror}", None, as_json=as_json)
+        _say(
+            refusal.__name__,
+            refusal.exit_code,
+            f"{error.filename or _file_of(error)}: {error.strerror}",
+            None,
+            as_json=as_json,
+        )
         sys.exit(refusal.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -146,4 +154,6 @@ def _say(kind: str, code: int, message: str, hint: str | None, *, as_json: bool)
 def _json_line(kind: str, code: int, message: str, hint: str | None) -> None:
     """The last line on stderr."""
     told = {"error": {"class": kind, "exit_code": code, "message": message, "hint": hint}}
-    click.echo(json.dumps(told, ensure_ascii=True), err=True)  # no control character of a file's name reaches a terminal
+    click.echo(
+        json.dumps(told, ensure_ascii=True), err=True
+    )  # no control character of a file's name reaches a terminal

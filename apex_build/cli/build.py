@@ -61,20 +61,34 @@ from apex_build.toolchain.packed.packing import Packed, check_out, pack
     show_default=True,
     help="auto: this machine's CUDA toolkit if it is complete and suits, else wheels from the package index.",
 )
-@click.option("--ptx", is_flag=True, help="CUDA: also code that newer GPUs than the named ones can compile for themselves.")
+@click.option(
+    "--ptx", is_flag=True, help="CUDA: also code that newer GPUs than the named ones can compile for themselves."
+)
 @click.option("--all-kv-types", is_flag=True, help="CUDA: flash attention for every pair of K and V cache types.")
-@click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]")
-@click.option("--native/--no-native", default=True, help="CPU: for this machine's alone (the default), or for any recent one.")
+@click.option(
+    "--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]"
+)
+@click.option(
+    "--native/--no-native", default=True, help="CPU: for this machine's alone (the default), or for any recent one."
+)
 @click.option("--force", is_flag=True, help="Recompile everything, even if it is in the cache.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and whether it is in the cache.")
 @click.option("--list", "list_", is_flag=True, help="List the builds in the cache.")
 @click.option("--list-gpus", is_flag=True, help="List the GPUs that --gpu knows: architecture, memory, CUDA version.")
 @click.option("--verify", is_flag=True, help="Hash the files of the current build again.")
-@click.option("--export", type=click.Path(path_type=Path), metavar="FILE.tar.zst", help="Pack the build for another machine.")
-@click.option("--cuda-runtime/--no-cuda-runtime", default=True, help="--export: with NVIDIA's libraries (the default), or not.")
-@click.option("--import", "import_", type=click.Path(path_type=Path), metavar="FILE.tar.zst", help="Verify and install one.")
+@click.option(
+    "--export", type=click.Path(path_type=Path), metavar="FILE.tar.zst", help="Pack the build for another machine."
+)
+@click.option(
+    "--cuda-runtime/--no-cuda-runtime", default=True, help="--export: with NVIDIA's libraries (the default), or not."
+)
+@click.option(
+    "--import", "import_", type=click.Path(path_type=Path), metavar="FILE.tar.zst", help="Verify and install one."
+)
 @click.option("--make-current", is_flag=True, help="--import: let the other verbs use it.")
-@click.option("--plugin", "folders", multiple=True, type=click.Path(path_type=Path), help="Load a plugin from this folder (GPUs).")
+@click.option(
+    "--plugin", "folders", multiple=True, type=click.Path(path_type=Path), help="Load a plugin from this folder (GPUs)."
+)
 @click.option("--json", "json_", is_flag=True, help="Print JSON: the build's manifest and folder.")
 def command(
     pin_name: str,
@@ -99,12 +113,12 @@ def command(
 ) -> None:
     """Compile llama.cpp's tools from a pinned, patched source; fetch the source if it is not there.
 
-    With --gpu, or where this machine has a GPU, they can compute on it, and still run where there is none. That needs no GPU and no
-    installed CUDA toolkit. The other verbs use the build that was last made, or asked for again, here.
+    With --gpu, or where this machine has a GPU, they can compute on it, and still run where there is none. That needs
+    no GPU and no installed CUDA toolkit. The other verbs use the build that was last made, or asked for again, here.
 
-    The same source, patches, compiler and options are never built twice. An interrupted build resumes where it stopped. CC, CXX,
-    CFLAGS, CXXFLAGS and LDFLAGS count, and are part of a build's identity. Builds of two pins lie side by side: the other verbs
-    take that of the default pin, or of the one that APEX_PIN or apex.toml names.
+    The same source, patches, compiler and options are never built twice. An interrupted build resumes where it stopped.
+    CC, CXX, CFLAGS, CXXFLAGS and LDFLAGS count, and are part of a build's identity. Builds of two pins lie side by
+    side: the other verbs take that of the default pin, or of the one that APEX_PIN or apex.toml names.
 
     \b
     Examples:
@@ -134,7 +148,9 @@ def command(
         toolset = find_toolset()
         count = cache.verify(toolset)
         if json_:
-            show.as_json({"root": str(toolset.root), "key": toolset.manifest.get("key"), "files": count, "verified": True})
+            show.as_json(
+                {"root": str(toolset.root), "key": toolset.manifest.get("key"), "files": count, "verified": True}
+            )
         else:
             click.echo(f"{count} files of {toolset.root} are as they were built")
     elif dry_run:
@@ -149,7 +165,9 @@ def command(
         with show.progress() as report:
             plan = _told(plan_tools(ensure_source(pin, report), pin, wanted))
             built = build(plan, jobs=jobs, force=force, report=report)
-            packed = pack(built.toolset, plan.source, export, cuda_runtime=cuda_runtime, report=report) if export else None
+            packed = (
+                pack(built.toolset, plan.source, export, cuda_runtime=cuda_runtime, report=report) if export else None
+            )
         _show(built, packed, json_)
 
 
@@ -165,7 +183,9 @@ def _targets(backend: str, gpus: tuple[str, ...], plugins: Plugins) -> tuple[Gpu
     if survey.gpus:
         return targets_of(survey.gpus, plugins)
     if backend == "cuda":
-        raise click.UsageError(f"no GPU was found ({survey.reason}): name one with --gpu; apex build --list-gpus lists the names")
+        raise click.UsageError(
+            f"no GPU was found ({survey.reason}): name one with --gpu; apex build --list-gpus lists the names"
+        )
     or_make = ", make build GPU=NAME" if in_checkout() else ""
     show.note(f"no GPU was found ({survey.reason}): building for the CPU. For a GPU: apex build --gpu NAME{or_make}")
     return ()
@@ -180,11 +200,17 @@ def _told(plan: BuildPlan) -> BuildPlan:
 def _show(built: Built, packed: Packed | None, json_: bool) -> None:
     toolset = built.toolset
     if json_:
-        exported = {"exported": {"path": str(packed.path), "sha256": packed.sha256, "size": packed.size}} if packed else {}
+        exported = (
+            {"exported": {"path": str(packed.path), "sha256": packed.sha256, "size": packed.size}} if packed else {}
+        )
         counts_ = {"compiler_cache_counts": built.counts}
         show.as_json({"root": str(toolset.root), "reused": built.reused, **counts_, **exported, **toolset.manifest})
         return
-    counts = f", compiler cache: {', '.join(f'{count} {name}' for name, count in built.counts.items())}" if built.counts else ""
+    counts = (
+        f", compiler cache: {', '.join(f'{count} {name}' for name, count in built.counts.items())}"
+        if built.counts
+        else ""
+    )
     how = "already built" if built.reused else f"built in {built.seconds:.0f} s{counts}"
     click.echo(f"{toolset.bin}: {how}")
     pin = (toolset.manifest.get("pin") or {}).get("name")
@@ -202,7 +228,9 @@ def _dry_run(pin: Pin, wanted: BuildOptions, jobs: int | None, json_: bool) -> N
         if json_:
             show.as_json({"pin": pin.name, "source": None, "cached": False})
         else:
-            click.echo(f"the source of {pin.name} would be fetched first: {pin.carrier}, or its commit {pin.commit[:12]}")
+            click.echo(
+                f"the source of {pin.name} would be fetched first: {pin.carrier}, or its commit {pin.commit[:12]}"
+            )
         return
     cached = cache.look_up(plan.key) is not None
     facts: dict[str, Any] = {
@@ -236,8 +264,14 @@ def _cuda_rows(plan: BuildPlan) -> list[tuple[str, str]]:
         where = cuda_toolkit.told(toolkit)
     else:
         wheels = pinned_wheels()
-        where = f"CUDA {toolkit.version} from the package index: {len(wheels.files)} wheels, {show.size(wheels.size)} to download"
-    return [("GPUs", "\n".join(f"{target.name}: {target.description}" for target in plan.cuda.targets)), ("CUDA toolkit", where)]
+        where = (
+            f"CUDA {toolkit.version} from the package index: {len(wheels.files)} wheels, {show.size(wheels.size)} "
+            "to download"
+        )
+    return [
+        ("GPUs", "\n".join(f"{target.name}: {target.description}" for target in plan.cuda.targets)),
+        ("CUDA toolkit", where),
+    ]
 
 
 def _list(json_: bool) -> None:
@@ -258,7 +292,9 @@ def _list(json_: bool) -> None:
             len(item.manifest.get("patches", ())),
             item.manifest.get("built", "-"),
             f"{item.manifest.get('seconds', 0):.0f} s",
-            show.size(sum(path.stat().st_size for path in item.root.rglob("*") if path.is_file() and not path.is_symlink())),
+            show.size(
+                sum(path.stat().st_size for path in item.root.rglob("*") if path.is_file() and not path.is_symlink())
+            ),
         )
         for item in builds
     ]

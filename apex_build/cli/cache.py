@@ -26,7 +26,11 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
 
 
 _KINDS = click.option(
-    "--kind", "kinds", multiple=True, type=click.Choice(tuple(pruning.KINDS)), help="Only this kind (may be given several times)."
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice(tuple(pruning.KINDS)),
+    help="Only this kind (may be given several times).",
 )
 
 
@@ -63,15 +67,24 @@ def list_(kinds: tuple[str, ...], json_: bool) -> None:
         own = [item for item in found if item.kind == kind]
         if own:
             rows.append((kind, said, str(len(own)), show.size(sum(item.n_bytes for item in own)), _ago(own[-1].used)))
-    show.table(f"In the cache, {places.cache_root()}", ("kind", "", "items", "size", "last used"), rows, right=("items", "size"))
+    show.table(
+        f"In the cache, {places.cache_root()}",
+        ("kind", "", "items", "size", "last used"),
+        rows,
+        right=("items", "size"),
+    )
     click.echo(f"all: {show.size(sum(item.n_bytes for item in found))}")
 
 
 @command.command()
 @_KINDS
-@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only what was unused for this many days.")
+@click.option(
+    "--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only what was unused for this many days."
+)
 @click.option("--larger-than", callback=_size, metavar="SIZE", help="Only what is larger: 500MB, 20GB.")
-@click.option("--keep-size", callback=_size, metavar="SIZE", help="Remove the longest unused until at most this much is left.")
+@click.option(
+    "--keep-size", callback=_size, metavar="SIZE", help="Remove the longest unused until at most this much is left."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be removed.")
 @json_option
 def prune(
@@ -84,8 +97,8 @@ def prune(
 ) -> None:
     """Remove items that meet all the given conditions.
 
-    The selected build, anything a running program uses, and source trees with unsaved work are always kept; sources are removed
-    only where --kind sources names them.
+    The selected build, anything a running program uses, and source trees with unsaved work are always kept; sources are
+    removed only where --kind sources names them.
 
     \b
     Examples:
@@ -102,7 +115,9 @@ def prune(
     gone = [item for item in done if not item.kept]
     stayed = [item for item in (*found, *done) if item.kept]
     if json_:
-        show.as_json({"removed": [_json(item) for item in gone], "kept": [_json(item) for item in stayed], "dry_run": dry_run})
+        show.as_json(
+            {"removed": [_json(item) for item in gone], "kept": [_json(item) for item in stayed], "dry_run": dry_run}
+        )
         return
     for item in gone:
         said = "would remove" if dry_run else "removed"

@@ -28,15 +28,21 @@ from apex_build.storage.outputs import write_text
 
 
 def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int) -> int:
-    """llama-imatrix ignores the last rows of a batch where fewer than 16 are left, and its snapshots would be a chunk behind."""
+    """llama-imatrix ignores the last rows of a batch where fewer than 16 are left, and its snapshots would be a chunk
+    behind.
+    """
     if value % 16:
-        raise click.BadParameter(f"{value} is not a multiple of 16, and llama-imatrix would drop {value % 16} tokens of each chunk")
+        raise click.BadParameter(
+            f"{value} is not a multiple of 16, and llama-imatrix would drop {value % 16} tokens of each chunk"
+        )
     return value
 
 
 @click.command()
 @click.argument("model_path", metavar="MODEL", type=PATH)
-@click.option("-o", "--output", type=PATH, help="The imatrix to write.  [default: MODEL's name + .imatrix.gguf, beside it]")
+@click.option(
+    "-o", "--output", type=PATH, help="The imatrix to write.  [default: MODEL's name + .imatrix.gguf, beside it]"
+)
 @click.option(
     "--calibration-set",
     "set_name",
@@ -50,9 +56,16 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 @click.option("--chat-template", "template", type=PATH, help="A Jinja chat template instead of the model's own.")
 @click.option("--chunks", type=click.IntRange(min=2), help="Maximum number of chunks.  [default: the whole text]")
 @click.option(
-    "--context", type=click.IntRange(min=32), default=512, show_default=True, callback=_whole_rows, help="Tokens of a chunk, by 16."
+    "--context",
+    type=click.IntRange(min=32),
+    default=512,
+    show_default=True,
+    callback=_whole_rows,
+    help="Tokens of a chunk, by 16.",
 )
-@click.option("--mtp/--no-mtp", "head", default=True, show_default=True, help="Run the draft head too, if the model has one.")
+@click.option(
+    "--mtp/--no-mtp", "head", default=True, show_default=True, help="Run the draft head too, if the model has one."
+)
 @click.option(
     "--mtp-rows",
     "rows",
@@ -71,7 +84,10 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 @click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: llama-imatrix's own]")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY)
 @click.option(
-    "--tool-argument", "extra", multiple=True, help="An additional argument for llama-imatrix (may be given several times)."
+    "--tool-argument",
+    "extra",
+    multiple=True,
+    help="An additional argument for llama-imatrix (may be given several times).",
 )
 @tools_option
 @plugin_option
@@ -147,7 +163,9 @@ def command(
     try:
         with show.progress() as report:
             place = Workplace(plugins, report, tools)
-            done = calibrate(model, out, options, place=place, text=text, on_check=lambda found: show.note(found.said()))
+            done = calibrate(
+                model, out, options, place=place, text=text, on_check=lambda found: show.note(found.said())
+            )
     except KeyboardInterrupt:
         show.note("the last snapshot is kept: the same command resumes from there")
         raise
@@ -164,10 +182,16 @@ def _show_plan(text: CalibrationText, wanted: list[str], out: Path, json_: bool)
     if json_:
         parts = [asdict(part) for part in text.parts]
         show.as_json(
-            {"text": {"sha256": text.sha256, "bytes": len(text.data), "parts": parts}, "command": wanted, "output": str(out)}
+            {
+                "text": {"sha256": text.sha256, "bytes": len(text.data), "parts": parts},
+                "command": wanted,
+                "output": str(out),
+            }
         )
         return
-    rows = [(part.domain, part.source, part.documents, show.size(part.n_bytes), part.refused or "-") for part in text.parts]
+    rows = [
+        (part.domain, part.source, part.documents, show.size(part.n_bytes), part.refused or "-") for part in text.parts
+    ]
     show.table(
         f"Calibration text, {show.size(len(text.data))}",
         ("domain", "source", "documents", "bytes", "refused"),

@@ -19,10 +19,18 @@ from apex_build.stages.given import workplace
 @click.command()
 @click.argument("file", metavar="FILE", type=PATH)
 @click.option("--reference", metavar="FILE", type=PATH, help="A file to compare with, such as the F16.")
-@click.option("--prompts", metavar="FILE", type=PATH, help='JSON lines: {"domain": ..., "prompt": ...}.  [default: built in]')
-@click.option("--text", "texts", metavar="FILE", type=PATH, multiple=True, help="A text for the perplexity.  [default: built in]")
 @click.option(
-    "--prompts-per-domain", type=click.IntRange(1, 30), default=PROMPTS, show_default=True, help="Of the built-in prompts."
+    "--prompts", metavar="FILE", type=PATH, help='JSON lines: {"domain": ..., "prompt": ...}.  [default: built in]'
+)
+@click.option(
+    "--text", "texts", metavar="FILE", type=PATH, multiple=True, help="A text for the perplexity.  [default: built in]"
+)
+@click.option(
+    "--prompts-per-domain",
+    type=click.IntRange(1, 30),
+    default=PROMPTS,
+    show_default=True,
+    help="Of the built-in prompts.",
 )
 @click.option("--chat-template", type=PATH, help="For the built-in texts.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]")
@@ -45,9 +53,10 @@ def command(
 ) -> None:
     """Load FILE in llama-server and check that it writes text and drafts.
 
-    Built-in prompts of four domains are answered without and with drafts of two tokens; the perplexity of a few chunks of built-in
-    text is taken. The check fails, with exit code 90, where the trunk does not write text, where less than 20 % of the drafts are
-    accepted or less than half of the reference's share, or where drafting changes the text after most prompts.
+    Built-in prompts of four domains are answered without and with drafts of two tokens; the perplexity of a few chunks
+    of built-in text is taken. The check fails, with exit code 90, where the trunk does not write text, where less than
+    20 % of the drafts are accepted or less than half of the reference's share, or where drafting changes the text after
+    most prompts.
 
     \b
     Examples:
@@ -83,9 +92,12 @@ def _number(figure: Any) -> dict[str, Any]:
 def print_checked(done: Checked) -> None:
     domains = list(dict.fromkeys([*done.perplexity, *done.acceptance]))
     rows = [
-        [domain or "all", figure_text(done.perplexity.get(domain)), figure_text(done.acceptance.get(domain))] for domain in domains
+        [domain or "all", figure_text(done.perplexity.get(domain)), figure_text(done.acceptance.get(domain))]
+        for domain in domains
     ]
-    show.table(done.model.path.name, ("domain", "perplexity", "drafts accepted"), rows, right=("perplexity", "drafts accepted"))
+    show.table(
+        done.model.path.name, ("domain", "perplexity", "drafts accepted"), rows, right=("perplexity", "drafts accepted")
+    )
     if done.same_text:
         click.echo(f"text with drafts as without: {figure_text(done.same_text)} of the prompts")
     if not done.acceptance:

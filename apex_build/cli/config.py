@@ -35,7 +35,9 @@ def show_(json_: bool) -> None:
 
     found = defaults.settings()
     context = click.Context(apex)
-    for verb in dict.fromkeys(setting.section[0] for setting in found if setting.section and setting.section[0] != "plugins"):
+    for verb in dict.fromkeys(
+        setting.section[0] for setting in found if setting.section and setting.section[0] != "plugins"
+    ):
         if (named := apex.get_command(context, verb)) is not None:
             defaults.defaults(verb, named)  # raises for an option that the verb does not have
     over = {(*one.section, one.key): one.path for one in found}  # the later one counts

@@ -18,17 +18,28 @@ from apex_build.stages.convert import ConvertOptions, plan
 
 @click.command()
 @click.argument("hf_dir", type=click.Path(path_type=Path))
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="OUT.gguf", help="File to write.")
 @click.option(
-    "--outtype", type=click.Choice(OUTTYPES), default="auto", show_default=True, help="auto: 16 bits, as the checkpoint has it."
+    "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="OUT.gguf", help="File to write."
 )
 @click.option(
-    "--pre-tokenizer", metavar="NAME", help="Pre-tokenizer of a tokenizer that the converter does not know, such as qwen35."
+    "--outtype",
+    type=click.Choice(OUTTYPES),
+    default="auto",
+    show_default=True,
+    help="auto: 16 bits, as the checkpoint has it.",
+)
+@click.option(
+    "--pre-tokenizer",
+    metavar="NAME",
+    help="Pre-tokenizer of a tokenizer that the converter does not know, such as qwen35.",
 )
 @click.option("--no-head", is_flag=True, help="Convert without a draft head.")
 @click.option("--drop", metavar="PATTERN", multiple=True, help="Leave out tensors of these names, such as 'mtp.*'.")
 @click.option(
-    "--meta", metavar="KEY=VALUE", multiple=True, help="Metadata: name, license, base_model=ORG/NAME, ... (several times)."
+    "--meta",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Metadata: name, license, base_model=ORG/NAME, ... (several times).",
 )
 @click.option(
     "--pin",
@@ -39,8 +50,12 @@ from apex_build.stages.convert import ConvertOptions, plan
     show_default=True,
     help="Pin whose converter to use.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the converter.  [default: as torch and NumPy choose]")
-@click.option("--python", type=click.Path(path_type=Path), help="Python with torch and transformers. [env: APEX_CONVERT_PYTHON]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads of the converter.  [default: as torch and NumPy choose]"
+)
+@click.option(
+    "--python", type=click.Path(path_type=Path), help="Python with torch and transformers. [env: APEX_CONVERT_PYTHON]"
+)
 @click.option("--force", is_flag=True, help="Replace OUT.gguf, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done.")
 @json_option
@@ -61,11 +76,12 @@ def command(
 ) -> None:
     """Convert a Hugging Face checkpoint (config.json, tokenizer, safetensors) with the pinned llama.cpp's converter.
 
-    A checkpoint whose config promises a draft head that its tensors lack is refused: fine-tuned models often lose it. So is one
-    with tensors that would not be in the model, unless they are computed anyway or --drop names them. Name, license and base model
-    are taken from the checkpoint (README.md, config.json), unless --meta says otherwise. No code of the checkpoint is run. The
-    converter needs torch and transformers: it takes them from --python, from the Python that runs apex (pip install
-    'apex-build[convert]'), or installs them once into an environment in the cache, for CPU only where pip finds that.
+    A checkpoint whose config promises a draft head that its tensors lack is refused: fine-tuned models often lose it.
+    So is one with tensors that would not be in the model, unless they are computed anyway or --drop names them. Name,
+    license and base model are taken from the checkpoint (README.md, config.json), unless --meta says otherwise. No code
+    of the checkpoint is run. The converter needs torch and transformers: it takes them from --python, from the Python
+    that runs apex (pip install 'apex-build[convert]'), or installs them once into an environment in the cache, for CPU
+    only where pip finds that.
 
     \b
     Examples:
@@ -89,12 +105,18 @@ def command(
     if left_out is None:
         show.note("note: which tensors would be left out is known once the converter's environment is made")
     if json_:
-        said = {**done.manifest.json(), "size": done.manifest.n_bytes, "reused": done.reused} if done else {"left_out": left_out}
+        said = (
+            {**done.manifest.json(), "size": done.manifest.n_bytes, "reused": done.reused}
+            if done
+            else {"left_out": left_out}
+        )
         show.as_json({"path": str(out), **said, "checkpoint": _facts(job)})
     elif done is None:
         rows = [(name.replace("_", " "), value) for name, value in _facts(job).items()]
         show.table(
-            f"{hf_dir} can be converted", ("what", "value"), [*rows, ("would write", f"{out}, about {show.size(job.n_bytes)}")]
+            f"{hf_dir} can be converted",
+            ("what", "value"),
+            [*rows, ("would write", f"{out}, about {show.size(job.n_bytes)}")],
         )
     else:
         n_head = done.head_layers

@@ -10,8 +10,9 @@
     [quantize]                 # a verb's options, by their long names
     policy = ["i-nano"]
 
-The command line comes first, then the environment, then the folder's file, then the user's. A folder's file may have come with a
-download, so what decides which code is run (tools, plugins, caches) and what replaces files is taken from the user's alone.
+The command line comes first, then the environment, then the folder's file, then the user's. A folder's file may have
+come with a download, so what decides which code is run (tools, plugins, caches) and what replaces files is taken from
+the user's alone.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _EVERYWHERE = ("threads", "gpu-layers", "tools", "quiet", "verbose")  # options 
 _PLUGINS = ("off", "folders")
 # The environment overrides a file; these options have a variable.
 _VARIABLES = {"tools": "APEX_TOOLS", "python": "APEX_CONVERT_PYTHON"}
-# What a folder's file may not set: its writer would choose what is run, what is overwritten, or in whose name files are made.
+# What a folder's file may not set: its writer would choose what is run, what is overwritten, or in whose name files are
+# made.
 _USERS_OWN = {
     *("cache-dir", "source-dir", "quantized-by", "tools", "plugin", "python", "tool-argument"),
     *("repository", "archive", "from", "import"),
@@ -111,11 +113,16 @@ def apply() -> None:
             _export(PLUGINS_OFF, ",".join(_texts(setting)))
         elif (name := setting.key.replace("-", "_")) in AT_TOP and not setting.section:
             text = _text(setting)
-            _export(AT_TOP[name], _path(setting, text) if name in FOLDERS or (name == "pin" and text.endswith(".toml")) else text)
+            _export(
+                AT_TOP[name],
+                _path(setting, text) if name in FOLDERS or (name == "pin" and text.endswith(".toml")) else text,
+            )
 
 
 def defaults(verb: str, command: click.Command) -> dict[str, Any]:
-    """Defaults of a verb's options, by parameter, for click's default_map. Raises ConfigInvalid for options it does not have."""
+    """Defaults of a verb's options, by parameter, for click's default_map. Raises ConfigInvalid for options it does not
+    have.
+    """
     given = [setting for setting in settings() if not setting.section or setting.section[0] in (verb, "plugins")]
     return _defaults((verb,), command, given)
 
@@ -125,7 +132,10 @@ def _defaults(section: tuple[str, ...], command: click.Command, given: list[Sett
         for setting in given:
             if setting.section[: len(section)] == section and len(setting.section) <= len(section):
                 raise _unknown(setting, setting.key, command.commands, f"apex {' '.join(section)} has no options, only")
-            if setting.section[: len(section)] == section and (below := setting.section[len(section)]) not in command.commands:
+            if (
+                setting.section[: len(section)] == section
+                and (below := setting.section[len(section)]) not in command.commands
+            ):
                 raise _unknown(setting, below, command.commands, f"apex {' '.join(section)} has")
         return {name: _defaults((*section, name), below, given) for name, below in command.commands.items()}
     options = {option: parameter for parameter in command.params for option in _long(parameter)}
@@ -226,7 +236,8 @@ def _check(setting: Setting) -> None:
 def _unknown(setting: Setting, name: str, known: Any, what: str) -> ConfigInvalid:
     names = sorted(known)
     return ConfigInvalid(
-        f"{setting.path}: there is no '{name}'{nearby(name, names)}; {what}: {', '.join(names)}", hint="apex config show"
+        f"{setting.path}: there is no '{name}'{nearby(name, names)}; {what}: {', '.join(names)}",
+        hint="apex config show",
     )
 
 

@@ -17,18 +17,25 @@ _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "he
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder for what is made.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="demo",
+    show_default=True,
+    help="Folder for what is made.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]")
 @json_option
 def command(output: Path, threads: int | None, json_: bool) -> None:
     """Build the tools, calibrate the shipped test model with its draft head, quantize it twice, and compare.
 
-    The model comes with a checkout of the project alone: an installed package has none, and its demo is apex calibrate and
-    apex quantize on your own model.
+    The model comes with a checkout of the project alone: an installed package has none, and its demo is apex calibrate
+    and apex quantize on your own model.
 
-    The second file has the experts of its draft head at IQ3_XXS, which llama-quantize refuses without calibration data of the head,
-    and is checked at the end: does it write text, are its drafts accepted? What is there
-    already is used again.
+    The second file has the experts of its draft head at IQ3_XXS, which llama-quantize refuses without calibration data
+    of the head, and is checked at the end: does it write text, are its drafts accepted? What is there already is used
+    again.
 
     \b
     Examples:

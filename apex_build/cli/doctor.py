@@ -25,9 +25,9 @@ from apex_build.toolchain.machine.gpus import Survey, survey_gpus
 def command(json_: bool) -> None:
     """Show what this machine has for building the tools, and what can be built.
 
-    Compilers, build tools, each part of the CUDA toolkits that are found, driver and GPUs, disk, memory, the cache; and for each
-    build whether it can be made here, and about how long it takes without a compiler cache. Nothing is built, fetched or written.
-    The exit code is 0 even if something is missing.
+    Compilers, build tools, each part of the CUDA toolkits that are found, driver and GPUs, disk, memory, the cache; and
+    for each build whether it can be made here, and about how long it takes without a compiler cache. Nothing is built,
+    fetched or written. The exit code is 0 even if something is missing.
 
     \b
     Examples:
@@ -71,7 +71,10 @@ def _machine(machine: Machine, toolkits: list[CudaToolkit], wheels: Wheels | Non
         ("system", f"{machine.system}, {machine.architecture}"),
         ("processor", f"{machine.cpu}, {machine.cpus} usable"),
         ("memory", f"{show.size(machine.memory)}, {show.size(machine.memory_available)} available"),
-        *((f"disk: {disk.what}", f"{disk.path}: {show.size(disk.free)} free of {show.size(disk.total)}") for disk in machine.disks),
+        *(
+            (f"disk: {disk.what}", f"{disk.path}: {show.size(disk.free)} free of {show.size(disk.total)}")
+            for disk in machine.disks
+        ),
         ("compiler", used),
         *(("in PATH", _compiler_line(item.path, item.kind, item.version, wheels)) for item in machine.compilers),
         *((name, said or "missing") for name, said in machine.tools.items()),
@@ -117,7 +120,12 @@ def _gpus(survey: Survey) -> None:
         click.echo(f"GPUs: none ({survey.reason})")
         return
     rows = [
-        (gpu.name, gpu.architecture, "the machine's" if gpu.memory_mib is None else f"{gpu.memory_mib / 1024:.0f} GiB", gpu.driver)
+        (
+            gpu.name,
+            gpu.architecture,
+            "the machine's" if gpu.memory_mib is None else f"{gpu.memory_mib / 1024:.0f} GiB",
+            gpu.driver,
+        )
         for gpu in survey.gpus
     ]
     show.table("GPUs", ("GPU", "architecture", "memory", "driver"), rows)
@@ -125,7 +133,12 @@ def _gpus(survey: Survey) -> None:
 
 def _cache(builds: tuple[CachedBuild, ...], sizes: dict[str, int]) -> None:
     rows = [
-        ("*" if build.current else "", build.key, "damaged: not used" if build.damaged else build.of, show.size(build.size))
+        (
+            "*" if build.current else "",
+            build.key,
+            "damaged: not used" if build.damaged else build.of,
+            show.size(build.size),
+        )
         for build in builds
     ]
     if rows:
@@ -171,9 +184,12 @@ def _json(
         "gpus": [{**asdict(gpu), "architecture": gpu.architecture} for gpu in survey.gpus],
         "no_gpus": survey.reason,
         "cuda_toolkits": [
-            {**asdict(toolkit), "missing": list(toolkit.missing), "host_compilers": host_limits(toolkit)} for toolkit in toolkits
+            {**asdict(toolkit), "missing": list(toolkit.missing), "host_compilers": host_limits(toolkit)}
+            for toolkit in toolkits
         ],
-        "cuda_wheels": {"version": wheels.version, "download": wheels.size, "unpacked": wheels.unpacked} if wheels else None,
+        "cuda_wheels": {"version": wheels.version, "download": wheels.size, "unpacked": wheels.unpacked}
+        if wheels
+        else None,
         "builds": [asdict(build) for build in builds],
         "cache": sizes,
         "could_be_built": [{**asdict(item), "possible": item.possible} for item in coming],

@@ -41,7 +41,10 @@ def evaluation_options(function: Any) -> Any:
             help="A text to score; each is a domain named after its file.",
         ),
         click.option(
-            "--prompts", metavar="FILE", type=PATH, help='JSON lines: {"domain": ..., "prompt": ...}, as the model gets them.'
+            "--prompts",
+            metavar="FILE",
+            type=PATH,
+            help='JSON lines: {"domain": ..., "prompt": ...}, as the model gets them.',
         ),
         click.option("--data", metavar="NAME=FILE", multiple=True, help="The data file of the evaluator NAME."),
         click.option(
@@ -51,7 +54,9 @@ def evaluation_options(function: Any) -> Any:
             shell_complete=values.evaluators,
             help="Only these evaluators.  [default: all whose needs are met]",
         ),
-        click.option("--set", "settings", metavar="NAME.PARAMETER=VALUE", multiple=True, help="A parameter of an evaluator."),
+        click.option(
+            "--set", "settings", metavar="NAME.PARAMETER=VALUE", multiple=True, help="A parameter of an evaluator."
+        ),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]"),
         click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: the tools' own: all that fit]"),
         click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY),
@@ -106,7 +111,8 @@ def command(
     folders: tuple[Path, ...],
     json_: bool,
 ) -> None:
-    """Measure FILEs with evaluators: perplexity, divergence from a reference, the draft head's score and acceptance, speed.
+    """Measure FILEs with evaluators: perplexity, divergence from a reference, the draft head's score and acceptance,
+    speed.
 
     Each result is recorded in the results file at once and not measured again, so an interrupted run
     continues. Text and prompts should not be what the files were calibrated on. Intervals are of 95 %.
@@ -164,11 +170,16 @@ def command(
         try:
             for result in evaluate(reporting, results, force=force):
                 done.append(result)
-                share, seconds = whole.finish(place[result.work.identity], reused=result.reused or result.error is not None)
+                share, seconds = whole.finish(
+                    place[result.work.identity], reused=result.reused or result.error is not None
+                )
                 remember(result.work, share, seconds)
                 if result.error is not None:
                     task = result.work.task
-                    click.echo(f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}", err=True)
+                    click.echo(
+                        f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}",
+                        err=True,
+                    )
         except (DiskTooSmall, OutputUnwritable) as error:  # the results file: what was measured is shown all the same
             unrecorded = error
     if json_:
@@ -183,7 +194,9 @@ def command(
         raise unrecorded
     good, reused = sum(result.error is None for result in done), sum(result.reused for result in done)
     before = f", {reused} of them recorded before" if reused else ""
-    show.note(f"{_counted(good, 'result')} in {results}{before}" + ("" if all_ or json_ else "; --all shows every figure"))
+    show.note(
+        f"{_counted(good, 'result')} in {results}{before}" + ("" if all_ or json_ else "; --all shows every figure")
+    )
     if failed := [result.error for result in done if result.error is not None]:
         raise _summed_up(failed, len(done))
 
@@ -216,7 +229,12 @@ def _list(evaluators: Mapping[str, LoadedEvaluator], json_: bool) -> None:
 
 def _dry_run(works: Sequence[Work], known: Mapping[str, Any], json_: bool) -> None:
     rows = [
-        {"file": str(work.task.model.path), "evaluator": work.evaluator.name, "recorded": work.identity in known, **work.parts}
+        {
+            "file": str(work.task.model.path),
+            "evaluator": work.evaluator.name,
+            "recorded": work.identity in known,
+            **work.parts,
+        }
         for work in works
     ]
     if json_:
@@ -278,7 +296,9 @@ def _digits(figure: Figure) -> int:
 def _summed_up(failed: Sequence[ApexError], total: int) -> ApexError:
     """The first failure, repeated at the end with its exit code."""
     first = failed[0]
-    return type(first)(f"{len(failed)} of {_counted(total, 'measurement')} failed; the first: {first.message}", hint=first.hint)
+    return type(first)(
+        f"{len(failed)} of {_counted(total, 'measurement')} failed; the first: {first.message}", hint=first.hint
+    )
 
 
 def _counted(number: int, what: str) -> str:

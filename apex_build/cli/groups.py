@@ -16,7 +16,9 @@ _META = "apex_build.verbosity"
 class Group(click.Group):
     """A group of verbs."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         command = None if name.startswith("-") else self.get_command(ctx, name)
         if command is None and not ctx.resilient_parsing and not name.startswith("-"):

@@ -26,7 +26,9 @@ def print_headline(results: Sequence[Result]) -> None:
     rows = []
     for path, model in models.items():
         cells = [value_of(figures.get(path), unit=not _unit(title, figures)) for title, figures in columns.items()]
-        rows.append([labels[path], show.size(sum(file.stat().st_size for file in model.files)), f"{_bits(model):.2f}", *cells])
+        rows.append(
+            [labels[path], show.size(sum(file.stat().st_size for file in model.files)), f"{_bits(model):.2f}", *cells]
+        )
     show.table("Results", ("file", "size", "bpw", *names), rows, right=("size", "bpw", *names))
 
 
@@ -44,7 +46,9 @@ def value_of(figure: Figure | None, *, unit: bool = True) -> str:
     if figure.value == int(figure.value) and figure.low is None:
         text = f"{figure.value:.0f}"
     else:
-        width = (figure.high - figure.low) if figure.low is not None and figure.high is not None else abs(figure.value) / 20
+        width = (
+            (figure.high - figure.low) if figure.low is not None and figure.high is not None else abs(figure.value) / 20
+        )
         digits = 1
         while digits < 5 and 0 < width < 10**-digits * 5:
             digits += 1
@@ -70,4 +74,6 @@ def _unit(title: str, figures: Mapping[Path, Figure]) -> str:
 
 
 def _bits(model: Model) -> float:
-    return sum(tensor.n_bytes for tensor in model.tensors) * 8 / (sum(tensor.n_elements for tensor in model.tensors) or 1)
+    return (
+        sum(tensor.n_bytes for tensor in model.tensors) * 8 / (sum(tensor.n_elements for tensor in model.tensors) or 1)
+    )

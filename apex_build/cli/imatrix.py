@@ -35,8 +35,8 @@ def command() -> None:
 def merge(files: tuple[Path, ...], out: Path, chunk_size: int | None, force: bool, json_: bool) -> None:
     """Add up the data of imatrix files of one model, as if their texts had been run together.
 
-    Counts and sums of squares are added exactly. Files of different models are refused, and those whose draft heads were run over
-    other rows of the trunk.
+    Counts and sums of squares are added exactly. Files of different models are refused, and those whose draft heads
+    were run over other rows of the trunk.
 
     \b
     Examples:
@@ -60,7 +60,8 @@ def merge(files: tuple[Path, ...], out: Path, chunk_size: int | None, force: boo
 def convert(file: Path, out: Path, form: str | None, chunk_size: int | None, force: bool, json_: bool) -> None:
     """Write an imatrix in the other format: GGUF, or the .dat that older programs and ik_llama.cpp read.
 
-    It reports what the format cannot hold: .dat keeps one count for all experts, and nothing about the draft head's tokens.
+    It reports what the format cannot hold: .dat keeps one count for all experts, and nothing about the draft head's
+    tokens.
 
     \b
     Examples:
@@ -81,4 +82,6 @@ def _write(files: tuple[Path, ...], out: Path, form: str, chunk_size: int | None
         return
     tokens = merged.chunk_count * merged.chunk_size
     head = f", the draft head over {merged.head_tokens}" if merged.head_tokens and form == "gguf" else ""
-    click.echo(f"{out}: {len(merged.names)} entries over {tokens} tokens{head}; data sets: {', '.join(merged.datasets)}")
+    click.echo(
+        f"{out}: {len(merged.names)} entries over {tokens} tokens{head}; data sets: {', '.join(merged.datasets)}"
+    )

@@ -17,7 +17,15 @@ from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.header import Header, read_header
 from apex_build.gguf_model.imatrix import Imatrix, looks_legacy, read_imatrix
 from apex_build.gguf_model.model import kind_of, model_of, read_model
-from apex_build.gguf_model.summary import ModelSummary, by_role, imatrix_json, model_json, summarize, tensors_json, tokens
+from apex_build.gguf_model.summary import (
+    ModelSummary,
+    by_role,
+    imatrix_json,
+    model_json,
+    summarize,
+    tensors_json,
+    tokens,
+)
 from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.plugins import load_plugins
 from apex_build.quantization.load_check import doubts
@@ -27,7 +35,9 @@ _LISTED = 12  # names shown before "and N more"
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--model", "model_path", type=click.Path(path_type=Path), help="The model of an imatrix: shows what has data.")
+@click.option(
+    "--model", "model_path", type=click.Path(path_type=Path), help="The model of an imatrix: shows what has data."
+)
 @click.option("--tensors", is_flag=True, help="List every tensor (of an imatrix, with --model: all that lack data).")
 @click.option(
     "--few",
@@ -37,14 +47,20 @@ _LISTED = 12  # names shown before "and N more"
     help="Below this part of the even share an expert's tokens count as few.",
 )
 @click.option(
-    "--plugin", "folders", multiple=True, type=click.Path(path_type=Path), help="Load a plugin from this folder (for roles)."
+    "--plugin",
+    "folders",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Load a plugin from this folder (for roles).",
 )
 @json_option
-def command(file: Path, model_path: Path | None, tensors: bool, few: float, folders: tuple[Path, ...], json_: bool) -> None:
+def command(
+    file: Path, model_path: Path | None, tensors: bool, few: float, folders: tuple[Path, ...], json_: bool
+) -> None:
     """Show what is in FILE: a GGUF model (any shard of a split one), or an imatrix (GGUF or the older .dat).
 
-    Of a model: layers, experts, draft head, bytes by role and type. Of an imatrix: what it was made of, whether the draft head was
-    calibrated, and with --model which tensors have no data and which experts saw few tokens or none.
+    Of a model: layers, experts, draft head, bytes by role and type. Of an imatrix: what it was made of, whether the
+    draft head was calibrated, and with --model which tensors have no data and which experts saw few tokens or none.
 
     \b
     Examples:
@@ -86,14 +102,23 @@ def _show_model(model: Model, *, tensors: bool, json_: bool) -> None:
     summary = summarize(model)
     reasons = doubts(model, _tools())
     if json_:
-        show.as_json({**model_json(summary), "unsound": reasons, **({"tensor_list": tensors_json(model)} if tensors else {})})
+        show.as_json(
+            {**model_json(summary), "unsound": reasons, **({"tensor_list": tensors_json(model)} if tensors else {})}
+        )
         return
     _print_model(summary)
     for reason in reasons:
         click.echo(f"warning: it cannot be loaded by llama.cpp: {reason}")
     if tensors:
         rows = [
-            (_plain(t.name), t.role, "head" if t.draft_head else "", t.type, " x ".join(map(str, t.shape)), show.size(t.n_bytes))
+            (
+                _plain(t.name),
+                t.role,
+                "head" if t.draft_head else "",
+                t.type,
+                " x ".join(map(str, t.shape)),
+                show.size(t.n_bytes),
+            )
             for t in model.tensors
         ]
         show.table("Tensors", ("name", "role", "part", "type", "shape", "bytes"), rows, right=("shape", "bytes"))
@@ -110,7 +135,9 @@ def _tools() -> Toolset | None:
 def _print_model(summary: ModelSummary) -> None:
     _line("model", f"{summary.name} ({summary.architecture})" + (f", {summary.file_type}" if summary.file_type else ""))
     _line(
-        "file", f"{summary.path}, {show.size(summary.file_bytes)}" + (f" in {len(summary.files)} shards" * (len(summary.files) > 1))
+        "file",
+        f"{summary.path}, {show.size(summary.file_bytes)}"
+        + (f" in {len(summary.files)} shards" * (len(summary.files) > 1)),
     )
     _line(
         "layers",
@@ -209,8 +236,14 @@ def print_coverage(against: Coverage, *, everything: bool = False) -> None:
     _names("without data", against.missing, limit)
     for tensor in against.partial[:limit]:
         few = f"under {against.threshold:.2%} of the even share ({tensor.fewest:.0f} tokens the least)"
-        parts = [("no tokens", tensor.without_tokens), (few, tensor.few_tokens), ("tokens, but all sums zero", tensor.empty)]
-        _line(tensor.name, "; ".join(f"{what}: experts {_numbers(experts, limit)}" for what, experts in parts if experts))
+        parts = [
+            ("no tokens", tensor.without_tokens),
+            (few, tensor.few_tokens),
+            ("tokens, but all sums zero", tensor.empty),
+        ]
+        _line(
+            tensor.name, "; ".join(f"{what}: experts {_numbers(experts, limit)}" for what, experts in parts if experts)
+        )
     _more(len(against.partial), limit, "tensors with experts that saw few tokens or none")
     _names("entries that no weight of the model uses", against.unused, limit)
     _print_examined(against.examined)

@@ -23,13 +23,15 @@ def lay_out(
 ) -> list[str]:
     """Lines of a table, its header first. `right`: columns to align right. `width` None: no bound.
 
-    Columns that are too wide are wrapped between words; then long words are shortened in their middle; and where even that does not
-    fit, each row gets its own lines.
+    Columns that are too wide are wrapped between words; then long words are shortened in their middle; and where even
+    that does not fit, each row gets its own lines.
     """
     table = [[str(cell).split("\n") for cell in row] for row in (columns, *rows)]
     widths = [max(len(line) for row in table for line in row[at]) for at in range(len(columns))]
     if width is not None and _total(widths) > width:
-        words = [max(len(word) for row in table for line in row[at] for word in line.split(" ")) for at in range(len(widths))]
+        words = [
+            max(len(word) for row in table for line in row[at] for word in line.split(" ")) for at in range(len(widths))
+        ]
         least = [max(1, min(found, one)) for found, one in zip(widths, words, strict=True)]
         if _total(least) > width:
             least = _narrowed(least, [min(_LEAST, one) for one in least], width)
@@ -71,7 +73,9 @@ def _row(row: Sequence[Sequence[str]], widths: Sequence[int], right: Sequence[in
     lines = []
     for number in range(max(map(len, cells))):
         parts = [cell[number] if number < len(cell) else "" for cell in cells]
-        placed = [p.rjust(w) if at in right else p.ljust(w) for at, (p, w) in enumerate(zip(parts, widths, strict=True))]
+        placed = [
+            p.rjust(w) if at in right else p.ljust(w) for at, (p, w) in enumerate(zip(parts, widths, strict=True))
+        ]
         lines.append((" " * _GAP).join(placed).rstrip())
     return lines
 
@@ -84,5 +88,9 @@ def _records(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) 
         lines += [""] if number else []
         for column, cell in zip(columns, row, strict=True):
             parts = [part for line in str(cell).split("\n") for part in wrap(line, max(8, width - label - _GAP))]
-            lines += [f"{(column if not at else '').ljust(label + _GAP)}{part}".rstrip() for at, part in enumerate(parts) if part]
+            lines += [
+                f"{(column if not at else '').ljust(label + _GAP)}{part}".rstrip()
+                for at, part in enumerate(parts)
+                if part
+            ]
     return lines

@@ -23,8 +23,8 @@ _MANY = 12  # entries that are not listed one by one
 def command(path: Path, check_: bool, json_: bool) -> None:
     """Show how an output was made: its kind, identity, what went in, what came out.
 
-    PATH is an output of convert, calibrate, imatrix or quantize, its manifest (OUTPUT.json), or a folder of the cache: a build, a
-    CUDA toolkit, the converter's environment.
+    PATH is an output of convert, calibrate, imatrix or quantize, its manifest (OUTPUT.json), or a folder of the cache:
+    a build, a CUDA toolkit, the converter's environment.
 
     \b
     Examples:
@@ -51,9 +51,15 @@ def _rows(found: Located, whole: bool | None) -> Iterator[tuple[str, str]]:
         state = "another file is there now"
     elif whole:
         state = "checked"
-    yield "file" if manifest.sha256 else "folder", ", ".join(part for part in (str(found.artifact), size, state) if part)
+    yield (
+        "file" if manifest.sha256 else "folder",
+        ", ".join(part for part in (str(found.artifact), size, state) if part),
+    )
     yield "manifest", f"{found.at}, schema {manifest.schema}{f', apex {manifest.apex}' if manifest.apex else ''}"
-    for name, value in (("identity", manifest.identity or "none: made before there were any"), ("sha256", manifest.sha256)):
+    for name, value in (
+        ("identity", manifest.identity or "none: made before there were any"),
+        ("sha256", manifest.sha256),
+    ):
         if value:
             yield name, value
     yield from _flat("from", manifest.parts)
@@ -65,7 +71,11 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
         for key, one in value.items():
             yield from _flat(f"{name}.{key}" if name else str(key), one)
     elif isinstance(value, (Mapping, list, tuple)):
-        plain = isinstance(value, (list, tuple)) and len(value) <= _MANY and not any(isinstance(one, (dict, list)) for one in value)
+        plain = (
+            isinstance(value, (list, tuple))
+            and len(value) <= _MANY
+            and not any(isinstance(one, (dict, list)) for one in value)
+        )
         yield name, ", ".join(map(str, value)) if plain else f"{len(value)} entries (--json lists them)"
     else:
         yield name, "-" if value is None else str(value)

@@ -26,14 +26,18 @@ def list_gpus(plugins: Plugins, json_: bool) -> None:
         (target.name, target.architecture, f"{target.memory_gib:.0f} GiB", target.minimum_cuda, target.description)
         for target in targets
     ]
-    show.table("GPUs by name", ("--gpu", "architecture", "memory", "from CUDA", ""), rows, right=("memory", "from CUDA"))
+    show.table(
+        "GPUs by name", ("--gpu", "architecture", "memory", "from CUDA", ""), rows, right=("memory", "from CUDA")
+    )
     groups = sorted({group for target in targets for group in target.groups})
     for group in groups:
         click.echo(f"{group}: {', '.join(target.name for target in targets if group in target.groups)}")
     survey = survey_gpus()
     for gpu in survey.gpus:
         click.echo(f"in this machine: {gpu.name}, {gpu.architecture}")
-    click.echo("or a CUDA architecture: sm_120, 90a, compute_90 (PTX), 8.9" + (f"\n{survey.reason}" if survey.reason else ""))
+    click.echo(
+        "or a CUDA architecture: sm_120, 90a, compute_90 (PTX), 8.9" + (f"\n{survey.reason}" if survey.reason else "")
+    )
 
 
 def import_build(archive: Path, make_current: bool, json_: bool) -> None:
@@ -41,7 +45,9 @@ def import_build(archive: Path, make_current: bool, json_: bool) -> None:
         taken = take_in(archive, make_current=make_current, report=report)
     toolset = taken.toolset
     if json_:
-        show.as_json({"root": str(toolset.root), "reused": taken.reused, "left_out": list(taken.left_out), **toolset.manifest})
+        show.as_json(
+            {"root": str(toolset.root), "reused": taken.reused, "left_out": list(taken.left_out), **toolset.manifest}
+        )
         return
     click.echo(f"{toolset.bin}: {'was in the cache already' if taken.reused else 'verified, tried and installed'}")
     _say_gpus(toolset.manifest.get("cuda") or {})
@@ -59,11 +65,15 @@ def _say_gpus(cuda: Mapping[str, Any]) -> None:
     click.echo(f"it has code for GPUs of {', '.join(architectures)}")
     for gpu in survey_gpus().gpus:
         if not any(runs_on(name, gpu.capability) for name in architectures):
-            click.echo(f"and none for {gpu.name}, which needs {gpu.architecture}: on this machine it computes on the CPU")
+            click.echo(
+                f"and none for {gpu.name}, which needs {gpu.architecture}: on this machine it computes on the CPU"
+            )
 
 
 def show_packed(packed: Packed) -> None:
-    click.echo(f"{packed.path}: {len(packed.manifest['files'])} files, {show.size(packed.size)}, sha256 {packed.sha256}")
+    click.echo(
+        f"{packed.path}: {len(packed.manifest['files'])} files, {show.size(packed.size)}, sha256 {packed.sha256}"
+    )
     if packed.left_out:
         click.echo(f"left out, and needed on the other machine: {', '.join(packed.left_out)}")
     if packed.manifest["cpu"]:

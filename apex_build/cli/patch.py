@@ -23,8 +23,8 @@ from apex_build.workshop.overview import Overview, overview
 def command() -> None:
     """Apply our patches to the fetched tree, show their state, and write commits back as patches.
 
-    A series is a folder of mailable patches (git format-patch) and a file `series` that lists them. In the tree each is a commit
-    above the tag apex-base: work there with git as usual, commit, and save.
+    A series is a folder of mailable patches (git format-patch) and a file `series` that lists them. In the tree each is
+    a commit above the tag apex-base: work there with git as usual, commit, and save.
     """
 
 
@@ -33,8 +33,8 @@ def command() -> None:
 def apply(pin_name: str) -> None:
     """Bring the tree to the base and the whole series.
 
-    A patch that does not apply is named with its file and hunk, and the tree stays as it was. Uncommitted edits and commits that
-    the series does not hold are never thrown away.
+    A patch that does not apply is named with its file and hunk, and the tree stays as it was. Uncommitted edits and
+    commits that the series does not hold are never thrown away.
 
     \b
     Examples:
@@ -51,11 +51,17 @@ def apply(pin_name: str) -> None:
 
 @command.command()
 @click.option(
-    "--pin", "pin_name", metavar="NAME", shell_complete=values.pins, help=f"Pin, or a pin's TOML file. [default: {DEFAULT_PIN}]"
+    "--pin",
+    "pin_name",
+    metavar="NAME",
+    shell_complete=values.pins,
+    help=f"Pin, or a pin's TOML file. [default: {DEFAULT_PIN}]",
 )
 @click.option("--all", "all_", is_flag=True, help="All pins.")
 @click.option("--build", "build_", is_flag=True, help="Compile the source up to each patch that was not built yet.")
-@click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]")
+@click.option(
+    "--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(pin_name: str | None, all_: bool, build_: bool, jobs: int | None, as_json: bool) -> None:
     """Show the state of each patch: applied, builds, passes tests.
@@ -114,7 +120,13 @@ def _json(found: Overview) -> dict[str, Any]:
         "builds": found.whole.builds,
         "tests": found.whole.tests,
         "patches": [
-            {**patch, "applies": one.applies, "applies_detail": one.detail, "builds": known.builds, "build_error": known.error}
+            {
+                **patch,
+                "applies": one.applies,
+                "applies_detail": one.detail,
+                "builds": known.builds,
+                "build_error": known.error,
+            }
             | {"tests": known.tests}
             for patch, one, known in rows
         ],
@@ -163,8 +175,8 @@ def _tests(found: dict[str, Any] | None) -> str:
 def save(pin_name: str, force: bool) -> None:
     """Write the tree's commits, from apex-base on, back as the series.
 
-    The same commits always give the same bytes: applying a saved series and saving it again changes nothing. Uncommitted edits are
-    not part of it.
+    The same commits always give the same bytes: applying a saved series and saving it again changes nothing.
+    Uncommitted edits are not part of it.
 
     \b
     Examples:

@@ -19,8 +19,8 @@ from apex_build.workshop import changing, porting
 def edit(patch: str | None, pin_name: str) -> None:
     """Open the tree for work: one commit a patch, on top of apex-base.
 
-    With PATCH (a number, a name or a word of its subject) an interactive rebase stops at that patch. Change files there, then do as
-    is printed. Nothing is saved before `apex patch save`; `apex build` compiles what is in the tree.
+    With PATCH (a number, a name or a word of its subject) an interactive rebase stops at that patch. Change files
+    there, then do as is printed. Nothing is saved before `apex patch save`; `apex build` compiles what is in the tree.
 
     \b
     Examples:
@@ -47,14 +47,17 @@ def edit(patch: str | None, pin_name: str) -> None:
 @click.argument("files", nargs=-1)
 @click.option("--message", "-m", default="", metavar="TEXT", help="The message's body: why, and how it was tested.")
 @click.option(
-    "--message-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE", help="The same, from a file."
+    "--message-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="The same, from a file.",
 )
 @pin_option
 def new(subject: str, files: tuple[str, ...], message: str, message_file: Path | None, pin_name: str) -> None:
     """Make a patch from the tree's edits, and save it.
 
-    It comes last in the series. FILES, relative to the tree, are what goes into it; by default all edits and new files. Its
-    author is that of the series.
+    It comes last in the series. FILES, relative to the tree, are what goes into it; by default all edits and new files.
+    Its author is that of the series.
 
     \b
     Examples:
@@ -94,8 +97,8 @@ def drop(patch: str, pin_name: str) -> None:
 def reorder(patches: tuple[str, ...], pin_name: str) -> None:
     """Put these patches first, in this order, and save.
 
-    The others follow as they were. Refused where a patch does not go where it is put, or the files in the end would differ;
-    nothing is changed then.
+    The others follow as they were. Refused where a patch does not go where it is put, or the files in the end would
+    differ; nothing is changed then.
 
     \b
     Examples:
@@ -119,9 +122,16 @@ def tell(saved: Saved) -> None:
 @click.command()
 @click.argument("patches", nargs=-1, metavar="[PATCH...]")
 @click.option(
-    "--onto", "onto_name", metavar="PIN", required=True, shell_complete=values.pins, help="Pin to port to, or a pin's TOML file."
+    "--onto",
+    "onto_name",
+    metavar="PIN",
+    required=True,
+    shell_complete=values.pins,
+    help="Pin to port to, or a pin's TOML file.",
 )
-@click.option("--from", "from_name", metavar="PIN", shell_complete=values.pins, help=f"Pin to port from. [default: {DEFAULT_PIN}]")
+@click.option(
+    "--from", "from_name", metavar="PIN", shell_complete=values.pins, help=f"Pin to port from. [default: {DEFAULT_PIN}]"
+)
 @click.option("--dry-run", is_flag=True, help="Only say which patches apply as they are.")
 @click.option("--continue", "continue_", is_flag=True, help="Continue after resolving the conflict (and git add).")
 @click.option("--skip", is_flag=True, help="Continue without the conflicting patch.")
@@ -139,9 +149,9 @@ def port(
 ) -> None:
     """Port patches to another pin, and save them in its series. The series they come from stays.
 
-    Without PATCH, all that the other series has no patch of the same subject of. They are merged three-way, one by one. At a
-    conflict git stops with its marks in the files (of the other pin's tree, with the common version between): edit, git add, and
-    --continue. What --abort takes away is kept as a commit, and named.
+    Without PATCH, all that the other series has no patch of the same subject of. They are merged three-way, one by one.
+    At a conflict git stops with its marks in the files (of the other pin's tree, with the common version between):
+    edit, git add, and --continue. What --abort takes away is kept as a commit, and named.
 
     \b
     Examples:
@@ -154,7 +164,9 @@ def port(
         raise click.UsageError("--dry-run, --continue, --skip and --abort exclude each other")
     onto = load_pin(onto_name)
     if (continue_ or skip or abort) and (patches or from_name):
-        raise click.UsageError("--continue, --skip and --abort act on the port in progress and take no PATCH and no --from")
+        raise click.UsageError(
+            "--continue, --skip and --abort act on the port in progress and take no PATCH and no --from"
+        )
     with show.progress() as report:
         if abort:
             kept = porting.abort_port(onto, report)
@@ -187,7 +199,11 @@ def _tell_port(onto: Pin, ported: porting.Ported, as_json: bool) -> None:
         lists = {"ported": port.done, "upstream": port.upstream, "skipped": port.skipped, "written": written}
         show.as_json({"pin": onto.name, "from": port.origin, **{key: list(names) for key, names in lists.items()}})
         return
-    for names, what in ((port.done, "ported"), (port.upstream, "not needed, the source has it"), (port.skipped, "left out")):
+    for names, what in (
+        (port.done, "ported"),
+        (port.upstream, "not needed, the source has it"),
+        (port.skipped, "left out"),
+    ):
         for name in names:
             click.echo(f"{what}: {name}")
     if ported.saved is None:

@@ -18,15 +18,18 @@ from apex_build.workshop import exporting, upstream_tests
 
 @click.command()
 @pin_option
-@click.option("--to", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="[default: PIN-patches]")
+@click.option(
+    "--to", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="[default: PIN-patches]"
+)
 @click.option("--force", is_flag=True, help="Overwrite files of the same names that hold something else.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def export(pin_name: str, folder: Path | None, force: bool, as_json: bool) -> None:
     """Write the series as mail, with drafts of pull requests.
 
-    git am takes the mail. The draft of a patch has what and why from the commit's message, how it was tested, our figures, and
-    what upstream's CONTRIBUTING.md asks of whoever sends it. The lines that are added are checked by the tree's .editorconfig,
-    and by clang-format where that is installed. Refused where the patches have more than one author.
+    git am takes the mail. The draft of a patch has what and why from the commit's message, how it was tested, our
+    figures, and what upstream's CONTRIBUTING.md asks of whoever sends it. The lines that are added are checked by the
+    tree's .editorconfig, and by clang-format where that is installed. Refused where the patches have more than one
+    author.
 
     \b
     Examples:
@@ -57,15 +60,20 @@ def export(pin_name: str, folder: Path | None, force: bool, as_json: bool) -> No
 @click.command()
 @pin_option
 @click.option("--only", multiple=True, metavar="REGEX", help="Tests whose name has a match; may be repeated.")
-@click.option("--timeout", type=click.FloatRange(min=1), default=1800, show_default=True, metavar="SECONDS", help="For one test.")
-@click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]")
+@click.option(
+    "--timeout", type=click.FloatRange(min=1), default=1800, show_default=True, metavar="SECONDS", help="For one test."
+)
+@click.option(
+    "--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def test(pin_name: str, only: tuple[str, ...], timeout: float, jobs: int | None, as_json: bool) -> None:
     """Run llama.cpp's own tests without the series, and with it.
 
     Those that a CPU can run without a download are built first: quantization functions, ggml's operations on the CPU,
-    tokenizers, GGUF, chat templates, grammars, arguments. What ran is remembered, and shown by `apex patch status`; after a
-    change to the series only its side runs again. Exit code 28 where a test passes without the series and fails with it.
+    tokenizers, GGUF, chat templates, grammars, arguments. What ran is remembered, and shown by `apex patch status`;
+    after a change to the series only its side runs again. Exit code 28 where a test passes without the series and fails
+    with it.
 
     \b
     Examples:
@@ -108,7 +116,10 @@ def test(pin_name: str, only: tuple[str, ...], timeout: float, jobs: int | None,
             hint=f"what they said: {upstream_tests.logs(pin)}; apex patch edit{pin.option} opens the series",
         )
     if not as_json:
-        click.echo(f"{pin.name}: no test passes without the series and fails with it ({len(found.with_)} of {found.runnable} run)")
+        click.echo(
+            f"{pin.name}: no test passes without the series and fails with it ({len(found.with_)} of {found.runnable} "
+            "run)"
+        )
 
 
 def _say(which: str, outcomes: Mapping[str, str], reused: int) -> None:

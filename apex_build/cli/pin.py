@@ -46,25 +46,34 @@ def list_(as_json: bool) -> None:
         show.as_json(rows)
         return
     cells = [
-        (row["pin"], str(row["commit"])[:12], row["carrier"], row["patches"], "yes" if row["fetched"] else "no") for row in rows
+        (row["pin"], str(row["commit"])[:12], row["carrier"], row["patches"], "yes" if row["fetched"] else "no")
+        for row in rows
     ]
     show.table("Pins", ("pin", "commit", "from", "patches", "fetched"), cells, right=("patches",))
 
 
 @command.command()
 @click.argument("name")
-@click.option("--pypi", "version", metavar="VERSION", help="A release of llama-cpp-python, whose sdist carries llama.cpp.")
+@click.option(
+    "--pypi", "version", metavar="VERSION", help="A release of llama-cpp-python, whose sdist carries llama.cpp."
+)
 @click.option("--git", "commit", metavar="COMMIT", help="A commit of upstream's git, in full.")
 @click.option("--commit", "of", metavar="COMMIT", help="--pypi: the commit, where the sdist does not name it.")
 @click.option("--repository", metavar="URL", help="--git: another repository than upstream's.")
 @click.option(
-    "-o", "out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="[default: NAME.toml among the pins]"
+    "-o",
+    "out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="[default: NAME.toml among the pins]",
 )
-def add(name: str, version: str | None, commit: str | None, of: str | None, repository: str | None, out: Path | None) -> None:
+def add(
+    name: str, version: str | None, commit: str | None, of: str | None, repository: str | None, out: Path | None
+) -> None:
     """Pin a release of llama-cpp-python, or a commit.
 
-    It is fetched once; from then on its sha256, and the digest of its tree, must be the same. In a checkout the new pin is one of
-    the pins; elsewhere its file is written here, and --pin FILE.toml names it.
+    It is fetched once; from then on its sha256, and the digest of its tree, must be the same. In a checkout the new pin
+    is one of the pins; elsewhere its file is written here, and --pin FILE.toml names it.
 
     \b
     Examples:
@@ -82,7 +91,9 @@ def add(name: str, version: str | None, commit: str | None, of: str | None, repo
         else:
             new = pinning.add_commit(name, str(commit), path, repository=repository, report=report)
     click.echo(f"wrote {path}: {new.commit[:12]}, tree digest {new.tree_digest}")
-    click.echo(f"next: apex source fetch --pin {new.own_file or new.name}, apex patch port --onto {new.own_file or new.name}")
+    click.echo(
+        f"next: apex source fetch --pin {new.own_file or new.name}, apex patch port --onto {new.own_file or new.name}"
+    )
 
 
 @command.command()

@@ -28,16 +28,32 @@ _ANOTHER = "give another name with --write-rules"
 
 @click.command()
 @click.argument("model_path", metavar="MODEL", type=_PATH)
-@click.option("--policy", "policy_name", metavar="NAME", shell_complete=values.policies, help="A policy: apex policies lists them.")
 @click.option(
-    "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policy (may be given several times)."
+    "--policy",
+    "policy_name",
+    metavar="NAME",
+    shell_complete=values.policies,
+    help="A policy: apex policies lists them.",
+)
+@click.option(
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A parameter of the policy (may be given several times).",
 )
 @click.option("--imatrix", type=_PATH, help="Check that it has data for the types that need it.")
 @mtp_rows_option
-@click.option("--tensor-types", type=_PATH, metavar="FILE", help="A list of regex=type, before the policy's rules or alone.")
-@click.option("--write-rules", type=_PATH, metavar="FILE", help="Write the rules, for llama-quantize --tensor-type-file.")
+@click.option(
+    "--tensor-types", type=_PATH, metavar="FILE", help="A list of regex=type, before the policy's rules or alone."
+)
+@click.option(
+    "--write-rules", type=_PATH, metavar="FILE", help="Write the rules, for llama-quantize --tensor-type-file."
+)
 @click.option("--force", is_flag=True, help="--write-rules: replace an existing file.")
-@click.option("--tensors/--summary", default=False, help="List every tensor, or (the default) totals by role, type and layers.")
+@click.option(
+    "--tensors/--summary", default=False, help="List every tensor, or (the default) totals by role, type and layers."
+)
 @tools_option
 @plugin_option
 @click.option("--json", "json_", is_flag=True, help="Print JSON, every tensor in it.")
@@ -90,11 +106,15 @@ def command(
 def check_policy(name: str | None, tensor_types: Path | None) -> None:
     """Raises UsageError where there is neither a policy nor a list of types."""
     if name is None and tensor_types is None:
-        raise click.UsageError("give a policy (apex policies lists them), or a list of types: --policy NAME, --tensor-types FILE")
+        raise click.UsageError(
+            "give a policy (apex policies lists them), or a list of types: --policy NAME, --tensor-types FILE"
+        )
 
 
 def tell_of_list(types: TypeList, plan: Plan, model: Model) -> None:
-    """What a list does not do here, on stderr: rules that find no tensor, and tensors that it leaves to the rest of the plan."""
+    """What a list does not do here, on stderr: rules that find no tensor, and tensors that it leaves to the rest of the
+    plan.
+    """
     deciding, idle = apply_list(types, model.tensors)
     if idle:
         shown = ", ".join(f"{rule.line} (line {rule.where.rpartition(':')[2]})" for rule in idle[:3])
@@ -141,12 +161,17 @@ def _print(plan: Plan, covered: Coverage | None, ggml: Ggml, *, tensors: bool) -
         n_bytes = sum(e.n_bytes for e in own)
         bits = n_bytes * 8 / sum(e.n_elements for e in own)
         layers = _ranges({e.layer for e in own if e.layer is not None})
-        groups.append(("draft head" if head else "trunk", role, type_name, layers, len(own), show.size(n_bytes), f"{bits:.2f}"))
+        groups.append(
+            ("draft head" if head else "trunk", role, type_name, layers, len(own), show.size(n_bytes), f"{bits:.2f}")
+        )
     columns = ("part", "role", "type", "layers", "tensors", "bytes", "bits per weight")
     show.table(f"Plan: {plan.policy}, base type {plan.base_type}", columns, groups, right=columns[4:])
     head = plan.bytes_by_role.get("draft head", 0)
     of_head = f", {show.size(head)} of them the draft head's" if head else ""
-    click.echo(f"tensors: {plan.n_bytes} bytes ({show.size(plan.n_bytes)}), {plan.bits_per_weight:.3f} bits per weight{of_head}")
+    click.echo(
+        f"tensors: {plan.n_bytes} bytes ({show.size(plan.n_bytes)}), {plan.bits_per_weight:.3f} bits per "
+        f"weight{of_head}"
+    )
     if left := left_to_base_type(plan):
         click.echo(left)
     _warn(plan, covered, ggml)
@@ -160,13 +185,16 @@ def _warn(plan: Plan, covered: Coverage | None, ggml: Ggml) -> None:
             in_head = sum(entry.draft_head for entry in plan.needing_data)
             of_head = f", {in_head} of them in the draft head" if in_head else ""
             show.note(
-                f"note: {len(plan.needing_data)} tensors get types that need calibration data{of_head}: quantize with --imatrix"
+                f"note: {len(plan.needing_data)} tensors get types that need calibration data{of_head}: quantize with "
+                "--imatrix"
             )
         return
     if missing := _without_data(plan, covered):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         click.echo(
-            f"warning: {covered.imatrix.path} has no data for {shown}: llama-quantize refuses the types planned for them", err=True
+            f"warning: {covered.imatrix.path} has no data for {shown}: llama-quantize refuses the types planned for "
+            "them",
+            err=True,
         )
         click.echo(f"try:     apex calibrate {covered.model.path}", err=True)
 

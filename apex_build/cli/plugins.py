@@ -101,7 +101,9 @@ def check(folder: Path, json_: bool) -> None:
 @command.command()
 @click.argument("kind", type=click.Choice(list(KINDS)))
 @click.argument("name")
-@click.option("-o", "--output", "parent", type=_PATH, default=".", help="Where the folder NAME is made.  [default: here]")
+@click.option(
+    "-o", "--output", "parent", type=_PATH, default=".", help="Where the folder NAME is made.  [default: here]"
+)
 def new(kind: str, name: str, parent: Path) -> None:
     """Write a plugin of KIND to start from: NAME/, a Python project with a test.
 
@@ -150,7 +152,9 @@ def _check_verbs(checked: CheckedPlugin) -> None:
     """A verb of a plugin never takes the place of one of apex's own."""
     for name in checked.given["commands"]:
         if name in VERBS:
-            raise PluginFailed(f"plugin '{checked.name}': its command '{name}' is a verb of apex already", hint="rename it")
+            raise PluginFailed(
+                f"plugin '{checked.name}': its command '{name}' is a verb of apex already", hint="rename it"
+            )
 
 
 def _row(plugins: Plugins, name: str) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def command(name: str | None, folders: tuple[Path, ...], json_: bool) -> None:
         click.echo("apex policies NAME shows their defaults and what they mean")
         return
     settings = [
-        (parameter, str(p.default), " or ".join((p.kind, *p.words)), p.help) for parameter, p in policies[name].parameters.items()
+        (parameter, str(p.default), " or ".join((p.kind, *p.words)), p.help)
+        for parameter, p in policies[name].parameters.items()
     ]
     settings.append(("base_type", policies[name].base_type, "text", "llama-quantize's type, for what no rule names"))
     show.table("Parameters, for --set NAME=VALUE", ("name", "default", "takes", "meaning"), settings)

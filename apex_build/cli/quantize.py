@@ -42,9 +42,15 @@ from apex_build.sweep.auto import Choice, Question, known_choice, measure
     help="A policy (may be given several times).",
 )
 @click.option(
-    "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the policies (may be given several times)."
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A parameter of the policies (may be given several times).",
 )
-@click.option("--tensor-types", type=PATH, metavar="FILE", help="A list of regex=type, before the policy's rules or alone.")
+@click.option(
+    "--tensor-types", type=PATH, metavar="FILE", help="A list of regex=type, before the policy's rules or alone."
+)
 @click.option("--imatrix", type=PATH, help="Calibration data: apex calibrate makes it.")
 @click.option(
     "-o",
@@ -52,14 +58,22 @@ from apex_build.sweep.auto import Choice, Question, known_choice, measure
     type=PATH,
     help="The file to write, or a folder for files named by --name.  [default: MODEL's folder]",
 )
-@click.option("--name", metavar="TEMPLATE", help=f"Names files: {{model}}, {{tag}}, {{type}}, {{policy}}.  [default: {TEMPLATE}]")
-@click.option("--split-size", metavar="SIZE", help="Write shards of at most SIZE, such as 40G.")
-@click.option("--meta", metavar="KEY=VALUE", multiple=True, help="Metadata: name, license, quantized_by, base_model=ORG/NAME, ...")
 @click.option(
-    "--allow-uncalibrated", is_flag=True, help="Quantize tensors that the imatrix has no data for, where the type allows."
+    "--name", metavar="TEMPLATE", help=f"Names files: {{model}}, {{tag}}, {{type}}, {{policy}}.  [default: {TEMPLATE}]"
+)
+@click.option("--split-size", metavar="SIZE", help="Write shards of at most SIZE, such as 40G.")
+@click.option(
+    "--meta", metavar="KEY=VALUE", multiple=True, help="Metadata: name, license, quantized_by, base_model=ORG/NAME, ..."
 )
 @click.option(
-    "--allow-fallback", is_flag=True, help="Let llama-quantize take another type where a shape cannot hold the planned one."
+    "--allow-uncalibrated",
+    is_flag=True,
+    help="Quantize tensors that the imatrix has no data for, where the type allows.",
+)
+@click.option(
+    "--allow-fallback",
+    is_flag=True,
+    help="Let llama-quantize take another type where a shape cannot hold the planned one.",
 )
 @mtp_rows_option
 @click.option("--allow-requantize", is_flag=True, help="Start from a file that is quantized already.")
@@ -70,10 +84,17 @@ from apex_build.sweep.auto import Choice, Question, known_choice, measure
     help="See that llama.cpp can load MODEL, and the file before it is put in place; no weights are read for it.",
 )
 @click.option(
-    "--text", "texts", metavar="FILE", type=PATH, multiple=True, help="What draft_head=auto measures on.  [default: built in]"
+    "--text",
+    "texts",
+    metavar="FILE",
+    type=PATH,
+    multiple=True,
+    help="What draft_head=auto measures on.  [default: built in]",
 )
 @click.option("--gpu-layers", type=int, help="Layers on the GPU when measuring or checking.  [default: all that fit]")
-@click.option("--check/--no-check", "check_", default=False, help="Load each file in llama-server: does its draft head work?")
+@click.option(
+    "--check/--no-check", "check_", default=False, help="Load each file in llama-server: does its draft head work?"
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY)
 @tools_option
@@ -109,11 +130,11 @@ def command(
 ) -> None:
     """Quantize MODEL by a policy with llama-quantize, verify the file, and put it in place.
 
-    What can be refused is refused before anything is written: missing calibration data, shapes, disk. The file says in its metadata
-    (apex.*) how it was made; OUTPUT.json says it in full, OUTPUT.log is what llama-quantize printed.
+    What can be refused is refused before anything is written: missing calibration data, shapes, disk. The file says in
+    its metadata (apex.*) how it was made; OUTPUT.json says it in full, OUTPUT.log is what llama-quantize printed.
 
-    With draft_head=auto (the -mtp policies have it), the smallest mixture for the draft head that loses little on this model is
-    measured first: some minutes, once for a model, imatrix and policy.
+    With draft_head=auto (the -mtp policies have it), the smallest mixture for the draft head that loses little on this
+    model is measured first: some minutes, once for a model, imatrix and policy.
 
     \b
     Examples:
@@ -185,8 +206,16 @@ def _measured(question: Question) -> Choice:
         [one.value, str(one.head_bytes), one.agreement.told(2), one.tokens.told(2), "yes" if one.fits else "no"]
         for one in choice.candidates
     ]
-    title = f"Draft heads against {question.policy.parameters[choice.parameter].measured[0]}, {choice.positions} positions"
-    columns = ("head", "bytes", "loss of agreement, points", "loss of tokens a step, %", f"within {choice.bound:g} points")
+    title = (
+        f"Draft heads against {question.policy.parameters[choice.parameter].measured[0]}, {choice.positions} positions"
+    )
+    columns = (
+        "head",
+        "bytes",
+        "loss of agreement, points",
+        "loss of tokens a step, %",
+        f"within {choice.bound:g} points",
+    )
     if verbosity() != QUIET:
         show.table(title, columns, rows, right=columns[1:4], err=True)
     show.note(f"{choice.parameter}: {choice.value}{', as measured before' if choice.reused else ''}")
@@ -204,7 +233,9 @@ def _show_head(job: Job, choice: Choice | None) -> None:
     head = [entry for entry in job.plan.entries if entry.draft_head and entry.type != entry.from_type]
     if not any(entry.draft_head for entry in job.plan.entries):
         return
-    types = ", ".join(dict.fromkeys(entry.type for entry in sorted(head, key=lambda entry: -entry.n_bytes))) or "as it was"
+    types = (
+        ", ".join(dict.fromkeys(entry.type for entry in sorted(head, key=lambda entry: -entry.n_bytes))) or "as it was"
+    )
     if choice:
         click.echo(f"draft head: {types}; {choice.text}")
     else:
@@ -216,7 +247,9 @@ def _show_head(job: Job, choice: Choice | None) -> None:
 def _show(job: Job) -> None:
     for warning in job.warnings:
         click.echo(f"warning: {warning}", err=True)
-    click.echo(f"{job.out}: {job.n_bytes} bytes ({show.size(job.n_bytes)}), {job.plan.bits_per_weight:.3f} bits per weight")
+    click.echo(
+        f"{job.out}: {job.n_bytes} bytes ({show.size(job.n_bytes)}), {job.plan.bits_per_weight:.3f} bits per weight"
+    )
     _print_left(job)
     click.echo(f"command: {shlex.join(arguments(job, Path('RULES'), job.out))}")
 
@@ -245,7 +278,9 @@ def _json(one: QuantizedFile) -> dict[str, Any]:
 
 def _print(one: QuantizedFile) -> None:
     done, job = one.done, one.job
-    how = "reused: already made from the same inputs" if done.reused else f"written and verified in {done.seconds:.1f} s"
+    how = (
+        "reused: already made from the same inputs" if done.reused else f"written and verified in {done.seconds:.1f} s"
+    )
     size = f"{done.n_bytes} bytes, {done.plan.bits_per_weight:.3f} bits per weight"
     click.echo(f"{done.path}: {size}; {how}")
     _print_left(job)

@@ -82,12 +82,18 @@ def _bars() -> Iterator[Report]:
                 tasks[step.task] = bars.add_task("", total=step.total, after="")
             elapsed, left = clocks.setdefault(step.task, _clock())(step)
             after = " ".join(
-                part for part in (_count(step), _time(elapsed), _time(left) + " left" if left is not None else "") if part
+                part
+                for part in (_count(step), _time(elapsed), _time(left) + " left" if left is not None else "")
+                if part
             )
             room = max(_NARROWEST, screen.width) - _BAR - len(after) - 3
             text = f"{step.task}: {step.detail}" if step.detail else step.task
             bars.update(
-                tasks[step.task], completed=step.done, total=step.total, description=shorten(printable(text), room), after=after
+                tasks[step.task],
+                completed=step.done,
+                total=step.total,
+                description=shorten(printable(text), room),
+                after=after,
             )
 
         yield report
@@ -117,7 +123,9 @@ def _plain() -> Report:
 
 
 def _clock() -> Callable[[Step], tuple[float, float | None]]:
-    """Seconds since the first step of a task, and those left: as the step says, or on a straight line from where it began."""
+    """Seconds since the first step of a task, and those left: as the step says, or on a straight line from where it
+    began.
+    """
     began: list[tuple[float, float]] = []  # time, and what was done by then: a resumed run does not begin at 0
 
     def read(step: Step) -> tuple[float, float | None]:
@@ -161,7 +169,9 @@ def size(n_bytes: float) -> str:
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = (), err: bool = False
 ) -> None:
-    """Print a table to stdout, or with `err` to stderr. Columns in `right` are aligned right; on a terminal it fits the width."""
+    """Print a table to stdout, or with `err` to stderr. Columns in `right` are aligned right; on a terminal it fits the
+    width.
+    """
     width = shutil.get_terminal_size().columns if (sys.stderr if err else sys.stdout).isatty() else None
     cells = [[_cell(cell) for cell in row] for row in rows]
     lines = lay_out(columns, cells, [at for at, column in enumerate(columns) if column in right], width)

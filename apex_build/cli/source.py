@@ -39,18 +39,28 @@ def command() -> None:
 
 @command.command()
 @pin_option
-@click.option("--from", "origin", type=click.Choice(["pypi", "git", "archive"]), help="Where to fetch from. [default: pypi]")
 @click.option(
-    "--archive", type=click.Path(path_type=Path), metavar="FILE", help="The sdist, or a tarball of the tree, on this machine."
+    "--from", "origin", type=click.Choice(["pypi", "git", "archive"]), help="Where to fetch from. [default: pypi]"
 )
-@click.option("--repository", metavar="URL", help="git repository to use instead of the pin's (a mirror or a local clone).")
+@click.option(
+    "--archive",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The sdist, or a tarball of the tree, on this machine.",
+)
+@click.option(
+    "--repository", metavar="URL", help="git repository to use instead of the pin's (a mirror or a local clone)."
+)
 @click.option("--force", is_flag=True, help="Replace the tree. Refused while it holds unsaved work.")
 @click.option("--no-patches", is_flag=True, help="Do not apply our patches.")
-def fetch(pin_name: str, origin: Any, archive: Path | None, repository: str | None, force: bool, no_patches: bool) -> None:
+def fetch(
+    pin_name: str, origin: Any, archive: Path | None, repository: str | None, force: bool, no_patches: bool
+) -> None:
     """Fetch, verify and lay out a pinned tree, with our patches applied.
 
-    From PyPI, the file is found on the index that pip is configured with (proxy and certificates too), checked against the pin's
-    sha256 before it is opened, and none of its code is run. Every origin must end in the tree digest that the pin names.
+    From PyPI, the file is found on the index that pip is configured with (proxy and certificates too), checked against
+    the pin's sha256 before it is opened, and none of its code is run. Every origin must end in the tree digest that the
+    pin names.
 
     \b
     Examples:
@@ -64,11 +74,18 @@ def fetch(pin_name: str, origin: Any, archive: Path | None, repository: str | No
     began = time.monotonic()
     with show.progress() as report:
         done = fetching.fetch(
-            pin, origin=origin, archive=archive, repository=repository, force=force, patches=not no_patches, report=report
+            pin,
+            origin=origin,
+            archive=archive,
+            repository=repository,
+            force=force,
+            patches=not no_patches,
+            report=report,
         )
     if done.laid_out:
         click.echo(
-            f"{pin.name}: laid out at {done.path} in {time.monotonic() - began:.1f} s, tree digest {pin.tree_digest} as pinned"
+            f"{pin.name}: laid out at {done.path} in {time.monotonic() - began:.1f} s, tree digest {pin.tree_digest} "
+            "as pinned"
         )
     else:
         click.echo(f"{pin.name}: already at {done.path}")
@@ -83,7 +100,9 @@ def _origin(origin: str | None, archive: Path | None, repository: str | None) ->
     if origin == "archive" and not archive:
         raise click.UsageError("--from archive needs --archive FILE")
     if origin and implied and origin != implied:
-        raise click.UsageError(f"--{'archive' if archive else 'repository'} needs --from {implied}, not --from {origin}")
+        raise click.UsageError(
+            f"--{'archive' if archive else 'repository'} needs --from {implied}, not --from {origin}"
+        )
     return origin or implied or "pypi"
 
 
@@ -93,8 +112,8 @@ def _origin(origin: str | None, archive: Path | None, repository: str | None) ->
 def verify(pin_name: str, as_json: bool) -> None:
     """Check a tree completely; any edit is an error.
 
-    The base commit's content must have the pin's digest, no file may differ from the last commit, and the commits must be the whole
-    patch series in order.
+    The base commit's content must have the pin's digest, no file may differ from the last commit, and the commits must
+    be the whole patch series in order.
 
     \b
     Examples:
@@ -104,14 +123,23 @@ def verify(pin_name: str, as_json: bool) -> None:
     pin = load_pin(pin_name)
     found = fetching.verify(pin)
     if as_json:
-        show.as_json({"pin": pin.name, "path": str(found.path), "tree_digest": found.tree_digest, "patches": list(found.patches)})
+        show.as_json(
+            {"pin": pin.name, "path": str(found.path), "tree_digest": found.tree_digest, "patches": list(found.patches)}
+        )
         return
-    click.echo(f"{pin.name}: {found.path} matches its pin: tree digest {found.tree_digest}, {len(found.patches)} patches, no edits")
+    click.echo(
+        f"{pin.name}: {found.path} matches its pin: tree digest {found.tree_digest}, {len(found.patches)} patches, no "
+        "edits"
+    )
 
 
 @command.command()
 @click.option(
-    "--pin", "pin_name", metavar="NAME", shell_complete=values.pins, help="Only this pin, or this pin's TOML file. [default: all]"
+    "--pin",
+    "pin_name",
+    metavar="NAME",
+    shell_complete=values.pins,
+    help="Only this pin, or this pin's TOML file. [default: all]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(pin_name: str | None, as_json: bool) -> None:
@@ -131,7 +159,13 @@ def status(pin_name: str | None, as_json: bool) -> None:
 
 
 def _row(pin: Pin) -> dict[str, Any]:
-    row: dict[str, Any] = {"pin": pin.name, "commit": pin.commit, "tree_digest": pin.tree_digest, "patches": "", "problem": None}
+    row: dict[str, Any] = {
+        "pin": pin.name,
+        "commit": pin.commit,
+        "tree_digest": pin.tree_digest,
+        "patches": "",
+        "problem": None,
+    }
     try:
         found = tree_status(pin)
         row |= {"path": str(found.path), "fetched": found.present, "base": found.base, "head": found.head}

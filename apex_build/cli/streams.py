@@ -1,7 +1,7 @@
 """Standard output and standard error as they have to be: there, and harmless to a terminal.
 
-Names of files and of models reach both. What could move a cursor, change a title or turn the direction of text is shown as an
-escape; colours may pass on standard output, and the movements of the progress bars on standard error.
+Names of files and of models reach both. What could move a cursor, change a title or turn the direction of text is shown
+as an escape; colours may pass on standard output, and the movements of the progress bars on standard error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def prepare() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is sys.__stdout__:
-        sys.stdout = _Text(_Output(1, "wb", closefd=False), _COLOURS, line_buffering=sys.stdout is not None and sys.stdout.isatty())
+        sys.stdout = _Text(
+            _Output(1, "wb", closefd=False), _COLOURS, line_buffering=sys.stdout is not None and sys.stdout.isatty()
+        )
     if sys.stderr is sys.__stderr__:
         sys.stderr = _Text(_Error(2, "wb", closefd=False), _MOVEMENTS, line_buffering=True)
 
@@ -57,7 +59,9 @@ class _Error(io.FileIO):
 
 class _Text(io.TextIOWrapper):
     def __init__(self, raw: io.FileIO, allowed: re.Pattern[str], *, line_buffering: bool) -> None:
-        super().__init__(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=line_buffering)
+        super().__init__(
+            io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=line_buffering
+        )
         self._allowed = allowed
 
     def write(self, text: str) -> int:

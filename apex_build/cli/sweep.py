@@ -50,12 +50,16 @@ from apex_build.sweep.run import Outcome, planned_row, planned_works, run_sweep
     help="The policy.  [default: the one for the draft head only]",
 )
 @click.option("--imatrix", type=PATH, help="Calibration data of the whole model: apex calibrate makes it.")
-@click.option("--imatrix-without-head", "without", type=PATH, help="Imatrix for the other curve.  [default: made from --imatrix]")
+@click.option(
+    "--imatrix-without-head", "without", type=PATH, help="Imatrix for the other curve.  [default: made from --imatrix]"
+)
 @click.option("--with-head", "curves", flag_value="with", help="Only with the head's calibration data.")
 @click.option("--without-head", "curves", flag_value="without", help="Only without the head's calibration data.")
 @mtp_rows_option
 @click.option(
-    "--baseline", metavar="NAME=VALUE,...", help="The point that losses are relative to.  [default: Q8_0 for every swept type]"
+    "--baseline",
+    metavar="NAME=VALUE,...",
+    help="The point that losses are relative to.  [default: Q8_0 for every swept type]",
 )
 @evaluation_options
 @click.option(
@@ -102,9 +106,10 @@ def command(
 ) -> None:
     """Quantize MODEL once for each value of a parameter, measure each file, and show what the bytes buy.
 
-    If the values change only the draft head, each is tried with and without the head's calibration data. A file is deleted once
-    it is measured. FOLDER gets sweep.jsonl with a line for each point, table.md, and a plot with the knee marked. An interrupted
-    sweep is resumed by the same command, and more values may be given then. --set takes parameters of the policy and of evaluators.
+    If the values change only the draft head, each is tried with and without the head's calibration data. A file is
+    deleted once it is measured. FOLDER gets sweep.jsonl with a line for each point, table.md, and a plot with the knee
+    marked. An interrupted sweep is resumed by the same command, and more values may be given then. --set takes
+    parameters of the policy and of evaluators.
 
     \b
     Examples:
@@ -153,7 +158,9 @@ def command(
     rows = [outcome.row for outcome in outcomes]
     done = reported(sweep, rows, scores, bound)
     if json_:
-        show.as_json({"points": [as_data(row) for row in rows], "knees": [line for one in done.reports for line in one.knees]})
+        show.as_json(
+            {"points": [as_data(row) for row in rows], "knees": [line for one in done.reports for line in one.knees]}
+        )
     else:
         _print(done.reports, done.written)
     if failed := [error for outcome in outcomes for error in outcome.errors]:
@@ -179,7 +186,9 @@ def _default_policy(plugins: Plugins) -> str:
 
 
 def values_of_sweep(over: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """`NAME=VALUE,VALUE` options as parameter -> values. Raises UsageError where there is no value, or a parameter comes twice."""
+    """`NAME=VALUE,VALUE` options as parameter -> values. Raises UsageError where there is no value, or a parameter
+    comes twice.
+    """
     found: dict[str, tuple[str, ...]] = {}
     for name, listed in ((name.strip(), listed) for name, _, listed in (one.partition("=") for one in over)):
         given = tuple(dict.fromkeys(value.strip() for value in listed.split(",") if value.strip()))
@@ -191,7 +200,9 @@ def values_of_sweep(over: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _divided(settings: dict[str, str], policy: PolicySpec, evaluators: set[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _divided(
+    settings: dict[str, str], policy: PolicySpec, evaluators: set[str]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Settings of evaluators, and all others: of the policy."""
     own = {name for name in settings if name.partition(".")[0] in evaluators and name not in policy.parameters}
     return {name: settings[name] for name in own}, {name: value for name, value in settings.items() if name not in own}
@@ -234,7 +245,11 @@ def _kept(sweep: Sweep) -> str:
     measured = len(read_rows(folder)) if folder.is_dir() else 0
     files = [path for path in (folder / "files").glob("*.gguf") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
-    held = f", and {show.size(total)} of files in {folder / 'files'}: {', '.join(path.name for path in files)}" if files else ""
+    held = (
+        f", and {show.size(total)} of files in {folder / 'files'}: {', '.join(path.name for path in files)}"
+        if files
+        else ""
+    )
     return f"kept: {measured} measured points in {folder / RESULTS}{held}; the same command resumes from there"
 
 
@@ -255,10 +270,14 @@ def _dry_run(sweep: Sweep, json_: bool) -> None:
     if json_:
         show.as_json([{**as_data(row), "recorded": recorded} for row, recorded in rows])
         return
-    cells = [(row.name, _bytes(row.head_bytes), _bytes(row.file_bytes), _state(row, recorded)) for row, recorded in rows]
+    cells = [
+        (row.name, _bytes(row.head_bytes), _bytes(row.file_bytes), _state(row, recorded)) for row, recorded in rows
+    ]
     show.table(f"Sweep, {len(rows)} points", ("point", "head", "file", "state"), cells, right=("head", "file"))
     click.echo(f"evaluators: {', '.join(one.name for one in sweep.evaluators)}")
-    click.echo(f"room on the disk: {show.size(sweep.room)}" + ("; the trunk is quantized once" if sweep.trunk_once else ""))
+    click.echo(
+        f"room on the disk: {show.size(sweep.room)}" + ("; the trunk is quantized once" if sweep.trunk_once else "")
+    )
 
 
 def _bytes(n_bytes: int | None) -> str:

@@ -13,7 +13,9 @@ Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def _of(names: Callable[[], Iterable[tuple[str, str]]], *, listed: bool = False) -> Complete:
-    """Completion by the names that begin as the word does; `listed`: the word may hold several, with commas between them."""
+    """Completion by the names that begin as the word does; `listed`: the word may hold several, with commas between
+    them.
+    """
 
     def complete(_context: click.Context, _parameter: click.Parameter, word: str) -> list[CompletionItem]:
         before, comma, last = word.rpartition(",") if listed else ("", "", word)
@@ -37,7 +39,10 @@ def _gpus() -> Iterable[tuple[str, str]]:
 
     targets = load_plugins().gpu_targets()
     groups = sorted({group for target in targets.values() for group in target.groups})
-    return [*((name, target.description) for name, target in targets.items()), *((group, "a group") for group in groups)]
+    return [
+        *((name, target.description) for name, target in targets.items()),
+        *((group, "a group") for group in groups),
+    ]
 
 
 def _evaluators() -> Iterable[tuple[str, str]]:

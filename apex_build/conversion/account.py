@@ -1,6 +1,7 @@
 """Every tensor of a checkpoint is accounted for: it is in the model, or there is a reason that it is not, or we refuse.
 
-What is in the model is known from the converter itself, not from names: driver.py follows each value to the tensor that is written.
+What is in the model is known from the converter itself, not from names: driver.py follows each value to the tensor that
+is written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from apex_build.conversion.safetensors import tensor_bytes
 from apex_build.errors import CheckpointInvalid, ConversionFailed, ParameterUnknown
 
 # Tables that every reader computes from the config.
-_DERIVED = re.compile(r"(^|\.)(inv_freq|rotary_emb\.(cos|sin)_cached|position_ids|attention\.masked_bias|attn\.masked_bias)$")
+_DERIVED = re.compile(
+    r"(^|\.)(inv_freq|rotary_emb\.(cos|sin)_cached|position_ids|attention\.masked_bias|attn\.masked_bias)$"
+)
 _MASK = re.compile(r"(^|\.)(attention|attn)\.bias$")  # GPT-2's and GPT-NeoX's causal mask: of 4 dimensions, no bias
 # The embedding and what may share its values: the output matrix, and a draft head's own copies of both.
 _TIED = re.compile(r"(^|\.)(lm_head|embed_tokens|embed_out|output|head|wte|word_embeddings|emb)\.weight$")
@@ -67,8 +70,8 @@ def left_out(
 ) -> dict[str, list[str]]:
     """Why each tensor that is not in the model is not: reason -> names.
 
-    `head`: a draft head is wanted; `other_file`: the converter makes an mmproj file of such a checkpoint. Raises CheckpointInvalid
-    naming the tensors for which there is no reason.
+    `head`: a draft head is wanted; `other_file`: the converter makes an mmproj file of such a checkpoint. Raises
+    CheckpointInvalid naming the tensors for which there is no reason.
     """
     reasons: dict[str, list[str]] = {}
     lost: list[str] = []
@@ -122,14 +125,17 @@ def _refusal(checkpoint: Checkpoint, lost: list[str], of_head: frozenset[str], s
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     patterns = " ".join(f"--drop {shlex.quote(pattern)}" for pattern in patterns_of(lost, checkpoint.tensors))
     return CheckpointInvalid(
-        f"the converter of {source} would leave out {len(lost)} of the {len(checkpoint.tensors)} tensors of {checkpoint.path} "
+        f"the converter of {source} would leave out {len(lost)} of the {len(checkpoint.tensors)} tensors of "
+        f"{checkpoint.path} "
         f"without a word: {', '.join(lost[:_SHOWN])}{more}",
         hint=f"if the model is right without them: apex convert {patterns}",
     )
 
 
 def patterns_of(lost: Collection[str], names: Collection[str]) -> list[str]:
-    """Patterns for --drop that find all of the lost names and no other: whole branches of the tree of names where that can be."""
+    """Patterns for --drop that find all of the lost names and no other: whole branches of the tree of names where that
+    can be.
+    """
     kept = set(names) - set(lost)
     patterns: dict[str, None] = {}
     for name in lost:

@@ -22,8 +22,9 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json",
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`head_layers`: blocks of the draft head that the config promises, by `head_key`; `trunk_layers` are the others. Names as in
-    the files. `quantization`: the method, where the values are quantized already (fp8, gptq, awq, ...)."""
+    """`head_layers`: blocks of the draft head that the config promises, by `head_key`; `trunk_layers` are the others.
+    Names as in the files. `quantization`: the method, where the values are quantized already (fp8, gptq, awq, ...).
+    """
 
     path: Path
     architecture: str
@@ -58,7 +59,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     layers = next((count for part in parts(config) if (count := _count(part, "num_hidden_layers"))), 0)
     promised = ((key, count) for part in parts(config) for key in HEAD_KEYS if (count := _count(part, key)))
     head_key, head_layers = next(promised, (None, 0))
-    return Checkpoint(path, architectures[0], layers, head_layers, head_key, quantization(config, tensors), config, tensors)
+    return Checkpoint(
+        path, architectures[0], layers, head_layers, head_key, quantization(config, tensors), config, tensors
+    )
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -87,7 +90,9 @@ def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
         if isinstance(about, dict) and isinstance(method := about.get("quant_method"), str):
             return method.lower()
         if isinstance(about, dict) or isinstance(part.get("quantization"), dict):
-            return "mlx" if any(name.endswith(".biases") for name in tensors) else "a method that its config does not name"
+            return (
+                "mlx" if any(name.endswith(".biases") for name in tensors) else "a method that its config does not name"
+            )
     for end, method in ((".qweight", "gptq or awq"), (".weight.quant_state.bitsandbytes__nf4", "bitsandbytes")):
         if any(name.endswith(end) for name in tensors):
             return method
@@ -98,7 +103,11 @@ def parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The config, and the part of it that describes the text model where there is one."""
     return [
         config,
-        *(part for key in ("text_config", "llm_config", "language_config") if isinstance(part := config.get(key), dict)),
+        *(
+            part
+            for key in ("text_config", "llm_config", "language_config")
+            if isinstance(part := config.get(key), dict)
+        ),
     ]
 
 

@@ -1,4 +1,6 @@
-"""Converting a checkpoint with the pinned source's converter: checked before, whole or not at all, its draft head checked after."""
+"""Converting a checkpoint with the pinned source's converter: checked before, whole or not at all, its draft head
+checked after.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,14 @@ _BYTES = {"f32": 4.0, "q8_0": 34 / 32}  # a value; the others take 2
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _MARK = "apex: every tensor is accounted for"  # said by driver.py before the first byte is written
 _WRITING = re.compile(r"Writing:\s+(\d+)%")
-_METHODS = {"awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "gptq": "GPTQ", "mlx": "MLX", "modelopt": "ModelOpt"}
+_METHODS = {
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8",
+    "gptq": "GPTQ",
+    "mlx": "MLX",
+    "modelopt": "ModelOpt",
+}
 _EXPLAINED = (
     (
         "pre-tokenizer was not recognized",
@@ -55,13 +64,19 @@ _EXPLAINED = (
         "if the model is right without it: apex convert --drop NAME",
     ),
     ("No space left on device", "the disk is full", "free some space, or write to another disk"),
-    ("No module named", "the converter's Python lacks a package", "apex convert --python PATH, of a Python that has it"),
+    (
+        "No module named",
+        "the converter's Python lacks a package",
+        "apex convert --python PATH, of a Python that has it",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion that has been checked and can start. `n_bytes` is about what it will write, `drop` names that are left out."""
+    """A conversion that has been checked and can start. `n_bytes` is about what it will write, `drop` names that are
+    left out.
+    """
 
     checkpoint: Checkpoint
     source: Path
@@ -136,11 +151,11 @@ def prepare(
     threads: int | None = None,
     force: bool = False,
 ) -> Job:
-    """Say no before anything is done. `source` is a pinned tree, `python` the converter's interpreter (see environment.choose),
-    `drop` patterns of tensors that may be left out, `metadata` keys to set.
+    """Say no before anything is done. `source` is a pinned tree, `python` the converter's interpreter (see
+    environment.choose), `drop` patterns of tensors that may be left out, `metadata` keys to set.
 
-    Raises CheckpointInvalid (what is missing, an architecture that the converter lacks, a promised head without tensors),
-    ParameterUnknown (pre-tokenizer, a pattern), OutputUnwritable, DiskTooSmall, EnvironmentUnusable.
+    Raises CheckpointInvalid (what is missing, an architecture that the converter lacks, a promised head without
+    tensors), ParameterUnknown (pre-tokenizer, a pattern), OutputUnwritable, DiskTooSmall, EnvironmentUnusable.
     """
     checkpoint = read_checkpoint(folder)
     known = architectures(source)
@@ -158,12 +173,16 @@ def prepare(
         require_head(kept, code, source.name)
     if pre_tokenizer is not None and pre_tokenizer not in (names := pre_tokenizers(source)):
         found = near(pre_tokenizer, names, n=5, cutoff=0.4)
-        raise ParameterUnknown(f"llama.cpp has no pre-tokenizer {pre_tokenizer!r}", hint=f"one of: {', '.join(found or names)}")
+        raise ParameterUnknown(
+            f"llama.cpp has no pre-tokenizer {pre_tokenizer!r}", hint=f"one of: {', '.join(found or names)}"
+        )
     n_bytes = int(checkpoint.n_elements * _BYTES.get(outtype, 2.0))
     check_place(out)
     check_apart(with_manifest_and_log(out), _files_of(checkpoint.path))
     before = manifest_of(out, beside(out, MANIFEST))
-    again = not force and before is not None and before.kind == CONVERTED and before.is_of_size(out)  # perhaps of the same parts
+    again = (
+        not force and before is not None and before.kind == CONVERTED and before.is_of_size(out)
+    )  # perhaps of the same parts
     what = f"the model of {checkpoint.path.name}, about,"
     if not again:
         check_free(Artifact(out, CONVERTED, {}), "anything" if force else "nothing")
@@ -190,7 +209,8 @@ def prepare(
 
 
 def account_for(job: Job, report: Report = silent) -> dict[str, list[str]] | None:
-    """What a conversion would leave out, by reason, as `run` finds it; None while the converter's Python is still to be made.
+    """What a conversion would leave out, by reason, as `run` finds it; None while the converter's Python is still to be
+    made.
 
     Raises CheckpointInvalid for tensors that would be lost, ConversionFailed.
     """
@@ -211,7 +231,11 @@ def run(job: Job, report: Report = silent) -> Converted:
     artifact = _artifact(job, python)
     with (
         making(
-            artifact, inputs=_files_of(job.checkpoint.path), reuse=not job.force, replace=job.may_replace, n_bytes=job.n_bytes
+            artifact,
+            inputs=_files_of(job.checkpoint.path),
+            reuse=not job.force,
+            replace=job.may_replace,
+            n_bytes=job.n_bytes,
         ) as draft,
         scratch_folder("convert") as scratch,
         unwinding_signals(),
@@ -227,7 +251,9 @@ def run(job: Job, report: Report = silent) -> Converted:
 
 
 def _artifact(job: Job, python: Path) -> Artifact:
-    """What goes into the model: checkpoint, converter, the packages that it reads tokenizers and tensors with, its orders."""
+    """What goes into the model: checkpoint, converter, the packages that it reads tokenizers and tensors with, its
+    orders.
+    """
     parts: dict[str, Json] = {
         "checkpoint": fingerprint(job.checkpoint),
         "source": tree_identity(job.source),
@@ -256,8 +282,12 @@ def _files_of(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if not path.name.endswith((".gguf", f".gguf{MANIFEST}", f".gguf{LOG}")))
 
 
-def _convert(job: Job, python: Path, part: Path, scratch: Path, log: Path | None, report: Report, *, stop: bool = False) -> Account:
-    """Run the converter, to its end or (`stop`) until all is known but nothing written. A tensor that would be lost ends it."""
+def _convert(
+    job: Job, python: Path, part: Path, scratch: Path, log: Path | None, report: Report, *, stop: bool = False
+) -> Account:
+    """Run the converter, to its end or (`stop`) until all is known but nothing written. A tensor that would be lost
+    ends it.
+    """
     account: list[Account] = []
 
     def progress(line: str) -> None:
@@ -315,19 +345,23 @@ def _left_out(job: Job, account: Account) -> dict[str, list[str]]:
 
 
 def _check_quantization(checkpoint: Checkpoint, source: Path) -> tuple[str, ...]:
-    """Raises CheckpointInvalid for a checkpoint quantized in a way that the converter cannot undo; a warning for the others."""
+    """Raises CheckpointInvalid for a checkpoint quantized in a way that the converter cannot undo; a warning for the
+    others.
+    """
     method = checkpoint.quantization
     if method is None:
         return ()
     original = "take the original checkpoint in 16 bits"
     if method not in quantizations(source):
         raise CheckpointInvalid(
-            f"{checkpoint.path} is quantized already, by {_METHODS.get(method, method)}, which the converter of {source.name} "
+            f"{checkpoint.path} is quantized already, by {_METHODS.get(method, method)}, which the converter of "
+            f"{source.name} "
             "cannot undo",
             hint=original,
         )
     return (
-        f"{checkpoint.path} is quantized already, by {_METHODS.get(method, method)}: what that lost stays lost; {original} "
+        f"{checkpoint.path} is quantized already, by {_METHODS.get(method, method)}: what that lost stays lost; "
+        f"{original} "
         "where there is one",
     )
 
@@ -338,7 +372,9 @@ def _explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
 
 
 def _verify(job: Job, part: Path, account: Account) -> Header:
-    """The written file is a whole model of the tensors that were accounted for, and has the draft head that was promised."""
+    """The written file is a whole model of the tensors that were accounted for, and has the draft head that was
+    promised.
+    """
     try:
         header = read_header(part)
     except ModelInvalid as error:
@@ -360,7 +396,8 @@ def _verify(job: Job, part: Path, account: Account) -> Header:
     ]
     if not job.head and found:
         raise ConversionFailed(
-            f"the converter cannot leave out the draft head of {job.checkpoint.architecture}", hint="apex convert without --no-head"
+            f"the converter cannot leave out the draft head of {job.checkpoint.architecture}",
+            hint="apex convert without --no-head",
         )
     if promised and (found != promised or absent):
         what = (
@@ -380,7 +417,9 @@ def _record(job: Job, python: Path, header: Header, left: dict[str, list[str]]) 
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
     architecture = header.metadata.get("general.architecture")
     return ConvertedRecord(
-        checkpoint=CheckpointRecord(checkpoint.architecture, {name: (checkpoint.path / name).stat().st_size for name in files}),
+        checkpoint=CheckpointRecord(
+            checkpoint.architecture, {name: (checkpoint.path / name).stat().st_size for name in files}
+        ),
         converter=ConverterRecord(tree_identity(job.source), _packages(python)),
         converted=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         head_layers=header.metadata.get(f"{architecture}.nextn_predict_layers", 0),

@@ -1,4 +1,6 @@
-"""What the pinned source's converter can do, read from its code without running it: architectures, pre-tokenizers, draft heads."""
+"""What the pinned source's converter can do, read from its code without running it: architectures, pre-tokenizers,
+draft heads.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from pathlib import Path
 
 from apex_build.errors import ConversionFailed
 
-# Keys of config.json that promise a draft head, by the family that has them: Qwen3.5 and 3.6; GLM, DeepSeek and their kin.
+# Keys of config.json that promise a draft head, by the family that has them: Qwen3.5 and 3.6; GLM, DeepSeek and their
+# kin.
 HEAD_KEYS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _TEXT, _OTHER = "TEXT_MODEL_MAP", "MMPROJ_MODEL_MAP"
 _QWEN_SWITCH, _SWITCH = "_Qwen35MtpMixin", "supports_mtp_export"  # what makes --no-mtp known, by the tree's age
@@ -21,8 +24,8 @@ _QWEN_SWITCH, _SWITCH = "_Qwen35MtpMixin", "supports_mtp_export"  # what makes -
 class Family:
     """The converter's code for one architecture.
 
-    `writes_heads`: it can write a draft head. `head_keys`: what it looks for in the config; empty where it looks for none (a count
-    of its own). `can_omit_head`: it takes --no-mtp.
+    `writes_heads`: it can write a draft head. `head_keys`: what it looks for in the config; empty where it looks for
+    none (a count of its own). `can_omit_head`: it takes --no-mtp.
     """
 
     writes_heads: bool
@@ -65,14 +68,20 @@ def family(source: Path, architecture: str) -> Family:
         elif isinstance(node, ast.Name):
             called.add(node.id)
     return Family(
-        "add_nextn_predict_layers" in called, frozenset(text) & frozenset(HEAD_KEYS), _QWEN_SWITCH in names or _SWITCH in called
+        "add_nextn_predict_layers" in called,
+        frozenset(text) & frozenset(HEAD_KEYS),
+        _QWEN_SWITCH in names or _SWITCH in called,
     )
 
 
 def _modules(source: Path, name: str) -> dict[str, str]:
     tree = ast.parse(_read(source / "conversion" / "__init__.py"))
     for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == name and isinstance(node.value, ast.Dict):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and getattr(node.target, "id", "") == name
+            and isinstance(node.value, ast.Dict)
+        ):
             pairs = zip(node.value.keys, node.value.values, strict=True)
             return {
                 str(key.value): str(value.value)
@@ -104,7 +113,9 @@ def _registered(tree: ast.Module, architecture: str) -> ast.ClassDef | None:
         if isinstance(node, ast.ClassDef):
             for decorator in node.decorator_list:
                 words = decorator.args if isinstance(decorator, ast.Call) else []
-                if any(isinstance(word, ast.Constant) and word.value == architecture for word in words) and not _sees(node):
+                if any(isinstance(word, ast.Constant) and word.value == architecture for word in words) and not _sees(
+                    node
+                ):
                     return node
     return None
 

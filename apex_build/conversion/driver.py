@@ -1,11 +1,12 @@
-"""Runs the pinned source's convert_hf_to_gguf.py in the converter's own Python: this file imports nothing of apex_build.
+"""Runs the pinned source's convert_hf_to_gguf.py in the converter's own Python: this file imports nothing of
+apex_build.
 
     driver.py SOURCE HF_DIR ORDERS.json [arguments of convert_hf_to_gguf.py ...]
 
-Three things are not as upstream has them. No code of the checkpoint runs: upstream loads tokenizers with trust_remote_code=True. A
-pre-tokenizer that the orders name is taken instead of a hash that knows only known models' tokenizers. And an account is kept,
-written before the first byte of the model: for each tensor that will be written, which tensors of the checkpoint its values come
-from, followed through the converter's lazy operations.
+Three things are not as upstream has them. No code of the checkpoint runs: upstream loads tokenizers with
+trust_remote_code=True. A pre-tokenizer that the orders name is taken instead of a hash that knows only known models'
+tokenizers. And an account is kept, written before the first byte of the model: for each tensor that will be written,
+which tensors of the checkpoint its values come from, followed through the converter's lazy operations.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 
 
 def refuse_code(folder: str) -> None:
-    """From here on no Python file of the checkpoint can be opened, nor a copy of one in transformers' cache of such files."""
+    """From here on no Python file of the checkpoint can be opened, nor a copy of one in transformers' cache of such
+    files.
+    """
     roots = tuple(os.path.join(os.path.realpath(root), "") for root in (folder, os.environ["HF_MODULES_CACHE"]))  # noqa: PTH118
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -47,7 +50,9 @@ def distrust(module: Any) -> None:
 
 
 def keep_account(model_base: Any, gguf: Any, orders: dict[str, Any]) -> None:
-    """Record what becomes of each tensor of the checkpoint; leave out those that the orders drop; set the metadata they give."""
+    """Record what becomes of each tensor of the checkpoint; leave out those that the orders drop; set the metadata they
+    give.
+    """
     read: set[str] = set()  # tensors whose values were looked at before anything is written: by code that is not lazy
     written: dict[str, list[str]] = {}
     drop = set(orders["drop"])

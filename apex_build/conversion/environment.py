@@ -1,4 +1,6 @@
-"""The converter's Python: one that the user names, ours if it has what is needed, else an environment made for it in the cache."""
+"""The converter's Python: one that the user names, ours if it has what is needed, else an environment made for it in
+the cache.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def requirements() -> tuple[Requirement, ...]:
             "apex-build is not installed, so its extra `convert` is not known", hint="pip install -e ."
         ) from None
     wanted = [
-        item for item in declared if item.marker and item.marker.evaluate({"extra": "convert"}) and not item.marker.evaluate()
+        item
+        for item in declared
+        if item.marker and item.marker.evaluate({"extra": "convert"}) and not item.marker.evaluate()
     ]
     wanted += [item for item in declared if item.name == "gguf"]
     for item in wanted:
@@ -71,12 +75,15 @@ def requirements() -> tuple[Requirement, ...]:
 
 
 def choose(python: Path | None) -> Python:
-    """`python`, else what APEX_CONVERT_PYTHON names, else ours if it has the whole extra, else one in the cache (made or not).
+    """`python`, else what APEX_CONVERT_PYTHON names, else ours if it has the whole extra, else one in the cache (made
+    or not).
 
     Raises EnvironmentUnusable where the one that was named lacks what the converter cannot do without.
     """
     named = python or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
-    given = named.expanduser().absolute() if named else None  # not resolved: an environment's python is a link to another
+    given = (
+        named.expanduser().absolute() if named else None
+    )  # not resolved: an environment's python is a link to another
     wanted = requirements()
     if given is not None:
         lacking = [str(item) for item in _lacking(given, wanted) if item.name in _INDISPENSABLE]
@@ -133,7 +140,11 @@ def versions(python: Path) -> Mapping[str, str]:
 
 def _lacking(python: Path, wanted: Sequence[Requirement]) -> list[Requirement]:
     have = versions(python)
-    return [item for item in wanted if not item.specifier.contains(have.get(canonicalize_name(item.name), "0"), prereleases=True)]
+    return [
+        item
+        for item in wanted
+        if not item.specifier.contains(have.get(canonicalize_name(item.name), "0"), prereleases=True)
+    ]
 
 
 def _folder(wanted: Sequence[Requirement]) -> Path:
@@ -156,7 +167,9 @@ def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report
     python = folder / "bin" / "python"
     if torch := next((argument for argument in arguments if argument.startswith("torch")), ""):
         size = _SIZE if "+cpu" in torch else _SIZE_WITH_CUDA
-        check_room(folder.parent, size, "the converter's Python", spare=0, hint="APEX_CACHE_DIR=FOLDER names another cache")
+        check_room(
+            folder.parent, size, "the converter's Python", spare=0, hint="APEX_CACHE_DIR=FOLDER names another cache"
+        )
     count = 0
 
     def progress(line: str) -> None:

@@ -1,4 +1,6 @@
-"""Folders and files that people give for a checkpoint and that are something else: said what they are, and what to do with them."""
+"""Folders and files that people give for a checkpoint and that are something else: said what they are, and what to do
+with them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def refuse_other_kinds(path: Path) -> None:
 
 def _refuse_file(path: Path) -> None:
     if path.suffix == ".gguf":
-        raise CheckpointInvalid(f"{path} is not a folder but a GGUF file: it is converted already", hint=f"apex inspect {path}")
+        raise CheckpointInvalid(
+            f"{path} is not a folder but a GGUF file: it is converted already", hint=f"apex inspect {path}"
+        )
     hint = f"apex convert {path.parent}, its folder" if path.suffix == ".safetensors" else _WANTED
     raise CheckpointInvalid(f"{path} is not a folder", hint=hint)
 
@@ -52,13 +56,17 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], str], str], ...] = 
     (
         lambda folder: _has("adapter_config.json", "adapter_model*")(folder) and not _whole(folder),
         lambda folder: f"holds an adapter (LoRA) to {_base_of(folder)}, not a whole model",
-        "merge it into its base model (peft: merge_and_unload, then save_pretrained) and convert that folder; or convert the base "
+        "merge it into its base model (peft: merge_and_unload, then save_pretrained) and convert that folder; or "
+        "convert the base "
         "alone, and the adapter with convert_lora_to_gguf.py of the fetched source",
     ),
     (
         lambda folder: _has("consolidated*.safetensors", "consolidated*.pth")(folder) and not _whole(folder),
-        lambda _folder: "holds a model in Mistral's own format (consolidated.*, params.json), which apex convert does not read",
-        "download the files of the transformers format of the same model: config.json, model*.safetensors, tokenizer.json",
+        lambda _folder: (
+            "holds a model in Mistral's own format (consolidated.*, params.json), which apex convert does not read"
+        ),
+        "download the files of the transformers format of the same model: config.json, model*.safetensors, "
+        "tokenizer.json",
     ),
     (
         lambda folder: _has("*.gguf")(folder) and not _whole(folder),
@@ -75,7 +83,9 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], str], str], ...] = 
             _has("*.nemo", "*.distcp", "mp_rank_*", "global_step*", "iter_*", "*.index", "flax_model*")(folder)
             and not _whole(folder)
         ),
-        lambda _folder: "holds a training framework's own files (NeMo, DeepSpeed, Megatron, Flax), not a Hugging Face checkpoint",
+        lambda _folder: (
+            "holds a training framework's own files (NeMo, DeepSpeed, Megatron, Flax), not a Hugging Face checkpoint"
+        ),
         "convert it to safetensors with that framework first",
     ),
 )

@@ -1,4 +1,6 @@
-"""The draft head of a checkpoint: is what its config promises there, and does the converter know it by the names it has?"""
+"""The draft head of a checkpoint: is what its config promises there, and does the converter know it by the names it
+has?
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ _SHOWN = 6
 
 
 def head_tensors(checkpoint: Checkpoint) -> frozenset[str]:
-    """What belongs to a draft head by its name: mtp (Qwen, MiMo, Nemotron, Ernie), or in a block after the trunk's last."""
-    return frozenset(name for name in checkpoint.tensors if _NAMED.search(name) or _after_trunk(checkpoint, plain(name)))
+    """What belongs to a draft head by its name: mtp (Qwen, MiMo, Nemotron, Ernie), or in a block after the trunk's
+    last.
+    """
+    return frozenset(
+        name for name in checkpoint.tensors if _NAMED.search(name) or _after_trunk(checkpoint, plain(name))
+    )
 
 
 def require_head(checkpoint: Checkpoint, family: Family, source: str) -> None:
@@ -38,7 +44,8 @@ def require_head(checkpoint: Checkpoint, family: Family, source: str) -> None:
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise CheckpointInvalid(
-            f"{checkpoint.path / 'config.json'} promises a draft head ({checkpoint.head_key} = {checkpoint.head_layers}), "
+            f"{checkpoint.path / 'config.json'} promises a draft head ({checkpoint.head_key} = "
+            f"{checkpoint.head_layers}), "
             f"but the checkpoint lacks these tensors of it: {', '.join(missing[:_SHOWN])}{more}",
             hint="take them from the original checkpoint (transformers drops them when it saves a fine-tuned model); "
             "or convert without a draft head: apex convert --no-head",
@@ -55,7 +62,8 @@ def unknown_head(checkpoint: Checkpoint, source: str, names: list[str]) -> Check
     """The refusal for a draft head that the converter would drop."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return CheckpointInvalid(
-        f"{checkpoint.path} has a draft head of {len(names)} tensors, which the converter of {source} does not know under these "
+        f"{checkpoint.path} has a draft head of {len(names)} tensors, which the converter of {source} does not know "
+        "under these "
         f"names for {checkpoint.architecture}, and would leave out: {', '.join(names[:_SHOWN])}{more}",
         hint="a newer source may know it: apex convert --pin latest; or do without the head: apex convert --no-head",
     )
@@ -64,8 +72,8 @@ def unknown_head(checkpoint: Checkpoint, source: str, names: list[str]) -> Check
 def missing_head_tensors(checkpoint: Checkpoint) -> list[str]:
     """Tensors that the promised head must have and the checkpoint lacks.
 
-    The head's block is a full-attention block as the trunk has them: its attention and norms are named as in the last such block
-    of the trunk. Experts may be fused or one by one, so for them any tensor will do.
+    The head's block is a full-attention block as the trunk has them: its attention and norms are named as in the last
+    such block of the trunk. Experts may be fused or one by one, so for them any tensor will do.
     """
     names = {plain(name) for name in checkpoint.tensors}
     if not checkpoint.head_layers:
@@ -77,7 +85,9 @@ def missing_head_tensors(checkpoint: Checkpoint) -> list[str]:
 
 def _missing_qwen(head_layers: int, names: set[str]) -> Iterator[str]:
     yield from (name for name in _QWEN_SHARED if name not in names)
-    blocks = [found for name in names if (found := re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.q_proj\.weight", name))]
+    blocks = [
+        found for name in names if (found := re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.q_proj\.weight", name))
+    ]
     like = f"model.layers.{max(int(found[1]) for found in blocks)}." if blocks else "model.layers.0."
     parts = sorted(name[len(like) :] for name in names if name.startswith(like) and name.endswith(".weight"))
     for layer in range(head_layers):
@@ -102,9 +112,14 @@ def plain(name: str) -> str:
 
 
 def _has_marks(checkpoint: Checkpoint) -> bool:
-    """Whether the head's projection or a norm has a name that is looked for: if not, the head is there under other names."""
+    """Whether the head's projection or a norm has a name that is looked for: if not, the head is there under other
+    names.
+    """
     names = {plain(name) for name in checkpoint.tensors}
-    return not names.isdisjoint(_QWEN_SHARED) or len(list(_missing_appended(checkpoint, names))) < 3 * checkpoint.head_layers
+    return (
+        not names.isdisjoint(_QWEN_SHARED)
+        or len(list(_missing_appended(checkpoint, names))) < 3 * checkpoint.head_layers
+    )
 
 
 def _after_trunk(checkpoint: Checkpoint, name: str) -> bool:

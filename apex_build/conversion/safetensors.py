@@ -1,6 +1,8 @@
-"""The headers of safetensors files: names, types, shapes. Sizes are checked before anything is read; tensor data is not touched.
+"""The headers of safetensors files: names, types, shapes. Sizes are checked before anything is read; tensor data is not
+touched.
 
-Format: 8 bytes little-endian length, that much JSON (name -> dtype, shape, data_offsets), then the data; offsets count from there.
+Format: 8 bytes little-endian length, that much JSON (name -> dtype, shape, data_offsets), then the data; offsets count
+from there.
 """
 
 from __future__ import annotations
@@ -83,7 +85,9 @@ def tensor_bytes(folder: Path, tensor: TensorInfo) -> Iterator[bytes]:
         while at < end:
             block = file.read(min(_BLOCK, end - at))
             if not block:
-                raise CheckpointInvalid(f"{folder / tensor.file} was cut short while it was read", hint="download it again")
+                raise CheckpointInvalid(
+                    f"{folder / tensor.file} was cut short while it was read", hint="download it again"
+                )
             at += len(block)
             yield block
 
@@ -110,7 +114,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > MAX_HEADER or length > size - 8:
             raise CheckpointInvalid(
-                f"{path} is not a safetensors file, or cut short: {size} bytes, header of {length}", hint="download it again"
+                f"{path} is not a safetensors file, or cut short: {size} bytes, header of {length}",
+                hint="download it again",
             )
         try:
             entries = json.loads(file.read(length))
@@ -128,7 +133,9 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), path.name, (begin, after))
         end = max(end, entry["data_offsets"][1])
     if 8 + length + end > size:
-        raise CheckpointInvalid(f"{path} is cut short: it has {size} bytes of {8 + length + end}", hint="download it again")
+        raise CheckpointInvalid(
+            f"{path} is cut short: it has {size} bytes of {8 + length + end}", hint="download it again"
+        )
     return tensors
 
 

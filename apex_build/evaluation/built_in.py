@@ -1,4 +1,6 @@
-"""The built-in evaluation set: texts and prompts of four domains for a user who gives none, apart from what calibration uses."""
+"""The built-in evaluation set: texts and prompts of four domains for a user who gives none, apart from what calibration
+uses.
+"""
 
 from __future__ import annotations
 
@@ -69,5 +71,7 @@ def _beginning(document: Document) -> Document:
     if document.text is not None:
         lines = document.text.splitlines(keepends=True)
         return Document(document.domain, "".join(lines[: min(_LINES, len(lines) // 2)]), origin=document.origin)
-    before = next((n for n, message in enumerate(document.messages) if message.get("role") == "assistant"), len(document.messages))
+    before = next(
+        (n for n, message in enumerate(document.messages) if message.get("role") == "assistant"), len(document.messages)
+    )
     return Document(document.domain, None, document.messages[:before], document.tools, document.origin)

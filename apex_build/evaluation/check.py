@@ -28,7 +28,9 @@ class Bounds:
     acceptance: float = 20.0
     of_reference: float = 0.5
     perplexity_ratio: float = 1.5  # of the reference's
-    perplexity: float = 1000.0  # without a reference; of a small vocabulary a quarter of its size, which is near to guessing
+    perplexity: float = (
+        1000.0  # without a reference; of a small vocabulary a quarter of its size, which is near to guessing
+    )
     same_text: float = 50.0
 
 
@@ -94,12 +96,15 @@ def check(
     ]
     if same and same.value is not None and same.value < bounds.same_text:
         problems.append(
-            f"drafting changes the text after {100 - same.value:.0f} % of the prompts (at most {100 - bounds.same_text:g} %)"
+            f"drafting changes the text after {100 - same.value:.0f} % of the prompts (at most "
+            f"{100 - bounds.same_text:g} %)"
         )
     return Checked(model, acceptance, same, perplexity, tuple(problems))
 
 
-def _trunk(ours: Mapping[str, Figure], theirs: Mapping[str, Figure], bounds: Bounds, vocabulary: int | None) -> list[str]:
+def _trunk(
+    ours: Mapping[str, Figure], theirs: Mapping[str, Figure], bounds: Bounds, vocabulary: int | None
+) -> list[str]:
     value = _value(ours)
     if value is None:
         return ["its perplexity is not finite"]
@@ -109,7 +114,11 @@ def _trunk(ours: Mapping[str, Figure], theirs: Mapping[str, Figure], bounds: Bou
     else:
         most = min(bounds.perplexity, (vocabulary or 1e9) / 4)
         told = f"{most:g}"
-    return [f"its perplexity is {value:.2f}, expected at most {told}: the trunk does not write text"] if value > most else []
+    return (
+        [f"its perplexity is {value:.2f}, expected at most {told}: the trunk does not write text"]
+        if value > most
+        else []
+    )
 
 
 def _head(ours: Mapping[str, Figure], theirs: Mapping[str, Figure], bounds: Bounds) -> list[str]:
@@ -122,7 +131,8 @@ def _head(ours: Mapping[str, Figure], theirs: Mapping[str, Figure], bounds: Boun
         return [f"{value:.1f} % of the drafts of its head are accepted, expected at least {bounds.acceptance:g} %"]
     if (reference := _value(theirs)) is not None and value < bounds.of_reference * reference:
         return [
-            f"{value:.1f} % of the drafts of its head are accepted, expected at least {100 * bounds.of_reference:g} % of the "
+            f"{value:.1f} % of the drafts of its head are accepted, expected at least {100 * bounds.of_reference:g} % "
+            "of the "
             f"reference's {reference:.1f} %"
         ]
     return []

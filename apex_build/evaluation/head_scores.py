@@ -38,9 +38,13 @@ def read_csv(path: Path) -> Scores:
     with path.open(encoding="ascii", errors="replace") as file:
         header = file.readline().strip()
         if header != _HEADER:
-            raise ToolFailed(f"llama-perplexity wrote no scores of the draft head: expected '{_HEADER}', found '{header:.80}'")
+            raise ToolFailed(
+                f"llama-perplexity wrote no scores of the draft head: expected '{_HEADER}', found '{header:.80}'"
+            )
         try:
             table = np.loadtxt(file, delimiter=",", ndmin=2, usecols=[index for index, _ in _COLUMNS.values()])
         except ValueError as error:
             raise ToolFailed(f"llama-perplexity wrote scores of the draft head that cannot be read: {error}") from None
-    return Scores(**{name: column.astype(kind) for (name, (_, kind)), column in zip(_COLUMNS.items(), table.T, strict=True)})
+    return Scores(
+        **{name: column.astype(kind) for (name, (_, kind)), column in zip(_COLUMNS.items(), table.T, strict=True)}
+    )

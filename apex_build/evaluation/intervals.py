@@ -47,15 +47,17 @@ class Estimate(NamedTuple):
 
 
 def clustered_mean(values: FloatsLike, clusters: LabelsLike, strata: LabelsLike | None = None) -> Estimate:
-    """The mean of `values`, each of which belongs to a cluster, and each cluster to a stratum (label -> label, all of one length).
+    """The mean of `values`, each of which belongs to a cluster, and each cluster to a stratum (label -> label, all of
+    one length).
 
-    The cluster-robust 'sandwich' for a mean: with e_g = sum over cluster g of (value - mean), n values, G clusters and S strata,
+    The cluster-robust 'sandwich' for a mean: with e_g = sum over cluster g of (value - mean), n values, G clusters and
+    S strata,
 
         Var = 1/n^2  sum over strata s of  G_s/(G_s - 1)  sum over g in s of (e_g - mean of e in s)^2
 
-    and t of G - S degrees of freedom (Cameron and Miller, 'A Practitioner's Guide to Cluster-Robust Inference', 2015, II.B and VI;
-    strata: Cochran, 'Sampling Techniques', 1977, 5.9 and 6.11). Strata are what was chosen and not drawn, such as the domains of
-    the texts: their differences do not add to the uncertainty.
+    and t of G - S degrees of freedom (Cameron and Miller, 'A Practitioner's Guide to Cluster-Robust Inference', 2015,
+    II.B and VI; strata: Cochran, 'Sampling Techniques', 1977, 5.9 and 6.11). Strata are what was chosen and not drawn,
+    such as the domains of the texts: their differences do not add to the uncertainty.
     """
     each = np.asarray(values, dtype=np.float64)
     label = np.asarray(clusters, dtype=np.int64)
@@ -84,12 +86,13 @@ def clustered_ratio(over: FloatsLike, under: FloatsLike, strata: LabelsLike | No
 def ratio_interval(
     over: FloatsLike, under: FloatsLike, strata: LabelsLike | None = None, *, seed: int = 0, repeats: int = 4000
 ) -> Estimate:
-    """Sum of `over` / sum of `under`, one of each for every cluster, with a bootstrap interval: clusters resampled within each
-    stratum.
+    """Sum of `over` / sum of `under`, one of each for every cluster, with a bootstrap interval: clusters resampled
+    within each stratum.
 
-    For ratios that a cluster or two can sway: accepted over drafted tokens of some dozens of prompts. The percentile interval with
-    its levels widened for the number of clusters, so that it is at least as wide as one from Student's t
-    (Hesterberg, 'What Teachers Should Know About the Bootstrap', 2015, 3.2). The same numbers always give the same interval.
+    For ratios that a cluster or two can sway: accepted over drafted tokens of some dozens of prompts. The percentile
+    interval with its levels widened for the number of clusters, so that it is at least as wide as one from Student's t
+    (Hesterberg, 'What Teachers Should Know About the Bootstrap', 2015, 3.2). The same numbers always give the same
+    interval.
     """
     numerator, denominator, groups = _by_stratum(over, under, strata)
     ratio = float(numerator.sum() / denominator.sum())
@@ -108,7 +111,8 @@ def ratio_interval(
 
 
 def share_interval(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's interval for a share of independent cases, `successes` of `n`: it holds for few cases, and for none or all of them.
+    """Wilson's interval for a share of independent cases, `successes` of `n`: it holds for few cases, and for none or
+    all of them.
 
     Wilson, 'Probable Inference, the Law of Succession, and Statistical Inference', 1927.
     """

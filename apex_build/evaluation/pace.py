@@ -1,4 +1,6 @@
-"""How long work will take: from what earlier work of its kind took on this machine, kept in the cache, or roughly guessed."""
+"""How long work will take: from what earlier work of its kind took on this machine, kept in the cache, or roughly
+guessed.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def remember(kind: str, work: float, seconds: float) -> None:
     known = _known()
     before = known.get(_key(kind))
     now = seconds / work
-    known[_key(kind)] = (before + now) / 2 if isinstance(before, (int, float)) and before / 4 < now < before * 4 else now
+    known[_key(kind)] = (
+        (before + now) / 2 if isinstance(before, (int, float)) and before / 4 < now < before * 4 else now
+    )
     with contextlib.suppress(OSError):
         path = cache_root() / "pace.json"
         path.parent.mkdir(parents=True, exist_ok=True)

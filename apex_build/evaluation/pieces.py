@@ -12,7 +12,9 @@ from apex_build.progress import Piece
 
 
 def runs_of(evaluator: Evaluator, task: Task) -> dict[str, float]:
-    """Tasks that it will report, and about how many tokens the model reads in each. One that does not say reads its inputs once."""
+    """Tasks that it will report, and about how many tokens the model reads in each. One that does not say reads its
+    inputs once.
+    """
     if evaluator.runs is not None:
         return dict(evaluator.runs(task))
     read = sum(task.tokens_of_text(domain) for domain in task.texts)

@@ -1,4 +1,6 @@
-"""Whether a draft head drafts better with hidden rows before or after the trunk's final norm, seen on the user's own model."""
+"""Whether a draft head drafts better with hidden rows before or after the trunk's final norm, seen on the user's own
+model.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ _CLEARLY = 1.0  # points of agreement: less may be chance of the text, and costs
 
 @dataclass(frozen=True)
 class RowsCheck:
-    """Agreement with the trunk at the first drafted token, in per cent, with either rows; the second less the first in points.
+    """Agreement with the trunk at the first drafted token, in per cent, with either rows; the second less the first in
+    points.
 
     `low` and `high` bound the difference, None where there are too few chunks for an interval.
     """
@@ -46,8 +49,10 @@ class RowsCheck:
         other = next(rows for rows in self.agreement if rows != self.known)
         interval = "" if self.low is None else f" [{self.low:+.2f}, {self.high:+.2f}]"
         return (
-            f"the draft head agrees with the trunk at {self.agreement[self.known]:.2f} % of {self.positions} positions with "
-            f"{self.known} rows, at {self.agreement[other]:.2f} % with {other} rows: {self.difference:+.2f}{interval} points"
+            f"the draft head agrees with the trunk at {self.agreement[self.known]:.2f} % of {self.positions} positions "
+            "with "
+            f"{self.known} rows, at {self.agreement[other]:.2f} % with {other} rows: {self.difference:+.2f}{interval} "
+            "points"
         )
 
 
@@ -62,7 +67,8 @@ def check_rows(
     options: ToolOptions = ToolOptions(),  # noqa: B008  frozen
     report: Report = silent,
 ) -> RowsCheck | None:
-    """Score the first chunks of `text` with both; None where no choice is known for the architecture, or the tools have none.
+    """Score the first chunks of `text` with both; None where no choice is known for the architecture, or the tools have
+    none.
 
     Kept in the cache. Raises HeadRowsDoubtful where what is known of it is clearly the worse choice, ToolFailed.
     """
@@ -82,7 +88,8 @@ def check_rows(
     if found.doubtful:
         raise HeadRowsDoubtful(
             f"{model.path}: {found.said()}. What is known of {model.architecture}: {known.rows} ({known.source})",
-            hint=f"--mtp-rows {others}, here and for apex quantize, if this head was trained on those; or --mtp-rows {ours}",
+            hint=f"--mtp-rows {others}, here and for apex quantize, if this head was trained on those; or --mtp-rows "
+            f"{ours}",
         )
     return found
 
@@ -110,6 +117,15 @@ def _scores(task: Task, text: Path, choice: str, context: int, chunks: int, fold
         "--chunks",
         str(chunks),
     ]
-    head: list[str | Path] = ["--parse-special", "--mtp", "--mtp-depth", "1", "--mtp-rows", choice, "--mtp-output-file", csv]
+    head: list[str | Path] = [
+        "--parse-special",
+        "--mtp",
+        "--mtp-depth",
+        "1",
+        "--mtp-rows",
+        choice,
+        "--mtp-output-file",
+        csv,
+    ]
     task.run("llama-perplexity", *arguments, *head, what=f"{task.model.path.name} with {CHOICES[choice]} rows")
     return read_csv(csv)

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from apex_build import __version__
-from apex_build.errors import ApexError, EvaluationRefused, EvaluatorUnknown, OutputUnwritable, ParameterUnknown, PluginFailed
+from apex_build.errors import (
+    ApexError,
+    EvaluationRefused,
+    EvaluatorUnknown,
+    OutputUnwritable,
+    ParameterUnknown,
+    PluginFailed,
+)
 from apex_build.evaluation.task import Prompt, Task, ToolOptions
 from apex_build.evaluation.vocabulary import check_same_vocabulary
 from apex_build.gguf_model.catalogue import Model
@@ -42,7 +49,9 @@ _RESULT_ROOM = 4 << 20  # bytes free, for the records of a run
 
 @dataclass(frozen=True)
 class Inputs:
-    """What evaluators may be given beside the file: each takes only what it needs or uses. `options` are for their tools."""
+    """What evaluators may be given beside the file: each takes only what it needs or uses. `options` are for their
+    tools.
+    """
 
     reference: Model | None = None
     texts: Mapping[str, Path] = field(default_factory=dict, hash=False)  # domain -> UTF-8 text
@@ -100,12 +109,20 @@ def choose(
             lacks.append((("data" in needs, len(needs)), f"{name}: {lacking[0]}"))
     left_out = [line for _, line in sorted(lacks, key=lambda one: one[0])]
     if not chosen:
-        raise EvaluationRefused(f"nothing to measure {model.path} with: {'; '.join(left_out)}", hint="apex evaluate --help")
+        raise EvaluationRefused(
+            f"nothing to measure {model.path} with: {'; '.join(left_out)}", hint="apex evaluate --help"
+        )
     return chosen, left_out
 
 
 def plan_work(
-    evaluator: Evaluator, model: Model, inputs: Inputs, tools: Toolset, *, threads: int | None = None, report: Report = silent
+    evaluator: Evaluator,
+    model: Model,
+    inputs: Inputs,
+    tools: Toolset,
+    *,
+    threads: int | None = None,
+    report: Report = silent,
 ) -> Work:
     """Raises ParameterUnknown, EvaluationRefused (a reference of another vocabulary), ModelInvalid (it cannot be run)."""
     check_runnable(model)
@@ -118,7 +135,9 @@ def plan_work(
     data = inputs.data.get(evaluator.name) if "data" in takes else None
     settings = settings_of(evaluator, inputs.settings, tools)
     _, code = origin_of(evaluator)
-    task = Task(evaluator.name, model, tools, reference, texts, prompts, data, settings, threads, report, inputs.options, code)
+    task = Task(
+        evaluator.name, model, tools, reference, texts, prompts, data, settings, threads, report, inputs.options, code
+    )
     parts: dict[str, Any] = {
         "evaluator": evaluator.name,
         "model": fingerprint(model),
@@ -153,21 +172,26 @@ def check_settings(given: Mapping[str, str], evaluators: Mapping[str, Evaluator]
         owner, dot, _ = name.partition(".")
         if not dot or owner not in evaluators:
             raise ParameterUnknown(
-                f"'{name}' is not EVALUATOR.PARAMETER{nearby(owner, evaluators)}. The evaluators: {', '.join(evaluators)}",
-                hint=f"for example: --set {example}" if (example := _example_of(evaluators)) else "apex evaluate --list",
+                f"'{name}' is not EVALUATOR.PARAMETER{nearby(owner, evaluators)}. The evaluators: "
+                f"{', '.join(evaluators)}",
+                hint=f"for example: --set {example}"
+                if (example := _example_of(evaluators))
+                else "apex evaluate --list",
             )
 
 
 def _example_of(evaluators: Mapping[str, Evaluator]) -> str:
     """A setting that could be given."""
-    return next((f"{one.name}.{name}={p.default}" for one in evaluators.values() for name, p in one.parameters.items()), "")
+    return next(
+        (f"{one.name}.{name}={p.default}" for one in evaluators.values() for name, p in one.parameters.items()), ""
+    )
 
 
 def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool = False) -> Iterator[Result]:
     """Do the work, what shares the machine first and what is timed last; one after the other, each with all cores.
 
-    Results are appended to `results`, one JSON object a line, and taken from there where they are; `force` measures again.
-    An evaluator that fails gives a Result with its error, and the others still run. Raises OutputUnwritable.
+    Results are appended to `results`, one JSON object a line, and taken from there where they are; `force` measures
+    again. An evaluator that fails gives a Result with its error, and the others still run. Raises OutputUnwritable.
     """
     known = {} if force or results is None else recorded(results)
     for work in sorted(works, key=lambda work: work.evaluator.timed):
@@ -220,8 +244,9 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _records(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
-    """The records, and the file's content with its last line completed; a last one that a crash cut short is left out, where it
-    follows a whole record."""
+    """The records, and the file's content with its last line completed; a last one that a crash cut short is left out,
+    where it follows a whole record.
+    """
     if not path.exists():
         return {}, b""
     found: dict[str, dict[str, Any]] = {}
@@ -286,12 +311,16 @@ def _checked(evaluator: Evaluator, figures: Sequence[Figure]) -> tuple[Figure, .
 
 
 def _plain(figure: Figure) -> Figure:
-    """The figure in Python's own kinds, NumPy's too being numbers. Raises ValueError for what cannot be recorded or shown."""
+    """The figure in Python's own kinds, NumPy's too being numbers. Raises ValueError for what cannot be recorded or
+    shown.
+    """
     found: dict[str, Any] = {}
     for name in ("value", "low", "high"):
         number = getattr(figure, name)
         if number is not None and (not isinstance(number, numbers.Real) or not math.isfinite(number)):
-            raise ValueError(f"a figure whose {name} is {number!r:.40}, expected a finite number or None: {figure!r:.200}")
+            raise ValueError(
+                f"a figure whose {name} is {number!r:.40}, expected a finite number or None: {figure!r:.200}"
+            )
         found[name] = number if number is None or isinstance(number, (int, float)) else float(number)
     texts = (figure.name, figure.unit, figure.domain, figure.note, figure.better, figure.paired, figure.label)
     if not all(isinstance(text, str) and text == text.encode(errors="replace").decode() for text in texts):
@@ -318,7 +347,8 @@ def _lacking(evaluator: Evaluator, model: Model, inputs: Inputs) -> tuple[str, s
     for need in evaluator.needs:
         if need not in tests:
             raise EvaluationRefused(
-                f"evaluator '{evaluator.name}' of plugin '{origin_of(evaluator)[0]}' needs '{need}', which nothing gives"
+                f"evaluator '{evaluator.name}' of plugin '{origin_of(evaluator)[0]}' needs '{need}', which nothing "
+                "gives"
             )
         there, what, hint = tests[need]
         if not there():

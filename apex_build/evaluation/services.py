@@ -24,12 +24,14 @@ def the_one_serving(evaluators: Mapping[str, Evaluator], purpose: str, meaning: 
     found = serving(evaluators, purpose, meaning)
     if not found:
         raise EvaluationRefused(
-            f"no evaluator serves '{purpose}' with a figure for {meaning}", hint="apex plugins list: was a plugin left out?"
+            f"no evaluator serves '{purpose}' with a figure for {meaning}",
+            hint="apex plugins list: was a plugin left out?",
         )
     if len(found) > 1:
         (first, _), (second, _) = found[:2]
         raise PluginFailed(
-            f"two evaluators serve '{purpose}' with a figure for {meaning}: '{first.name}' of plugin '{origin_of(first)[0]}' and "
+            f"two evaluators serve '{purpose}' with a figure for {meaning}: '{first.name}' of plugin "
+            f"'{origin_of(first)[0]}' and "
             f"'{second.name}' of plugin '{origin_of(second)[0]}'",
             hint="leave one of the plugins out: APEX_PLUGINS_OFF=NAME",
         )

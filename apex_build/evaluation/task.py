@@ -71,12 +71,16 @@ class ToolOptions:
         for argument in self.arguments:
             name, colon, _ = argument.partition(":")
             if colon and name.startswith("llama-") and name not in (*_ALIKE, _OWN):
-                raise ParameterUnknown(f"--tool-argument {argument}: the tools are {', '.join((*_ALIKE, _OWN))}, not {name}")
+                raise ParameterUnknown(
+                    f"--tool-argument {argument}: the tools are {', '.join((*_ALIKE, _OWN))}, not {name}"
+                )
 
     def parts(self, tools: Toolset) -> dict[str, Any]:
-        """For identities: where and how a model is evaluated changes its figures a little, and its times. Empty by default.
+        """For identities: where and how a model is evaluated changes its figures a little, and its times. Empty by
+        default.
 
-        The files among the arguments count by their contents. Raises ParameterUnknown for an argument that apex sets itself.
+        The files among the arguments count by their contents. Raises ParameterUnknown for an argument that apex sets
+        itself.
         """
         found: dict[str, Any] = {} if self.gpu_layers is None else {"gpu_layers": self.gpu_layers}
         if self.arguments:
@@ -133,8 +137,8 @@ class Task:
             return run_tool(command, on_line=watch, explain=output.explain, log=log, memory=self._memory(own))
 
     def needing_room(self, folder: Path, n_bytes: Callable[[int], int], what: Callable[[int], str]) -> Task:
-        """This task, for a tool that writes `n_bytes(chunks)` into `folder`: where they do not fit, it is ended with DiskTooSmall
-        as soon as it has read the text and says how many chunks that has. `what(chunks)` names them.
+        """This task, for a tool that writes `n_bytes(chunks)` into `folder`: where they do not fit, it is ended with
+        DiskTooSmall as soon as it has read the text and says how many chunks that has. `what(chunks)` names them.
         """
 
         def guard(step: Step) -> None:
@@ -165,11 +169,14 @@ class Task:
             server.tell(warnings_of(self.report, f"{self.evaluator}: {self.model.path.name}"))
             yield server
 
-    def kept(self, name: str, about: Mapping[str, object], make: Callable[[Path], None], *, of: Model | None = None) -> Path:
-        """A file in the cache that is made once: for a model (the task's own, or `of`), these tools and how they are run, and all
-        that `about` names.
+    def kept(
+        self, name: str, about: Mapping[str, object], make: Callable[[Path], None], *, of: Model | None = None
+    ) -> Path:
+        """A file in the cache that is made once: for a model (the task's own, or `of`), these tools and how they are
+        run, and all that `about` names.
 
-        `make` writes it to the path it is given; nothing that it left half-written is ever found. `about` holds JSON values.
+        `make` writes it to the path it is given; nothing that it left half-written is ever found. `about` holds JSON
+        values.
         """
         parts: dict[str, Any] = {
             **about,
@@ -178,16 +185,22 @@ class Task:
             "name": name,
             **self.options.parts(self.tools),
         }
-        if self.code:  # not a built-in evaluator: another version of it may write another file, and others may use the same name
+        if (
+            self.code
+        ):  # not a built-in evaluator: another version of it may write another file, and others may use the same name
             parts |= {"evaluator": self.evaluator, "code": self.code}
         path = cache_folder("evaluation", sha256_json(parts)[:32]) / name
         artifact = Artifact(path, KEPT, parts, path.with_name("made-from.json"))
         wait = f"another evaluation that makes {name}"
-        with making(artifact, replace="anything", intact=lambda one: one.is_of_size(path), wait=wait, report=self.report) as draft:
+        with making(
+            artifact, replace="anything", intact=lambda one: one.is_of_size(path), wait=wait, report=self.report
+        ) as draft:
             if draft.found:
                 os.utime(path)  # `apex cache prune` goes by the last use
                 return path
-            for left in path.parent.glob(f".{glob.escape(name)}.*"):  # what a killed run's tool wrote beside: it may be of many GB
+            for left in path.parent.glob(
+                f".{glob.escape(name)}.*"
+            ):  # what a killed run's tool wrote beside: it may be of many GB
                 if left not in (draft.part, lock_file(path)):
                     left.unlink(missing_ok=True)
             make(draft.part)
@@ -195,7 +208,9 @@ class Task:
         return path
 
     def tokens_of_text(self, domain: str) -> float:
-        """About how many tokens a run over this text reads: at most `chunks` of `context`, if the evaluator has these settings."""
+        """About how many tokens a run over this text reads: at most `chunks` of `context`, if the evaluator has these
+        settings.
+        """
         found = tokens_of(self.texts[domain].stat().st_size)
         chunks, context = (self.settings.get(name) for name in ("chunks", "context"))
         return min(found, float(chunks) * float(context)) if chunks and context else found
@@ -216,13 +231,17 @@ class Task:
         if self.options.memory is not None:
             return self.options.memory
         sizes = [tensor.n_bytes for model in (self.model, self.reference) if model for tensor in model.tensors]
-        contexts = [int(value) for name, value in pairwise(arguments) if name in ("-c", "--ctx-size") and value.isdecimal()]
+        contexts = [
+            int(value) for name, value in pairwise(arguments) if name in ("-c", "--ctx-size") and value.isdecimal()
+        ]
         vocabulary = max(max(tensor.shape) for tensor in self.model.tensors)
         return memory_limit(sum(sizes), max(contexts, default=0), vocabulary)
 
     @contextmanager
     def _machine(self) -> Iterator[None]:
-        """All cores for one tool at a time, over all runs of apex by this user. With a number of threads the user divides them."""
+        """All cores for one tool at a time, over all runs of apex by this user. With a number of threads the user
+        divides them.
+        """
         if self.threads is not None:
             yield
             return
@@ -233,7 +252,9 @@ class Task:
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """One JSON object a line with `domain` and `prompt`, the text as the model is to get it. Raises CalibrationSetInvalid."""
+    """One JSON object a line with `domain` and `prompt`, the text as the model is to get it. Raises
+    CalibrationSetInvalid.
+    """
     hint = 'one object a line: {"domain": "code", "prompt": "..."}'
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line breaks may stand in a prompt
@@ -252,7 +273,9 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise CalibrationSetInvalid(f"{path}:{number}: not a prompt: {line:.80}", hint=hint) from None
         if not isinstance(domain, str) or not isinstance(text, str) or not text:
-            raise CalibrationSetInvalid(f"{path}:{number}: domain and prompt must be texts, the prompt not empty", hint=hint)
+            raise CalibrationSetInvalid(
+                f"{path}:{number}: domain and prompt must be texts, the prompt not empty", hint=hint
+            )
         prompts.append(Prompt(domain, text, f"{path.name}:{number}"))
     if not prompts:
         raise CalibrationSetInvalid(f"{path}: no prompts in it", hint=hint)
@@ -260,7 +283,9 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 
 def _this_machine() -> str:
-    """Machines may share a cache, and containers on one machine have different names, so the kernel's machine id is used."""
+    """Machines may share a cache, and containers on one machine have different names, so the kernel's machine id is
+    used.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -23,7 +23,9 @@ from apex_build.storage.disk import writing
 MAX_FILE = 64 << 20  # bytes of one member; the largest file of the pinned trees that is kept has 4 MB
 MAX_MEMBERS = 100_000
 MAX_TOTAL = 4 << 30  # bytes, all members together; the pinned sdists have 0.2 GB
-_MAX_EXTENSIONS = 16 << 20  # bytes of pax headers and long names, all members together; they become a multiple of that in memory
+_MAX_EXTENSIONS = (
+    16 << 20
+)  # bytes of pax headers and long names, all members together; they become a multiple of that in memory
 _MAX_GLOBAL = 64 << 10  # bytes of those that hold for all members after them: each member gets a copy
 _DIGITS = re.compile(rb"\d{100}")  # tarfile's own patterns take time by the square of such a run
 _MAX_WINDOW = 128 << 20  # bytes that a zstd or xz stream may ask us to keep
@@ -49,7 +51,10 @@ def _unpacked(raw: IO[bytes], blocks: Iterator[bytes]) -> Iterator[IO[bytes]]:
 @contextmanager
 def _unzstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
-    with decompressor.stream_reader(raw, closefd=False) as stream, _unpacked(raw, iter(lambda: stream.read(1 << 20), b"")) as file:
+    with (
+        decompressor.stream_reader(raw, closefd=False) as stream,
+        _unpacked(raw, iter(lambda: stream.read(1 << 20), b"")) as file,
+    ):
         yield file
 
 
@@ -72,11 +77,17 @@ def _xz_blocks(raw: IO[bytes]) -> Iterator[bytes]:
         given = (decompressor.unused_data or raw.read(1 << 16)).lstrip(b"\0")
 
 
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": _unxz, b"\x28\xb5\x2f\xfd": _unzstd}
+_OPENERS: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": _unxz,
+    b"\x28\xb5\x2f\xfd": _unzstd,
+}
 
 
 class _Bounded:
-    """A decompressed stream that hands out no huge block: tarfile reads extension headers whole, whatever size they claim.
+    """A decompressed stream that hands out no huge block: tarfile reads extension headers whole, whatever size they
+    claim.
 
     `in_headers`: all that is read belongs to headers, and is bounded in sum.
     """
@@ -104,8 +115,8 @@ class _Bounded:
 
 @contextmanager
 def open_tar(archive: Path) -> Iterator[tarfile.TarFile]:
-    """A tar archive, compressed or not. Raises DownloadFailed where it is missing or cut short, HashMismatch if it is not a tar
-    archive.
+    """A tar archive, compressed or not. Raises DownloadFailed where it is missing or cut short, HashMismatch if it is
+    not a tar archive.
     """
     try:
         with archive.open("rb") as raw:
@@ -140,12 +151,15 @@ def _opened(bounded: Any) -> tarfile.TarFile:
 
 
 def members_of(archive: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members' headers. After the last of them contents may be read. Raises ArchiveUnsafe for absurd headers, and for sparse
-    files, which no archive of ours has."""
+    """The members' headers. After the last of them contents may be read. Raises ArchiveUnsafe for absurd headers, and
+    for sparse files, which no archive of ours has.
+    """
     bounded: Any = tar.fileobj
     while (member := _next(tar)) is not None:
         if sum(len(key) + len(str(value)) for key, value in tar.pax_headers.items()) > _MAX_GLOBAL:
-            raise ArchiveUnsafe(f"{archive.name}: refused at {member.name!r:.200}: more than {_MAX_GLOBAL} bytes of global headers")
+            raise ArchiveUnsafe(
+                f"{archive.name}: refused at {member.name!r:.200}: more than {_MAX_GLOBAL} bytes of global headers"
+            )
         if member.sparse is not None:
             raise ArchiveUnsafe(f"{archive.name}: the member {member.name!r:.200} is a sparse file")
         member.pax_headers = {}  # a copy of all global ones
@@ -180,5 +194,7 @@ def member_path(archive: Path, member: tarfile.TarInfo) -> str:
         for part in target:
             depth += -1 if part == ".." else part not in ("", ".")
             if depth < 0 or member.linkname.startswith(("/", "\\")):
-                raise ArchiveUnsafe(f"{archive.name}: the link {name!r} points outside the archive, to {member.linkname!r}")
+                raise ArchiveUnsafe(
+                    f"{archive.name}: the link {name!r} points outside the archive, to {member.linkname!r}"
+                )
     return path

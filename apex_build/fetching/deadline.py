@@ -16,10 +16,11 @@ class OutOfTime(BaseException):
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[Callable[[], None]]:
-    """Raise OutOfTime in the block after this many seconds, whatever it waits for. The yielded function restarts the time.
+    """Raise OutOfTime in the block after this many seconds, whatever it waits for. The yielded function restarts the
+    time.
 
-    By a timer of the process, and so in the main thread alone: in others there is no end. A timer that the caller has set, such as
-    that of a test's time limit, still rings when it is due.
+    By a timer of the process, and so in the main thread alone: in others there is no end. A timer that the caller has
+    set, such as that of a test's time limit, still rings when it is due.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

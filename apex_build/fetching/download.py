@@ -36,7 +36,9 @@ _LIMIT = 1 << 30  # bytes of a download whose pin names no size
 
 @dataclass(frozen=True)
 class IndexFile:
-    """A file of the package index whose hash is known before it is asked for. `named_by` and `elsewhere` are for messages."""
+    """A file of the package index whose hash is known before it is asked for. `named_by` and `elsewhere` are for
+    messages.
+    """
 
     requirement: str
     file: str
@@ -58,14 +60,20 @@ def check(path: Path, wanted: IndexFile) -> None:
     if found == wanted.sha256:
         return
     if wanted.size is not None and size < wanted.size:
-        raise DownloadFailed(f"{path} is cut short: it has {size} bytes of {wanted.size}", hint="copy or download it again")
-    raise HashMismatch(f"{path} is not the file that {wanted.named_by} names: its sha256 is {found}, expected {wanted.sha256}")
+        raise DownloadFailed(
+            f"{path} is cut short: it has {size} bytes of {wanted.size}", hint="copy or download it again"
+        )
+    raise HashMismatch(
+        f"{path} is not the file that {wanted.named_by} names: its sha256 is {found}, expected {wanted.sha256}"
+    )
 
 
 def download(wanted: IndexFile, report: Report = silent, config: PipConfig | None = None) -> Path:
-    """The file in the cache, verified; fetched if it is not there. `config`: for one of many files, so that pip is asked once.
+    """The file in the cache, verified; fetched if it is not there. `config`: for one of many files, so that pip is
+    asked once.
 
-    Raises DownloadFailed (not found, no network, cut short), HashMismatch (whatever offers the file offers another one).
+    Raises DownloadFailed (not found, no network, cut short), HashMismatch (whatever offers the file offers another
+    one).
     """
     target = wanted.cached
     if target.is_file():
@@ -87,11 +95,15 @@ def download(wanted: IndexFile, report: Report = silent, config: PipConfig | Non
     if problems:
         raise problems[0]
     said = "".join(f"; {line}" for line in dict.fromkeys(warnings))
-    raise DownloadFailed(f"no package index that pip is configured with offers {wanted.file}{said}", hint=wanted.elsewhere)
+    raise DownloadFailed(
+        f"no package index that pip is configured with offers {wanted.file}{said}", hint=wanted.elsewhere
+    )
 
 
 def offered_sha256(requirement: str, file: str) -> str:
-    """The sha256 that whatever pip is configured with gives for a file, so that it can be pinned. Raises DownloadFailed."""
+    """The sha256 that whatever pip is configured with gives for a file, so that it can be pinned. Raises
+    DownloadFailed.
+    """
     config, wanted = read_pip_config(), IndexFile(requirement, file, "", None, requirement)
     with _warnings() as warnings, open_session(config) as session:
         for link in _candidates(wanted, config, session, warnings):
@@ -107,7 +119,9 @@ def offered_sha256(requirement: str, file: str) -> str:
 
 
 def _candidates(wanted: IndexFile, config: PipConfig, session: PyPIClient, warnings: list[str]) -> Iterator[Link]:
-    """Links to the pinned file, from the nearest place to the farthest. One source out of order does not spoil the others."""
+    """Links to the pinned file, from the nearest place to the farthest. One source out of order does not spoil the
+    others.
+    """
     for finder in _finders(config, session, warnings, wheels=wanted.file.endswith(".whl")):
         for attempt in range(config.retries + 1):
             try:
@@ -132,7 +146,9 @@ def _finders(config: PipConfig, session: PyPIClient, warnings: list[str], *, whe
     def finder(index_urls: tuple[str, ...] = (), find_links: tuple[str, ...] = ()) -> PackageFinder:
         # no source at all means the default index, here as in pip: no host is named in this project
         kind: dict[str, Any] = {"only_binary" if wheels else "no_binary": [":all:"]}
-        return PackageFinder(cast(Any, session), index_urls=index_urls, find_links=find_links, ignore_compatibility=True, **kind)
+        return PackageFinder(
+            cast(Any, session), index_urls=index_urls, find_links=find_links, ignore_compatibility=True, **kind
+        )
 
     for place in config.find_links:
         local = Path(place).expanduser()
@@ -161,7 +177,8 @@ def _fetch(link: Link, wanted: IndexFile, session: PyPIClient, config: PipConfig
             return
         except OutOfTime:
             raise DownloadFailed(
-                f"{link.redacted}: given up: nothing came for {patience:.0f} s, or under {_SLOWEST / 1e3:.0f} kB a second",
+                f"{link.redacted}: given up: nothing came for {patience:.0f} s, or under {_SLOWEST / 1e3:.0f} kB a "
+                "second",
                 hint=wanted.elsewhere,
             ) from None
         except DownloadFailed:
@@ -183,7 +200,8 @@ def _receive(link: Link, wanted: IndexFile, session: PyPIClient, part: Path, pat
         ):
             if response.status_code >= 400:
                 raise DownloadFailed(
-                    f"{link.redacted}: the server answers {response.status_code} {response.reason_phrase}", hint=wanted.elsewhere
+                    f"{link.redacted}: the server answers {response.status_code} {response.reason_phrase}",
+                    hint=wanted.elsewhere,
                 )
             length = response.headers.get("Content-Length", "")
             total = wanted.size or (int(length) if length.isdecimal() else None)
@@ -194,19 +212,25 @@ def _receive(link: Link, wanted: IndexFile, session: PyPIClient, part: Path, pat
                     raise OutOfTime
                 if done > limit:
                     raise HashMismatch(
-                        f"{link.redacted} is larger than the {limit} bytes that {wanted.named_by} names", hint=wanted.elsewhere
+                        f"{link.redacted} is larger than the {limit} bytes that {wanted.named_by} names",
+                        hint=wanted.elsewhere,
                     )
                 digest.update(block)
                 file.write(block)
                 report(Step(task, done / 1e6, None if total is None else total / 1e6, "MB"))
     except _NETWORK as error:
-        raise DownloadFailed(f"{link.redacted}: cut short after {done} bytes: {_say(error)}", hint=wanted.elsewhere) from None
+        raise DownloadFailed(
+            f"{link.redacted}: cut short after {done} bytes: {_say(error)}", hint=wanted.elsewhere
+        ) from None
     if digest.hexdigest() != wanted.sha256:
         if wanted.size is not None and done < wanted.size:
-            raise DownloadFailed(f"{link.redacted} is cut short: {done} bytes came of {wanted.size}", hint=wanted.elsewhere)
+            raise DownloadFailed(
+                f"{link.redacted} is cut short: {done} bytes came of {wanted.size}", hint=wanted.elsewhere
+            )
         found = digest.hexdigest()
         raise HashMismatch(
-            f"{link.redacted} is not the file that {wanted.named_by} names: its sha256 is {found}, expected {wanted.sha256}",
+            f"{link.redacted} is not the file that {wanted.named_by} names: its sha256 is {found}, expected "
+            f"{wanted.sha256}",
             hint=wanted.elsewhere,
         )
 
@@ -222,7 +246,9 @@ def _say(error: Exception) -> str:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What unearth warns of while it looks (an index that does not answer, one that is not trusted) belongs into our message."""
+    """What unearth warns of while it looks (an index that does not answer, one that is not trusted) belongs into our
+    message.
+    """
     lines: list[str] = []
 
     class Collect(logging.Handler):

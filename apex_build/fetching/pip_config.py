@@ -41,7 +41,9 @@ class PipConfig:
 
 
 def read_pip_config() -> PipConfig:
-    """Ask pip (`pip config list`), which knows its files and variables; without pip, the environment's PIP_* variables alone."""
+    """Ask pip (`pip config list`), which knows its files and variables; without pip, the environment's PIP_* variables
+    alone.
+    """
     for command in ([sys.executable, "-m", "pip"], [shutil.which("pip") or ""]):
         if not command[0]:
             continue
@@ -62,8 +64,12 @@ def read_pip_config() -> PipConfig:
             return parse_pip_config(done.stdout)
         if "No module named pip" not in done.stderr:
             said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-            raise DownloadFailed(f"pip cannot read its own configuration; it said: {said[0]}", hint="python -m pip config debug")
-    variables = ((key[4:].lower().replace("_", "-"), value) for key, value in os.environ.items() if key.startswith("PIP_"))
+            raise DownloadFailed(
+                f"pip cannot read its own configuration; it said: {said[0]}", hint="python -m pip config debug"
+            )
+    variables = (
+        (key[4:].lower().replace("_", "-"), value) for key, value in os.environ.items() if key.startswith("PIP_")
+    )
     return parse_pip_config("\n".join(f":env:.{key}={value!r}" for key, value in variables))
 
 
@@ -112,7 +118,9 @@ def _number(options: Mapping[str, str], names: tuple[str, ...], default: float) 
 
 
 def open_session(config: PipConfig) -> PyPIClient:
-    """An HTTP client that goes as pip would: certificates, proxy, trusted hosts; credentials from index URLs, netrc, keyring."""
+    """An HTTP client that goes as pip would: certificates, proxy, trusted hosts; credentials from index URLs, netrc,
+    keyring.
+    """
     proxy = config.proxy if config.proxy is None or "://" in config.proxy else f"http://{config.proxy}"
     mounts: dict[str, httpx2.BaseTransport] = {}
     for host in config.trusted_hosts:

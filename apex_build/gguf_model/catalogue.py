@@ -17,7 +17,9 @@ RoleOf = Callable[[str, str], "str | Part | None"]
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a model. `shape` is ggml's order, the row length first, without trailing extents of 1, as ggml writes it."""
+    """One tensor of a model. `shape` is ggml's order, the row length first, without trailing extents of 1, as ggml
+    writes it.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -1,4 +1,6 @@
-"""What calibration data an imatrix holds for a model: tensors without data, experts that saw few tokens, the draft head."""
+"""What calibration data an imatrix holds for a model: tensors without data, experts that saw few tokens, the draft
+head.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ _NO_INPUT = ("nextn.embed_tokens.weight", "_compressor_ape.weight")
 _LOADED_AS_SEVERAL = "attn_output_a.weight"
 # picks tokens for sparse attention; llama.cpp's graphs of draft heads attend to all of them
 _NOT_IN_HEADS = ".indexer."
-# of the tokens that most of a layer's weights saw: llama-imatrix drops a batch's last rows at some of them, never so many
+# of the tokens that most of a layer's weights saw: llama-imatrix drops a batch's last rows at some of them, never so
+# many
 _AGREE = 0.98
 # of these a run records as many rows as tokens
 _ALL_TOKENS = ("routed", "shared", "dense", "attention", "ssm", "nextn")
@@ -103,7 +106,9 @@ class Coverage:
     def partial(self) -> tuple[TensorCoverage, ...]:
         """Tensors with data, but with experts that have none or little."""
         return tuple(
-            tensor for tensor in self.tensors if tensor.has_data and (tensor.without_tokens or tensor.few_tokens or tensor.empty)
+            tensor
+            for tensor in self.tensors
+            if tensor.has_data and (tensor.without_tokens or tensor.few_tokens or tensor.empty)
         )
 
     @property
@@ -117,7 +122,9 @@ class Coverage:
 
     @property
     def head_tokens(self) -> int | None:
-        """Tokens that the head was run over: as the tool said, else the most that one of its dense weights saw (GGUF only)."""
+        """Tokens that the head was run over: as the tool said, else the most that one of its dense weights saw (GGUF
+        only).
+        """
         if self.imatrix.head_tokens is not None or self.imatrix.format == "legacy":
             return self.imatrix.head_tokens
         dense = [max(tensor.counts) for tensor in self.head if tensor.experts == 1 and tensor.counts]
@@ -125,10 +132,11 @@ class Coverage:
 
 
 def coverage(imatrix: Imatrix, model: Model, threshold: float = FEW) -> Coverage:
-    """Compare an imatrix with the model it was made of; `threshold` is the part of the even share below which tokens are few.
+    """Compare an imatrix with the model it was made of; `threshold` is the part of the even share below which tokens
+    are few.
 
-    Sizes are judged as llama-quantize does: the values must be row length x matrices. Raises ImatrixMismatch for an imatrix of
-    another model.
+    Sizes are judged as llama-quantize does: the values must be row length x matrices. Raises ImatrixMismatch for an
+    imatrix of another model.
     """
     weights = [tensor for tensor in model.tensors if wants_data(tensor)]
     examined = examine(imatrix, matrices_of(model))
@@ -139,7 +147,8 @@ def coverage(imatrix: Imatrix, model: Model, threshold: float = FEW) -> Coverage
     if weights and (matched < _HARDLY_ANY * len(weights) or len(unused) > matched) and matched < len(weights):
         example = f", {unused[0]} among them" if unused else ""
         raise ImatrixMismatch(
-            f"{imatrix.path} belongs to another model: {matched} of the {len(weights)} weights of {model.path} have an entry, "
+            f"{imatrix.path} belongs to another model: {matched} of the {len(weights)} weights of {model.path} have an "
+            "entry, "
             f"and {len(unused)} of its {len(imatrix.entries)} entries are of tensors that the model lacks{example}",
             hint=f"apex calibrate {model.path}",
         )
@@ -158,11 +167,16 @@ def disagreements(covered: Coverage) -> list[str]:
         return []
     tensor, tokens, most = min(found, key=lambda item: item[1] / item[2])
     others = f" (and {len(found) - 1} other weights saw fewer than their layer)" if len(found) > 1 else ""
-    return [f"{tensor.name} saw {tokens:.0f} tokens, other weights of its layer {most:.0f}{others}: was the imatrix put together?"]
+    return [
+        f"{tensor.name} saw {tokens:.0f} tokens, other weights of its layer {most:.0f}{others}: was the imatrix put "
+        "together?"
+    ]
 
 
 def wants_data(tensor: Tensor) -> bool:
-    """Whether llama-imatrix can record data for this tensor and llama-quantize would use it: the matrices of the blocks."""
+    """Whether llama-imatrix can record data for this tensor and llama-quantize would use it: the matrices of the
+    blocks.
+    """
     unused = tensor.draft_head and _NOT_IN_HEADS in tensor.name
     return can_have_data(tensor.name, tensor.shape, tensor.layer) and not unused
 
@@ -190,7 +204,15 @@ def _covered(tensor: Tensor, imatrix: Imatrix, examined: Examined, threshold: fl
     assert tensor.layer is not None  # wants_data
     finding = examined.findings.get(tensor.name)
     return TensorCoverage(
-        tensor.name, tensor.role, tensor.layer, tensor.draft_head, experts, counts, without, few, finding.empty if finding else ()
+        tensor.name,
+        tensor.role,
+        tensor.layer,
+        tensor.draft_head,
+        experts,
+        counts,
+        without,
+        few,
+        finding.empty if finding else (),
     )
 
 
@@ -206,7 +228,8 @@ def _fits(tensor: Tensor, entry: Entry, experts: int, imatrix: Imatrix) -> None:
     if entry.n_values != expected or len(entry.counts) not in (1, experts):
         matrices = f"{experts} matrices of rows of" if experts > 1 else "rows of"
         raise ImatrixMismatch(
-            f"{imatrix.path} belongs to another model: {tensor.name} has {matrices} {tensor.shape[0]}, expected {expected} values, "
+            f"{imatrix.path} belongs to another model: {tensor.name} has {matrices} {tensor.shape[0]}, expected "
+            f"{expected} values, "
             f"found {entry.n_values} with {len(entry.counts)} counts",
             hint="apex calibrate MODEL  makes an imatrix of this model",
         )

@@ -54,9 +54,12 @@ class Cursor:
         if n_bytes <= left:
             return
         if self.limit < self.file_size:
-            raise self.invalid(f"{what}: {n_bytes} bytes at byte {self.at}: the header would be longer than any real one is")
+            raise self.invalid(
+                f"{what}: {n_bytes} bytes at byte {self.at}: the header would be longer than any real one is"
+            )
         raise ModelInvalid(
-            f"{self.path}: truncated or damaged: it ends inside {what}: expected {n_bytes} bytes at byte {self.at}, found {left}",
+            f"{self.path}: truncated or damaged: it ends inside {what}: expected {n_bytes} bytes at byte {self.at}, "
+            f"found {left}",
             hint="copy or download the file again, and compare its size",
         )
 
@@ -77,7 +80,9 @@ class Cursor:
         return self.raw(self.scalar(U64, what), what).decode("utf-8", errors="replace")
 
     def word(self, what: str, *, longest: int, blanks: bool) -> str:
-        """A string that names something: UTF-8, not empty, nothing that cannot be printed. It will meet terminals and patterns."""
+        """A string that names something: UTF-8, not empty, nothing that cannot be printed. It will meet terminals and
+        patterns.
+        """
         raw = self.raw(self.scalar(U64, what), what, longest=longest)
         try:
             text = raw.decode("utf-8")

@@ -1,9 +1,10 @@
 """Calibration data that would ruin a tensor, found before it is used, and a copy of the file in which it does no harm.
 
-llama-quantize weighs each weight's error by its column's mean square. Where that is zero the quantizers stop looking: 16 columns of
-zeros in a row are lost at Q3_K, 32 at Q4_0, IQ4_XS and IQ2_XXS, 128 at Q6_K, 256 at Q2_K, Q4_K and Q5_K (they become zeros in
-the file, without a word). The smallest floor is enough: with 1e-8 of the mean in place of zero, all types did as well on
-such columns as on others (runs of 16 to 512 columns, normal weights). FLOOR leaves room to both sides.
+llama-quantize weighs each weight's error by its column's mean square. Where that is zero the quantizers stop looking:
+16 columns of zeros in a row are lost at Q3_K, 32 at Q4_0, IQ4_XS and IQ2_XXS, 128 at Q6_K, 256 at Q2_K, Q4_K and Q5_K
+(they become zeros in the file, without a word). The smallest floor is enough: with 1e-8 of the mean in place of zero,
+all types did as well on such columns as on others (runs of 16 to 512 columns, normal weights). FLOOR leaves room to
+both sides.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ _NAMES = "apex.imatrix.entries"
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one entry. `empty`: matrices with a count whose sums are all zero; they hold no data, whatever the count
-    says. `low`: values under the floor in the others. `longest`: most of them side by side."""
+    """What is wrong with one entry. `empty`: matrices with a count whose sums are all zero; they hold no data, whatever
+    the count says. `low`: values under the floor in the others. `longest`: most of them side by side.
+    """
 
     name: str
     matrices: int
@@ -122,7 +124,9 @@ def weights(imatrix: Imatrix, entry: Entry, matrices: int) -> npt.NDArray[np.flo
     means = rows.mean(axis=1, dtype=np.float64)
     counts = np.broadcast_to(np.array(entry.counts, dtype=np.float32), (len(rows),))
     known = counted & (means > 0)
-    return np.where(known[:, None], _raised(rows, means) / np.where(known, counts, 1)[:, None], np.float32(1)).astype(np.float32)
+    return np.where(known[:, None], _raised(rows, means) / np.where(known, counts, 1)[:, None], np.float32(1)).astype(
+        np.float32
+    )
 
 
 def _raised(rows: npt.NDArray[np.float32], means: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
@@ -131,8 +135,8 @@ def _raised(rows: npt.NDArray[np.float32], means: npt.NDArray[np.float64]) -> np
 
 
 def write_examined(imatrix: Imatrix, out: Path, matrices: Mapping[str, int] | None = None) -> Path:
-    """A copy in GGUF with low values raised, and without the counts of matrices that hold no data (llama-quantize gives all of
-    their columns one weight then). `imatrix` may have entries under more names than its file (`fused.crossed`).
+    """A copy in GGUF with low values raised, and without the counts of matrices that hold no data (llama-quantize gives
+    all of their columns one weight then). `imatrix` may have entries under more names than its file (`fused.crossed`).
 
     An earlier copy is used or replaced; any other file of that name is not. Raises OutputUnwritable.
     """
@@ -148,7 +152,9 @@ def write_examined(imatrix: Imatrix, out: Path, matrices: Mapping[str, int] | No
 def check_copy_free(out: Path) -> None:
     """Raises OutputUnwritable where another file than an earlier copy is at `out`."""
     if out.exists() and _origin(out)[_SOURCE] is None:
-        raise OutputUnwritable(f"{out} exists, and apex did not write it", hint="move it away, or write elsewhere with -o")
+        raise OutputUnwritable(
+            f"{out} exists, and apex did not write it", hint="move it away, or write elsewhere with -o"
+        )
 
 
 def _origin(path: Path) -> dict[str, str | None]:

@@ -28,8 +28,8 @@ def files_of(model: Model) -> Files:
 def fingerprint(model: Model) -> str:
     """sha256 over each file's size and header, and over the first and last 4 KiB of each tensor.
 
-    It tells two conversions of two checkpoints apart, not a byte changed in the middle of a tensor: it guards against mixing
-    things up, not against malice.
+    It tells two conversions of two checkpoints apart, not a byte changed in the middle of a tensor: it guards against
+    mixing things up, not against malice.
     """
     files = files_of(model)
     if files not in _known:

@@ -1,4 +1,6 @@
-"""Calibration data across fused and separate experts: gate and up read the same inputs, so data of one is data of the other."""
+"""Calibration data across fused and separate experts: gate and up read the same inputs, so data of one is data of the
+other.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _SAME_INPUTS = ("ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps")
 
 
 def crossed(imatrix: Imatrix, model: Model) -> tuple[Imatrix, tuple[str, ...]]:
-    """The imatrix with entries for expert tensors of the model whose data it has under another name; and the names of those."""
+    """The imatrix with entries for expert tensors of the model whose data it has under another name; and the names of
+    those.
+    """
     added = {}
     for tensor in model.tensors:
         if tensor.name in imatrix.entries or not (found := _NAME.match(tensor.name)):

@@ -1,6 +1,8 @@
-"""The header of a GGUF file, read without trusting it: version 2 and 3, little-endian, as ggml's gguf.cpp and gguf.h describe.
+"""The header of a GGUF file, read without trusting it: version 2 and 3, little-endian, as ggml's gguf.cpp and gguf.h
+describe.
 
-What ggml's reader refuses is refused here, with the place and the reason. Arrays of a vocabulary's length stay in the file.
+What ggml's reader refuses is refused here, with the place and the reason. Arrays of a vocabulary's length stay in the
+file.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ INT64_MAX = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class ArrayValue:
-    """A long array of the metadata, left in the file. `type` is GGUF's name of the element type; `offset` is in the file."""
+    """A long array of the metadata, left in the file. `type` is GGUF's name of the element type; `offset` is in the
+    file.
+    """
 
     path: Path
     type: str
@@ -54,7 +58,9 @@ class ArrayValue:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as the header lists it. `shape` is ggml's order, the row length first; `offset` counts from the data section."""
+    """One tensor as the header lists it. `shape` is ggml's order, the row length first; `offset` counts from the data
+    section.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -103,7 +109,8 @@ def _parse(cursor: Cursor) -> Header:
     version = cursor.scalar(U32, "the version")
     if version & 0xFFFF == 0 and version != 0:
         raise ModelInvalid(
-            f"{cursor.path}: a big-endian GGUF file (version {version:#010x}), which llama.cpp reads only on a big-endian machine",
+            f"{cursor.path}: a big-endian GGUF file (version {version:#010x}), which llama.cpp reads only on a "
+            "big-endian machine",
             hint="gguf-convert-endian FILE little  (comes with the Python package gguf; it works in place: keep a copy)",
         )
     if version not in (2, GGUF_VERSION):
@@ -112,7 +119,9 @@ def _parse(cursor: Cursor) -> Header:
     n_keys = cursor.scalar(U64, "the number of keys")
     for count, most, what in ((n_tensors, MAX_TENSORS, "tensors"), (n_keys, MAX_KEYS, "keys")):
         if count > most:
-            raise cursor.invalid(f"damaged: the header says that there are {count} {what}; no real file has more than {most}")
+            raise cursor.invalid(
+                f"damaged: the header says that there are {count} {what}; no real file has more than {most}"
+            )
 
     metadata: dict[str, Any] = {}
     key_bytes: dict[str, int] = {}
@@ -155,7 +164,8 @@ class _Counted:
         self.strings += strings
         if self.kept > MAX_ELEMENTS or self.strings > MAX_STRINGS:
             raise cursor.invalid(
-                f"{what}: with it the arrays of the header hold more than {MAX_ELEMENTS} elements, or {MAX_STRINGS} strings: "
+                f"{what}: with it the arrays of the header hold more than {MAX_ELEMENTS} elements, or {MAX_STRINGS} "
+                "strings: "
                 "no real file has as many"
             )
 
@@ -201,29 +211,38 @@ def _listed_tensors(cursor: Cursor, n_tensors: int) -> dict[str, TensorEntry]:
         for extent in shape:
             n_elements *= extent
         if not 0 < n_elements < INT64_MAX or max(shape) > INT64_MAX:
-            raise cursor.invalid(f"{what} has the shape {shape}: no extent may be 0, and their product must fit 63 bits")
+            raise cursor.invalid(
+                f"{what} has the shape {shape}: no extent may be 0, and their product must fit 63 bits"
+            )
         number = cursor.scalar(U32, what)
         try:
             type_ = GGMLQuantizationType(number)
         except ValueError:
             raise ModelInvalid(
-                f"{cursor.path}: {what} is of type number {number}, which this version of the Python package gguf does not know",
+                f"{cursor.path}: {what} is of type number {number}, which this version of the Python package gguf does "
+                "not know",
                 hint="pip install --upgrade gguf  (if the file was made by a newer llama.cpp; else it is damaged)",
             ) from None
         block, block_bytes = GGML_QUANT_SIZES[type_]
         if shape[0] % block:
-            raise cursor.invalid(f"{what} of type {type_.name} has rows of {shape[0]}, no multiple of its block of {block}")
+            raise cursor.invalid(
+                f"{what} of type {type_.name} has rows of {shape[0]}, no multiple of its block of {block}"
+            )
         found[name] = TensorEntry(name, shape, type_.name, cursor.scalar(U64, what), n_elements // block * block_bytes)
     return found
 
 
-def _placed(cursor: Cursor, listed: Mapping[str, TensorEntry], alignment: int, data_offset: int) -> tuple[TensorEntry, ...]:
+def _placed(
+    cursor: Cursor, listed: Mapping[str, TensorEntry], alignment: int, data_offset: int
+) -> tuple[TensorEntry, ...]:
     """The tensors, once their data is seen to follow each other, padded to the alignment, and to lie within the file."""
     expected = 0
     for tensor in listed.values():
         if tensor.offset != expected:
             how = "overlaps the tensor before it" if tensor.offset < expected else "leaves a gap"
-            raise cursor.invalid(f"the data of {tensor.name} {how}: it begins at byte {tensor.offset}, expected {expected}")
+            raise cursor.invalid(
+                f"the data of {tensor.name} {how}: it begins at byte {tensor.offset}, expected {expected}"
+            )
         end = data_offset + tensor.offset + tensor.n_bytes
         if end > cursor.file_size:
             last = list(listed.values())[-1]

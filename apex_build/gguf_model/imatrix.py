@@ -1,8 +1,9 @@
 """Importance matrices: what llama-imatrix writes, in GGUF and in the format before it (.dat).
 
 GGUF: general.type 'imatrix'; for each weight `<name>.in_sum2`, F32 [row length, matrices], sums of squared inputs, and
-`<name>.counts`, F32 [1, matrices], tokens. Legacy, all int32 and float32: number of entries; for each: name length, name, calls,
-number of values, values; then the last call, the length of the data set's name, and that name (tools/imatrix/imatrix.cpp).
+`<name>.counts`, F32 [1, matrices], tokens. Legacy, all int32 and float32: number of entries; for each: name length,
+name, calls, number of values, values; then the last call, the length of the data set's name, and that name
+(tools/imatrix/imatrix.cpp).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ _MAX_LEGACY_NAME = 256
 class Entry:
     """The data of one weight. The values stay in the file until they are read.
 
-    `counts` holds tokens for each matrix (each expert, or one for a dense weight); in a legacy file it is one number, the calls,
-    since that format does not tell experts apart.
+    `counts` holds tokens for each matrix (each expert, or one for a dense weight); in a legacy file it is one number,
+    the calls, since that format does not tell experts apart.
     """
 
     name: str
@@ -51,7 +52,9 @@ class Entry:
         return self.row_length * len(self.counts)
 
     def values(self) -> npt.NDArray[np.float32]:
-        """Sums of squared inputs, shape [matrices, row length], mapped from the file. Legacy: means of squares times the calls."""
+        """Sums of squared inputs, shape [matrices, row length], mapped from the file. Legacy: means of squares times
+        the calls.
+        """
         try:
             shape = (len(self.counts), self.row_length)
             return np.memmap(self.path, dtype="<f4", mode="r", offset=self.offset, shape=shape)
@@ -131,7 +134,9 @@ def _from_gguf(header: Header) -> Imatrix:
     datasets = metadata.get("imatrix.datasets")
     if not isinstance(datasets, tuple) or not all(isinstance(item, str) for item in datasets):
         raise ImatrixInvalid(f"{path}: imatrix.datasets is missing or no short list of names")
-    sums, counts = ({t.name.removesuffix(end): t for t in header.tensors if t.name.endswith(end)} for end in (_SUMS, _COUNTS))
+    sums, counts = (
+        {t.name.removesuffix(end): t for t in header.tensors if t.name.endswith(end)} for end in (_SUMS, _COUNTS)
+    )
     if not sums:
         raise ImatrixInvalid(f"{path}: the imatrix has no entries")
     if odd := sorted(set(sums) ^ set(counts)):
@@ -163,14 +168,18 @@ def _entry(header: Header, name: str, sums: TensorEntry, counts: TensorEntry, fi
         raise ImatrixInvalid(f"{path}: truncated while it was read: the counts of {name} are gone")
     numbers = np.frombuffer(raw, dtype="<f4")
     if not (numbers.min() >= 0 and numbers.max() < np.inf):
-        raise ImatrixInvalid(f"{path}: the counts of {name} are no numbers of tokens: from {numbers.min()} to {numbers.max()}")
+        raise ImatrixInvalid(
+            f"{path}: the counts of {name} are no numbers of tokens: from {numbers.min()} to {numbers.max()}"
+        )
     return Entry(name, sums.shape[0], tuple(numbers.tolist()), path, header.data_offset + sums.offset)
 
 
 def _whole(header: Header, key: str) -> int:
     value = header.metadata.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ImatrixInvalid(f"{header.path}: {key} is {'missing' if value is None else quoted(value)}: expected a whole number")
+        raise ImatrixInvalid(
+            f"{header.path}: {key} is {'missing' if value is None else quoted(value)}: expected a whole number"
+        )
     return value
 
 

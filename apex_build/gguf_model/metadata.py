@@ -39,10 +39,11 @@ class Setting:
 
 
 def parse_meta(given: Iterable[str]) -> tuple[Setting, ...]:
-    """`key=value` texts. `name` stands for `general.name`, and so on; base_model=ORG/NAME sets the count and both parts.
+    """`key=value` texts. `name` stands for `general.name`, and so on; base_model=ORG/NAME sets the count and both
+    parts.
 
-    A key given twice takes the last value. Raises ParameterUnknown for what is not of the form, a key of `general.` that no reader
-    knows, one that says what the file is, and values that are not of the key's type.
+    A key given twice takes the last value. Raises ParameterUnknown for what is not of the form, a key of `general.`
+    that no reader knows, one that says what the file is, and values that are not of the key's type.
     """
     found: dict[str, Setting] = {}
     for text in given:
@@ -93,7 +94,9 @@ def _setting(name: str, value: str) -> Setting:
         words = near(pattern.removeprefix("general."), [one.removeprefix("general.") for one in known], n=3)
         raise ParameterUnknown(
             f"--meta {name}: no reader of GGUF files knows this key",
-            hint=f"near it: {', '.join(words)}" if words else "name, license, author, ...; or a key in your own name space: my.key",
+            hint=f"near it: {', '.join(words)}"
+            if words
+            else "name, license, author, ...; or a key in your own name space: my.key",
         )
     kind = known[re.sub(r"(?<=\.)\d+(?=\.)", "{id}", key)]
     return Setting(key, kind, _value(key, kind, value))
@@ -102,7 +105,11 @@ def _setting(name: str, value: str) -> Setting:
 def _of_an_architecture(name: str) -> bool:
     """Keys such as qwen35moe.block_count decide how the file is read."""
     patterns = {
-        value for part in vars(Keys).values() if isinstance(part, type) for value in vars(part).values() if isinstance(value, str)
+        value
+        for part in vars(Keys).values()
+        if isinstance(part, type)
+        for value in vars(part).values()
+        if isinstance(value, str)
     }
     return "{arch}." + name.partition(".")[2] in patterns
 

@@ -23,8 +23,8 @@ OTHER = "other"
 def read_model(path: Path, role_of: RoleOf) -> Model:
     """The model of a GGUF file. Given any shard of a split model, all of it.
 
-    `role_of` names each tensor's role; what it does not know is 'other'. Raises ModelMissing (also for a shard that is not there)
-    and ModelInvalid.
+    `role_of` names each tensor's role; what it does not know is 'other'. Raises ModelMissing (also for a shard that is
+    not there) and ModelInvalid.
     """
     return model_of(read_header(path), role_of)
 
@@ -34,7 +34,8 @@ def model_of(header: Header, role_of: RoleOf) -> Model:
     path, what = header.path, kind_of(header)
     if what != "model":
         raise ModelInvalid(
-            f"{path}: not a model but of the kind {quoted(what)}", hint=f"apex inspect {path}" if what == "imatrix" else None
+            f"{path}: not a model but of the kind {quoted(what)}",
+            hint=f"apex inspect {path}" if what == "imatrix" else None,
         )
     headers = tuple(_shards(header))
     first = headers[0]
@@ -75,7 +76,9 @@ def kind_of(header: Header) -> str:
     return kind if isinstance(kind, str) and kind else "model"
 
 
-def _tensors(headers: tuple[Header, ...], architecture: str, n_blocks: int, trunk_layers: int, role_of: RoleOf) -> Iterator[Tensor]:
+def _tensors(
+    headers: tuple[Header, ...], architecture: str, n_blocks: int, trunk_layers: int, role_of: RoleOf
+) -> Iterator[Tensor]:
     seen: dict[str, Path] = {}
     for header in headers:
         for entry in header.tensors:
@@ -86,7 +89,8 @@ def _tensors(headers: tuple[Header, ...], architecture: str, n_blocks: int, trun
             layer = int(block[1]) if block else None
             if layer is not None and layer >= n_blocks:
                 raise ModelInvalid(
-                    f"{header.path}: the tensor {entry.name} is of block {layer}, but {architecture}.block_count says {n_blocks}"
+                    f"{header.path}: the tensor {entry.name} is of block {layer}, but {architecture}.block_count says "
+                    f"{n_blocks}"
                 )
             part = role_of(architecture, entry.name) or OTHER
             head = layer is not None and layer >= trunk_layers
@@ -120,16 +124,21 @@ def _shards(given: Header) -> Iterator[Header]:
             header = given if path == given.path else read_header(path)
         except ModelMissing as error:
             raise ModelMissing(
-                f"shard {number} of {count} of the model is missing: {error.message}", hint="put all shards into one folder"
+                f"shard {number} of {count} of the model is missing: {error.message}",
+                hint="put all shards into one folder",
             ) from None
         says = (_count(header, "split.no"), _count(header, "split.count"))
         if says != (number - 1, count):
-            raise ModelInvalid(f"{path}: shard {number} of {count} by its name, but {says[0] + 1} of {says[1]} by its metadata")
+            raise ModelInvalid(
+                f"{path}: shard {number} of {count} by its name, but {says[0] + 1} of {says[1]} by its metadata"
+            )
         n_tensors += len(header.tensors)
         yield header
     promised = _count(given, "split.tensors.count", n_tensors)
     if promised != n_tensors:
-        raise ModelInvalid(f"{given.path}: the shards hold {n_tensors} tensors, but split.tensors.count says {promised}")
+        raise ModelInvalid(
+            f"{given.path}: the shards hold {n_tensors} tensors, but split.tensors.count says {promised}"
+        )
 
 
 def _count(header: Header, key: str, default: int | None = None) -> int:

@@ -1,7 +1,8 @@
 """Which hidden rows a draft head was trained on: those of the trunk before its final norm, or after it.
 
-A GGUF file does not tell, and a head fed with the others still drafts, only worse: the norms at its input even out the scale, but
-not the weights of the norm that is missing, or one too many. This is the one place that says what is known, and from where.
+A GGUF file does not tell, and a head fed with the others still drafts, only worse: the norms at its input even out the
+scale, but not the weights of the norm that is missing, or one too many. This is the one place that says what is known,
+and from where.
 """
 
 from __future__ import annotations
@@ -40,35 +41,53 @@ TRAINED_ON: Mapping[str, TrainedOn] = {
     "qwen35": TrainedOn(
         "post_norm",
         "measured",
-        "llama.cpp #24025 (merged June 2026; #23198: acceptance 75 -> 80 % at drafts of 4), LightLLM #1402 (accepted length "
-        "1.80 -> 2.74 on a 0.8B), kekzl/imp #1800 (acceptance 71 -> 76 % on a 27B); vLLM's qwen3_next_mtp is fed what the trunk "
-        "returns, which is normed. Two say the opposite: turbo-tan/llama.cpp-tq3 #33, vllm-mlx #660 (without a measurement)",
+        "llama.cpp #24025 (merged June 2026; #23198: acceptance 75 -> 80 % at drafts of 4), LightLLM #1402 (accepted "
+        "length "
+        "1.80 -> 2.74 on a 0.8B), kekzl/imp #1800 (acceptance 71 -> 76 % on a 27B); vLLM's qwen3_next_mtp is fed what "
+        "the trunk "
+        "returns, which is normed. Two say the opposite: turbo-tan/llama.cpp-tq3 #33, vllm-mlx #660 (without a "
+        "measurement)",
     ),
-    "qwen35moe": TrainedOn("post_norm", "source", "as qwen35: llama.cpp #24025 changed the two together; vLLM's qwen3_next_mtp"),
-    "qwen3next": TrainedOn("post_norm", "source", f"vLLM's qwen3_next_mtp; {_OCTOBER}, qwen3next.cpp; llama.cpp #25589"),
+    "qwen35moe": TrainedOn(
+        "post_norm", "source", "as qwen35: llama.cpp #24025 changed the two together; vLLM's qwen3_next_mtp"
+    ),
+    "qwen3next": TrainedOn(
+        "post_norm", "source", f"vLLM's qwen3_next_mtp; {_OCTOBER}, qwen3next.cpp; llama.cpp #25589"
+    ),
     "step35": TrainedOn("pre_norm", "source", f"llama.cpp #24340 ('before the output norm'); {_OCTOBER}, step35.cpp"),
     "mimo2": TrainedOn(
-        "pre_norm", "source", f"{_OCTOBER}, mimo2.cpp; exllamav3 #238 for MiMo-7B, where drafts after the first stay pre-norm too"
+        "pre_norm",
+        "source",
+        f"{_OCTOBER}, mimo2.cpp; exllamav3 #238 for MiMo-7B, where drafts after the first stay pre-norm too",
     ),
-    "deepseek4": TrainedOn("streams", "source", f"{_OCTOBER}, deepseek4.cpp: the flattened streams of its hyper-connections"),
+    "deepseek4": TrainedOn(
+        "streams", "source", f"{_OCTOBER}, deepseek4.cpp: the flattened streams of its hyper-connections"
+    ),
     "glm4moe": TrainedOn(
-        "post_norm", "source", f"{_OCTOBER}, glm4-moe.cpp; against it the author of llama.cpp #24025, who takes GLM's for pre-norm"
+        "post_norm",
+        "source",
+        f"{_OCTOBER}, glm4-moe.cpp; against it the author of llama.cpp #24025, who takes GLM's for pre-norm",
     ),
     "glm-dsa": TrainedOn("post_norm", "source", f"vLLM #47448 (merged) and #46075 for GLM-5; {_OCTOBER}, glm-dsa.cpp"),
     "deepseek2": TrainedOn(
-        "post_norm", "source", f"{_OCTOBER}, deepseek2.cpp, the head of GLM-4.7-Flash; of DeepSeek's own nothing was measured"
+        "post_norm",
+        "source",
+        f"{_OCTOBER}, deepseek2.cpp, the head of GLM-4.7-Flash; of DeepSeek's own nothing was measured",
     ),
     "deepseek32": TrainedOn(
         "post_norm",
         "source",
-        f"{_OCTOBER}, deepseek32.cpp. Against it: by vLLM #46075 DeepSeek's heads carry rows from before the norm from draft "
+        f"{_OCTOBER}, deepseek32.cpp. Against it: by vLLM #46075 DeepSeek's heads carry rows from before the norm from "
+        "draft "
         "to draft, and the author of llama.cpp #24025 takes them for pre-norm",
     ),
     "hy_v3": TrainedOn("post_norm", "source", f"{_OCTOBER}, hy-v3.cpp, after vLLM's HYV3MultiTokenPredictorLayer"),
     "cohere2moe": TrainedOn("post_norm", "source", f"{_OCTOBER}, cohere2moe.cpp"),
     "bailingmoe3": TrainedOn("post_norm", "source", f"{_OCTOBER}, bailingmoe3.cpp"),
     "nemotron_h_moe": TrainedOn(
-        "post_norm", "source", f"{_OCTOBER}, nemotron-h.cpp; a LayerNorm of its own for the head's rows: nemotron-h-moe.cpp"
+        "post_norm",
+        "source",
+        f"{_OCTOBER}, nemotron-h.cpp; a LayerNorm of its own for the head's rows: nemotron-h-moe.cpp",
     ),
 }
 
@@ -77,7 +96,8 @@ AUTO = "auto"  # a user's choice, beside those of CHOICES: what is known of the 
 
 
 def tool_arguments(choice: str, architecture: str, program: Path | None = None) -> list[str]:
-    """For the tools that run the head: the user's choice; none where nothing is known, so that the tool's default holds.
+    """For the tools that run the head: the user's choice; none where nothing is known, so that the tool's default
+    holds.
 
     Also none where `program` leaves no choice: its llama.cpp takes the rows that it has for the architecture. Raises
     ParameterUnknown where others are asked for.
@@ -86,7 +106,8 @@ def tool_arguments(choice: str, architecture: str, program: Path | None = None) 
     if program is not None and not rows_can_be_chosen(program):
         if choice != AUTO and not (known and known.choice == choice):
             raise ParameterUnknown(
-                f"--mtp-rows {choice}: this {program.name} takes the rows that its llama.cpp has for {architecture}, and no others",
+                f"--mtp-rows {choice}: this {program.name} takes the rows that its llama.cpp has for {architecture}, "
+                "and no others",
                 hint="leave it out; the tools of the pin pr-22673 have the choice: apex build --pin pr-22673",
             )
         return []

@@ -25,7 +25,9 @@ _KNOWN: tuple[tuple[bytes, str, str], ...] = (
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises ModelMissing, with the system's own reason where it is there but cannot be read."""
+    """Open a regular file for reading. Raises ModelMissing, with the system's own reason where it is there but cannot
+    be read.
+    """
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -55,7 +57,9 @@ def refuse_foreign(path: Path, start: bytes, size: int) -> None:
         raise ModelInvalid(f"{path}: truncated: {size} bytes are no GGUF header")
     what, hint = _guess(start)
     shown = f"{start[:8].hex(' ')} ({start[:8].decode('ascii', errors='replace')!r})"
-    raise ModelInvalid(f"{path}: not a GGUF file: it begins with {shown}{f'; it looks {what}' if what else ''}", hint=hint)
+    raise ModelInvalid(
+        f"{path}: not a GGUF file: it begins with {shown}{f'; it looks {what}' if what else ''}", hint=hint
+    )
 
 
 def _guess(start: bytes) -> tuple[str, str | None]:

@@ -12,18 +12,25 @@ from apex_build.gguf_model.catalogue import Model
 _WIDTHS = (
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("attention.key_length_mla", "attention.value_length_mla", "attention.kv_lora_rank", "attention.q_lora_rank"),
-    *("attention.key_length_swa", "attention.value_length_swa", "attention.indexer.head_count", "attention.indexer.key_length"),
+    *(
+        "attention.key_length_swa",
+        "attention.value_length_swa",
+        "attention.indexer.head_count",
+        "attention.indexer.key_length",
+    ),
     *("ssm.conv_kernel", "ssm.group_count", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank"),
     *("expert_used_count", "kda.head_dim", "shortconv.l_cache", "wkv.head_size"),
 )
 
 
 def check_runnable(model: Model) -> None:
-    """Raises ModelInvalid for a file without a trunk, and for hyper-parameters that no tensor of the model is as large as."""
+    """Raises ModelInvalid for a file without a trunk, and for hyper-parameters that no tensor of the model is as large
+    as.
+    """
     if not trunk_blocks(model):
         raise ModelInvalid(
-            f"{model.path}: none of the trunk's {model.trunk_layers} blocks is in the file, so it cannot be run by itself"
-            + (": it holds a draft head alone" if any(tensor.draft_head for tensor in model.tensors) else ""),
+            f"{model.path}: none of the trunk's {model.trunk_layers} blocks is in the file, so it cannot be run by "
+            "itself" + (": it holds a draft head alone" if any(tensor.draft_head for tensor in model.tensors) else ""),
             hint="give the whole model; its imatrix holds data for the head too",
         )
     widest = max(extent for tensor in model.tensors if tensor.layer is not None for extent in tensor.shape[:2])

@@ -34,7 +34,9 @@ class Share:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A model in figures. `tensor_bytes` is the data alone, as llama-quantize's 'model size'; `file_bytes` all of the files."""
+    """A model in figures. `tensor_bytes` is the data alone, as llama-quantize's 'model size'; `file_bytes` all of the
+    files.
+    """
 
     path: Path
     files: tuple[Path, ...]
@@ -57,7 +59,9 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class RoleCoverage:
-    """Calibration data of all weights of one role, in the draft head or outside it. `least` and `most` are counts of one matrix."""
+    """Calibration data of all weights of one role, in the draft head or outside it. `least` and `most` are counts of
+    one matrix.
+    """
 
     draft_head: bool
     role: str
@@ -144,7 +148,13 @@ def model_json(summary: ModelSummary) -> dict[str, Any]:
     """For `--json`: names as in ModelSummary."""
     shown = {name: value for name, value in vars(summary).items() if name not in ("path", "files", "shares")}
     shares = [{**vars(share), "bits_per_weight": share.bits_per_weight} for share in summary.shares]
-    return {"kind": "model", "path": str(summary.path), "files": [str(path) for path in summary.files], **shown, "shares": shares}
+    return {
+        "kind": "model",
+        "path": str(summary.path),
+        "files": [str(path) for path in summary.files],
+        **shown,
+        "shares": shares,
+    }
 
 
 def tensors_json(model: Model) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""Arguments that a user adds to a tool's own: those that apex sets are refused, and the files that they name are made known.
+"""Arguments that a user adds to a tool's own: those that apex sets are refused, and the files that they name are made
+known.
 
 What an option is called, in short, in long and in its negative form, is taken from the tool's own --help.
 """
@@ -24,7 +25,15 @@ _PRINTS = "apex reads what the tool prints"
 _ENDS = "the tool would end without doing its work"
 _OURS = "apex does"
 # An option of each group, by its long name -> what to use instead, or why it cannot be had.
-_LOGS = ("--log-disable", "--log-file", "--log-prefix", "--log-timestamps", "--log-colors", "--log-verbosity", "--log-verbose")
+_LOGS = (
+    "--log-disable",
+    "--log-file",
+    "--log-prefix",
+    "--log-timestamps",
+    "--log-colors",
+    "--log-verbosity",
+    "--log-verbose",
+)
 _ASIDE = ("--help", "--version", "--cache-list", "--completion-bash", "--list-devices", "--license")
 _MODELS = ("--model", "--model-url", "--docker-repo", "--hf-repo", "--hf-file", "--hf-repo-v", "--hf-file-v")
 _OF_ALL = {
@@ -55,14 +64,18 @@ _RESERVED: Mapping[str, Mapping[str, str]] = {
         "--mtp-depth": "--set EVALUATOR.depth=N",
         **dict.fromkeys(("--kl-divergence", "--kl-divergence-base", "--mtp", "--mtp-output-file"), "--only EVALUATOR"),
         **dict.fromkeys(("--hellaswag", "--winogrande", "--multiple-choice"), "--only EVALUATOR"),
-        **dict.fromkeys(("--hellaswag-tasks", "--winogrande-tasks", "--multiple-choice-tasks"), "--set EVALUATOR.tasks=N"),
+        **dict.fromkeys(
+            ("--hellaswag-tasks", "--winogrande-tasks", "--multiple-choice-tasks"), "--set EVALUATOR.tasks=N"
+        ),
         **dict.fromkeys(("--ppl-stride", "--ppl-output-type"), _PRINTS),
         **dict.fromkeys(("--parallel", "--escape"), _OURS),
     },
     "llama-server": {
         "--ctx-size": "--set EVALUATOR.context=N",
         **dict.fromkeys(("--host", "--port", "--parallel", "--api-prefix", "--api-key", "--api-key-file"), _OURS),
-        **dict.fromkeys(("--ssl-key-file", "--ssl-cert-file", "--models-dir", "--models-preset", "--lookup-cache-dynamic"), _OURS),
+        **dict.fromkeys(
+            ("--ssl-key-file", "--ssl-cert-file", "--models-dir", "--models-preset", "--lookup-cache-dynamic"), _OURS
+        ),
         "--spec-type": "--only EVALUATOR",
         "--spec-draft-model": "--only EVALUATOR",
         "--spec-draft-n-max": "--set EVALUATOR.lengths=N, or --set speed.n_max=N",
@@ -175,6 +188,10 @@ def _file(program: Path, option: Option, part: str, files: dict[str, str]) -> st
 def _refused(program: Path, word: str, why: str) -> ParameterUnknown:
     name = word.partition("=")[0]
     if why.startswith(("-", "apex ")) and why != _OURS:
-        return ParameterUnknown(f"--tool-argument {name}: apex sets this of {program.name} itself", hint=f"use {why} instead")
+        return ParameterUnknown(
+            f"--tool-argument {name}: apex sets this of {program.name} itself", hint=f"use {why} instead"
+        )
     reason = "apex sets this itself" if why == _OURS else why
-    return ParameterUnknown(f"--tool-argument {name}: {program.name} cannot be given this: {reason}", hint=f"leave {name} out")
+    return ParameterUnknown(
+        f"--tool-argument {name}: {program.name} cannot be given this: {reason}", hint=f"leave {name} out"
+    )

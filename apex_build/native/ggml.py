@@ -29,8 +29,9 @@ bool         ggml_quantize_requires_imatrix(int type);
 bool         ggml_validate_row_data(int type, const void * data, size_t nbytes);
 """
 
-# Types that llama-quantize refuses for a tensor without calibration data: tensor_requires_imatrix() in src/llama-quant.cpp.
-# It is a static function of the tool, so a build cannot be asked; tests/native/test_ggml.py compares this with what the tool does.
+# Types that llama-quantize refuses for a tensor without calibration data: tensor_requires_imatrix() in
+# src/llama-quant.cpp. It is a static function of the tool, so a build cannot be asked; tests/native/test_ggml.py
+# compares this with what the tool does.
 _REFUSED_WITHOUT_IMATRIX = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"})
 
 
@@ -38,8 +39,9 @@ _REFUSED_WITHOUT_IMATRIX = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "
 class TypeTraits:
     """One tensor type. `type_size` is the bytes of one block of `block_size` values.
 
-    `requires_imatrix`: llama-quantize refuses to write it without data for the tensor (exceptions: see `needs_imatrix`).
-    `library_requires_imatrix`: what ggml_quantize_requires_imatrix answers, a smaller set: the quantizers that would abort.
+    `requires_imatrix`: llama-quantize refuses to write it without data for the tensor (exceptions: see
+    `needs_imatrix`). `library_requires_imatrix`: what ggml_quantize_requires_imatrix answers, a smaller set: the
+    quantizers that would abort.
     """
 
     name: str
@@ -69,7 +71,9 @@ class Ggml:
         traits = self._types.get(name.upper())
         if traits is None:
             writable = [
-                one for one, traits in self._types.items() if one not in ("Q8_1", "Q8_K") and (traits.quantized or "F" in one)
+                one
+                for one, traits in self._types.items()
+                if one not in ("Q8_1", "Q8_K") and (traits.quantized or "F" in one)
             ]
             found = near(name, writable, n=4)
             hint = f"near it: {', '.join(found)}" if found else f"known: {', '.join(self._types)}"
@@ -84,10 +88,11 @@ class Ggml:
         return ne0 // traits.block_size * traits.type_size
 
     def needs_imatrix(self, name: str, tensor: str, file_type: str = "") -> bool:
-        """Whether type `name` cannot be written for `tensor` without calibration data, in a file of base type `file_type`.
+        """Whether type `name` cannot be written for `tensor` without calibration data, in a file of base type
+        `file_type`.
 
-        Follows tensor_requires_imatrix() in src/llama-quant.cpp: it makes an exception of token_embd and output, which the library
-        does not (ggml_quantize_chunk aborts); Q2_K is refused in a Q2_K_S file only.
+        Follows tensor_requires_imatrix() in src/llama-quant.cpp: it makes an exception of token_embd and output, which
+        the library does not (ggml_quantize_chunk aborts); Q2_K is refused in a Q2_K_S file only.
         """
         traits = self.type_traits(name)
         if tensor in ("token_embd.weight", "per_layer_token_embd.weight", "output.weight"):
@@ -107,7 +112,9 @@ def _load(toolset: Toolset) -> Mapping[str, TypeTraits]:
             name = ffi.string(lib.ggml_type_name(number)).decode().upper()
             needed = bool(lib.ggml_quantize_requires_imatrix(number))
             quantized = bool(lib.ggml_is_quantized(number))
-            types[name] = TypeTraits(name, block_size, type_size, quantized, needed or name in _REFUSED_WITHOUT_IMATRIX, needed)
+            types[name] = TypeTraits(
+                name, block_size, type_size, quantized, needed or name in _REFUSED_WITHOUT_IMATRIX, needed
+            )
     except AttributeError as error:
         raise BuildMissing(f"{toolset.library('ggml-base')} cannot be used: {error}", hint=BUILD_HINT) from None
     return MappingProxyType(types)

@@ -12,7 +12,9 @@ from apex_build.places import BUILD_HINT
 
 
 def open_library(toolset: Toolset, name: str, declarations: str) -> tuple[cffi.FFI, Any]:
-    """A library by its bare name, with these C declarations. Raises BuildMissing where it is not there or cannot be loaded."""
+    """A library by its bare name, with these C declarations. Raises BuildMissing where it is not there or cannot be
+    loaded.
+    """
     ffi = cffi.FFI()
     ffi.cdef(declarations)
     path = toolset.library(name)

@@ -1,7 +1,8 @@
 """How much memory a tool may take: a bound for each, and a watch that ends a tool which goes beyond it.
 
-A bound that the kernel enforces would not do: RLIMIT_AS counts the model, which is only mapped, and the ranges of addresses that
-CUDA reserves. What counts is what a process has written to: its own pages, those that were swapped out among them.
+A bound that the kernel enforces would not do: RLIMIT_AS counts the model, which is only mapped, and the ranges of
+addresses that CUDA reserves. What counts is what a process has written to: its own pages, those that were swapped out
+among them.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ class Guard:
     def error(self, name: str, log: Path | None) -> ToolKilled:
         where = f"\n  all of its output: {log}" if log else ""
         return ToolKilled(
-            f"{name} took {self.exceeded / 1e9:.1f} GB of memory, and was ended: it may have {self.limit / 1e9:.1f} GB{where}",
-            hint=f"--memory {max(1, round(2 * self.limit / 1e9))} gives it more, in GB; is the file whole? apex inspect MODEL",
+            f"{name} took {self.exceeded / 1e9:.1f} GB of memory, and was ended: it may have {self.limit / 1e9:.1f} "
+            f"GB{where}",
+            hint=f"--memory {max(1, round(2 * self.limit / 1e9))} gives it more, in GB; is the file whole? apex "
+            "inspect MODEL",
         )
 
 
@@ -46,8 +49,10 @@ def bytes_of(gigabytes: float | None) -> int | None:
 
 
 def memory_limit(n_bytes: int, context: int = 0, vocabulary: int = 0) -> int:
-    """Bytes that a tool may take for a model of `n_bytes`: twice the model, which repacking for the CPU or --no-mmap copies, its
-    probabilities for a context of so many tokens (float64 at most), and 8 GiB; but no more than the machine has."""
+    """Bytes that a tool may take for a model of `n_bytes`: twice the model, which repacking for the CPU or --no-mmap
+    copies, its probabilities for a context of so many tokens (float64 at most), and 8 GiB; but no more than the machine
+    has.
+    """
     return min(_BASE + 2 * n_bytes + 16 * context * vocabulary, int(_SHARE * machine_memory()))
 
 

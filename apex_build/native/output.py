@@ -10,7 +10,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-_PLANNED = re.compile(r"(?:computing|calculating perplexity) over (\d+) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)")
+_PLANNED = re.compile(
+    r"(?:computing|calculating perplexity) over (\d+) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)"
+)
 _MARK = re.compile(r"\[(\d+)\]-?(?:\d+\.\d+|nan|inf),")
 _KLD_ROW = re.compile(r"\s*(\d+)\s+\d+\.\d+ ±\s+\S+\s+-?\d+\.\d+ ±")
 _PERPLEXITY = re.compile(r"Final estimate: PPL = (\d+\.\d+) \+/- (\d+\.\d+)")
@@ -21,7 +23,8 @@ _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\] (\S+)\s+- \[([\d, ]+)\], type =\s+(
 _SIZES = re.compile(r"size =\s+(\d+\.\d+) MiB(?: ->\s+(\d+\.\d+) MiB)?(?: \((\w+)\))?$")
 _CONVERTING = re.compile(r"converting to (\w+) \.\. ")
 _FALLBACK = re.compile(
-    r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*-> falling back to\s+(\w+)"
+    r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*-> falling back "
+    r"to\s+(\w+)"
 )
 _UNFIT = re.compile(r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\)")
 _NO_FALLBACK = "no tensor type fallback is defined"
@@ -40,7 +43,11 @@ _DIAGNOSES = tuple(
             "apex build, for tools with this project's patches",
         ),
         (r"No space left on device", "the disk is full", "free some space, or write to another disk"),
-        (r"(?:failed|unable) to allocate|bad_alloc|Cannot allocate memory", "memory ran out", "use a smaller context or batch"),
+        (
+            r"(?:failed|unable) to allocate|bad_alloc|Cannot allocate memory",
+            "memory ran out",
+            "use a smaller context or batch",
+        ),
         (
             r"unknown model architecture: '([^']*)'",
             "the pinned llama.cpp does not know the architecture {0!r}",
@@ -51,11 +58,16 @@ _DIAGNOSES = tuple(
             "the model file is cut short or damaged",
             "download or convert it again, then: apex inspect FILE",
         ),
-        (r"you need at least (\d+) tokens", "the text is too short: {0} tokens are needed", "give more text, or a smaller context"),
+        (
+            r"you need at least (\d+) tokens",
+            "the text is too short: {0} tokens are needed",
+            "give more text, or a smaller context",
+        ),
         (
             r"the MTP head of this architecture can not be evaluated$",
             "the MTP head of this architecture can not be evaluated",
-            "leave the head out: --only NAME, an evaluator that needs no head (apex evaluate --list), or calibrate with --no-mtp",
+            "leave the head out: --only NAME, an evaluator that needs no head (apex evaluate --list), or calibrate "
+            "with --no-mtp",
         ),
         (
             r"unknown pre-tokenizer type: '([^']*)'",
@@ -81,7 +93,10 @@ _WARNINGS = tuple(
             r"missing pre-tokenizer type, using: '([^']*)'",
             "the model names no pre-tokenizer: {0} is used, and words may be split wrongly",
         ),
-        (r"GENERATION QUALITY WILL BE DEGRADED", "the model names no pre-tokenizer: words may be split wrongly; convert it again"),
+        (
+            r"GENERATION QUALITY WILL BE DEGRADED",
+            "the model names no pre-tokenizer: words may be split wrongly; convert it again",
+        ),
         (r"warning: failed to (mlock \d+-byte buffer[^:]*)", "the tool could not {0}"),
         (r"(lora for '[^']*' cannot use .*, fallback to CPU)", "{0}"),
     )
@@ -90,7 +105,9 @@ _WARNINGS = tuple(
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run over a text is about to do: chunks of `context` tokens, `sequences` of them a pass, `batch` tokens a batch."""
+    """What a run over a text is about to do: chunks of `context` tokens, `sequences` of them a pass, `batch` tokens a
+    batch.
+    """
 
     chunks: int
     context: int
@@ -106,7 +123,9 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class TensorLine:
-    """A tensor as llama-quantize lists it. `target` is `source` where it is copied. MiB as printed, so rounded: not for sums."""
+    """A tensor as llama-quantize lists it. `target` is `source` where it is copied. MiB as printed, so rounded: not for
+    sums.
+    """
 
     number: int
     total: int
@@ -137,7 +156,8 @@ def planned(line: str) -> Planned | None:
 
 
 def chunks_done(line: str) -> int | None:
-    """The last chunk that a (perhaps unfinished) line counts: `[11]5.3,[12]5.3412,` or a row of the KL divergence table.
+    """The last chunk that a (perhaps unfinished) line counts: `[11]5.3,[12]5.3412,` or a row of the KL divergence
+    table.
 
     llama-imatrix --no-ppl prints no such marks.
     """
@@ -191,7 +211,9 @@ def tensor_lines(lines: Sequence[str]) -> tuple[TensorLine, ...]:
             target = converting[1] if converting else sizes[3]
             before = float(sizes[1])
             after = float(sizes[2]) if sizes[2] else before
-            result.append(replace(waiting, target=(target or waiting.source).upper(), mib_before=before, mib_after=after))
+            result.append(
+                replace(waiting, target=(target or waiting.source).upper(), mib_before=before, mib_after=after)
+            )
             waiting = None
     return tuple(result)
 
@@ -246,7 +268,9 @@ def head_left_out(line: str) -> bool:
 
 
 def warning(line: str) -> str | None:
-    """What a tool's line warns of and a person should know at once, in our words; None for a line that warns of nothing."""
+    """What a tool's line warns of and a person should know at once, in our words; None for a line that warns of
+    nothing.
+    """
     for pattern, words in _WARNINGS:
         if found := pattern.search(line):
             return words.format(*found.groups())
@@ -256,7 +280,10 @@ def warning(line: str) -> str | None:
 def explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
     """What a failed run of any of the tools means, for `run_tool(explain=...)`: diagnosis and hint."""
     if tensor := tensor_without_data(lines):
-        return f"{tensor} has no calibration data, and its type needs it", "apex calibrate MODEL, which runs the draft head too"
+        return (
+            f"{tensor} has no calibration data, and its type needs it",
+            "apex calibrate MODEL, which runs the draft head too",
+        )
     for pattern, diagnosis, hint in _DIAGNOSES:
         for line in lines:
             if found := pattern.search(line):

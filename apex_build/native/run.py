@@ -64,19 +64,21 @@ def run_tool(
     memory: int | None = None,
     on_death: str = "KILL",
 ) -> ToolRun:
-    """Run a program to its end, in a new empty folder unless `cwd` is given: tools look for code in their current folder.
+    """Run a program to its end, in a new empty folder unless `cwd` is given: tools look for code in their current
+    folder.
 
-    `on_line` gets each line as soon as it is complete, and before that the unfinished line so far each time it has grown
-    (progress such as `[12]5.3412,`). `env` is added to our own environment (see surroundings.py), None takes a name out. All output
-    goes to `log` unchanged, under a line with the command. `explain` is given the lines of a failed run and may return (diagnosis,
-    hint). `memory`: bytes that it may take, beside the files that it maps. A `Path` among the arguments is made absolute.
+    `on_line` gets each line as soon as it is complete, and before that the unfinished line so far each time it has
+    grown (progress such as `[12]5.3412,`). `env` is added to our own environment (see surroundings.py), None takes a
+    name out. All output goes to `log` unchanged, under a line with the command. `explain` is given the lines of a
+    failed run and may return (diagnosis, hint). `memory`: bytes that it may take, beside the files that it maps. A
+    `Path` among the arguments is made absolute.
 
-    Whatever ends this function early (Ctrl-C, SIGTERM, an error in `on_line`) also ends the tool and every process it started:
-    SIGINT, then SIGTERM, then SIGKILL. The tool runs in its own session, so the terminal's Ctrl-C reaches only us. Where we
-    are killed ourselves the kernel sends it the signal `on_death`.
+    Whatever ends this function early (Ctrl-C, SIGTERM, an error in `on_line`) also ends the tool and every process it
+    started: SIGINT, then SIGTERM, then SIGKILL. The tool runs in its own session, so the terminal's Ctrl-C reaches only
+    us. Where we are killed ourselves the kernel sends it the signal `on_death`.
 
-    Raises ToolFailed (not startable; with `check` also a code other than 0), ToolKilled (with `check`: ended by a signal; more
-    memory than it may have), ToolTimeout (`timeout` seconds are over); OutputUnwritable (the log).
+    Raises ToolFailed (not startable; with `check` also a code other than 0), ToolKilled (with `check`: ended by a
+    signal; more memory than it may have), ToolTimeout (`timeout` seconds are over); OutputUnwritable (the log).
     """
     command = [str(argument.absolute()) if isinstance(argument, Path) else argument for argument in arguments]
     name = Path(command[0]).name
@@ -181,7 +183,9 @@ class _OutOfTime(Exception):
 
 
 def _output_of(child: subprocess.Popen[bytes], deadline: float | None) -> Iterator[bytes]:
-    """Blocks of output as they come. Ends with the pipe, or soon after the child when a daemon it left keeps the pipe open."""
+    """Blocks of output as they come. Ends with the pipe, or soon after the child when a daemon it left keeps the pipe
+    open.
+    """
     assert child.stdout is not None
     pipe = child.stdout.fileno()
     poll = select.poll()
@@ -224,7 +228,9 @@ def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _session_members(session: int) -> list[int]:
-    """Processes of a session that we started (ninja gives each compiler its own process group, so the group is not enough)."""
+    """Processes of a session that we started (ninja gives each compiler its own process group, so the group is not
+    enough).
+    """
     members = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -282,7 +288,9 @@ def _log_file(path: Path | None) -> Iterator[Callable[[bytes], object]]:
         yield write
 
 
-def failure(name: str, code: int, lines: Sequence[str], log: Path | None, explain: Explain | None) -> ToolFailed | ToolKilled:
+def failure(
+    name: str, code: int, lines: Sequence[str], log: Path | None, explain: Explain | None
+) -> ToolFailed | ToolKilled:
     """The error for a run that ended with `code` (negative: by that signal)."""
     diagnosis, hint = (explain(lines) if explain else None) or (None, None)
     said = f": {diagnosis}" if diagnosis else ""

@@ -1,6 +1,7 @@
 """Work on untrusted templates in a child process with limited time and memory: JSON in, JSON out.
 
-Jinja's sandbox keeps a template from Python's internals and from files. It bounds neither time nor memory (`{{ 'x' * 10**12 }}`).
+Jinja's sandbox keeps a template from Python's internals and from files. It bounds neither time nor memory (`{{ 'x' *
+10**12 }}`).
 """
 
 from __future__ import annotations
@@ -49,8 +50,12 @@ def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict
     return answer
 
 
-def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]], *, cpu_seconds: Callable[[Mapping[str, Any]], int]) -> None:
-    """The child's side: one request from stdin, one answer to stdout, under limits. `cpu_seconds`: what a request may take."""
+def serve(
+    answer: Callable[[Mapping[str, Any]], dict[str, Any]], *, cpu_seconds: Callable[[Mapping[str, Any]], int]
+) -> None:
+    """The child's side: one request from stdin, one answer to stdout, under limits. `cpu_seconds`: what a request may
+    take.
+    """
     request = json.load(sys.stdin)
     try:
         import resource  # not everywhere

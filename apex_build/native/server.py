@@ -1,4 +1,6 @@
-"""llama-server for the length of a `with` block: on the loopback, on a port the system picks, gone at the end whatever happens."""
+"""llama-server for the length of a `with` block: on the loopback, on a port the system picks, gone at the end whatever
+happens.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ _LARGEST_ANSWER = 64 << 20
 _LOG_READ = 4 << 20
 _LOG_WAIT = 10.0  # seconds that lines of the log, written by a thread of the server's own, may come after the answer
 
-# The server parses even a plain completion as a chat message, and answers 500 when a (small, or badly quantized) model wrote
-# bytes that are not UTF-8. A parser that matches the empty string prevents it; `content` stays as it is. See common/peg-parser.cpp.
+# The server parses even a plain completion as a chat message, and answers 500 when a (small, or badly quantized) model
+# wrote bytes that are not UTF-8. A parser that matches the empty string prevents it; `content` stays as it is. See
+# common/peg-parser.cpp.
 _NO_PARSER = json.dumps({"parsers": [{"type": "epsilon"}], "rules": {}, "root": 0})
 
 
@@ -38,8 +41,8 @@ _NO_PARSER = json.dumps({"parsers": [{"type": "epsilon"}], "rules": {}, "root": 
 class Draft:
     """One draft: the tokens of it that were accepted, from its beginning, and all of them.
 
-    `evaluations`: how often the trunk was evaluated for it. More than once where the memory of the model cannot go back into
-    the draft: the server then evaluates the accepted tokens again, and the one that the trunk wrote after them.
+    `evaluations`: how often the trunk was evaluated for it. More than once where the memory of the model cannot go back
+    into the draft: the server then evaluates the accepted tokens again, and the one that the trunk wrote after them.
     """
 
     accepted: int
@@ -67,18 +70,26 @@ class Server:
     def completion(
         self, prompt: str, *, n_predict: int, temperature: float = 0.0, timeout: float = 600.0, **options: Any
     ) -> dict[str, Any]:
-        """POST /completion. The answer has `content` and `timings`, with `draft_n` and `draft_n_accepted` where drafts were made.
+        """POST /completion. The answer has `content` and `timings`, with `draft_n` and `draft_n_accepted` where drafts
+        were made.
 
-        `options` are further fields of the request (seed, cache_prompt, stop, ...). Raises ToolFailed, ToolKilled, ToolTimeout.
+        `options` are further fields of the request (seed, cache_prompt, stop, ...). Raises ToolFailed, ToolKilled,
+        ToolTimeout.
         """
-        body = {"prompt": prompt, "n_predict": n_predict, "temperature": temperature, "chat_parser": _NO_PARSER, **options}
+        body = {
+            "prompt": prompt,
+            "n_predict": n_predict,
+            "temperature": temperature,
+            "chat_parser": _NO_PARSER,
+            **options,
+        }
         return self.post("/completion", body, timeout=timeout)
 
     def drafts(self, answer: dict[str, Any], since: int) -> tuple[Draft, ...] | None:
         """The drafts behind a completion, in their order; `since` is what `printed` gave before it was asked for.
 
-        None where the server does not tell: a llama.cpp before LLAMA_TRACE. For one slot and one request at a time. Raises
-        ToolFailed where the drafts that it printed are not those that it counted.
+        None where the server does not tell: a llama.cpp before LLAMA_TRACE. For one slot and one request at a time.
+        Raises ToolFailed where the drafts that it printed are not those that it counted.
         """
         counted = int(answer["timings"].get("draft_n", 0))
         deadline = time.monotonic() + _LOG_WAIT
@@ -104,16 +115,21 @@ class Server:
         return self.output.stat().st_size
 
     def check_room(self, prompts: Iterable[tuple[str, str]], n_predict: int) -> None:
-        """Raises EvaluationRefused for the first prompt (name, text) that leaves no room for `n_predict` tokens after it."""
+        """Raises EvaluationRefused for the first prompt (name, text) that leaves no room for `n_predict` tokens after
+        it.
+        """
         context = int(self.get("/props")["default_generation_settings"]["n_ctx"])
         for name, text in prompts:
             # as /completion does it
-            tokens = len(self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
+            tokens = len(
+                self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+            )
             if tokens + n_predict > context:
                 raise EvaluationRefused(
                     f"{name}: the prompt has {tokens} tokens, and {n_predict} are to be written after it, "
                     f"but the context holds {context}",
-                    hint="shorten the prompt or leave it out, or, for a model trained with more: --set EVALUATOR.context=4096",
+                    hint="shorten the prompt or leave it out, or, for a model trained with more: --set "
+                    "EVALUATOR.context=4096",
                 )
 
     @contextmanager
@@ -166,11 +182,12 @@ def serve(
     ready_within: float = 600.0,
     memory: int | None = None,
 ) -> Iterator[Server]:
-    """Start llama-server on `model`, wait until it answers, and end it (its whole process group) when the block ends in any way.
+    """Start llama-server on `model`, wait until it answers, and end it (its whole process group) when the block ends in
+    any way.
 
-    `arguments`: such as ("--spec-type", "draft-mtp", "--spec-draft-n-max", "2", "-np", "1"). `log` keeps what it prints. `memory`:
-    bytes that it may take, beside the model's file.
-    Raises ToolTimeout where it is not ready within `ready_within` seconds, ToolFailed or ToolKilled where it ends instead.
+    `arguments`: such as ("--spec-type", "draft-mtp", "--spec-draft-n-max", "2", "-np", "1"). `log` keeps what it
+    prints. `memory`: bytes that it may take, beside the model's file. Raises ToolTimeout where it is not ready within
+    `ready_within` seconds, ToolFailed or ToolKilled where it ends instead.
     """
     command = [
         str(toolset.tool("llama-server")),
@@ -188,7 +205,12 @@ def serve(
 
 @contextmanager
 def _serve(command: Sequence[str], log: Path | None, ready_within: float, memory: int | None) -> Iterator[Server]:
-    with scratch_folder("server") as scratch, scratch_folder("run") as folder, unwinding_signals(), ExitStack() as stack:
+    with (
+        scratch_folder("server") as scratch,
+        scratch_folder("run") as folder,
+        unwinding_signals(),
+        ExitStack() as stack,
+    ):
         path = log or scratch / "llama-server.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as output:  # a file, not a pipe: the server never blocks on it
@@ -207,10 +229,14 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float, memory
 
 
 def request(address: str, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, bytes]:
-    """Status and body of an answer. Raises TimeoutError where it is not there as a whole in time, however it comes in drops."""
+    """Status and body of an answer. Raises TimeoutError where it is not there as a whole in time, however it comes in
+    drops.
+    """
     host, _, port = address.removeprefix("http://").partition(":")
     deadline = time.monotonic() + timeout
-    connection = http.client.HTTPConnection(host, int(port), timeout=timeout)  # never through a proxy: it is this machine's own
+    connection = http.client.HTTPConnection(
+        host, int(port), timeout=timeout
+    )  # never through a proxy: it is this machine's own
     try:
         connection.connect()
         expired = threading.Event()
@@ -241,7 +267,8 @@ def request(address: str, method: str, path: str, body: bytes | None, timeout: f
 
 
 def drafts_printed(lines: Iterable[str]) -> tuple[Draft, ...]:
-    """Drafts in what llama-server prints under LLAMA_TRACE: `accepted 1/2 draft tokens` (update_slots in server-context.cpp).
+    """Drafts in what llama-server prints under LLAMA_TRACE: `accepted 1/2 draft tokens` (update_slots in
+    server-context.cpp).
 
     A line with `(restore checkpoint)` is followed by one about the same draft, cut to what was accepted.
     """
@@ -262,7 +289,9 @@ def _wait_ready(process: subprocess.Popen[bytes], output: Path, log: Path | None
     address = None
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise failure("llama-server", process.returncode, _lines(output), log, explain)  # a code of 0 too: it was to stay
+            raise failure(
+                "llama-server", process.returncode, _lines(output), log, explain
+            )  # a code of 0 too: it was to stay
         if address is None and (found := _LISTENING.findall("\n".join(_lines(output)))):
             address = str(found[-1])
         if address is not None and _healthy(address):

@@ -16,7 +16,9 @@ from pathlib import Path
 _OPTIONS = ("AIP_", "GGML_", "LLAMA_", "MTMD_")
 _CODE = ("CUDA_INJECTION", "GCONV_PATH", "GLIBC_TUNABLES", "HF_", "LD_", "MODEL_ENDPOINT")
 # The user may choose where memory is: results do not change.
-_KEPT = frozenset({"GGML_CUDA_ENABLE_UNIFIED_MEMORY", "GGML_CUDA_NO_PINNED", "GGML_CUDA_P2P", "GGML_CUDA_REGISTER_HOST"})
+_KEPT = frozenset(
+    {"GGML_CUDA_ENABLE_UNIFIED_MEMORY", "GGML_CUDA_NO_PINNED", "GGML_CUDA_P2P", "GGML_CUDA_REGISTER_HOST"}
+)
 _LOOKS = 5
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # For systems whose setpriv cannot bind a process to its parent: the same in Python.
@@ -32,7 +34,8 @@ def is_tool(program: Path) -> bool:
 
 
 def environment(program: Path, added: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The environment for a program: ours, less what would change a tool of llama.cpp unseen: its options, arithmetic or code.
+    """The environment for a program: ours, less what would change a tool of llama.cpp unseen: its options, arithmetic
+    or code.
 
     `added` comes on top; None takes a name out.
     """
@@ -43,8 +46,8 @@ def environment(program: Path, added: Mapping[str, str | None] | None = None) ->
         if folders := library_folders(program.parent):
             given["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, folders))
         if not any(name in given for name in _WAITING) and cores_are_shared():
-            # OpenMP's threads spin at each barrier: beside other work on the same cores that slows a tool down a hundred times.
-            # On idle cores it is sleeping that costs: a small model writes a quarter of the tokens.
+            # OpenMP's threads spin at each barrier: beside other work on the same cores that slows a tool down a
+            # hundred times. On idle cores it is sleeping that costs: a small model writes a quarter of the tokens.
             given["OMP_WAIT_POLICY"] = "passive"
     return {name: value for name, value in {**given, **(added or {})}.items() if value is not None}
 
@@ -67,7 +70,8 @@ def cores_are_shared() -> bool:
 
 
 def library_folders(bin: Path) -> tuple[Path, ...]:
-    """Folders of LD_LIBRARY_PATH that tools in `bin` cannot do without, such as that of the GPU's driver in a container.
+    """Folders of LD_LIBRARY_PATH that tools in `bin` cannot do without, such as that of the GPU's driver in a
+    container.
 
     The build's own libraries come first, so that no other library takes the place of one of them.
     """
@@ -81,7 +85,9 @@ def library_folders(bin: Path) -> tuple[Path, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _lacking(bin: Path) -> frozenset[str]:
-    """Libraries that the loader does not find by itself for the tools in `bin` and their backends, by the names they ask for."""
+    """Libraries that the loader does not find by itself for the tools in `bin` and their backends, by the names they
+    ask for.
+    """
     program = bin / "llama-quantize"
     if not program.is_file():
         return frozenset()
@@ -114,6 +120,10 @@ def bound(signal_name: str = "KILL") -> tuple[str, ...]:
     """
     found = shutil.which("setpriv")
     prefix = (found, "--pdeathsig", signal_name, "--") if found else ()
-    if prefix and subprocess.run([*prefix, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0:
+    if (
+        prefix
+        and subprocess.run([*prefix, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode
+        == 0
+    ):
         return prefix
     return (sys.executable, "-I", "-S", "-c", _BIND, signal_name)

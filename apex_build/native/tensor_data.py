@@ -1,4 +1,6 @@
-"""Tensor data by this build's libggml: is it valid, what numbers does it hold, and what would the library make of given numbers?"""
+"""Tensor data by this build's libggml: is it valid, what numbers does it hold, and what would the library make of given
+numbers?
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ class Codec:
         return type_name in (*_PLAIN, "BF16") or self._decoder(type_name) is not None
 
     def encode(self, type_name: str, rows: Floats, weights: Floats | None) -> Bytes:
-        """What ggml_quantize_chunk makes of rows that share one row of importance `weights`. It aborts on NaN and infinity."""
+        """What ggml_quantize_chunk makes of rows that share one row of importance `weights`. It aborts on NaN and
+        infinity.
+        """
         number = int(gguf.GGMLQuantizationType[type_name])
         if weights is None and self.lib.ggml_quantize_requires_imatrix(number):
             weights = np.ones(rows.shape[1], dtype=np.float32)

@@ -71,7 +71,8 @@ def _digest(folder: Path) -> str:
 
 
 def find_toolset(path: Path | None = None) -> Toolset:
-    """The tools to use: `path`, or the folder that APEX_TOOLS names, or the build of the chosen pin that was last asked for.
+    """The tools to use: `path`, or the folder that APEX_TOOLS names, or the build of the chosen pin that was last asked
+    for.
 
     A given folder is one that `apex build` made, or the CMake build folder or `bin` folder of any llama.cpp build.
     Raises BuildMissing where there is none, or where files of it are gone or cut short.
@@ -85,7 +86,10 @@ def find_toolset(path: Path | None = None) -> Toolset:
         wrong, pin = _pointers()[1], places.chosen_pin()
         if pin == places.DEFAULT_PIN:
             raise BuildMissing("; ".join(wrong) or "the native tools have not been built", hint=_HINT)
-        missing = f"the native tools of the pin {pin} have not been built, and {places.PIN_VARIABLE} or apex.toml asks for them"
+        missing = (
+            f"the native tools of the pin {pin} have not been built, and {places.PIN_VARIABLE} or apex.toml "
+            "asks for them"
+        )
         raise BuildMissing("; ".join(wrong) or missing, hint=f"apex build --pin {pin}")
     return open_build(current)
 
@@ -100,7 +104,9 @@ def current_build(pin: str = "") -> Path | None:
 
 
 def _pointers(pin: str = "") -> tuple[list[tuple[float, str]], list[str]]:
-    """When each build of the pin that is in use was asked for last, with its key; and what is wrong with damaged pointers."""
+    """When each build of the pin that is in use was asked for last, with its key; and what is wrong with damaged
+    pointers.
+    """
     found, wrong, pin = [], [], pin or places.chosen_pin_name()
     for path in sorted((places.cache_root() / "builds").glob("current-*.json")):
         try:
@@ -125,7 +131,12 @@ def misshapen(manifest: Mapping[str, Any]) -> str:
     if count is not None and (type(count) is not int or not 0 < count <= _MOST_TYPES):
         return f"ggml_type_count is {count!r:.40}"
     for name, about in manifest.get("files", {}).items():
-        if not isinstance(about, dict) or type(about.get("size")) is not int or ".." in name.split("/") or name.startswith("/"):
+        if (
+            not isinstance(about, dict)
+            or type(about.get("size")) is not int
+            or ".." in name.split("/")
+            or name.startswith("/")
+        ):
             return f"what it says of {name!r:.80}"
     return ""
 
@@ -144,7 +155,9 @@ def open_build(root: Path) -> Toolset:
         except OSError:
             raise BuildMissing(f"the build in {root} is damaged: {name} is gone", hint=_HINT) from None
         if size != about["size"]:
-            raise BuildMissing(f"the build in {root} is damaged: {name} has {size} bytes, expected {about['size']}", hint=_HINT)
+            raise BuildMissing(
+                f"the build in {root} is damaged: {name} has {size} bytes, expected {about['size']}", hint=_HINT
+            )
     return Toolset(root, manifest)
 
 

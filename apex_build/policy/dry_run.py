@@ -1,4 +1,6 @@
-"""Asking llama-quantize itself, without writing anything: its base types, what it quantizes, what type each tensor would get."""
+"""Asking llama-quantize itself, without writing anything: its base types, what it quantizes, what type each tensor
+would get.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ class DryRun:
 
 
 def dry_run(model: Model, base_type: str, rules: str, tools: Toolset, *, calibrated: bool = False) -> DryRun:
-    """`llama-quantize --dry-run` with these rules. The mixtures of some base types depend on whether an imatrix is given, not on
-    what is in it: `calibrated` gives one that is empty but for a name.
+    """`llama-quantize --dry-run` with these rules. The mixtures of some base types depend on whether an imatrix is
+    given, not on what is in it: `calibrated` gives one that is empty but for a name.
 
     Raises TypeUnknown for a base type it does not know, ShapeUnfit, and ToolFailed.
     """
@@ -51,15 +53,19 @@ def dry_run(model: Model, base_type: str, rules: str, tools: Toolset, *, calibra
     size = quantized_size(lines)
     tensors = {line.name: line for line in tensor_lines(lines)}
     if size is None or tensors.keys() != {tensor.name for tensor in model.tensors}:
-        raise PlanMismatch(f"llama-quantize --dry-run listed {len(tensors)} tensors of {model.path}, expected {len(model.tensors)}")
+        raise PlanMismatch(
+            f"llama-quantize --dry-run listed {len(tensors)} tensors of {model.path}, expected {len(model.tensors)}"
+        )
     return DryRun(tensors, {fallback.name: fallback for fallback in fallbacks(lines)}, size[0])
 
 
 def quantizable_tensors(model: Model, tools: Toolset) -> frozenset[str]:
-    """Names of the tensors whose type llama-quantize changes when it is asked to; all others it copies, whatever the rules say.
+    """Names of the tensors whose type llama-quantize changes when it is asked to; all others it copies, whatever the
+    rules say.
 
-    Asked of the tool, once for a model and a build: to a type that is not quantized it converts exactly those, and a tensor that
-    has that type already shows in the run to the other. (`gguf_model.quantizable` says it of a model without a build.)
+    Asked of the tool, once for a model and a build: to a type that is not quantized it converts exactly those, and a
+    tensor that has that type already shows in the run to the other. (`gguf_model.quantizable` says it of a model
+    without a build.)
     """
     key = (files_of(model), tools)
     if key not in _asked:
@@ -126,7 +132,9 @@ def _written(path: Path, text: str) -> Path:
 
 
 def _empty_imatrix(path: Path) -> Path:
-    """An imatrix that llama-quantize loads, with one entry of no model: a dry run looks at no more than that there is one."""
+    """An imatrix that llama-quantize loads, with one entry of no model: a dry run looks at no more than that there is
+    one.
+    """
     import numpy as np
 
     writer = gguf.GGUFWriter(path, "")

@@ -1,8 +1,10 @@
-"""Lists of types that people share: llama.cpp's --tensor-type-file, ik_llama.cpp's --custom-q, and recipes in their style.
+"""Lists of types that people share: llama.cpp's --tensor-type-file, ik_llama.cpp's --custom-q, and recipes in their
+style.
 
-All are `regex=type`. They stand one a line or several with commas or spaces between them; `#` begins a comment; the case of types
-does not count, and that of patterns neither, as llama-quantize lower-cases them. A pattern is searched in a tensor's name, and the
-first that is found decides: so the lists are taken as they are, and a rule may find any number of tensors, or none.
+All are `regex=type`. They stand one a line or several with commas or spaces between them; `#` begins a comment; the
+case of types does not count, and that of patterns neither, as llama-quantize lower-cases them. A pattern is searched in
+a tensor's name, and the first that is found decides: so the lists are taken as they are, and a rule may find any number
+of tensors, or none.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def own_types() -> PolicySpec:
 
 
 def read_list(path: Path, ggml: Ggml) -> TypeList:
-    """Raises TemplateFailed for a file or line that is not a list of rules, TypeUnknown naming every line of unknown type."""
+    """Raises TemplateFailed for a file or line that is not a list of rules, TypeUnknown naming every line of unknown
+    type.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -50,7 +54,9 @@ def read_list(path: Path, ggml: Ggml) -> TypeList:
         hint = f"--tensor-types reads a list; to write the plan's rules: apex plan --write-rules {path.name}"
         raise TemplateFailed(f"{path}: cannot be read: {error.strerror or error}", hint=hint) from None
     except UnicodeDecodeError:
-        raise TemplateFailed(f"{path}: not a list of types: not text", hint=f"apex inspect {path}  says what it may be") from None
+        raise TemplateFailed(
+            f"{path}: not a list of types: not text", hint=f"apex inspect {path}  says what it may be"
+        ) from None
     if len(raw) > MAX_BYTES:
         raise TemplateFailed(f"{path}: a list of more than {MAX_BYTES >> 20} MiB is not believable")
     rules: list[Rule] = []
@@ -102,7 +108,8 @@ def _words(text: str, path: Path) -> Iterator[tuple[str, str, str]]:
 def _checked(pattern: str, where: str) -> str:
     if _CLASS.search(pattern):
         raise TemplateFailed(
-            f"{where}: '{pattern}': llama-quantize lower-cases patterns, which turns {_CLASS.findall(pattern)[0]} around"
+            f"{where}: '{pattern}': llama-quantize lower-cases patterns, which turns {_CLASS.findall(pattern)[0]} "
+            "around"
         )
     try:
         re.compile(pattern.lower())
@@ -112,4 +119,6 @@ def _checked(pattern: str, where: str) -> str:
 
 
 def _of_another(hint: str | None) -> str:
-    return f"types of other programs, such as ik_llama.cpp's iq4_k, cannot be written by this llama-quantize. {hint or ''}".strip()
+    return (
+        f"types of other programs, such as ik_llama.cpp's iq4_k, cannot be written by this llama-quantize. {hint or ''}"
+    ).strip()

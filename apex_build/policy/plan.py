@@ -29,8 +29,9 @@ KEPT = "kept"
 class Entry:
     """One tensor of a plan, in the model's order.
 
-    `source` says who decided: the rule's line, 'mixture' (llama-quantize's own choice for the base type), or 'kept' (a tensor that
-    it never quantizes). `fallback` is the type that was asked for, where the shape cannot hold it and llama-quantize takes `type`.
+    `source` says who decided: the rule's line, 'mixture' (llama-quantize's own choice for the base type), or 'kept' (a
+    tensor that it never quantizes). `fallback` is the type that was asked for, where the shape cannot hold it and
+    llama-quantize takes `type`.
     """
 
     name: str
@@ -54,7 +55,8 @@ class Entry:
 class Plan:
     """What `llama-quantize --tensor-type-file RULES [--imatrix F] MODEL OUT BASE_TYPE` will write.
 
-    `identity` is a sha256 over what decides about the output: base type, rules, whether there is an imatrix, and all entries.
+    `identity` is a sha256 over what decides about the output: base type, rules, whether there is an imatrix, and all
+    entries.
     """
 
     policy: str
@@ -99,8 +101,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a plan is asked for with. `parameters`: values given by the user, as text or typed; the others take their defaults.
-    `imatrix`: there is one; a calibrated policy is planned as with one, also while there is none yet."""
+    """What a plan is asked for with. `parameters`: values given by the user, as text or typed; the others take their
+    defaults. `imatrix`: there is one; a calibrated policy is planned as with one, also while there is none yet.
+    """
 
     parameters: Mapping[str, Value]
     imatrix: bool = False
@@ -129,13 +132,14 @@ def make_plans(
     types: TypeList | None = None,
     report: Report = silent,
 ) -> list[Plan | ShapeUnfit]:
-    """Render the policy for the model and have llama-quantize say what it would do with it; ShapeUnfit where it would do nothing.
+    """Render the policy for the model and have llama-quantize say what it would do with it; ShapeUnfit where it would
+    do nothing.
 
     Two child processes for the templates and the patterns of all of them, and a run of the tool for each that differs.
     `types`: a user's list, whose rules come before the policy's.
 
-    Raises ParameterUnknown, TypeUnknown, TemplateFailed, TemplateUnsafe, ToolFailed; PlanMismatch where llama-quantize would not
-    do what the rules say.
+    Raises ParameterUnknown, TypeUnknown, TemplateFailed, TemplateUnsafe, ToolFailed; PlanMismatch where llama-quantize
+    would not do what the rules say.
     """
     ggml = Ggml(tools)
     values = [resolve(policy, one.parameters, ggml) for one in wanted]
@@ -187,7 +191,15 @@ class _Asked:
         calibrated = wanted.imatrix or policy.calibrated
         run = self._run(base_type, rules_text(rules), calibrated)
         entries = tuple(
-            _entry(tensor, run, deciding.get(tensor.name), tensor.name in quantizable, base_type, ggml, types.get(tensor.name))
+            _entry(
+                tensor,
+                run,
+                deciding.get(tensor.name),
+                tensor.name in quantizable,
+                base_type,
+                ggml,
+                types.get(tensor.name),
+            )
             for tensor in model.tensors
         )
         identity = _identity(base_type, rules, calibrated, entries)
@@ -238,7 +250,8 @@ def _entry(
         expected, source = fallen.wanted if fallen else line.target, MIXTURE
     if line.target != (fallen.taken if fallen else expected) or (fallen and fallen.wanted != expected):
         raise PlanMismatch(
-            f"{tensor.name}: {rule.where if rule else 'no rule'} says {expected}, but llama-quantize would write {line.target}",
+            f"{tensor.name}: {rule.where if rule else 'no rule'} says {expected}, but llama-quantize would write "
+            f"{line.target}",
             hint=f"rules need a quantized base type, and it is {base_type}: --set base_type=Q8_0"
             if line.target == base_type
             else None,
@@ -262,4 +275,6 @@ def _entry(
 
 def _identity(base_type: str, rules: Sequence[Rule], calibrated: bool, entries: Sequence[Entry]) -> str:
     tensors = [[entry.name, entry.shape, entry.from_type, entry.type] for entry in entries]
-    return sha256_json({"base_type": base_type, "calibrated": calibrated, "rules": rules_text(rules), "tensors": tensors})
+    return sha256_json(
+        {"base_type": base_type, "calibrated": calibrated, "rules": rules_text(rules), "tensors": tensors}
+    )

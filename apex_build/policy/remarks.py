@@ -1,4 +1,6 @@
-"""What a plan leaves to chance or had to change, for a user: shapes that cannot hold their type, tensors that no rule names."""
+"""What a plan leaves to chance or had to change, for a user: shapes that cannot hold their type, tensors that no rule
+names.
+"""
 
 from __future__ import annotations
 

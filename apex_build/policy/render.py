@@ -1,4 +1,6 @@
-"""A policy and a model give the lines of the rules; the rules find tensors. Both in a child process with limits (sandbox.py)."""
+"""A policy and a model give the lines of the rules; the rules find tensors. Both in a child process with limits
+(sandbox.py).
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ _EXACT = re.compile(r"\^((?:[0-9A-Za-z_-]|\\[^0-9A-Za-z_])+)\$")  # see sandbox.
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered template. `lines`: each with where it was rendered, `FILE:LINE`; `idle`: the parameters, of those that the user
-    gave, whose value decides for no tensor: with any other value, the policy renders the same rules."""
+    """A rendered template. `lines`: each with where it was rendered, `FILE:LINE`; `idle`: the parameters, of those that
+    the user gave, whose value decides for no tensor: with any other value, the policy renders the same rules.
+    """
 
     lines: list[tuple[str, str]]
     idle: list[str]
@@ -36,9 +39,11 @@ def render_each(
     model: Model,
     quantizable: Collection[str],
 ) -> list[Rendered]:
-    """The policy rendered with each of these parameters (`parameters.resolve`), beside the names of those that the user gave.
+    """The policy rendered with each of these parameters (`parameters.resolve`), beside the names of those that the user
+    gave.
 
-    In one child process, however many there are. Raises TemplateFailed and TemplateUnsafe, naming the template's file and line.
+    In one child process, however many there are. Raises TemplateFailed and TemplateUnsafe, naming the template's file
+    and line.
     """
     source = "".join(file.read_text("utf-8") for file in template_files(policy))
     tried = [_tried(policy, values, names, source) for values, names in wanted]
@@ -61,14 +66,18 @@ def render_each(
         for file in {file for file, _ in rendered["places"] if file} - literal.keys():
             literal[file] = _lines_of(Path(file))
         lines = rendered["text"].split("\n")
-        placed = [(line, _where(line, file, at, literal)) for line, (file, at) in zip(lines, rendered["places"], strict=False)]
+        placed = [
+            (line, _where(line, file, at, literal)) for line, (file, at) in zip(lines, rendered["places"], strict=False)
+        ]
         names = [name for name, _ in others] if len(rendered["same"]) == len(others) else []
         reached = {name for name, same in zip(names, rendered["same"], strict=False) if not same}
         found.append(Rendered(placed, [name for name in dict.fromkeys(names) if name not in reached]))
     return found
 
 
-def render(policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]) -> list[tuple[str, str]]:
+def render(
+    policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]
+) -> list[tuple[str, str]]:
     """The lines alone, of one rendering."""
     return render_each(policy, [(values, ())], model, quantizable)[0].lines
 
@@ -82,9 +91,11 @@ def template_files(policy: PolicySpec) -> Iterator[Path]:
 
 
 def _tried(policy: PolicySpec, values: Mapping[str, Any], names: Iterable[str], source: str) -> list[tuple[str, Any]]:
-    """For those of these parameters that may decide for no tensor, other values to try, each beside the parameter's name.
+    """For those of these parameters that may decide for no tensor, other values to try, each beside the parameter's
+    name.
 
-    A text, which may have few values that a template takes, is not tried, nor what the template does not read at all (draft_loss).
+    A text, which may have few values that a template takes, is not tried, nor what the template does not read at all
+    (draft_loss).
     """
     return [
         (name, other)
@@ -132,7 +143,9 @@ def catalogue(model: Model, quantizable: Collection[str]) -> dict[str, Any]:
 
 
 def depth(model: Model, tensor: Tensor) -> int | None:
-    """Layers between a tensor and the nearest end of the trunk, 0 in the first and the last layer. None outside its blocks."""
+    """Layers between a tensor and the nearest end of the trunk, 0 in the first and the last layer. None outside its
+    blocks.
+    """
     if tensor.layer is None or tensor.draft_head:
         return None
     return min(tensor.layer, model.trunk_layers - 1 - tensor.layer)
@@ -185,7 +198,9 @@ def _lines_of(file: Path) -> dict[str, list[int]]:
 
 
 def _where(line: str, file: str, number: int, literal: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
-    """Jinja knows the statement a line came from; for a line that is in the template literally, its own number is better."""
+    """Jinja knows the statement a line came from; for a line that is in the template literally, its own number is
+    better.
+    """
     if line.strip() and file:
         numbers = literal[file].get(line.strip(), ())
         at = bisect.bisect_left(numbers, number)

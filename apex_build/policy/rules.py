@@ -1,8 +1,9 @@
-"""The rules of llama-quantize's --tensor-type-file: parsing what a template rendered, and refusing what would not do what it says.
+"""The rules of llama-quantize's --tensor-type-file: parsing what a template rendered, and refusing what would not do
+what it says.
 
-llama-quantize reads `pattern=type` words, lower-cases the pattern, and searches (not matches) it in each tensor's name; the first
-rule that is found wins. It knows no comments, and ignores a rule that finds nothing (tools/quantize/quantize.cpp,
-src/llama-quant.cpp).
+llama-quantize reads `pattern=type` words, lower-cases the pattern, and searches (not matches) it in each tensor's name;
+the first rule that is found wins. It knows no comments, and ignores a rule that finds nothing
+(tools/quantize/quantize.cpp, src/llama-quant.cpp).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Rule:
 
 
 def parse_rules(lines: Iterable[tuple[str, str]], ggml: Ggml) -> tuple[Rule, ...]:
-    """Rules from (text, place) lines. Blank lines and `# comments` are left out; `# optional` allows a rule to find no tensor.
+    """Rules from (text, place) lines. Blank lines and `# comments` are left out; `# optional` allows a rule to find no
+    tensor.
 
     Raises TemplateFailed for a line that is not a rule, TypeUnknown for its type; both name the place.
     """
@@ -75,12 +77,12 @@ def apply_rules(
     quantizable: Collection[str] | None = None,
     places: Mapping[str, Places] | None = None,
 ) -> dict[str, Rule]:
-    """Tensor name -> the rule that decides for it. Only tensors that would be quantized count (None: all). `places`: where the
-    patterns are found, if that is known (`render.find`).
+    """Tensor name -> the rule that decides for it. Only tensors that would be quantized count (None: all). `places`:
+    where the patterns are found, if that is known (`render.find`).
 
-    Raises TemplateFailed for a rule that finds no tensor, or finds by accident: one that cuts a word of a name (`attn_q` in
-    `attn_qkv`, `blk.1` in `blk.12`), or is not anchored and finds tensors of several roles. A pattern for a whole block is fine:
-    `blk\\.6\\.`.
+    Raises TemplateFailed for a rule that finds no tensor, or finds by accident: one that cuts a word of a name
+    (`attn_q` in `attn_qkv`, `blk.1` in `blk.12`), or is not anchored and finds tensors of several roles. A pattern for
+    a whole block is fine: `blk\\.6\\.`.
     """
     deciding: dict[str, Rule] = {}
     if places is None:
@@ -88,7 +90,9 @@ def apply_rules(
     for rule in rules:
         if not places[rule.pattern] and not rule.optional:
             hint = "end the line with '# optional' if that is right"
-            raise TemplateFailed(f"{rule.where}: the pattern '{rule.pattern}' is found in no tensor of the model", hint=hint)
+            raise TemplateFailed(
+                f"{rule.where}: the pattern '{rule.pattern}' is found in no tensor of the model", hint=hint
+            )
         found = [(tensors[index], start, end) for index, start, end in places[rule.pattern]]
         counted = [one for one in found if quantizable is None or one[0].name in quantizable]
         _refuse_accidents(rule, counted)
@@ -98,7 +102,9 @@ def apply_rules(
 
 
 def idle_rules(rules: Sequence[Rule], deciding: Mapping[str, Rule]) -> list[str]:
-    """Warnings for rules that decide for no tensor. A line for one tensor that an earlier one names too may be overruled."""
+    """Warnings for rules that decide for no tensor. A line for one tensor that an earlier one names too may be
+    overruled.
+    """
     used, named = {id(rule) for rule in deciding.values()}, {exactly(name) for name in deciding}
     idle = [rule for rule in rules if id(rule) not in used and not rule.optional and rule.pattern not in named]
     why = "earlier rules decide for those that it finds, or llama-quantize keeps them as they are"
@@ -106,7 +112,9 @@ def idle_rules(rules: Sequence[Rule], deciding: Mapping[str, Rule]) -> list[str]
 
 
 def fitted(deciding: Mapping[str, Rule], tensors: Sequence[Tensor], ggml: Ggml) -> tuple[tuple[str, Rule], ...]:
-    """For tensors whose rows cannot hold the type of their rule, a rule to stand before it: the nearest type that they can hold."""
+    """For tensors whose rows cannot hold the type of their rule, a rule to stand before it: the nearest type that they
+    can hold.
+    """
     return tuple(
         (tensor.name, Rule(exactly(tensor.name), _nearest(tensor, rule.type, ggml), rule.where))
         for tensor in tensors
@@ -144,7 +152,8 @@ def _refuse_accidents(rule: Rule, found: Sequence[tuple[Tensor, int, int]]) -> N
         if _inside_word(tensor.name, start) or _inside_word(tensor.name, end):
             raise TemplateFailed(
                 f"{rule.where}: the pattern '{rule.pattern}' also finds '{tensor.name}', in the middle of a word",
-                hint="anchor it and escape its dots: ^blk\\.3\\.attn_q\\.weight$ ; in a template, {{ tensor.name | exactly }}",
+                hint="anchor it and escape its dots: ^blk\\.3\\.attn_q\\.weight$ ; in a template, {{ tensor.name | "
+                "exactly }}",
             )
     if len(roles) > 1:
         names = ", ".join(f"{name} ({role})" for role, name in sorted(roles.items()))

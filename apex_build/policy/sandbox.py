@@ -1,4 +1,5 @@
-"""Runs a policy's template and patterns in a child process: `python -m apex_build.policy.sandbox`, see sandbox_child.py.
+"""Runs a policy's template and patterns in a child process: `python -m apex_build.policy.sandbox`, see
+sandbox_child.py.
 
 A template is untrusted, and so are the patterns that it renders: a regular expression can backtrack for years.
 """
@@ -37,8 +38,10 @@ class ModelView:
 
 @dataclass(frozen=True)
 class TensorView:
-    """What a template sees of a tensor. `depth`: layers between it and the nearest end of the trunk, 0 for the first and the last
-    layer; None outside the trunk's blocks. `quantizable`: llama-quantize would change its type. `shape`: row length first."""
+    """What a template sees of a tensor. `depth`: layers between it and the nearest end of the trunk, 0 for the first
+    and the last layer; None outside the trunk's blocks. `quantizable`: llama-quantize would change its type. `shape`:
+    row length first.
+    """
 
     name: str
     layer: int | None
@@ -81,7 +84,12 @@ class _Library(jinja2.BaseLoader):
         raise jinja2.TemplateNotFound(template, f"there is no template '{template}'; there are: {known}")
 
     def list_templates(self) -> list[str]:
-        found = ((plugin, path) for plugin, given in self._folders.items() for folder in given for path in folder.glob("*.jinja"))
+        found = (
+            (plugin, path)
+            for plugin, given in self._folders.items()
+            for folder in given
+            for path in folder.glob("*.jinja")
+        )
         return sorted(f"{plugin}/{path.name}" for plugin, path in found)
 
 
@@ -92,7 +100,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not super().is_safe_attribute(obj, attr, value):
-            # the sandbox itself gives an undefined value here, which some templates swallow (`is defined`, `default`); say no aloud
+            # the sandbox itself gives an undefined value here, which some templates swallow (`is defined`, `default`);
+            # say no aloud
             raise SecurityError(f"access to attribute '{attr}' of a '{type(obj).__name__}' is not allowed")
         return True
 
@@ -140,7 +149,9 @@ class TooMuch(Exception):
 
 
 def _place(stream: Iterator[str]) -> tuple[str, int]:
-    """File and line of the innermost template that a suspended rendering stands in, through includes, blocks and extends."""
+    """File and line of the innermost template that a suspended rendering stands in, through includes, blocks and
+    extends.
+    """
     place = ("", 0)
     following: Any = stream
     while isinstance(following, GeneratorType):
@@ -150,7 +161,9 @@ def _place(stream: Iterator[str]) -> tuple[str, int]:
         template = frame.f_globals.get("__jinja_template__")
         if isinstance(template, jinja2.Template):
             place = (template.filename or "", template.get_corresponding_lineno(frame.f_lineno))
-        following = following.gi_yieldfrom or frame.f_locals.get("gen")  # 'gen' is how compiled templates name an include
+        following = following.gi_yieldfrom or frame.f_locals.get(
+            "gen"
+        )  # 'gen' is how compiled templates name an include
     return place
 
 
@@ -167,7 +180,9 @@ def views(catalogue: Mapping[str, Any]) -> dict[str, Any]:
 def find(patterns: Sequence[str], names: Sequence[str]) -> list[list[tuple[int, int, int]]]:
     """For each pattern, (index of the name, start, end) of the first place in each name where it is found."""
     compiled = [re.compile(pattern) for pattern in patterns]
-    return [[(index, *match.span()) for index, name in enumerate(names) if (match := one.search(name))] for one in compiled]
+    return [
+        [(index, *match.span()) for index, name in enumerate(names) if (match := one.search(name))] for one in compiled
+    ]
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,11 +192,19 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
         except Exception as error:
             return _failed("failed", error)
     made, seen = environment(request["library"]), views(request["catalogue"])
-    return {"rendered": [_rendered(made, request["template"], {**seen, **one["parameters"]}, one) for one in request["renders"]]}
+    return {
+        "rendered": [
+            _rendered(made, request["template"], {**seen, **one["parameters"]}, one) for one in request["renders"]
+        ]
+    }
 
 
-def _rendered(made: jinja2.Environment, template: str, context: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """`text` and `places`, and `same`: for each variant of the parameters, whether it renders the rules that they do without it."""
+def _rendered(
+    made: jinja2.Environment, template: str, context: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`text` and `places`, and `same`: for each variant of the parameters, whether it renders the rules that they do
+    without it.
+    """
     try:
         text, places = render(made, template, context)
     except SecurityError as error:
@@ -196,7 +219,9 @@ def _rendered(made: jinja2.Environment, template: str, context: Mapping[str, Any
     except Exception as error:
         return _failed("failed", error)
     try:
-        same = [_rules(render(made, template, {**context, **variant})[0]) == _rules(text) for variant in wanted["variants"]]
+        same = [
+            _rules(render(made, template, {**context, **variant})[0]) == _rules(text) for variant in wanted["variants"]
+        ]
     except Exception:  # with a value that nobody asked for
         same = []
     return {"text": text, "places": places, "same": same}

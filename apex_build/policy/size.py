@@ -1,4 +1,5 @@
-"""The size in bytes of the file that llama-quantize will write: a header built from the input's, and the padded tensors.
+"""The size in bytes of the file that llama-quantize will write: a header built from the input's, and the padded
+tensors.
 
 Follows gguf_get_meta_size (ggml/src/gguf.cpp) and the writing loop of llama_model_quantize_impl (src/llama-quant.cpp).
 """
@@ -31,7 +32,8 @@ def file_size(plan: Plan, model: Model, added: Mapping[str, str | int | float | 
     header = model.headers[0]
     if header.alignment != GGUF_DEFAULT_ALIGNMENT:
         raise ModelInvalid(
-            f"{header.path}: general.alignment is {header.alignment}; llama-quantize copies that key but writes the tensors "
+            f"{header.path}: general.alignment is {header.alignment}; llama-quantize copies that key but writes the "
+            "tensors "
             f"at multiples of {GGUF_DEFAULT_ALIGNMENT}, a file that nothing can read"
         )
     keys = dict(header.key_bytes)
@@ -45,7 +47,10 @@ def file_size(plan: Plan, model: Model, added: Mapping[str, str | int | float | 
 
 def imatrix_keys(path: Path, imatrix: Imatrix) -> dict[str, str | int]:
     """The metadata that llama-quantize sets for `--imatrix path` (the path as it is given)."""
-    keys: dict[str, str | int] = {"quantize.imatrix.file": str(path), "quantize.imatrix.entries_count": len(imatrix.entries)}
+    keys: dict[str, str | int] = {
+        "quantize.imatrix.file": str(path),
+        "quantize.imatrix.entries_count": len(imatrix.entries),
+    }
     if imatrix.datasets:
         keys["quantize.imatrix.dataset"] = imatrix.datasets[0]
     if imatrix.chunk_count:

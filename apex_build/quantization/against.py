@@ -1,4 +1,6 @@
-"""A written file against its source: sampled rows of every tensor and every expert in it; and each row that is all zeros."""
+"""A written file against its source: sampled rows of every tensor and every expert in it; and each row that is all
+zeros.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +57,16 @@ def check_against(
 
 
 def not_compared(plan: Plan, reading: Codec) -> list[str]:
-    """Warnings for tensors that `check_against` cannot compare, for the library decodes one of their two types not at all."""
+    """Warnings for tensors that `check_against` cannot compare, for the library decodes one of their two types not at
+    all.
+    """
     blind: dict[str, list[str]] = {}
     for entry in plan.entries:
-        unknown = [name for name in (entry.from_type, entry.type) if entry.type != entry.from_type and not reading.decodes(name)]
+        unknown = [
+            name
+            for name in (entry.from_type, entry.type)
+            if entry.type != entry.from_type and not reading.decodes(name)
+        ]
         if unknown:
             blind.setdefault(unknown[0], []).append(entry.name)
     return [
@@ -69,20 +77,27 @@ def not_compared(plan: Plan, reading: Codec) -> list[str]:
     ]
 
 
-def _fault(entry: Entry, new: _Tensor, old: _Tensor, share: float, imatrix: Imatrix | None, reading: Codec) -> Fault | None:
+def _fault(
+    entry: Entry, new: _Tensor, old: _Tensor, share: float, imatrix: Imatrix | None, reading: Codec
+) -> Fault | None:
     matrices = entry.n_elements // math.prod(entry.shape[:2])
     of_matrix = len(new.rows) // matrices
     picked = sample(entry.name, len(new.rows), matrices, share)
     if entry.type == entry.from_type:
         same = (new.rows[picked] == old.rows[picked]).all(axis=1)
-        return None if same.all() else Fault(int(picked[np.flatnonzero(~same)[0]]), "it was to be copied, and is another")
+        return (
+            None if same.all() else Fault(int(picked[np.flatnonzero(~same)[0]]), "it was to be copied, and is another")
+        )
     kind = Kind(entry.type, reading, functools.cache(lambda: _weights(entry, matrices, imatrix)))
 
     def rows(numbers: Numbers) -> Rows | None:
         source = reading.decode(old.type, old.rows[numbers], entry.shape[0])
         return None if source is None else Rows(numbers, numbers // of_matrix, new.rows[numbers], source)
 
-    for numbers, runs in (*((piece, True) for piece in _pieces(picked, matrices, entry.shape[0])), (_zeros(new.rows), False)):
+    for numbers, runs in (
+        *((piece, True) for piece in _pieces(picked, matrices, entry.shape[0])),
+        (_zeros(new.rows), False),
+    ):
         for part in (numbers,) if runs else _cut(numbers, entry.shape[0]):
             if len(part) and (found := rows(part)) and (fault := find_fault(found, kind, runs=runs)):
                 return fault

@@ -1,7 +1,7 @@
 """Rows of a written tensor against the same rows of the source: what is far worse than its type makes it is found.
 
-Rows whose error is far over their type's (type_errors.py), and runs of columns that all became nearly nothing, are quantized once
-more with the same library and importance: a legitimate row comes out the same, to the bit.
+Rows whose error is far over their type's (type_errors.py), and runs of columns that all became nearly nothing, are
+quantized once more with the same library and importance: a legitimate row comes out the same, to the bit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Fault:
 
 
 def sample(name: str, n_rows: int, n_matrices: int, share: float) -> Numbers:
-    """Numbers of rows, the same count and evenly spaced in each matrix, from a place that differs from matrix to matrix."""
+    """Numbers of rows, the same count and evenly spaced in each matrix, from a place that differs from matrix to
+    matrix.
+    """
     of_matrix = n_rows // n_matrices
     count = min(of_matrix, max(LEAST_ROWS, round(share * of_matrix)))
     start = np.random.default_rng(zlib.crc32(name.encode())).random((n_matrices, 1))
@@ -56,7 +58,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a tensor was made with. `weights`: its importance, [matrices, columns]; asked for only where something is odd."""
+    """What a tensor was made with. `weights`: its importance, [matrices, columns]; asked for only where something is
+    odd.
+    """
 
     type: str
     codec: Codec
@@ -81,13 +85,17 @@ def find_fault(rows: Rows, kind: Kind, *, runs: bool = True) -> Fault | None:
         return Fault(int(rows.numbers[index]), f"{where} values that are not finite")
     over = np.sqrt(error) > far_over(kind.type) * np.sqrt(own) + _TINY
     if over.any():
-        worst = np.argsort(-np.where(over, error / np.maximum(own, 1e-38), 0), kind="stable")[: min(_LOOKED_AT, int(over.sum()))]
+        worst = np.argsort(-np.where(over, error / np.maximum(own, 1e-38), 0), kind="stable")[
+            : min(_LOOKED_AT, int(over.sum()))
+        ]
         for index in worst:
             again = np.sqrt(np.square(_once_more(rows, int(index), kind) - rows.source[index]).mean())
             actual, size = np.sqrt(error[index]), np.sqrt(own[index])
             if actual > _WORSE * again + _TINY:
                 is_, does = f"{actual / size:.2f}", f"{again / size:.2f}"
-                return Fault(int(rows.numbers[index]), f"its error is {is_} of its weights, where {kind.type} makes {does} of it")
+                return Fault(
+                    int(rows.numbers[index]), f"its error is {is_} of its weights, where {kind.type} makes {does} of it"
+                )
     return _lost_columns(rows, errors, squares, kind) if runs else None
 
 
@@ -106,7 +114,8 @@ def _lost_columns(rows: Rows, errors: Floats, squares: Floats, kind: Kind) -> Fa
         again = np.sqrt(np.square((_once_more(rows, index, kind) - rows.source[index])[part]).mean())
         if np.sqrt(errors[index, part].mean()) > _WORSE * again + _TINY:
             return Fault(
-                int(rows.numbers[index]), f"columns {part.start} to {part.stop - 1} are lost, which {kind.type} would keep"
+                int(rows.numbers[index]),
+                f"columns {part.start} to {part.stop - 1} are lost, which {kind.type} would keep",
             )
     return None
 

@@ -15,7 +15,9 @@ from apex_build.storage.digests import sha256_file
 
 @dataclass(frozen=True)
 class Data:
-    """An imatrix against a model. `warnings`: what is odd about it; `derived`: llama-quantize is given an examined copy."""
+    """An imatrix against a model. `warnings`: what is odd about it; `derived`: llama-quantize is given an examined
+    copy.
+    """
 
     path: Path
     sha256: str

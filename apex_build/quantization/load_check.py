@@ -1,8 +1,9 @@
-"""Can the built tools load a file? Asked of llama-perplexity, which loads a model without its weights to see what memory it needs.
+"""Can the built tools load a file? Asked of llama-perplexity, which loads a model without its weights to see what
+memory it needs.
 
-That reads the header and checks what a load checks (architecture, keys, every tensor and its shape, vocabulary, the graph), and
-takes 1.5 s for the 71 GB of a 35B-A3B. The tool is stopped there. A tool that does not say so continues and loads the model: that
-maps the file, and ends because the text is too short. No weight is multiplied in either case.
+That reads the header and checks what a load checks (architecture, keys, every tensor and its shape, vocabulary, the
+graph), and takes 1.5 s for the 71 GB of a 35B-A3B. The tool is stopped there. A tool that does not say so continues and
+loads the model: that maps the file, and ends because the text is too short. No weight is multiplied in either case.
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ from apex_build.native.toolset import Toolset
 from apex_build.storage.scratch import scratch_folder
 
 _KNOWN_TO_LOAD = re.compile(r"projected to use \d+ MiB|you need at least \d+ tokens")
-_OPTIONS = ("--ctx-size", "64", "--batch-size", "64", "--no-warmup", "--gpu-layers", "0", "--no-repack", "--threads", "1")
+_OPTIONS = (
+    "--ctx-size",
+    "64",
+    "--batch-size",
+    "64",
+    "--no-warmup",
+    "--gpu-layers",
+    "0",
+    "--no-repack",
+    "--threads",
+    "1",
+)
 _SECONDS = 1800.0  # where the file is loaded for real, from a slow disk
 
 
@@ -40,7 +52,9 @@ def doubts(model: Model, tools: Toolset | None) -> list[str]:
 
 
 def _in_library(text: str, tools: Toolset) -> bool:
-    """Whether the library holds this constant: a quick yes. Compilers merge and split short ones, so False proves nothing."""
+    """Whether the library holds this constant: a quick yes. Compilers merge and split short ones, so False proves
+    nothing.
+    """
     with tools.library("llama").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return data.find(text.encode() + b"\0") >= 0
 
@@ -83,7 +97,14 @@ def check_loads(model: Path, tools: Toolset, what: str = "") -> None:
     with scratch_folder("load") as scratch:
         text = scratch / "text.txt"
         text.write_text("x\n")
-        command: list[str | Path] = [tools.tool("llama-perplexity"), "--model", model.absolute(), "--file", text, *_OPTIONS]
+        command: list[str | Path] = [
+            tools.tool("llama-perplexity"),
+            "--model",
+            model.absolute(),
+            "--file",
+            text,
+            *_OPTIONS,
+        ]
         try:
             run_tool(command, on_line=watch, timeout=_SECONDS, check=True)
         except _Loads:
@@ -91,5 +112,7 @@ def check_loads(model: Path, tools: Toolset, what: str = "") -> None:
         except (ToolFailed, ToolKilled) as error:
             said = explain(lines)
             reason = said[0] if said else error.message
-            hint = (said[1] if said else None) or "apex inspect tells what is in a file; --no-load-check does without this"
+            hint = (
+                said[1] if said else None
+            ) or "apex inspect tells what is in a file; --no-load-check does without this"
             raise LoadFailed(f"{name}: llama.cpp cannot load it: {reason}", hint=hint) from None

@@ -1,9 +1,9 @@
 """Names of quantized files, as their readers understand them.
 
-Clients read the quantization from the end of a file's name, each by its own rule: the model hub's parser looks for the last
-name of a llama.cpp file type in it, with one group of letters behind it (`Q4_K_M_COMPACT`); llama.cpp's downloader takes the last
-word after `-` or `.`, of letters, digits and `_`. A tag TYPE_LETTERS at the end is one quantization for both, and differs for each
-policy and its parameters (tests/quantization/test_naming.py tries both).
+Clients read the quantization from the end of a file's name, each by its own rule: the model hub's parser looks for the
+last name of a llama.cpp file type in it, with one group of letters behind it (`Q4_K_M_COMPACT`); llama.cpp's downloader
+takes the last word after `-` or `.`, of letters, digits and `_`. A tag TYPE_LETTERS at the end is one quantization for
+both, and differs for each policy and its parameters (tests/quantization/test_naming.py tries both).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from apex_build.policy.plan import TYPE_LIST, Entry, Plan
 from apex_build.storage.digests import sha256_json
 
 TEMPLATE = "{model}-{tag}"
-# llama.cpp's file types: what parsers look for. A tensor type that is not among them takes its usual mixture's name: Q4_K is
-# Q4_K_M.
+# llama.cpp's file types: what parsers look for. A tensor type that is not among them takes its usual mixture's name:
+# Q4_K is Q4_K_M.
 _NAMES = """
 F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q2_K_S Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ1_S IQ1_M IQ2_XXS
 IQ2_XS IQ2_S IQ2_M IQ3_XS IQ3_XXS IQ3_S IQ3_M IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4_MOE NVFP4 Q1_0 Q2_0
@@ -38,8 +38,8 @@ _LETTERS = 4  # of the digest for parameters
 def type_of_most_weights(plan: Plan) -> str:
     """The file type for the name: what a person expects of size and quality.
 
-    By bytes a few weights in a larger type may outnumber all others: a 35B by i-micro has 39 % of its bytes in Q3_K and 32 % in
-    IQ1_M, and at 2.3 bits a weight nobody would call it Q3_K_M.
+    By bytes a few weights in a larger type may outnumber all others: a 35B by i-micro has 39 % of its bytes in Q3_K and
+    32 % in IQ1_M, and at 2.3 bits a weight nobody would call it Q3_K_M.
     """
     return _most(plan, lambda entry: entry.n_elements)
 
@@ -61,13 +61,19 @@ def file_type_of(tensor_type: str) -> str:
 
 
 def tag(plan: Plan, policy: PolicySpec) -> str:
-    """IQ2_XXS_INANO; with parameters that are not the defaults, four letters of their digest behind an X: IQ2_XXS_INANOXFKQB."""
+    """IQ2_XXS_INANO; with parameters that are not the defaults, four letters of their digest behind an X:
+    IQ2_XXS_INANOXFKQB.
+    """
     kind = type_of_most_weights(plan)
     letters = policy.name.replace("-", "").upper()
     if not _POLICY.fullmatch(policy.name):  # another policy may have the same letters
         letters = re.sub("[^A-Z]", "", letters) + _digest(policy.name)
     changed = changed_parameters(plan, policy)
-    said = {name for name, value in changed.items() if policy.base_type == f"{{{name}}}" and file_type_of(value.upper()) == kind}
+    said = {
+        name
+        for name, value in changed.items()
+        if policy.base_type == f"{{{name}}}" and file_type_of(value.upper()) == kind
+    }
     told = {name: value for name, value in changed.items() if name not in said}
     return f"{kind}_{letters}" + (f"X{_digest(sha256_json(told))}" if told else "")
 
@@ -89,7 +95,12 @@ def file_name(model: Path, plan: Plan, policy: PolicySpec, template: str = TEMPL
 
     Raises ParameterUnknown for another field, OutputUnwritable for an invalid name.
     """
-    fields = {"model": source_stem(model), "tag": tag(plan, policy), "type": type_of_most_weights(plan), "policy": policy.name}
+    fields = {
+        "model": source_stem(model),
+        "tag": tag(plan, policy),
+        "type": type_of_most_weights(plan),
+        "policy": policy.name,
+    }
 
     def fill(found: re.Match[str]) -> str:
         if found[1] not in fields:

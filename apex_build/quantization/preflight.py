@@ -1,4 +1,6 @@
-"""What is checked in seconds before hours of work: calibration data, shapes, the input's types, the output's folder, the disk."""
+"""What is checked in seconds before hours of work: calibration data, shapes, the input's types, the output's folder,
+the disk.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from apex_build.storage.artifacts import Artifact, Replace, check_free
 from apex_build.storage.disk import check_room
 from apex_build.storage.outputs import check_apart, check_place, with_manifest_and_log
 
-# llama-quantize makes no use of calibration data for these (src/llama-quant.cpp: ggml_quantize_chunk passes it on, they ignore it)
+# llama-quantize makes no use of calibration data for these (src/llama-quant.cpp: ggml_quantize_chunk passes it on, they
+# ignore it)
 _DATA_UNUSED = frozenset({"F32", "F16", "BF16", "Q8_0"})
 
 
@@ -41,7 +44,8 @@ def check_policy(policy: PolicySpec, model: Model, imatrix: Path | None) -> None
     if policy.calibrated and imatrix is None:
         raise DataMissing(
             f"policy '{policy.name}' is made for calibrated models, and no imatrix was given",
-            hint=f"{_calibrate(model)}, then --imatrix {_quoted(model.path.with_name(f'{model_stem(model.path)}.imatrix.gguf'))}",
+            hint=f"{_calibrate(model)}, then --imatrix "
+            f"{_quoted(model.path.with_name(f'{model_stem(model.path)}.imatrix.gguf'))}",
         )
 
 
@@ -51,13 +55,18 @@ def check_data(covered: Coverage, borrowed: Sequence[str]) -> list[str]:
     if borrowed:
         many = f" and {len(borrowed) - 1} others" if len(borrowed) > 1 else ""
         words.append(
-            f"{borrowed[0]}{many}: the imatrix has the experts fused where the model has them separate, or the reverse; used"
+            f"{borrowed[0]}{many}: the imatrix has the experts fused where the model has them separate, or the "
+            "reverse; used"
         )
     return words + disagreements(covered)
 
 
-def check_plan(plan: Plan, model: Model, covered: Coverage | None, policy: PolicySpec, ggml: Ggml, allowed: Allowed) -> list[str]:
-    """Raises AlreadyQuantized, ShapeUnfit, DataMissing, HeadRowsMismatch; returns warnings for what is allowed and worth a word."""
+def check_plan(
+    plan: Plan, model: Model, covered: Coverage | None, policy: PolicySpec, ggml: Ggml, allowed: Allowed
+) -> list[str]:
+    """Raises AlreadyQuantized, ShapeUnfit, DataMissing, HeadRowsMismatch; returns warnings for what is allowed and
+    worth a word.
+    """
     changed = [entry for entry in plan.entries if entry.type != entry.from_type]
     for entry in changed:
         if ggml.type_traits(entry.from_type).quantized and not allowed.requantize:
@@ -68,24 +77,30 @@ def check_plan(plan: Plan, model: Model, covered: Coverage | None, policy: Polic
     if plan.fallbacks and not (allowed.fallback or policy.fit):
         entry = plan.fallbacks[0]
         raise ShapeUnfit(
-            f"{entry.name}: rows of {entry.shape[0]} cannot be {entry.fallback}; llama-quantize would write {entry.type}",
+            f"{entry.name}: rows of {entry.shape[0]} cannot be {entry.fallback}; llama-quantize would write "
+            f"{entry.type}",
             hint=f"accept that with --allow-fallback (it concerns {len(plan.fallbacks)} tensors), or plan another type",
         )
     rows = check_head_rows(plan.entries, model, covered, allowed.head_rows) if covered is not None else []
     doubts = [f"llama.cpp cannot load {model.path} or what is made of it: {reason}" for reason in unsound(model)]
     if not trunk_blocks(model):
-        doubts.append(f"{model.path} holds a draft head alone: the tools load it beside its model only, so that is not tried")
+        doubts.append(
+            f"{model.path} holds a draft head alone: the tools load it beside its model only, so that is not tried"
+        )
     return [*doubts, *plan.warnings, *remarks(plan, ggml), *rows, *_data(changed, model, covered, policy, allowed)]
 
 
 def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, given: Rows | None) -> list[str]:
-    """Raises HeadRowsMismatch where data of the draft head would be used that is not of the rows that it was trained on.
+    """Raises HeadRowsMismatch where data of the draft head would be used that is not of the rows that it was trained
+    on.
 
-    No --allow-* option covers this: such a file looks fine and is not. `given`: rows that the user knows the head to be trained
-    on, instead of what is known of its architecture. Returns a warning where nothing is.
+    No --allow-* option covers this: such a file looks fine and is not. `given`: rows that the user knows the head to be
+    trained on, instead of what is known of its architecture. Returns a warning where nothing is.
     """
     with_data = {tensor.name for tensor in covered.head if tensor.has_data}
-    used = [entry for entry in entries if entry.name in with_data and entry.type not in (*_DATA_UNUSED, entry.from_type)]
+    used = [
+        entry for entry in entries if entry.name in with_data and entry.type not in (*_DATA_UNUSED, entry.from_type)
+    ]
     if not used:
         return []
     known, found = trained_on(model.architecture), covered.imatrix.head_rows
@@ -99,16 +114,21 @@ def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, g
     again = f"{_calibrate(model)} --force" + (f" --mtp-rows {CHOICE_OF[given]}" if given in CHOICE_OF else "")
     if found is None:
         raise HeadRowsMismatch(
-            f"{what} does not say of which hidden rows of the trunk it is: expected {expected}. Tools that do not record it "
+            f"{what} does not say of which hidden rows of the trunk it is: expected {expected}. Tools that do not "
+            "record it "
             "feed the heads of some models with the wrong ones",
             hint=again,
         )
     why = "as --mtp-rows says" if given else f"what heads of {model.architecture} were trained on"
-    trust = f"; or, if this model's head was trained on those: --mtp-rows {CHOICE_OF[found]}" if found in CHOICE_OF else ""
+    trust = (
+        f"; or, if this model's head was trained on those: --mtp-rows {CHOICE_OF[found]}" if found in CHOICE_OF else ""
+    )
     raise HeadRowsMismatch(f"{what} is of {found} rows: expected {expected}, {why}", hint=again + trust)
 
 
-def _data(changed: list[Entry], model: Model, covered: Coverage | None, policy: PolicySpec, allowed: Allowed) -> Iterator[str]:
+def _data(
+    changed: list[Entry], model: Model, covered: Coverage | None, policy: PolicySpec, allowed: Allowed
+) -> Iterator[str]:
     for entry in changed:
         if entry.needs_data and not (covered and covered.has_data(entry.name)):
             raise _refusal(entry, model, covered, policy, f"its type {entry.type} cannot be written without")
@@ -118,10 +138,16 @@ def _data(changed: list[Entry], model: Model, covered: Coverage | None, policy: 
     if blind and not allowed.uncalibrated:
         others = f" (and {len(blind) - 1} others)" if len(blind) > 1 else ""
         raise _refusal(
-            blind[0], model, covered, policy, f"it{others} would be quantized blindly, without a word from llama-quantize"
+            blind[0],
+            model,
+            covered,
+            policy,
+            f"it{others} would be quantized blindly, without a word from llama-quantize",
         )
     if blind:
-        yield f"{len(blind)} tensors are quantized without calibration data, {blind[0].name} ({blind[0].type}) among them"
+        yield (
+            f"{len(blind)} tensors are quantized without calibration data, {blind[0].name} ({blind[0].type}) among them"
+        )
     using = {entry.name for entry in changed if entry.type not in _DATA_UNUSED}
     partial = [tensor for tensor in covered.partial if tensor.name in using]
     # one line for each kind: a large model has hundreds of such tensors when the text was short

@@ -31,7 +31,9 @@ _LONGEST = 127  # of a --override-kv text: llama_model_kv_override.val_str in in
 def provenance(
     plan: Plan, policy: PolicySpec, model: Model, imatrix: str, tools: Toolset, head_rows: str | None = None
 ) -> dict[str, str]:
-    """Metadata keys and values; digests are sha256. `imatrix`: its digest; `head_rows`: those of its data for the draft head."""
+    """Metadata keys and values; digests are sha256. `imatrix`: its digest; `head_rows`: those of its data for the draft
+    head.
+    """
     given = {name: value for name, value in plan.parameters.items() if name in policy.parameters}
     changed = " ".join(f"{name}={value}" for name, value in given.items() if value != policy.parameters[name].default)
     keys = {
@@ -48,10 +50,11 @@ def provenance(
 
 
 def description(plan: Plan, model: Model, settings: Sequence[Setting], tools: Toolset) -> dict[str, Value]:
-    """What the file is and whose: its file type by most of its bytes, its size where the model does not say it, and `settings`.
+    """What the file is and whose: its file type by most of its bytes, its size where the model does not say it, and
+    `settings`.
 
-    llama-quantize itself would name the base type, of which a mixture may have hardly a tensor. Raises ParameterUnknown for what
-    cannot be set here.
+    llama-quantize itself would name the base type, of which a mixture may have hardly a tensor. Raises ParameterUnknown
+    for what cannot be set here.
     """
     keys: dict[str, Value] = {}
     if (number := base_types(tools).get(type_of_most_bytes(plan))) is not None:
@@ -64,7 +67,9 @@ def description(plan: Plan, model: Model, settings: Sequence[Setting], tools: To
                 f"--meta {one.key}: llama-quantize sets no lists, and no texts of more than {_LONGEST} bytes",
                 hint=f"set it when the model is made: apex convert --meta {one.key}=...",
             )
-        keys[one.key] = struct.unpack("f", struct.pack("f", one.value))[0] if isinstance(one.value, float) else one.value
+        keys[one.key] = (
+            struct.unpack("f", struct.pack("f", one.value))[0] if isinstance(one.value, float) else one.value
+        )
     return keys
 
 

@@ -78,7 +78,9 @@ class Job:
 
     @property
     def data_path(self) -> Path | None:
-        """The file that llama-quantize reads calibration data from: the imatrix, or its examined copy beside the output."""
+        """The file that llama-quantize reads calibration data from: the imatrix, or its examined copy beside the
+        output.
+        """
         if self.imatrix is None or not self.derived:
             return self.imatrix
         return self.out.absolute().parent / f"{self.imatrix.stem}.examined.gguf"
@@ -126,11 +128,12 @@ def prepare(
     plan: Plan | None = None,
     data: Data | None = None,
 ) -> Job:
-    """Plan a file and refuse what can be refused: see preflight. The output's place is checked by `check_outputs` and `run`.
+    """Plan a file and refuse what can be refused: see preflight. The output's place is checked by `check_outputs` and
+    `run`.
 
-    `metadata`: keys to set in the file. With `name` (see naming.file_name) `out` is the folder of a file that is named by its plan.
-    `types`: a list of types that goes before the policy's rules. `plan` and `data`: where the file has been planned, and its
-    imatrix read, already.
+    `metadata`: keys to set in the file. With `name` (see naming.file_name) `out` is the folder of a file that is named
+    by its plan. `types`: a list of types that goes before the policy's rules. `plan` and `data`: where the file has
+    been planned, and its imatrix read, already.
     """
     check_policy(policy, model, imatrix)
     if imatrix is not None and data is None:
@@ -162,7 +165,9 @@ def added_keys(job: Job, imatrix: Imatrix | None) -> dict[str, str | int | float
 
 
 def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -> list[str]:
-    """llama-quantize's command; to be run where the imatrix is found by its name, so that the file records that and no folder."""
+    """llama-quantize's command; to be run where the imatrix is found by its name, so that the file records that and no
+    folder.
+    """
     wanted = [str(job.tools.tool("llama-quantize")), "--tensor-type-file", str(rules)]
     if job.data_path is not None:
         wanted += ["--imatrix", job.data_path.name]
@@ -175,7 +180,9 @@ def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -
 
 
 def check_outputs(jobs: Sequence[Job], *, force: bool = False, replace: bool = False) -> None:
-    """Refuse what `run` would refuse of the last one before the first is written. Raises OutputUnwritable, DiskTooSmall."""
+    """Refuse what `run` would refuse of the last one before the first is written. Raises OutputUnwritable,
+    DiskTooSmall.
+    """
     taken: dict[Path, int] = {}
     may = _may_replace(force, replace)
     for job in jobs:
@@ -197,10 +204,10 @@ def run(
 ) -> Quantized:
     """Write, verify, put in place, with a manifest (`out` + .json) and a log (`out` + .log) beside it.
 
-    `load_check`: the tools load the model before anything is written, and the file before it is put in place.
-    A file made from the same parts is used again, unless `force`; another is replaced only with `force` or `replace`.
-    A run that fails or is interrupted leaves what was there before. Raises OutputUnwritable, DiskTooSmall, LoadFailed, ToolFailed,
-    ToolKilled, VerificationFailed.
+    `load_check`: the tools load the model before anything is written, and the file before it is put in place. A file
+    made from the same parts is used again, unless `force`; another is replaced only with `force` or `replace`. A run
+    that fails or is interrupted leaves what was there before. Raises OutputUnwritable, DiskTooSmall, LoadFailed,
+    ToolFailed, ToolKilled, VerificationFailed.
     """
     out = job.out
     sizes = {tensor.name: tensor.n_bytes for tensor in job.model.tensors}

@@ -58,7 +58,9 @@ def shards_of(out: Path) -> list[Path]:
 
 
 def recorded_shards(artifact: Artifact, size: str) -> tuple[Path, ...] | None:
-    """The shards of an earlier run, if the manifest says that they are of the same parts and size and they are all there."""
+    """The shards of an earlier run, if the manifest says that they are of the same parts and size and they are all
+    there.
+    """
     found = read_manifest(artifact.manifest_path)
     if found is None or found.identity != artifact.identity or found.details.get("split_size") != size.upper():
         return None
@@ -75,14 +77,19 @@ def check_shards_free(out: Path) -> None:
     found = read_manifest(beside(out, MANIFEST))
     ours = _named(found, out) if found else {}
     if odd := [path for path in shards_of(out) if path not in ours]:
-        raise OutputUnwritable(f"{odd[0]} exists and was made from something else", hint="another name, or --force to replace it")
+        raise OutputUnwritable(
+            f"{odd[0]} exists and was made from something else", hint="another name, or --force to replace it"
+        )
 
 
-def split(artifact: Artifact, size: str, tools: Toolset, *, force: bool = False, report: Report = silent) -> tuple[Path, ...]:
+def split(
+    artifact: Artifact, size: str, tools: Toolset, *, force: bool = False, report: Report = silent
+) -> tuple[Path, ...]:
     """Replace the finished file by its shards; the manifest beside it names them. One that is small enough stays whole.
 
-    The manifest names them before the first is there: a run that is cut short is taken up by the next, from the whole file, which
-    goes last. Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed; then the file is as it was.
+    The manifest names them before the first is there: a run that is cut short is taken up by the next, from the whole
+    file, which goes last. Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed; then the file is as it
+    was.
     """
     out = artifact.out
     if out.stat().st_size <= parse_size(size):
@@ -101,10 +108,14 @@ def split(artifact: Artifact, size: str, tools: Toolset, *, force: bool = False,
         whole = artifact.found()
         if whole is None:
             raise OutputUnwritable(f"{out} was replaced while it was being split")
-        shards = SplitRecord(size.upper(), tuple(Shard(path.name, path.stat().st_size, sha256_file(path)) for path in made))
+        shards = SplitRecord(
+            size.upper(), tuple(Shard(path.name, path.stat().st_size, sha256_file(path)) for path in made)
+        )
         write_json(artifact.manifest_path, replace(whole, details={**whole.details, **details_of(shards)}).json())
         try:
-            for path, place in reversed(list(zip(made, places, strict=True))):  # the first last: nothing loads the others without
+            for path, place in reversed(
+                list(zip(made, places, strict=True))
+            ):  # the first last: nothing loads the others without
                 put(path, place)
         except BaseException:
             for place in set(places) - there:

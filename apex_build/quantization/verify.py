@@ -1,4 +1,6 @@
-"""Is the written file what was planned? Types, sizes, metadata, every block of every tensor; then against.py, with the source."""
+"""Is the written file what was planned? Types, sizes, metadata, every block of every tensor; then against.py, with the
+source.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,11 @@ def _check_data(header: Header, plan: Plan, tools: Toolset, report: Report) -> N
     is_valid = validator(tools)
     done, total = 0, plan.n_bytes
     rows = {entry.name: entry.n_elements // entry.shape[0] for entry in plan.entries}
-    with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+    with (
+        header.path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as view,
+    ):
         for tensor in header.tensors:
             start = header.data_offset + tensor.offset
             row = tensor.n_bytes // rows[tensor.name]
@@ -69,6 +75,8 @@ def _check_data(header: Header, plan: Plan, tools: Toolset, report: Report) -> N
             for at in range(start, start + tensor.n_bytes, step):
                 with view[at : min(at + step, start + tensor.n_bytes)] as block:
                     if not is_valid(tensor.type, block):
-                        raise VerificationFailed(f"{header.path}: {tensor.name} ({tensor.type}) holds values that are not numbers")
+                        raise VerificationFailed(
+                            f"{header.path}: {tensor.name} ({tensor.type}) holds values that are not numbers"
+                        )
             done += tensor.n_bytes
             report(Step("verifying", done / 1e6, total / 1e6, "MB"))

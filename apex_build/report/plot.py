@@ -1,4 +1,6 @@
-"""Plots: points with intervals, named series, labels that keep out of each other's way. Needs matplotlib, the extra `report`."""
+"""Plots: points with intervals, named series, labels that keep out of each other's way. Needs matplotlib, the extra
+`report`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ _LOG_FROM = 3.0  # x values that differ by this factor are drawn on a logarithmi
 
 @dataclass(frozen=True)
 class Mark:
-    """A point. `y` None: it was refused, and is drawn at the bottom. Intervals are (low, high). `ring`: it is pointed out.
+    """A point. `y` None: it was refused, and is drawn at the bottom. Intervals are (low, high). `ring`: it is pointed
+    out.
 
     `inner` is a second interval in y, drawn thick: the paired difference's, around the point.
     """
@@ -60,7 +63,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """`lines`: horizontal ones, (y, name). `ring` and `inner` say in the legend what those are. `log_x` None: where it helps."""
+    """`lines`: horizontal ones, (y, name). `ring` and `inner` say in the legend what those are. `log_x` None: where it
+    helps.
+    """
 
     title: str
     x_label: str
@@ -82,7 +87,9 @@ def available() -> bool:
 
 
 def draw(chart: Chart, *outs: Path) -> None:
-    """Write the chart to files, of the formats that their names end in (.png, .svg). The same chart gives the same bytes."""
+    """Write the chart to files, of the formats that their names end in (.png, .svg). The same chart gives the same
+    bytes.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -112,7 +119,9 @@ def _draw(chart: Chart, figure: Figure, axes: Axes) -> None:
     ringed = [(mark.x, mark.y) for mark in marks if mark.ring and mark.y is not None]
     if ringed:
         xs, ys = zip(*ringed, strict=True)
-        axes.scatter(xs, ys, s=220, facecolors="none", edgecolors="black", linewidths=1.4, label=chart.ring or None, zorder=6)
+        axes.scatter(
+            xs, ys, s=220, facecolors="none", edgecolors="black", linewidths=1.4, label=chart.ring or None, zorder=6
+        )
     axes.set_title(chart.title)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
@@ -169,7 +178,10 @@ def _bars(intervals: Sequence[tuple[float, tuple[float, float] | None]]) -> list
     if not any(interval for _, interval in intervals):
         return None
     bounds = [(value, interval or (value, value)) for value, interval in intervals]
-    return [[max(0.0, value - low) for value, (low, _) in bounds], [max(0.0, high - value) for value, (_, high) in bounds]]
+    return [
+        [max(0.0, value - low) for value, (low, _) in bounds],
+        [max(0.0, high - value) for value, (_, high) in bounds],
+    ]
 
 
 def _refused(chart: Chart, axes: Axes, colors: dict[str, str]) -> None:
@@ -206,7 +218,9 @@ def _labels(chart: Chart, figure: Figure, axes: Axes, colors: dict[str, str]) ->
     for mark, color in sorted(wanted, key=lambda pair: not pair[0].ring):
         x, y = axes.transData.transform((mark.x, at_bottom if mark.y is None else mark.y))
         weight = "bold" if mark.ring else "normal"
-        text = axes.annotate(mark.label, (x, y), xycoords="figure pixels", fontsize=8, fontweight=weight, color=color, zorder=7)
+        text = axes.annotate(
+            mark.label, (x, y), xycoords="figure pixels", fontsize=8, fontweight=weight, color=color, zorder=7
+        )
         size = text.get_window_extent(renderer)
         boxes = []
         for distance, (right, up) in itertools.product(_DISTANCES, _DIRECTIONS):
@@ -214,9 +228,15 @@ def _labels(chart: Chart, figure: Figure, axes: Axes, colors: dict[str, str]) ->
             left = x + right * gap - (size.width * (1 - right) / 2)
             bottom = y + up * gap - (size.height * (1 - up) / 2)
             box = Bbox.from_bounds(left, bottom, size.width, size.height)
-            leader = _along((x, y), ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), 5 * scale)[2:-2] if distance > _NEAR else []
+            leader = (
+                _along((x, y), ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), 5 * scale)[2:-2]
+                if distance > _NEAR
+                else []
+            )
             crossed = sum(label.contains(*point) for point in leader for label in labels)
-            boxes.append((_cost(box, obstacles + labels, frame) + (distance * 2 + crossed * 40) * scale, distance, box, leader))
+            boxes.append(
+                (_cost(box, obstacles + labels, frame) + (distance * 2 + crossed * 40) * scale, distance, box, leader)
+            )
         _, distance, box, leader = min(boxes, key=lambda one: one[0])
         text.remove()
         labels.append(box)
@@ -249,7 +269,9 @@ def _obstacles(chart: Chart, axes: Axes, at_bottom: float, scale: float) -> list
                 if interval and mark.y is not None:
                     ends = [axes.transData.transform((mark.x, end) if along_y else (end, y)) for end in interval]
                     thin = 2 * scale
-                    boxes.append(Bbox.from_extents(ends[0][0] - thin, ends[0][1] - thin, ends[1][0] + thin, ends[1][1] + thin))
+                    boxes.append(
+                        Bbox.from_extents(ends[0][0] - thin, ends[0][1] - thin, ends[1][0] + thin, ends[1][1] + thin)
+                    )
         for (x0, y0), (x1, y1) in itertools.pairwise(points) if series.joined else ():
             for x, y in _along((x0, y0), (x1, y1), 5 * scale):
                 boxes.append(Bbox.from_extents(x - scale, y - scale, x + scale, y + scale))
@@ -272,6 +294,9 @@ def _cost(box: Bbox, obstacles: Sequence[Bbox], frame: Bbox) -> float:
         if width > 0 and height > 0:
             covered += width * height + 20
     outside: float = (
-        max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1) + max(0.0, frame.y0 - box.y0) + max(0.0, box.y1 - frame.y1)
+        max(0.0, frame.x0 - box.x0)
+        + max(0.0, box.x1 - frame.x1)
+        + max(0.0, frame.y0 - box.y0)
+        + max(0.0, box.y1 - frame.y1)
     )
     return covered + 100 * outside

@@ -15,8 +15,8 @@ from apex_build.storage.json_files import write_json
 
 @dataclass(frozen=True)
 class Record:
-    """What apex itself did in this tree, kept inside its `.git`: `made` maps commits that it made from patch files to the files'
-    sha256, `had` lists the sha256 of every patch file that was applied to this tree or saved from it.
+    """What apex itself did in this tree, kept inside its `.git`: `made` maps commits that it made from patch files to
+    the files' sha256, `had` lists the sha256 of every patch file that was applied to this tree or saved from it.
     """
 
     made: dict[str, str] = field(default_factory=dict)
@@ -25,8 +25,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Applied:
-    """`commits`: commit -> its patch, base to HEAD without merges; `commit_of`: name of a patch -> its commit; `unsaved`: (commit,
-    subject) that is a person's work the series does not hold; `complete`: the commits are the series, in order.
+    """`commits`: commit -> its patch, base to HEAD without merges; `commit_of`: name of a patch -> its commit;
+    `unsaved`: (commit, subject) that is a person's work the series does not hold; `complete`: the commits are the
+    series, in order.
     """
 
     base: str
@@ -38,7 +39,9 @@ class Applied:
 
 
 def find_applied(path: Path, series: Sequence[Patch]) -> Applied:
-    """A patch and a commit match when apex made one from the other here, or when they say the same (a rebase changes hashes)."""
+    """A patch and a commit match when apex made one from the other here, or when they say the same (a rebase changes
+    hashes).
+    """
     base, head = base_and_head(path)
     commits = format_patches(path, base, head)
     made = record(path).made
@@ -56,13 +59,18 @@ def find_applied(path: Path, series: Sequence[Patch]) -> Applied:
 
 
 def unsaved_work(path: Path, series: Sequence[Patch]) -> tuple[str, ...]:
-    """All that exists only in this tree, a line each: edits, new and ignored files, commits of any branch, tag or stash."""
+    """All that exists only in this tree, a line each: edits, new and ignored files, commits of any branch, tag or
+    stash.
+    """
     base, _head = base_and_head(path)
     edited, untracked = edits(path)
     lines = [f"edited: {name}" for name in edited] + [f"new: {name}" for name in untracked]
     ignored = git(path, "status", "--porcelain", "-z", "--ignored=matching", "--untracked-files=all").split("\0")
     lines += [f"ignored: {entry[3:]}" for entry in ignored if entry.startswith("!! ") and "__pycache__/" not in entry]
-    refs = ["HEAD", *git(path, "for-each-ref", "--format=%(objectname)", "refs/heads", "refs/stash", "refs/tags").split()]
+    refs = [
+        "HEAD",
+        *git(path, "for-each-ref", "--format=%(objectname)", "refs/heads", "refs/stash", "refs/tags").split(),
+    ]
     keys, made = {patch.key for patch in series}, record(path).made
     patches: dict[str, Patch] = {}
     for ref in dict.fromkeys(refs):
@@ -76,7 +84,9 @@ def unsaved_work(path: Path, series: Sequence[Patch]) -> tuple[str, ...]:
 def record(path: Path) -> Record:
     try:
         data = json.loads(_record_file(path).read_text(encoding="utf-8"))
-        return Record({str(commit): str(patch) for commit, patch in data["made"].items()}, frozenset(map(str, data["had"])))
+        return Record(
+            {str(commit): str(patch) for commit, patch in data["made"].items()}, frozenset(map(str, data["had"]))
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Record()  # without it nothing is lost: commits are then matched by what they say
 

@@ -61,8 +61,9 @@ def fetch(
 ) -> Fetched:
     """Lay the pin's tree out at `tree_path(pin)`, verified, with its series applied unless `patches` is False.
 
-    A tree that is there is kept, unless `force` is given or it was laid out for another digest. It is replaced only when nothing in
-    it would be lost (TreeEdited names what would). Raises also DownloadFailed, HashMismatch, ArchiveUnsafe, PatchConflict.
+    A tree that is there is kept, unless `force` is given or it was laid out for another digest. It is replaced only
+    when nothing in it would be lost (TreeEdited names what would). Raises also DownloadFailed, HashMismatch,
+    ArchiveUnsafe, PatchConflict.
     """
     path = tree_path(pin)
     with locked(path, wait=True, report=report):
@@ -82,8 +83,8 @@ def fetch(
 def ensure_source(pin: Pin, report: Report = silent) -> Path:
     """The tree, ready for a build: fetched if it is missing, its series applied if that takes nothing away.
 
-    A tree with work in it (edits, commits not in the series, a rebase) is returned as it is: `tree_identity` tells builds
-    apart.
+    A tree with work in it (edits, commits not in the series, a rebase) is returned as it is: `tree_identity` tells
+    builds apart.
     """
     path = tree_path(pin)
     with locked(path, wait=True, report=report):
@@ -100,7 +101,8 @@ def ensure_source(pin: Pin, report: Report = silent) -> Path:
 
 
 def verify(pin: Pin) -> Verified:
-    """Strict: the base commit's content has the pin's digest, no file differs from HEAD, and the commits are the whole series.
+    """Strict: the base commit's content has the pin's digest, no file differs from HEAD, and the commits are the whole
+    series.
 
     Raises SourceMissing, HashMismatch, TreeEdited, PatchConflict.
     """
@@ -112,12 +114,16 @@ def verify(pin: Pin) -> Verified:
         names = ", ".join(f"{commit[:9]} {subject!r}" for commit, subject in found.unsaved)
         raise TreeEdited(f"{path} has commits that the series does not hold: {names}", hint=verb(pin, "save"))
     if not found.complete:
-        lacking = ", ".join(patch.name for patch in found.patches if patch.state != "applied") or "the order of the series"
+        lacking = (
+            ", ".join(patch.name for patch in found.patches if patch.state != "applied") or "the order of the series"
+        )
         raise TreeEdited(f"{path} does not have its series applied in full: {lacking}", hint=fetch_command(pin))
     return Verified(path, digest, True, tuple(patch.name for patch in found.patches))
 
 
-def _files(pin: Pin, origin: Origin, archive: Path | None, repository: str | None, report: Report) -> Iterator[tuple[str, bytes]]:
+def _files(
+    pin: Pin, origin: Origin, archive: Path | None, repository: str | None, report: Report
+) -> Iterator[tuple[str, bytes]]:
     if origin == "git" or (archive is None and not pin.file):
         return upstream_files(pin, repository, report)
     if origin == "pypi" or archive is None:

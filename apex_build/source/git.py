@@ -48,8 +48,12 @@ _SETTINGS = {
 
 
 def environment(extra: Mapping[str, str] | None = None, *, own: bool = True) -> dict[str, str]:
-    """Environment for git. `own=False` keeps the user's configuration, which the network may need (proxy, certificates)."""
-    env = {key: value for key, value in os.environ.items() if key not in _LOCAL and (not own or not key.startswith("GIT_"))}
+    """Environment for git. `own=False` keeps the user's configuration, which the network may need (proxy,
+    certificates).
+    """
+    env = {
+        key: value for key, value in os.environ.items() if key not in _LOCAL and (not own or not key.startswith("GIT_"))
+    }
     env.update(LC_ALL="C", LANGUAGE="C", GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0")
     if own:
         # HOME and XDG_CONFIG_HOME for versions of git that do not know GIT_CONFIG_GLOBAL
@@ -60,7 +64,9 @@ def environment(extra: Mapping[str, str] | None = None, *, own: bool = True) -> 
 
 
 def command(repository: Path | None, *arguments: str | Path) -> list[str]:
-    """git's argument list. The repository is named, never searched for: a folder without one must not lead to the one around it."""
+    """git's argument list. The repository is named, never searched for: a folder without one must not lead to the one
+    around it.
+    """
     line = ["git"]
     for key, value in _SETTINGS.items():
         line += ["-c", f"{key}={value}"]
@@ -125,7 +131,8 @@ def last_words(stderr: bytes) -> str:
 def committed_files(
     repository: Path, revision: str, env: Mapping[str, str] | None = None, want: Callable[[str], bool] = wanted
 ) -> Iterator[tuple[str, bytes]]:
-    """The wanted files of a commit: (path, content), read from the objects, so that no attribute or line-end rule applies.
+    """The wanted files of a commit: (path, content), read from the objects, so that no attribute or line-end rule
+    applies.
 
     Raises ArchiveUnsafe for a link or a submodule among them.
     """
@@ -143,7 +150,9 @@ def committed_files(
     yield from _contents(repository, entries, env)
 
 
-def _contents(repository: Path, entries: Iterable[tuple[str, str]], env: Mapping[str, str] | None) -> Iterator[tuple[str, bytes]]:
+def _contents(
+    repository: Path, entries: Iterable[tuple[str, str]], env: Mapping[str, str] | None
+) -> Iterator[tuple[str, bytes]]:
     reader = subprocess.Popen(
         command(repository, "cat-file", "--batch"),
         stdin=subprocess.PIPE,

@@ -16,7 +16,8 @@ from apex_build.storage.scratch import scratch_folder
 COMMITTER = {"GIT_COMMITTER_NAME": "apex-build", "GIT_COMMITTER_EMAIL": "apex-build@localhost"}
 _FROM = re.compile(rb"\AFrom ([0-9a-f]{40}) ")
 _FOOTER = re.compile(rb"\n-- \n[^ +\-\\@\n][^\n]*\n*\Z")  # `-- ` and git's version
-# Whatever the tree's own configuration says, and whatever else is in its object store, a commit is always written the same.
+# Whatever the tree's own configuration says, and whatever else is in its object store, a commit is always written the
+# same.
 _FORMAT = [
     "format-patch",
     "--quiet",
@@ -44,8 +45,9 @@ _FORMAT = [
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch file. `date` is git's raw form (seconds and zone), `message` the whole commit message. `key` names what the patch
-    says, whatever flags or version of git wrote it: author, date, message, and the diff without line numbers and object names.
+    """A patch file. `date` is git's raw form (seconds and zone), `message` the whole commit message. `key` names what
+    the patch says, whatever flags or version of git wrote it: author, date, message, and the diff without line numbers
+    and object names.
     """
 
     name: str
@@ -115,7 +117,9 @@ def merges_between(path: Path, base: str, head: str) -> list[str]:
 
 
 def format_patches(path: Path, base: str, head: str) -> dict[str, Patch]:
-    """Commit -> its patch, for base..head without merges, in order. The patches' content is canonical: no commit names in it."""
+    """Commit -> its patch, for base..head without merges, in order. The patches' content is canonical: no commit names
+    in it.
+    """
     patches: dict[str, Patch] = {}
     with scratch_folder("patches") as temp:
         git(path, *_FORMAT, "-o", temp, f"{base}..{head}")
@@ -128,10 +132,11 @@ def format_patches(path: Path, base: str, head: str) -> dict[str, Patch]:
 
 
 def commit_patches(path: Path, parent: str, patches: Sequence[Patch], *, three_way: bool = False) -> list[str]:
-    """Commits of the patches on top of `parent`, made beside the working tree, which stays as it is. Raises ApplyFailed.
+    """Commits of the patches on top of `parent`, made beside the working tree, which stays as it is. Raises
+    ApplyFailed.
 
-    `three_way`: merge where the lines around a change differ, by the blobs that a patch names, if the repository has them. The
-    committer is fixed and commits at the author's time, so the same series gives the same hashes everywhere.
+    `three_way`: merge where the lines around a change differ, by the blobs that a patch names, if the repository has
+    them. The committer is fixed and commits at the author's time, so the same series gives the same hashes everywhere.
     """
     commits: list[str] = []
     with scratch_folder("index") as temp:

@@ -28,10 +28,10 @@ _FOLDER = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 class Pin:
     """One upstream commit.
 
-    `requirement`, `file`, `size` and `sha256` name the sdist that carries it, `folder` the tree in it; all are empty for
-    a pin that only git has. `tree_digest` is the digest of the files a build uses (see source/tree_digest.py), the same from every
-    origin; `patches` is its series' folder, `own_file` its TOML file, for a pin that does not come with apex-build, and `serves`
-    what its tools can do, if the file says so.
+    `requirement`, `file`, `size` and `sha256` name the sdist that carries it, `folder` the tree in it; all are empty
+    for a pin that only git has. `tree_digest` is the digest of the files a build uses (see source/tree_digest.py), the
+    same from every origin; `patches` is its series' folder, `own_file` its TOML file, for a pin that does not come with
+    apex-build, and `serves` what its tools can do, if the file says so.
     """
 
     name: str
@@ -64,7 +64,8 @@ class Pin:
 
 
 def load_pin(name: str | None = None) -> Pin:
-    """The pin of this name, or the one in this TOML file when `name` is a path that ends in `.toml`; without a name the chosen one.
+    """The pin of this name, or the one in this TOML file when `name` is a path that ends in `.toml`; without a name the
+    chosen one.
 
     Raises PinUnknown, also for a file that lacks a key or holds a value of the wrong form.
     """

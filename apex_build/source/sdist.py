@@ -29,12 +29,15 @@ def _sdist(pin: Pin) -> IndexFile:
     return IndexFile(pin.requirement, pin.file, pin.sha256, pin.size, f"pin {pin.name}")
 
 
-def read_archive(archive: Path, folder: str, commit: str, want: Callable[[str], bool] = wanted) -> Iterator[tuple[str, bytes]]:
+def read_archive(
+    archive: Path, folder: str, commit: str, want: Callable[[str], bool] = wanted
+) -> Iterator[tuple[str, bytes]]:
     """The wanted files of llama.cpp in a tar archive: (path, content).
 
-    The tree may be in `<top>/<folder>/` (an sdist), in `<top>/` (git archive, or a hosting site's tarball) or at the top. Raises
-    ArchiveUnsafe for a path that escapes or a device anywhere, and for a link, a duplicate or an absurd size where it would count;
-    DownloadFailed for an archive that is cut short; HashMismatch for one that holds something else.
+    The tree may be in `<top>/<folder>/` (an sdist), in `<top>/` (git archive, or a hosting site's tarball) or at the
+    top. Raises ArchiveUnsafe for a path that escapes or a device anywhere, and for a link, a duplicate or an absurd
+    size where it would count; DownloadFailed for an archive that is cut short; HashMismatch for one that holds
+    something else.
     """
     with open_tar(archive) as tar:
         members: list[tuple[str, tarfile.TarInfo]] = []
@@ -81,11 +84,15 @@ def _choose(
         check_path(path, archive.name)
         if link:
             kind = "symbolic" if member.issym() else "hard"
-            raise ArchiveUnsafe(f"{archive.name}: {member.name!r} is a {kind} link to {member.linkname!r}, where a file should be")
+            raise ArchiveUnsafe(
+                f"{archive.name}: {member.name!r} is a {kind} link to {member.linkname!r}, where a file should be"
+            )
         if path in chosen:
             raise ArchiveUnsafe(f"{archive.name}: the member {member.name!r} occurs twice")
         if member.size > MAX_FILE:
-            raise ArchiveUnsafe(f"{archive.name}: the member {member.name!r} claims {member.size} bytes, more than {MAX_FILE}")
+            raise ArchiveUnsafe(
+                f"{archive.name}: the member {member.name!r} claims {member.size} bytes, more than {MAX_FILE}"
+            )
         if hasattr(tarfile, "data_filter"):  # Python 3.10.12, 3.11.4 and later: the library's own judgement as well
             try:
                 tarfile.data_filter(member, str(archive.parent / "nowhere"))
@@ -102,7 +109,9 @@ def _check_commit(archive: Path, comment: str, commit: str) -> None:
 
 
 def commit_of(archive: Path, folder: str) -> str | None:
-    """The commit that an sdist says its llama.cpp is of: it carries what git kept of the submodule. None where it says nothing."""
+    """The commit that an sdist says its llama.cpp is of: it carries what git kept of the submodule. None where it says
+    nothing.
+    """
     with open_tar(archive) as tar:
         for member in members_of(archive, tar):
             if member.isfile() and member.name.endswith(f"/.git/modules/{folder}/HEAD") and member.size < 100:

@@ -29,8 +29,9 @@ _PATCH_NAME = re.compile(r"[0-9]{4}-[^/\\\s]+\.patch")
 
 @dataclass(frozen=True)
 class PatchState:
-    """A patch of the series. `changed`: the tree has a commit of this subject that says something else; `missing`: not applied, but
-    it would apply; `conflict`: not applied and does not apply, `detail` names file and hunk. `commit` is its commit in the tree.
+    """A patch of the series. `changed`: the tree has a commit of this subject that says something else; `missing`: not
+    applied, but it would apply; `conflict`: not applied and does not apply, `detail` names file and hunk. `commit` is
+    its commit in the tree.
     """
 
     name: str
@@ -42,8 +43,9 @@ class PatchState:
 
 @dataclass(frozen=True)
 class SeriesStatus:
-    """`unsaved`: (commit, subject) of the tree that the series does not hold; `edited`, `untracked`: uncommitted edits, new files;
-    `unlisted`: patch files beside the series that it does not name; `complete`: the tree is the base and the series, in order.
+    """`unsaved`: (commit, subject) of the tree that the series does not hold; `edited`, `untracked`: uncommitted edits,
+    new files; `unlisted`: patch files beside the series that it does not name; `complete`: the tree is the base and the
+    series, in order.
     """
 
     patches: tuple[PatchState, ...]
@@ -65,7 +67,9 @@ class Saved:
 
 
 def read_series(pin: Pin) -> tuple[Patch, ...]:
-    """The patches that `series` names, in order; none without such a file. Raises PatchConflict for a file that is not a patch."""
+    """The patches that `series` names, in order; none without such a file. Raises PatchConflict for a file that is not
+    a patch.
+    """
     series = pin.patches_folder / "series"
     patches: list[Patch] = []
     for name in _names(series):
@@ -74,7 +78,9 @@ def read_series(pin: Pin) -> tuple[Patch, ...]:
         except OSError as error:
             raise PatchConflict(f"{series} names {name}, which cannot be read: {error.strerror}") from None
         if content is None:
-            raise PatchConflict(f"{series} names {name!r}; a patch is named NNNN-what-it-does.patch and is beside the series")
+            raise PatchConflict(
+                f"{series} names {name!r}; a patch is named NNNN-what-it-does.patch and is beside the series"
+            )
         if any(patch.name == name for patch in patches):
             raise PatchConflict(f"{series} names {name} twice")
         patches.append(read_patch(name, content))
@@ -82,7 +88,9 @@ def read_series(pin: Pin) -> tuple[Patch, ...]:
 
 
 def series_digest(pin: Pin) -> str:
-    """sha256 over the sha256 of each patch of the series, in order, a line each: names what is laid over the pin's tree."""
+    """sha256 over the sha256 of each patch of the series, in order, a line each: names what is laid over the pin's
+    tree.
+    """
     digest = hashlib.sha256()
     for patch in read_series(pin):
         digest.update(f"{patch.sha256}\n".encode())
@@ -94,7 +102,9 @@ def series_status(pin: Pin) -> SeriesStatus:
     path = require_tree(pin)
     series = read_series(pin)
     found = find_applied(path, series)
-    changed = {patch.subject: commit for commit, patch in found.commits.items() if commit not in found.commit_of.values()}
+    changed = {
+        patch.subject: commit for commit, patch in found.commits.items() if commit not in found.commit_of.values()
+    }
     states: list[PatchState] = []
     head = found.head
     for patch in series:
@@ -114,10 +124,12 @@ def series_status(pin: Pin) -> SeriesStatus:
 
 
 def apply_series(pin: Pin, report: Report = silent) -> tuple[str, ...]:
-    """Bring the tree to base + series; returns the names of the patches that were applied now (none if it was there already).
+    """Bring the tree to base + series; returns the names of the patches that were applied now (none if it was there
+    already).
 
-    Raises PatchConflict naming the patch, the file and the hunk, with the tree as it was; TreeEdited rather than touch a file with
-    uncommitted edits or leave out a commit that the series does not hold. Unsaved commits stay; missing patches are applied on top.
+    Raises PatchConflict naming the patch, the file and the hunk, with the tree as it was; TreeEdited rather than touch
+    a file with uncommitted edits or leave out a commit that the series does not hold. Unsaved commits stay; missing
+    patches are applied on top.
     """
     with locked(require_tree(pin), wait=True, report=report):
         return apply_to(pin, require_tree(pin))
@@ -152,7 +164,8 @@ def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
     except ApplyFailed as error:
         raise PatchConflict(
             f"{pin.patches_folder / error.patch.name} does not apply to {path}: {error.reason}",
-            hint=f"{fetch_command(pin)} --no-patches, apply it there with git am --reject, commit, then {verb(pin, 'save')}",
+            hint=f"{fetch_command(pin)} --no-patches, apply it there with git am --reject, commit, then "
+            f"{verb(pin, 'save')}",
         ) from None
     remember(path, made={commit: patch.sha256 for commit, patch in zip(made, todo, strict=True)})
     move_to(path, found.head, made[-1] if made else start)
@@ -171,8 +184,9 @@ def move_to(path: Path, old: str, new: str) -> None:
 def save_series(pin: Pin, report: Report = silent, *, force: bool = False) -> Saved:
     """Write the tree's commits back as the series; the same commits always give the same bytes.
 
-    Raises TreeEdited for what a series cannot hold (a merge, an empty commit, a message that does not read back), while git is in
-    the middle of something, and when it would drop a patch that this tree never had, or (unless `force`) overwrite another version.
+    Raises TreeEdited for what a series cannot hold (a merge, an empty commit, a message that does not read back), while
+    git is in the middle of something, and when it would drop a patch that this tree never had, or (unless `force`)
+    overwrite another version.
     """
     path = require_tree(pin)
     with locked(path, wait=True, report=report):
@@ -236,18 +250,22 @@ def _read_back(path: Path, base: str, head: str, patches: Sequence[Patch]) -> No
     try:
         made = commit_patches(path, base, patches)
     except ApplyFailed as error:
-        raise TreeEdited(f"{path}: the commit {error.patch.subject!r} cannot be written as a patch: {error.reason}") from None
+        raise TreeEdited(
+            f"{path}: the commit {error.patch.subject!r} cannot be written as a patch: {error.reason}"
+        ) from None
     end = made[-1] if made else base
     again = [patch.content for patch in format_patches(path, base, end).values()]
     for patch, content in zip(patches, again, strict=True):
         if patch.content != content:
             raise TreeEdited(
-                f"{path}: the message of the commit {patch.subject!r} does not survive a mail: it has a line `---`, or a diff",
+                f"{path}: the message of the commit {patch.subject!r} does not survive a mail: it has a line `---`, or "
+                "a diff",
                 hint=f"git -C {path} rebase -i {base[:9]}, and reword it",
             )
     if git(path, "rev-parse", f"{end}^{{tree}}") != git(path, "rev-parse", f"{head}^{{tree}}"):
         raise TreeEdited(
-            f"{path}: the patches do not give the same files as the commits; was a file's mode or a binary file changed?"
+            f"{path}: the patches do not give the same files as the commits; was a file's mode or a binary file "
+            "changed?"
         )
 
 

@@ -1,4 +1,6 @@
-"""Whether the tools in use can load a model and run its draft head, by what their pin says of itself; and which pin's can."""
+"""Whether the tools in use can load a model and run its draft head, by what their pin says of itself; and which pin's
+can.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,16 @@ def check_served(model: Model, tools: Toolset) -> None:
         )
     if model.has_head and not _loads_head(pin, model) and (other := instead_of(tools, model, head=True)):
         raise LoadFailed(
-            f"{model.path}: the llama.cpp of the pin {pin.name} cannot load a model of {model.architecture} with its draft head",
+            f"{model.path}: the llama.cpp of the pin {pin.name} cannot load a model of {model.architecture} with its "
+            "draft head",
             hint=other,
         )
 
 
 def instead_of(tools: Toolset, model: Model, *, head: bool = False) -> str | None:
-    """What to do to have another pin's tools that know this architecture, or with `head` run its draft head; None if none does."""
+    """What to do to have another pin's tools that know this architecture, or with `head` run its draft head; None if
+    none does.
+    """
     own = pin_of(tools)
     for pin in all_pins():
         if pin.serves is None or pin == own:
@@ -40,7 +45,9 @@ def instead_of(tools: Toolset, model: Model, *, head: bool = False) -> str | Non
 def pin_of(tools: Toolset) -> Pin | None:
     """The pin of ours that the tools were built from."""
     made_of = tools.manifest.get("pin") or {}
-    return next((pin for pin in all_pins() if (pin.name, pin.commit) == (made_of.get("name"), made_of.get("commit"))), None)
+    return next(
+        (pin for pin in all_pins() if (pin.name, pin.commit) == (made_of.get("name"), made_of.get("commit"))), None
+    )
 
 
 def _loads_head(pin: Pin, model: Model) -> bool:

@@ -13,8 +13,8 @@ from apex_build.errors import PinUnknown
 class Serves:
     """`architectures`: all that a model file may be of.
 
-    `heads`: those whose draft head is run; `heads_idle`: those whose head is loaded and not run. Of any other a head in the file
-    may keep the model from loading.
+    `heads`: those whose draft head is run; `heads_idle`: those whose head is loaded and not run. Of any other a head in
+    the file may keep the model from loading.
     """
 
     architectures: frozenset[str]

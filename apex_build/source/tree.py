@@ -1,4 +1,6 @@
-"""The fetched tree: a git repository with one base commit, the same hash on every machine, so that patches are commits on it."""
+"""The fetched tree: a git repository with one base commit, the same hash on every machine, so that patches are commits
+on it.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ _STATUS = ("status", "--porcelain", "-z", "--untracked-files=all", "--ignore-sub
 
 @dataclass(frozen=True)
 class TreeStatus:
-    """What is in the tree's folder. `base` and `head` are commits; `digest` is what the base commit says of itself (verify checks
-    it); `outdated` means laid out for another digest than the pin's; `edited` lists uncommitted edits, `untracked` new files.
+    """What is in the tree's folder. `base` and `head` are commits; `digest` is what the base commit says of itself
+    (verify checks it); `outdated` means laid out for another digest than the pin's; `edited` lists uncommitted edits,
+    `untracked` new files.
     """
 
     pin: Pin
@@ -59,7 +62,9 @@ def require_tree(pin: Pin) -> Path:
     """The tree's folder. Raises SourceMissing when it has not been fetched."""
     path = tree_path(pin)
     if not (path / ".git").exists():
-        raise SourceMissing(f"the source of pin {pin.name} has not been fetched: {path} is not there", hint=fetch_command(pin))
+        raise SourceMissing(
+            f"the source of pin {pin.name} has not been fetched: {path} is not there", hint=fetch_command(pin)
+        )
     return path
 
 
@@ -77,7 +82,11 @@ def status(pin: Pin) -> TreeStatus:
 
 def base_and_head(path: Path) -> tuple[str, str]:
     """The base commit and HEAD. Raises TreeEdited when there is no base commit, or HEAD does not descend from it."""
-    found = run(path, "rev-parse", "--verify", "--quiet", f"refs/tags/{BASE}^{{commit}}") if (path / ".git").exists() else None
+    found = (
+        run(path, "rev-parse", "--verify", "--quiet", f"refs/tags/{BASE}^{{commit}}")
+        if (path / ".git").exists()
+        else None
+    )
     if found is None or found.returncode != 0:
         raise TreeEdited(
             f"{path} is not a tree that apex laid out: it has no commit tagged {BASE}",
@@ -109,8 +118,9 @@ def edits(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def lay_out(pin: Pin, files: Iterable[tuple[str, bytes]], folder: Path, report: Report = silent) -> str:
     """Make the repository at `folder` (which must not exist) from (path, content) pairs; returns the base commit.
 
-    git writes every file itself, from a fast-import stream: it refuses paths that leave the tree, and modes come from the content.
-    Raises HashMismatch when the files are not the pin's; what is in `folder` then is for the caller to remove.
+    git writes every file itself, from a fast-import stream: it refuses paths that leave the tree, and modes come from
+    the content. Raises HashMismatch when the files are not the pin's; what is in `folder` then is for the caller to
+    remove.
     """
     git(None, "init", "--quiet", folder, env={"GIT_DEFAULT_HASH": "sha1"})
     with (folder / ".git" / "config").open("a", encoding="utf-8") as config:
@@ -146,7 +156,9 @@ def _import(pin: Pin, files: Iterable[tuple[str, bytes]], folder: Path, report: 
         try:
             with suppress(BrokenPipeError):  # git ended early; what it said comes below
                 data = message.encode()
-                head = f"commit refs/heads/{BRANCH}\nauthor {_WHO} {_WHEN}\ncommitter {_WHO} {_WHEN}\ndata {len(data)}\n"
+                head = (
+                    f"commit refs/heads/{BRANCH}\nauthor {_WHO} {_WHEN}\ncommitter {_WHO} {_WHEN}\ndata {len(data)}\n"
+                )
                 importer.stdin.write(head.encode() + data)
                 for path, content in files:
                     hashes[path] = sha256(content)
@@ -171,25 +183,33 @@ def _import(pin: Pin, files: Iterable[tuple[str, bytes]], folder: Path, report: 
 def _check_digest(pin: Pin, found: str, what: str, hint: str | None = None) -> None:
     if found != pin.tree_digest:
         raise HashMismatch(
-            f"{what} is not the tree that pin {pin.name} names: its digest is {found}, expected {pin.tree_digest}", hint=hint
+            f"{what} is not the tree that pin {pin.name} names: its digest is {found}, expected {pin.tree_digest}",
+            hint=hint,
         )
 
 
 def verify_base(pin: Pin, path: Path) -> str:
-    """Recompute the digest from the base commit's content. Raises HashMismatch when it is not the pin's, or has further files."""
+    """Recompute the digest from the base commit's content. Raises HashMismatch when it is not the pin's, or has further
+    files.
+    """
     base, _head = base_and_head(path)
-    _check_digest(pin, digest_of(committed_files(path, base)), f"the base commit of {path}", f"{fetch_command(pin)} --force")
+    _check_digest(
+        pin, digest_of(committed_files(path, base)), f"the base commit of {path}", f"{fetch_command(pin)} --force"
+    )
     names = git(path, "ls-tree", "-r", "-z", "--name-only", "--full-tree", base).split("\0")
     strange = [name for name in names if name and not wanted(name)]
     if strange:
         raise HashMismatch(
-            f"the base commit of {path} holds a file that no pinned tree has: {strange[0]}", hint=f"{fetch_command(pin)} --force"
+            f"the base commit of {path} holds a file that no pinned tree has: {strange[0]}",
+            hint=f"{fetch_command(pin)} --force",
         )
     return pin.tree_digest
 
 
 def verify_clean(path: Path) -> None:
-    """Raise TreeEdited, naming the files, when any file differs from HEAD. All are read again, whatever git's index says."""
+    """Raise TreeEdited, naming the files, when any file differs from HEAD. All are read again, whatever git's index
+    says.
+    """
     if _content_tree(path, afresh=True) == git(path, "rev-parse", "HEAD^{tree}"):
         return
     with scratch_folder("index") as temp:
@@ -198,12 +218,14 @@ def verify_clean(path: Path) -> None:
         found = git(path, *_STATUS, env=env).split("\0")
     raise TreeEdited(
         f"{path} was edited since it was laid out: {some([entry[3:] for entry in found if entry])}",
-        hint=f"keep it: git -C {path} add -A && git -C {path} commit && apex patch save; or drop it: git -C {path} stash -u",
+        hint=f"keep it: git -C {path} add -A && git -C {path} commit && apex patch save; or drop it: git -C {path} "
+        "stash -u",
     )
 
 
 def tree_identity(path: Path) -> str:
-    """sha256 that names what a build of `path` compiles: tracked files as they are now, and new files that git does not ignore.
+    """sha256 that names what a build of `path` compiles: tracked files as they are now, and new files that git does not
+    ignore.
 
     Committing an edit does not change it. A folder without a git repository counts by its files (`wanted` ones).
     """
@@ -220,10 +242,14 @@ def commit_identity(path: Path, commit: str) -> str:
 
 
 def check_out(path: Path, commit: str, folder: Path) -> None:
-    """Bring `folder` (one of ours, with its index beside it) to a commit of the tree. Files that do not differ keep their times."""
+    """Bring `folder` (one of ours, with its index beside it) to a commit of the tree. Files that do not differ keep
+    their times.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     where = (f"--git-dir={path / '.git'}", f"--work-tree={folder}")
-    done = run(None, *where, "read-tree", "--reset", "-u", commit, env={"GIT_INDEX_FILE": f"{folder}.index"}, cwd=folder)
+    done = run(
+        None, *where, "read-tree", "--reset", "-u", commit, env={"GIT_INDEX_FILE": f"{folder}.index"}, cwd=folder
+    )
     if done.returncode != 0:
         raise failed(f"git read-tree failed in {folder}", done.stderr)
 
@@ -235,7 +261,9 @@ def under_way(path: Path) -> str | None:
     if (folder := path / git(path, "rev-parse", "--git-path", "rebase-apply")).exists():
         return "am" if (folder / "applying").exists() else "rebase"
     heads = {"cherry-pick": "CHERRY_PICK_HEAD", "revert": "REVERT_HEAD", "merge": "MERGE_HEAD"}
-    return next((verb for verb, head in heads.items() if run(path, "rev-parse", "-q", "--verify", head).returncode == 0), None)
+    return next(
+        (verb for verb, head in heads.items() if run(path, "rev-parse", "-q", "--verify", head).returncode == 0), None
+    )
 
 
 def refuse_under_way(path: Path) -> None:
@@ -248,7 +276,9 @@ def refuse_under_way(path: Path) -> None:
 
 
 def _content_tree(path: Path, *, afresh: bool = False) -> str:
-    """git's tree hash of the folder's present content, by way of a scratch index and object folder: the tree stays untouched."""
+    """git's tree hash of the folder's present content, by way of a scratch index and object folder: the tree stays
+    untouched.
+    """
     objects = (path / git(path, "rev-parse", "--git-path", "objects")).resolve()
     with scratch_folder("index") as temp:
         index = temp / "index"
@@ -261,7 +291,8 @@ def _content_tree(path: Path, *, afresh: bool = False) -> str:
         }
         own = path / git(path, "rev-parse", "--git-path", "index")
         if own.is_file() and not afresh:
-            # with what git knows of unchanged files: 20 ms instead of reading them all; its time tells git which to doubt
+            # with what git knows of unchanged files: 20 ms instead of reading them all; its time tells git which to
+            # doubt
             shutil.copy2(own, index)
         else:
             git(path, "read-tree", "HEAD", env=env)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from apex_build.errors import ArchiveUnsafe
 
-# A build with the tools, the server without its web page, and the converter touch nothing outside these. Documentation inside
-# the folders stays, so that a patch to a tool can also patch its README.
+# A build with the tools, the server without its web page, and the converter touch nothing outside these. Documentation
+# inside the folders stays, so that a patch to a tool can also patch its README.
 _FILES = frozenset(
     {
         ".clang-format",
@@ -63,11 +63,15 @@ def wanted(path: str) -> bool:
 def check_path(path: str, where: str) -> None:
     """Refuse names of wanted files that git, make or a terminal would misread."""
     if _UNUSUAL.search(path):
-        raise ArchiveUnsafe(f"{where}: the file name {path!r} holds control characters, quotes or bytes that are not UTF-8")
+        raise ArchiveUnsafe(
+            f"{where}: the file name {path!r} holds control characters, quotes or bytes that are not UTF-8"
+        )
 
 
 def is_executable(content: bytes) -> bool:
-    """Modes differ between an sdist, a checkout and a file system; the content decides: what starts with `#!` is a script."""
+    """Modes differ between an sdist, a checkout and a file system; the content decides: what starts with `#!` is a
+    script.
+    """
     return content.startswith(b"#!")
 
 

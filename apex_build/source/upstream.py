@@ -1,4 +1,6 @@
-"""The pinned commit from upstream's git repository: a shallow fetch of exactly that commit, into a folder that is thrown away."""
+"""The pinned commit from upstream's git repository: a shallow fetch of exactly that commit, into a folder that is
+thrown away.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _PROGRESS = re.compile(r"(?:remote: )?([A-Z][A-Za-z ]+):\s+\d+% \((\d+)/(\d+)\)"
 def upstream_files(
     pin: Pin, repository: str | None, report: Report = silent, want: Callable[[str], bool] = wanted
 ) -> Iterator[tuple[str, bytes]]:
-    """The wanted files of the pinned commit: (path, content). `repository` (a URL or a folder) stands in for the pin's own.
+    """The wanted files of the pinned commit: (path, content). `repository` (a URL or a folder) stands in for the pin's
+    own.
 
     Raises DownloadFailed when git cannot fetch, HashMismatch when what came is another commit.
     """
@@ -60,7 +63,9 @@ def _fetch(folder: Path, place: str, pin: Pin, report: Report) -> None:
             assert fetch.stderr
             for line in fetch.stderr:  # text mode ends lines at \r too
                 if match := _PROGRESS.match(line):
-                    report(Step(f"fetching {pin.commit[:12]}: {match[1].lower()}", int(match[2]), int(match[3]), "objects"))
+                    report(
+                        Step(f"fetching {pin.commit[:12]}: {match[1].lower()}", int(match[2]), int(match[3]), "objects")
+                    )
                 else:
                     said.append(line)
         except BaseException:
@@ -69,4 +74,6 @@ def _fetch(folder: Path, place: str, pin: Pin, report: Report) -> None:
     if fetch.returncode != 0:
         words = last_words("".join(said).encode())
         said_all = f"git could not fetch commit {pin.commit} from {place}: {words}"
-        raise DownloadFailed(re.sub(r"(//)[^/@\s]*@", r"\1***@", said_all), hint=_ELSEWHERE)  # no password on the screen
+        raise DownloadFailed(
+            re.sub(r"(//)[^/@\s]*@", r"\1***@", said_all), hint=_ELSEWHERE
+        )  # no password on the screen

@@ -18,7 +18,9 @@ from apex_build.toolchain.machine.compilers import find_compiler
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """`gpus`: for these, with CUDA (toolchain.machine.gpus finds them by name); none: for the CPU. `native`: for this CPU alone."""
+    """`gpus`: for these, with CUDA (toolchain.machine.gpus finds them by name); none: for the CPU. `native`: for this
+    CPU alone.
+    """
 
     gpus: tuple[GpuTarget, ...] = ()
     toolchain: Toolchain = "auto"
@@ -52,4 +54,6 @@ def build(options: BuildOptions = BuildOptions(), *, pin: Pin | None = None, rep
     """
     check_build(options)
     pin = pin or load_pin()
-    return build_planned(plan(ensure_source(pin, report), pin, options), jobs=options.jobs, force=options.force, report=report)
+    return build_planned(
+        plan(ensure_source(pin, report), pin, options), jobs=options.jobs, force=options.force, report=report
+    )

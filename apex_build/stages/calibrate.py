@@ -21,7 +21,8 @@ from apex_build.storage.outputs import check_apart, with_manifest_and_log
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """`text`: a file of your own instead of the set. `rows_check`: score the draft head with both kinds of hidden rows first.
+    """`text`: a file of your own instead of the set. `rows_check`: score the draft head with both kinds of hidden rows
+    first.
 
     `force` starts afresh and replaces what is there; `replace` replaces only what was made from something else.
     """
@@ -59,8 +60,9 @@ def calibrate(
 ) -> Calibration:
     """Run the model, and its draft head, over a diverse text, and write the imatrix to `out` (beside the model).
 
-    An interrupted run is resumed by the same call; a finished one is used again. `text`: composed before, by `text_of`; `on_check`
-    is told what the check of the hidden rows found. Raises what `calibration.run.calibrate` raises, and HeadRowsDoubtful.
+    An interrupted run is resumed by the same call; a finished one is used again. `text`: composed before, by `text_of`;
+    `on_check` is told what the check of the hidden rows found. Raises what `calibration.run.calibrate` raises, and
+    HeadRowsDoubtful.
     """
     place = place or workplace()
     found = place.model(model)

@@ -17,7 +17,9 @@ PROMPTS = 4  # of each domain
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """`reference`: a file to compare with, such as the F16. Texts and prompts are the built-in ones where none are given."""
+    """`reference`: a file to compare with, such as the F16. Texts and prompts are the built-in ones where none are
+    given.
+    """
 
     reference: Path | None = None
     prompts: Path | None = None
@@ -35,7 +37,8 @@ def check(
     *,
     place: Workplace | None = None,
 ) -> Checked:
-    """Load the file in llama-server with drafting and see whether it is alive. `refuse` of the result raises CheckFailed.
+    """Load the file in llama-server with drafting and see whether it is alive. `refuse` of the result raises
+    CheckFailed.
 
     Raises EvaluationRefused, and what evaluators raise where the file cannot be measured at all.
     """

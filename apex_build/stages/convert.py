@@ -14,7 +14,8 @@ from apex_build.source.pins import Pin, load_pin
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """`head` False leaves the draft head out; `drop`: patterns of tensors that may be left out; `metadata`: keys to set.
+    """`head` False leaves the draft head out; `drop`: patterns of tensors that may be left out; `metadata`: keys to
+    set.
 
     `python`: with torch and transformers, if not the one that conversion.environment.choose finds or makes.
     """
@@ -30,7 +31,12 @@ class ConvertOptions:
 
 
 def plan(
-    checkpoint: Path, out: Path, options: ConvertOptions = ConvertOptions(), *, pin: Pin | None = None, report: Report = silent
+    checkpoint: Path,
+    out: Path,
+    options: ConvertOptions = ConvertOptions(),
+    *,
+    pin: Pin | None = None,
+    report: Report = silent,
 ) -> Job:
     """Check all that can be checked; nothing is written. Raises as conversion.convert.prepare."""
     return prepare(
@@ -49,10 +55,16 @@ def plan(
 
 
 def convert(
-    checkpoint: Path, out: Path, options: ConvertOptions = ConvertOptions(), *, pin: Pin | None = None, report: Report = silent
+    checkpoint: Path,
+    out: Path,
+    options: ConvertOptions = ConvertOptions(),
+    *,
+    pin: Pin | None = None,
+    report: Report = silent,
 ) -> Converted:
     """Convert the checkpoint's folder to `out`, with the converter of a pin (the default one).
 
-    Raises CheckpointInvalid, ParameterUnknown, ConversionFailed, ToolKilled, EnvironmentUnusable, OutputUnwritable, DiskTooSmall.
+    Raises CheckpointInvalid, ParameterUnknown, ConversionFailed, ToolKilled, EnvironmentUnusable, OutputUnwritable,
+    DiskTooSmall.
     """
     return run(plan(checkpoint, out, options, pin=pin, report=report), report)

@@ -1,4 +1,6 @@
-"""The whole of it once, on the shipped test model: build, calibrate, quantize twice, count accepted drafts, check the last file."""
+"""The whole of it once, on the shipped test model: build, calibrate, quantize twice, count accepted drafts, check the
+last file.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ _QUANTIZING, _CHECKING = 4.0, 8.0  # seconds, about
 
 @dataclass(frozen=True)
 class Row:
-    """One file. `head_with_data`, `head_weights`: of the head's weights, None for the source model; `acceptance`: by domain."""
+    """One file. `head_with_data`, `head_weights`: of the head's weights, None for the source model; `acceptance`: by
+    domain.
+    """
 
     file: str
     path: Path
@@ -78,7 +82,9 @@ def demo(out: Path, *, threads: int | None = None, report: Report = silent) -> D
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputUnwritable(f"{out}: the folder cannot be made: {error.strerror}", hint="apex demo -o FOLDER") from None
+        raise OutputUnwritable(
+            f"{out}: the folder cannot be made: {error.strerror}", hint="apex demo -o FOLDER"
+        ) from None
     plugins = load_plugins()
     find_compiler()  # before anything is fetched
     pin = load_pin()
@@ -121,13 +127,18 @@ def demo(out: Path, *, threads: int | None = None, report: Report = silent) -> D
 
 
 def _pieces(model: Model, n_bytes: int, work: Work) -> list[Piece]:
-    """What is to be done once the tools are there; the drafting of files that do not exist yet is expected to be like F16's."""
+    """What is to be done once the tools are there; the drafting of files that do not exist yet is expected to be like
+    F16's.
+    """
     tokens = tokens_of(n_bytes) * active_parameters(model)
     drafted, _ = piece_of([work])
     return [
         Piece("calibrate", {"calibrating": 1.0}, expect("calibrate", tokens).seconds),
         *(Piece("quantize", {}, _QUANTIZING) for _ in FILES),
-        *(Piece(drafted.kind, {name: drafted.units}, drafted.expected) for name in ("F16", *(name for name, _ in FILES))),
+        *(
+            Piece(drafted.kind, {name: drafted.units}, drafted.expected)
+            for name in ("F16", *(name for name, _ in FILES))
+        ),
         Piece("check", {}, _CHECKING),
     ]
 
@@ -155,7 +166,9 @@ def _types(model: Model, *, head: bool) -> tuple[str, ...]:
     return tuple(sorted(totals, key=lambda name: -totals[name]))
 
 
-def _acceptance(file: Path, options: EvaluateOptions, service: Service, place: Workplace) -> dict[str, dict[str, float | None]]:
+def _acceptance(
+    file: Path, options: EvaluateOptions, service: Service, place: Workplace
+) -> dict[str, dict[str, float | None]]:
     """Tokens drafted and accepted, by domain. Measured once for a file, these prompts and these tools."""
     (result,) = evaluate([file], options, place=place)
     if result.error:

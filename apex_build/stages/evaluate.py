@@ -8,7 +8,16 @@ from pathlib import Path
 
 from apex_build.errors import ChatTemplateFailed
 from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
-from apex_build.evaluation.run import Inputs, Result, Work, check_results, check_settings, choose, plan_work, with_report
+from apex_build.evaluation.run import (
+    Inputs,
+    Result,
+    Work,
+    check_results,
+    check_settings,
+    choose,
+    plan_work,
+    with_report,
+)
 from apex_build.evaluation.run import evaluate as run
 from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.catalogue import Model
@@ -38,8 +47,8 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class PlannedEvaluation:
-    """`left_out`: names of files, and the evaluators that they lack something for. `built_in`: what was taken of that, 'texts' or
-    'prompts'; `without`: why there are none.
+    """`left_out`: names of files, and the evaluators that they lack something for. `built_in`: what was taken of that,
+    'texts' or 'prompts'; `without`: why there are none.
     """
 
     works: tuple[Work, ...]
@@ -91,7 +100,8 @@ def evaluate(
 ) -> tuple[Result, ...]:
     """Measure the files. An evaluator that fails gives a Result with its error, and the others are still run.
 
-    Raises EvaluatorUnknown, EvaluationRefused, ParameterUnknown, CalibrationSetInvalid, VocabularyMismatch, OutputUnwritable.
+    Raises EvaluatorUnknown, EvaluationRefused, ParameterUnknown, CalibrationSetInvalid, VocabularyMismatch,
+    OutputUnwritable.
     """
     place = place or workplace()
     planned = plan(files, options, place=place)
@@ -99,8 +109,8 @@ def evaluate(
 
 
 def _with_built_in(inputs: Inputs, model: Model, only: Sequence[str], place: Workplace) -> tuple[Inputs, str, str]:
-    """The built-in texts, as this model's chat template writes them, where a text is wanted and none is given; prompts where an
-    evaluator of `only` cannot do without.
+    """The built-in texts, as this model's chat template writes them, where a text is wanted and none is given; prompts
+    where an evaluator of `only` cannot do without.
     """
     evaluators = place.plugins.evaluators()
     wanted = [evaluators[name] for name in only if name in evaluators] or list(evaluators.values())

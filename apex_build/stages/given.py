@@ -55,7 +55,9 @@ def workplace(tools: Path | None = None, plugins: Sequence[Path] = (), *, report
 
 
 def texts_by_domain(paths: Sequence[Path]) -> dict[str, Path]:
-    """Texts by the names of their files. Raises CalibrationSetInvalid for one that cannot be read, is empty, or shares a name."""
+    """Texts by the names of their files. Raises CalibrationSetInvalid for one that cannot be read, is empty, or shares
+    a name.
+    """
     found: dict[str, Path] = {}
     for path in dict.fromkeys(paths):
         if not path.is_file():
@@ -68,7 +70,9 @@ def texts_by_domain(paths: Sequence[Path]) -> dict[str, Path]:
         if empty:
             raise CalibrationSetInvalid(f"{path}: the text is empty")
         if path.stem in found:
-            raise CalibrationSetInvalid(f"{path} and {found[path.stem]} would both be the domain '{path.stem}'", hint="rename one")
+            raise CalibrationSetInvalid(
+                f"{path} and {found[path.stem]} would both be the domain '{path.stem}'", hint="rename one"
+            )
         found[path.stem] = path
     return found
 
@@ -78,7 +82,9 @@ def check_data_files(found: Mapping[str, Path], evaluators: Mapping[str, Evaluat
     takers = [name for name, evaluator in evaluators.items() if "data" in (*evaluator.needs, *evaluator.uses)]
     for name, path in found.items():
         if name not in takers:
-            raise ParameterUnknown(f"--data {name}: no evaluator of this name takes a data file. These do: {', '.join(takers)}")
+            raise ParameterUnknown(
+                f"--data {name}: no evaluator of this name takes a data file. These do: {', '.join(takers)}"
+            )
         if not path.is_file():
             raise CalibrationSetInvalid(f"{path}: no such data file for {name}", hint=f"--data {name}=FILE")
     return found

@@ -32,8 +32,8 @@ _ANOTHER = "give another name with --write-rules"
 class PlanOptions:
     """`policy`: a name, or None with a list of types alone (`tensor_types`). `rules`: a file to write the rules to.
 
-    `imatrix`: see whether it has data for the types that need it; `head_rows`: hidden rows that the draft head was trained on, if
-    not those that are known of its architecture.
+    `imatrix`: see whether it has data for the types that need it; `head_rows`: hidden rows that the draft head was
+    trained on, if not those that are known of its architecture.
     """
 
     policy: str | None = None
@@ -47,7 +47,9 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Planned:
-    """`covered`: of the imatrix, where one was given; `warnings` about its draft head; `measured`: what became of 'auto'."""
+    """`covered`: of the imatrix, where one was given; `warnings` about its draft head; `measured`: what became of
+    'auto'.
+    """
 
     plan: Plan
     model: Model
@@ -91,7 +93,9 @@ def plan(model: ModelFile, options: PlanOptions, *, place: Workplace | None = No
     return Planned(made, found, types, covered, tuple(warnings), measured)
 
 
-def _measured(policy: PolicySpec, parameters: dict[str, Value], model: Model, options: PlanOptions, place: Workplace) -> str | None:
+def _measured(
+    policy: PolicySpec, parameters: dict[str, Value], model: Model, options: PlanOptions, place: Workplace
+) -> str | None:
     """Put what was measured before in the place of 'auto', and say so, or that nothing was."""
     name = parameter_at_auto(policy, parameters)
     if name is None or not model.has_head:
@@ -100,7 +104,9 @@ def _measured(policy: PolicySpec, parameters: dict[str, Value], model: Model, op
         texts = built_in_texts(model, place.plugins.calibration_sources())
         evaluators = place.plugins.evaluators()
         choice = known_choice(
-            Question(model, policy, parameters, options.imatrix, place.tools, evaluators, texts, head_rows=options.head_rows)
+            Question(
+                model, policy, parameters, options.imatrix, place.tools, evaluators, texts, head_rows=options.head_rows
+            )
         )
         if choice:
             parameters[name] = choice.value

@@ -31,10 +31,11 @@ Measuring = Callable[[Question], "Choice | None"]  # what 'auto' becomes: measur
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """`policies`: one file each; none with a list of types alone (`tensor_types`). `name`: a template for files in a folder.
+    """`policies`: one file each; none with a list of types alone (`tensor_types`). `name`: a template for files in a
+    folder.
 
-    `texts`: what a parameter at 'auto' is measured on, if not the built-in ones. `force` replaces whatever is there, `replace`
-    earlier outputs.
+    `texts`: what a parameter at 'auto' is measured on, if not the built-in ones. `force` replaces whatever is there,
+    `replace` earlier outputs.
     """
 
     policies: tuple[str, ...] = ()
@@ -94,7 +95,9 @@ def plan_files(
     tools = place.tools
     types = read_list(options.tensor_types, Ggml(tools)) if options.tensor_types else None
     if len(policies) > 1 and out is not None and not out.is_dir():
-        raise OutputUnwritable(f"{out}: with several policies the output is a folder", hint=f"mkdir -p {shlex.quote(str(out))}")
+        raise OutputUnwritable(
+            f"{out}: with several policies the output is a folder", hint=f"mkdir -p {shlex.quote(str(out))}"
+        )
     metadata = who_quantizes(options.metadata)
 
     def planned(policy: PolicySpec, choice: Choice | None = None) -> Job:
@@ -170,10 +173,11 @@ def quantize(
     place: Workplace | None = None,
     measuring: Measuring | None = None,
 ) -> tuple[QuantizedFile, ...]:
-    """Quantize the model by each policy: planned, written, verified, put in place. A file made from the same parts is used again.
+    """Quantize the model by each policy: planned, written, verified, put in place. A file made from the same parts is
+    used again.
 
-    Raises PolicyUnknown, ParameterUnknown, DataMissing, ShapeUnfit, AlreadyQuantized, HeadRowsMismatch, ImatrixMismatch,
-    OutputUnwritable, DiskTooSmall, LoadFailed, ToolFailed, ToolKilled, VerificationFailed.
+    Raises PolicyUnknown, ParameterUnknown, DataMissing, ShapeUnfit, AlreadyQuantized, HeadRowsMismatch,
+    ImatrixMismatch, OutputUnwritable, DiskTooSmall, LoadFailed, ToolFailed, ToolKilled, VerificationFailed.
     """
     place = place or workplace()
     files = plan_files(model, out, options, place=place, measuring=measuring)

@@ -26,8 +26,8 @@ from apex_build.sweep.run import run_sweep
 @dataclass(frozen=True)
 class SweepOptions:
     """`over`: parameter -> its values; every combination is a file. `curves`: with the head's calibration data (True),
-    without (False). `measured`: by what, and on what; by default the draft head's score, or the divergence where the head is not
-    swept. `scores`: figures to show; `bound`: the knee is the smallest file that loses less.
+    without (False). `measured`: by what, and on what; by default the draft head's score, or the divergence where the
+    head is not swept. `scores`: figures to show; `bound`: the knee is the smallest file that loses less.
     """
 
     over: Mapping[str, Sequence[str]] = field(hash=False)
@@ -46,7 +46,9 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class Swept:
-    """`reports`: for each score a table, a plot and the knees; `written`: their files; `errors`: of evaluators that failed."""
+    """`reports`: for each score a table, a plot and the knees; `written`: their files; `errors`: of evaluators that
+    failed.
+    """
 
     rows: tuple[Row, ...]
     reports: tuple[Summary, ...]
@@ -80,7 +82,8 @@ def plan(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workpl
 def sweep(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workplace | None = None) -> Swept:
     """Quantize and measure every point, and write table and plots into `folder`. A sweep that was cut short is resumed.
 
-    Raises what `sweep.plan.plan_sweep` and `sweep.run.run_sweep` raise, and EvaluationRefused for a score that nothing gives.
+    Raises what `sweep.plan.plan_sweep` and `sweep.run.run_sweep` raise, and EvaluationRefused for a score that nothing
+    gives.
     """
     place = place or workplace()
     planned = plan(model, folder, options, place=place)
@@ -90,7 +93,11 @@ def sweep(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workp
 
 
 def reported(
-    planned: Sweep, rows: Sequence[Row], scores: Sequence[str] = (), bound: float | None = None, errors: Sequence[ApexError] = ()
+    planned: Sweep,
+    rows: Sequence[Row],
+    scores: Sequence[str] = (),
+    bound: float | None = None,
+    errors: Sequence[ApexError] = (),
 ) -> Swept:
     """The reports of a sweep, written. `scores`: the figures to show, by default what a reader asks first."""
     check_scores(rows, scores)
@@ -117,7 +124,9 @@ def _policy(name: str | None, plugins: Plugins) -> PolicySpec:
         return plugins.policy(name)
     found = [policy for policy in plugins.policies().values() if policy.sweeps]
     if len(found) != 1:
-        raise PolicyUnknown("no policy was given, and not exactly one of them is meant for sweeps", hint="apex policies")
+        raise PolicyUnknown(
+            "no policy was given, and not exactly one of them is meant for sweeps", hint="apex policies"
+        )
     return found[0]
 
 
@@ -129,7 +138,9 @@ def _about(planned: Sweep) -> str:
     for entry in plan.entries if plan else ():
         if not entry.draft_head and entry.type != "F32":
             trunk[entry.type] = trunk.get(entry.type, 0) + entry.n_bytes
-    mostly = f"trunk {max(trunk, key=lambda name: trunk[name])}{' and others' if len(trunk) > 1 else ''}, " if trunk else ""
+    mostly = (
+        f"trunk {max(trunk, key=lambda name: trunk[name])}{' and others' if len(trunk) > 1 else ''}, " if trunk else ""
+    )
     pin = (request.tools.manifest.get("pin") or {}).get("name", "llama.cpp")
     of_head = mostly if planned.head_only else ""
     return f"{of_head}policy {request.policy.name}, tools {pin} {request.tools.identity[:8]}, apex {__version__}"

@@ -2,9 +2,9 @@
 
     parts -> identity -> lock -> is it there already? -> part file -> verified by its maker -> manifest -> rename
 
-`making` does this for a file and `making_folder` for a folder. The maker works inside the `with` block: it looks at `found`, writes
-to `part`, verifies what it wrote, and calls `done`. Whatever ends a run before `done` has returned leaves what was there before,
-with its manifest; a kill between two system calls is no exception.
+`making` does this for a file and `making_folder` for a folder. The maker works inside the `with` block: it looks at
+`found`, writes to `part`, verifies what it wrote, and calls `done`. Whatever ends a run before `done` has returned
+leaves what was there before, with its manifest; a kill between two system calls is no exception.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Artifact:
         return self.manifest_at or beside(self.out, MANIFEST)
 
     def found(self) -> Manifest | None:
-        """The manifest of what is at `out`, if that was made from the same parts; whether it is whole is another question."""
+        """The manifest of what is at `out`, if that was made from the same parts; whether it is whole is another
+        question.
+        """
         found = manifest_of(self.out, self.manifest_path) if self.out.is_file() else read_manifest(self.manifest_path)
         same = found is not None and found.usable and found.kind == self.kind and found.identity == self.identity
         return found if same else None
@@ -80,7 +82,9 @@ class Draft:
     put: Callable[[Path, Artifact, Manifest], None] = field(default=lambda *_: None, repr=False)
 
     def done(self, details: DataclassInstance) -> Manifest:
-        """Put the part in its place, with its manifest: verified by now. `details`: what the manifest says beyond its head."""
+        """Put the part in its place, with its manifest: verified by now. `details`: what the manifest says beyond its
+        head.
+        """
         artifact, is_file = self.artifact, self.part.is_file()
         sha256, n_bytes = (sha256_file(self.part), self.part.stat().st_size) if is_file else ("", None)
         made = Manifest(artifact.kind, artifact.identity, artifact.parts, sha256, n_bytes, details_of(details))
@@ -101,10 +105,11 @@ def making(
     wait: str = "",
     report: Report = silent,
 ) -> Iterator[Draft]:
-    """Make the file `artifact.out`, unless it is there, made from the same parts (`reuse`) and `intact`: by size and sha256.
+    """Make the file `artifact.out`, unless it is there, made from the same parts (`reuse`) and `intact`: by size and
+    sha256.
 
-    `inputs` are never replaced, other files as `replace` says; `n_bytes` are to be written. Where another run is at it: with `wait`
-    (what it is waited for) this one waits, otherwise it is refused. Raises OutputUnwritable, DiskTooSmall.
+    `inputs` are never replaced, other files as `replace` says; `n_bytes` are to be written. Where another run is at it:
+    with `wait` (what it is waited for) this one waits, otherwise it is refused. Raises OutputUnwritable, DiskTooSmall.
     """
     out = artifact.out
     check_place(out)
@@ -137,7 +142,8 @@ def making_folder(
     movable: bool = True,
     report: Report = silent,
 ) -> Iterator[Draft]:
-    """Make the folder `artifact.out` in the cache, unless it is there and `intact`. Waits for another run that is at it.
+    """Make the folder `artifact.out` in the cache, unless it is there and `intact`. Waits for another run that is at
+    it.
 
     One that is not `movable` is made at its place: until its manifest is there, it counts as not there.
     """
@@ -184,7 +190,9 @@ def check_free(artifact: Artifact, replace: Replace = "nothing") -> None:
 
 
 def _put_file(part: Path, artifact: Artifact, made: Manifest) -> None:
-    """The manifest first, with the one before it inside while that file may still be there: the rename decides which holds."""
+    """The manifest first, with the one before it inside while that file may still be there: the rename decides which
+    holds.
+    """
     out, at = artifact.out, artifact.manifest_path
     value = made.json()
     if out.exists():

@@ -18,7 +18,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
-def check_room(folder: Path, n_bytes: int, what: str, *, before: int = 0, hint: str | None = None, spare: int = ROOM) -> None:
+def check_room(
+    folder: Path, n_bytes: int, what: str, *, before: int = 0, hint: str | None = None, spare: int = ROOM
+) -> None:
     """Raises DiskTooSmall where `folder` has no room for `n_bytes` of `what`, after `before` bytes of other files."""
     free, needed = shutil.disk_usage(existing(folder)).free, before + n_bytes + spare
     if free < needed:
@@ -64,7 +66,8 @@ def refusal(error: OSError, path: Path, own: tuple[str | None, ...] | None = Non
 
 @contextmanager
 def tool_writing(part: Path, out: Path, n_bytes: int) -> Iterator[None]:
-    """While a tool writes `part`, of `n_bytes` in the end: where it fails and the disk has no room for the rest, that is why.
+    """While a tool writes `part`, of `n_bytes` in the end: where it fails and the disk has no room for the rest, that
+    is why.
 
     Most of the tools do not say so themselves. Raises DiskTooSmall then, instead of the tool's error.
     """
@@ -75,7 +78,8 @@ def tool_writing(part: Path, out: Path, n_bytes: int) -> Iterator[None]:
         if written + (free := shutil.disk_usage(out.parent).free) >= n_bytes:
             raise
         raise DiskTooSmall(
-            f"{out}: the disk is full: {amount(free)} free in {out.parent}, after {amount(written)} of {amount(n_bytes)}; "
+            f"{out}: the disk is full: {amount(free)} free in {out.parent}, after {amount(written)} of "
+            f"{amount(n_bytes)}; "
             f"{error.message}",
             hint=f"df -h {shlex.quote(str(out.parent))}",
         ) from None

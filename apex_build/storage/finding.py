@@ -35,7 +35,9 @@ def locate(path: Path) -> Located:
         candidates = [(path / name, path) for name in _IN_FOLDERS]
     elif path.suffix == MANIFEST and read_manifest(path):
         folder = path.name in _IN_FOLDERS[:3]
-        candidates = [(path, path.parent if folder else _kept(path) if path.name == _IN_FOLDERS[3] else path.with_suffix(""))]
+        candidates = [
+            (path, path.parent if folder else _kept(path) if path.name == _IN_FOLDERS[3] else path.with_suffix(""))
+        ]
     else:
         candidates = [(beside(path, MANIFEST), path), (path.with_name(_IN_FOLDERS[3]), path)]
     for at, artifact in candidates:
@@ -44,7 +46,9 @@ def locate(path: Path) -> Located:
             return Located(at, artifact, found, artifact.exists())
     what = "there is no such file" if not path.exists() else "there is no manifest of apex, and it is none"
     expected = "" if path.is_dir() else f": expected {candidates[0][0].name} beside it"
-    hint = f"apex inspect {shlex.quote(str(path))}, for what a model or imatrix says of itself" if path.is_file() else None
+    hint = (
+        f"apex inspect {shlex.quote(str(path))}, for what a model or imatrix says of itself" if path.is_file() else None
+    )
     raise ManifestMissing(f"{path}: {what}{expected if path.exists() else near_folder(path.parent)}", hint=hint)
 
 

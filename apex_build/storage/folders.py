@@ -27,10 +27,11 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def put_in_place(part: Path, final: Path) -> None:
-    """Rename `part` to `final`, on the disk before and after. A folder that was there changes places with it in one step.
+    """Rename `part` to `final`, on the disk before and after. A folder that was there changes places with it in one
+    step.
 
-    Where the file system cannot do that (some network file systems), it is kept beside until the new one is in place: see
-    `remove_left_over`.
+    Where the file system cannot do that (some network file systems), it is kept beside until the new one is in place:
+    see `remove_left_over`.
     """
     sync_folder(part)
     if not final.exists():

@@ -1,6 +1,7 @@
 """One writer at a time: a lock beside what is written, held by the kernel for as long as its process lives.
 
-The file `.NAME.lock` lies beside NAME while it is held. A lock that a killed run left is free: the kernel gives it back.
+The file `.NAME.lock` lies beside NAME while it is held. A lock that a killed run left is free: the kernel gives it
+back.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def locked(path: Path, *, wait: bool = False, what: str = "", report: Report = s
             report(Step(f"waiting for {what or f'another apex that works on {path.name}'}", 0))
             handle = _acquire(lock, wait=True)
     if handle is None:
-        raise Busy(f"{path} is being written by another run of apex", hint="wait until it has ended, or give another name with -o")
+        raise Busy(
+            f"{path} is being written by another run of apex",
+            hint="wait until it has ended, or give another name with -o",
+        )
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
 """The manifest of an artifact: what it is, what went in, what came out. One schema for all kinds, as JSON.
 
-Every manifest has `schema`, `kind`, `identity`, `from` (what went in; its sha256 is the identity) and `apex`; that of a file also
-`sha256` and `bytes`. What a kind has beyond that is a dataclass of the room that makes it. Manifests from before there was a schema
-count as schema 0: their kind is seen from their keys.
+Every manifest has `schema`, `kind`, `identity`, `from` (what went in; its sha256 is the identity) and `apex`; that of a
+file also `sha256` and `bytes`. What a kind has beyond that is a dataclass of the room that makes it. Manifests from
+before there was a schema count as schema 0: their kind is seen from their keys.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ _KIND_OF_KEY = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """`parts` is what went in; `sha256` and `n_bytes` are those of a file; `details` is what the kind says beyond the head."""
+    """`parts` is what went in; `sha256` and `n_bytes` are those of a file; `details` is what the kind says beyond the
+    head.
+    """
 
     kind: str
     identity: str
@@ -106,7 +108,12 @@ def parse(value: object) -> Manifest | None:
     schema, identity = value.get("schema", 0), value.get("identity", value.get("key", ""))
     parts = value.get("from", value.get("provenance", {}))
     sha256, n_bytes = value.get("sha256", ""), value.get("bytes", value.get("size"))
-    if not isinstance(kind, str) or type(schema) is not int or not isinstance(identity, str) or not isinstance(parts, dict):
+    if (
+        not isinstance(kind, str)
+        or type(schema) is not int
+        or not isinstance(identity, str)
+        or not isinstance(parts, dict)
+    ):
         return None
     if not isinstance(sha256, str) or (n_bytes is not None and type(n_bytes) is not int):
         return None
@@ -120,7 +127,9 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def manifest_of(out: Path, at: Path) -> Manifest | None:
-    """The manifest of the file `out`, at `at`: also while it is being replaced, or where that was cut short between two steps."""
+    """The manifest of the file `out`, at `at`: also while it is being replaced, or where that was cut short between two
+    steps.
+    """
     value = raw_json(at)
     found = parse(value)
     if found is not None and REPLACES in value and not found.describes(out):

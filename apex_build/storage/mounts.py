@@ -9,7 +9,19 @@ from pathlib import Path
 _TABLE = Path("/proc/self/mountinfo")
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 # Types whose locks may reach no further than this machine, and the options with which they do not, or alone do.
-_NEVER = ("9p", "afs", "beegfs", "cifs", "fuse.gcsfuse", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "smb3", "vboxsf", "virtiofs")
+_NEVER = (
+    "9p",
+    "afs",
+    "beegfs",
+    "cifs",
+    "fuse.gcsfuse",
+    "fuse.rclone",
+    "fuse.s3fs",
+    "fuse.sshfs",
+    "smb3",
+    "vboxsf",
+    "virtiofs",
+)
 _NOT_WITH = {"nfs": {"nolock", "local_lock=all", "local_lock=flock"}}
 _NOT_WITH["nfs4"] = _NOT_WITH["nfs"]
 _ONLY_WITH = {"lustre": {"flock"}}
@@ -44,7 +56,9 @@ def mount_of(path: Path, table: str | None = None) -> Mount | None:
 
 
 def lock_doubt(mount: Mount | None) -> str:
-    """Why another machine may not see a lock on this file system; empty where it does, or where the disk is this machine's."""
+    """Why another machine may not see a lock on this file system; empty where it does, or where the disk is this
+    machine's.
+    """
     if mount is None:
         return ""
     reason = ""

@@ -1,7 +1,7 @@
 """Outputs: never overwrite an input or a foreign file, are whole or absent, and are on disk before success is reported.
 
-Files with a manifest are made by artifacts.py, which uses this; `write_text` is for those without. All are written to a part file
-beside the final name (`new_part`), then `put` there: fsync, rename, fsync.
+Files with a manifest are made by artifacts.py, which uses this; `write_text` is for those without. All are written to a
+part file beside the final name (`new_part`), then `put` there: fsync, rename, fsync.
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ def check_place(out: Path, hint: str = _OTHER_NAME) -> None:
     if out.is_dir():
         raise OutputUnwritable(f"{out} is a folder, expected the name of a file", hint=hint)
     if not folder.is_dir():
-        raise OutputUnwritable(f"{folder}: no such folder{near_folder(folder)}", hint=f"mkdir -p {shlex.quote(str(folder))}")
+        raise OutputUnwritable(
+            f"{folder}: no such folder{near_folder(folder)}", hint=f"mkdir -p {shlex.quote(str(folder))}"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputUnwritable(f"{folder}: the folder cannot be written", hint=hint)
     if len(os.fsencode(out.name)) + _ADDED > (longest := os.pathconf(folder, "PC_NAME_MAX")):
-        raise OutputUnwritable(f"{out.name}: the name is too long, there is room for {longest - _ADDED} bytes", hint=hint)
+        raise OutputUnwritable(
+            f"{out.name}: the name is too long, there is room for {longest - _ADDED} bytes", hint=hint
+        )
     if out.exists() and not out.is_file():
         raise OutputUnwritable(f"{out} is not a regular file", hint=hint)
 
@@ -85,7 +89,9 @@ def locked_output(out: Path, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def write_text(out: Path, text: bytes, inputs: Iterable[Path] = (), *, force: bool = False, hint: str = _OTHER_NAME) -> None:
+def write_text(
+    out: Path, text: bytes, inputs: Iterable[Path] = (), *, force: bool = False, hint: str = _OTHER_NAME
+) -> None:
     """Write an output without a manifest, with all of the checks. Raises OutputUnwritable, DiskTooSmall."""
     check_place(out, hint)
     check_apart([out], inputs, hint)
@@ -97,7 +103,9 @@ def write_text(out: Path, text: bytes, inputs: Iterable[Path] = (), *, force: bo
 
 @contextmanager
 def new_part(out: Path) -> Iterator[Path]:
-    """An empty file beside `out`, of a name that nothing else has, to write to; removed when the block ends, unless `put`."""
+    """An empty file beside `out`, of a name that nothing else has, to write to; removed when the block ends, unless
+    `put`.
+    """
     with writing(out):
         handle, name = tempfile.mkstemp(prefix=f".{_plain(out)}.", suffix=".part", dir=out.parent)
         os.close(handle)
@@ -121,7 +129,9 @@ def whole_file(out: Path) -> Iterator[Path]:
 
 
 def put(part: Path, out: Path) -> None:
-    """Rename a finished file to its final name, with the permissions that a new file gets: on the disk before and after."""
+    """Rename a finished file to its final name, with the permissions that a new file gets: on the disk before and
+    after.
+    """
     with writing(out):
         part.chmod(0o666 & ~_umask())
         sync(part)

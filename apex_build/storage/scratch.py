@@ -22,10 +22,12 @@ _OURS = re.compile(rf"{_PREFIX}[a-z]+-\w{{8}}")
 
 @contextmanager
 def scratch_folder(what: str) -> Iterator[Path]:
-    """A new and empty folder that only this user can use, removed with the block. `what`, in lower-case letters, is in its name.
+    """A new and empty folder that only this user can use, removed with the block. `what`, in lower-case letters, is in
+    its name.
 
-    It stays locked for as long as this process lives: the kernel gives the lock back however we end, and so a later run can tell
-    what is left over from what is in use. Raises OutputUnwritable and DiskTooSmall, naming the folder for temporary files.
+    It stays locked for as long as this process lives: the kernel gives the lock back however we end, and so a later run
+    can tell what is left over from what is in use. Raises OutputUnwritable and DiskTooSmall, naming the folder for
+    temporary files.
     """
     remove_left_over(tempfile.gettempdir())
     folder, handle = _locked_folder(what)
@@ -47,7 +49,11 @@ def remove_left_over(root: str) -> int:
     for entry in entries:
         with suppress(OSError):  # another user's, in use, or gone by now
             about = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and (handle := _lock(Path(entry.path))) is not None:
+            if (
+                stat.S_ISDIR(about.st_mode)
+                and about.st_uid == os.geteuid()
+                and (handle := _lock(Path(entry.path))) is not None
+            ):
                 shutil.rmtree(entry.path, ignore_errors=True)
                 os.close(handle)
                 removed += 1
@@ -74,7 +80,9 @@ def _locked_folder(what: str) -> tuple[Path, int]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None where another process has it. Raises FileNotFoundError if it is gone."""
+    """A descriptor that holds the folder's lock; None where another process has it. Raises FileNotFoundError if it is
+    gone.
+    """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,10 +23,11 @@ IDENTITY = "identity.json"
 def unfinished_work(
     artifact: Artifact, files: Mapping[str, bytes], worth_keeping: Callable[[Path], bool], *, fresh: bool = False
 ) -> Iterator[Path]:
-    """The artifact's work folder, with `files` in it: as an earlier run of the same work left it, or a new one (`fresh`: always).
+    """The artifact's work folder, with `files` in it: as an earlier run of the same work left it, or a new one
+    (`fresh`: always).
 
-    It goes when the block ends well; otherwise it stays if it is `worth_keeping`. A note in the cache tells `apex cache` of it.
-    Call with the lock held.
+    It goes when the block ends well; otherwise it stays if it is `worth_keeping`. A note in the cache tells `apex
+    cache` of it. Call with the lock held.
     """
     work, note = work_folder(artifact.out), note_of(artifact.out)
     with contextlib.suppress(OSError, ApexError):  # for `apex cache`, which can do without
@@ -63,7 +64,8 @@ def check_work(out: Path, *, force: bool = False) -> None:
         return
     if work.is_symlink() or not work.is_dir() or any(work.iterdir()):
         raise OutputUnwritable(
-            f"{work} exists and was not left by an unfinished run", hint="give another name with -o, or --force to replace it"
+            f"{work} exists and was not left by an unfinished run",
+            hint="give another name with -o, or --force to replace it",
         )
 
 

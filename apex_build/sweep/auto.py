@@ -1,7 +1,8 @@
 """Values that are measured on the user's model: `draft_head=auto` becomes the smallest mixture that loses little there.
 
-A type's loss on one model says little about another (docs/results/draft-head.md), so none is built in. The mixtures that the policy
-names (Parameter.measured) are swept on the trunk that the policy makes, the largest first, until one clearly loses too much.
+A type's loss on one model says little about another (docs/results/draft-head.md), so none is built in. The mixtures
+that the policy names (Parameter.measured) are swept on the trunk that the policy makes, the largest first, until one
+clearly loses too much.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ class Choice:
         if self.chosen is None:
             return f"{self.value}: none smaller loses less than {self.bound:g} points"
         agreement, tokens = self.chosen.agreement, self.chosen.tokens
-        return f"loss {agreement.told(2)} points of agreement, {tokens.told(2)} % of tokens a step, {self.positions} positions"
+        return (
+            f"loss {agreement.told(2)} points of agreement, {tokens.told(2)} % of tokens a step, {self.positions} "
+            "positions"
+        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,13 @@ def _folder(question: Question, name: str) -> Path:
         "chunks": question.chunks,
         "tools": question.tools.identity,
         "head_rows": question.head_rows,
-        "evaluator": [evaluator.name, evaluator.version, *origin_of(evaluator), dict(service.settings), dict(service.figures)],
+        "evaluator": [
+            evaluator.name,
+            evaluator.version,
+            *origin_of(evaluator),
+            dict(service.settings),
+            dict(service.figures),
+        ],
         **question.options.parts(question.tools),
     }
     return cache_root() / "evaluation" / "auto" / sha256_json(parts)[:32]
@@ -225,7 +235,9 @@ def _chosen(sweep: Sweep, name: str, bound: float, progress: Progress | None) ->
 def _choice(rows: Sequence[Row], name: str, bound: float, figures: Mapping[str, str], *, reused: bool) -> Choice:
     """Of the measured rows, the baseline among them. `figures`: the names of what is measured (Service.figures)."""
     baseline = next(row for row in rows if row.baseline)
-    candidates = [one for row in rows if row is not baseline and (one := _candidate(row, baseline, name, bound, figures))]
+    candidates = [
+        one for row in rows if row is not baseline and (one := _candidate(row, baseline, name, bound, figures))
+    ]
     candidates.sort(key=lambda one: -one.head_bytes)
     smallest = min((one for one in candidates if one.fits), key=lambda one: one.head_bytes, default=None)
     figure = baseline.figure(figures["agreement"])

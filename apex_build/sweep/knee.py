@@ -36,7 +36,11 @@ def find_knees(rows: Sequence[Row], score: str, bound: float, *, by_head: bool) 
         under = [row for row, loss in losses if loss.value < bound]
         firmly = [row for row, loss in losses if loss.high is not None and loss.high < bound]
         knees.append(
-            Knee(head_data, bound, *(min(some, key=lambda row: size_of(row, by_head), default=None) for some in (under, firmly)))
+            Knee(
+                head_data,
+                bound,
+                *(min(some, key=lambda row: size_of(row, by_head), default=None) for some in (under, firmly)),
+            )
         )
     return knees
 

@@ -1,4 +1,6 @@
-"""Planning a sweep: one file for each combination of values of a policy's parameters, checked before anything is written."""
+"""Planning a sweep: one file for each combination of values of a policy's parameters, checked before anything is
+written.
+"""
 
 from __future__ import annotations
 
@@ -77,13 +79,15 @@ class Sweep:
 def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent) -> Sweep:
     """Check all of it, and plan every file; nothing is written. `keep`: the files are to stay.
 
-    Raises ParameterUnknown, TypeUnknown, EvaluationRefused, EvaluatorUnknown, ImatrixInvalid, ImatrixMismatch, HeadRowsMismatch,
-    DataMissing (where the baseline, or no point at all, can be quantized), OutputUnwritable (also for another sweep's folder),
-    DiskTooSmall.
+    Raises ParameterUnknown, TypeUnknown, EvaluationRefused, EvaluatorUnknown, ImatrixInvalid, ImatrixMismatch,
+    HeadRowsMismatch, DataMissing (where the baseline, or no point at all, can be quantized), OutputUnwritable (also for
+    another sweep's folder), DiskTooSmall.
     """
     check_apart(_written(request), _inputs(request), _ELSEWHERE)
     request, baseline = checked(request)
-    combinations = [dict(zip(request.over, values, strict=True)) for values in itertools.product(*request.over.values())]
+    combinations = [
+        dict(zip(request.over, values, strict=True)) for values in itertools.product(*request.over.values())
+    ]
     paired = request.inputs.reference is None
     asked = [baseline, *(one for one in combinations if one != baseline)] if paired else combinations
     with scratch_folder("sweep") as scratch:
@@ -109,7 +113,8 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
         jobs = [point.job for point in points if point.job]
         if paired and points[0].job is None:
             raise DataMissing(
-                f"the baseline, {points[0].name}, cannot be quantized: {points[0].refused}", hint="--baseline NAME=VALUE"
+                f"the baseline, {points[0].name}, cannot be quantized: {points[0].refused}",
+                hint="--baseline NAME=VALUE",
             )
         if not jobs:
             raise DataMissing(f"no point of the sweep can be quantized; {points[0].name}: {points[0].refused}")
@@ -122,7 +127,10 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
 
 
 def _plans(
-    request: Request, asked: Sequence[tuple[Mapping[str, str], bool]], known: Mapping[str, Plan | ShapeUnfit], report: Report
+    request: Request,
+    asked: Sequence[tuple[Mapping[str, str], bool]],
+    known: Mapping[str, Plan | ShapeUnfit],
+    report: Report,
 ) -> dict[str, Plan | ShapeUnfit]:
     """The plans that are not known yet, of (values, whether there is an imatrix)."""
     new = {key: one for one in asked if (key := _key(*one)) not in known}
@@ -193,7 +201,9 @@ def _point(
 
 def _parts(request: Request, evaluators: Sequence[Evaluator], baseline: Mapping[str, str]) -> dict[str, Any]:
     """What every point's result depends on. Not the values: a sweep may be given more of them."""
-    works = [plan_work(one, request.model, request.inputs, request.tools, threads=request.threads) for one in evaluators]
+    works = [
+        plan_work(one, request.model, request.inputs, request.tools, threads=request.threads) for one in evaluators
+    ]
     without = request.imatrix_without_head
     parts = {
         "model": fingerprint(request.model),
@@ -205,7 +215,9 @@ def _parts(request: Request, evaluators: Sequence[Evaluator], baseline: Mapping[
         "baseline": None if request.inputs.reference else dict(baseline),
         "head_rows": request.head_rows,
         "tools": request.tools.identity,
-        "evaluators": [{key: value for key, value in work.parts.items() if key not in ("model", "tools")} for work in works],
+        "evaluators": [
+            {key: value for key, value in work.parts.items() if key not in ("model", "tools")} for work in works
+        ],
     }
     same: dict[str, Any] = json.loads(json.dumps(parts))  # as it will be read again
     return same
@@ -258,7 +270,9 @@ def _inputs(request: Request) -> Iterator[Path]:
 
 
 def _check_disk(request: Request, jobs: Sequence[Job], trunks: int, keep: bool) -> int:
-    """Room for the files that exist at the same time: the trunks, the baseline, and the largest other file, or all files."""
+    """Room for the files that exist at the same time: the trunks, the baseline, and the largest other file, or all
+    files.
+    """
     largest = max(jobs, key=lambda job: job.n_bytes)
     before = trunks * trunk_job(largest, largest.out).n_bytes if trunks else 0
     before += sum(job.n_bytes for job in jobs) - largest.n_bytes if keep else jobs[0].n_bytes if len(jobs) > 1 else 0

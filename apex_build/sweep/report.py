@@ -30,7 +30,9 @@ class Summary:
 
 def default_score(rows: Sequence[Row]) -> str:
     """What the evaluators that were run want to be shown first, else their first figure."""
-    found = [figure for row in rows for figures in row.figures.values() for figure in figures if figure.value is not None]
+    found = [
+        figure for row in rows for figures in row.figures.values() for figure in figures if figure.value is not None
+    ]
     shown = next((figure for figure in found if figure.plot), found[0] if found else None)
     return shown.name if shown else "score"
 
@@ -40,7 +42,9 @@ def check_scores(rows: Sequence[Row], scores: Sequence[str]) -> None:
     names = list(dict.fromkeys(figure.name for row in rows for figures in row.figures.values() for figure in figures))
     for score in scores:
         if names and score not in names:
-            raise EvaluationRefused(f"--score {score}: no evaluator that was run gives it. There are: {', '.join(names)}")
+            raise EvaluationRefused(
+                f"--score {score}: no evaluator that was run gives it. There are: {', '.join(names)}"
+            )
 
 
 def report_sweep(
@@ -54,9 +58,9 @@ def report_sweep(
     counted: str = "",
     about: str = "",
 ) -> Summary:
-    """`by_head`: the bytes that count are those of the draft head. `bound` None: half a point for a score in per cent, and no knee
-    for any other. `reference` names the file that losses are taken against, if that is not a point; `counted` what n counts;
-    `about` is the chart's subtitle: the trunk's type, the tools.
+    """`by_head`: the bytes that count are those of the draft head. `bound` None: half a point for a score in per cent,
+    and no knee for any other. `reference` names the file that losses are taken against, if that is not a point;
+    `counted` what n counts; `about` is the chart's subtitle: the trunk's type, the tools.
     """
     figures = [figure for row in rows if (figure := row.figure(score)) and figure.value is not None]
     unit = next((figure.unit for figure in figures), "")
@@ -72,11 +76,15 @@ def report_sweep(
         words.append(f"no knee of {score}: the evaluator does not say whether lower or higher is better")
     label = next((figure.label for figure in figures if figure.label), score)
     heading = f"{model}: {label}{n}".rstrip() + (f"\n{about}" if about else "")
-    return Summary(score, table, tuple(words), _chart(rows, score, label, heading, unit, knees, by_head) if figures else None)
+    return Summary(
+        score, table, tuple(words), _chart(rows, score, label, heading, unit, knees, by_head) if figures else None
+    )
 
 
 def write_report(folder: Path, reports: Sequence[Summary]) -> list[Path]:
-    """table.md, and where matplotlib is there sweep.png and .svg, of a further score sweep-SCORE.png. Gives what was written."""
+    """table.md, and where matplotlib is there sweep.png and .svg, of a further score sweep-SCORE.png. Gives what was
+    written.
+    """
     text = "\n".join(markdown(one.table) + "".join(f"- {line}\n" for line in one.knees) for one in reports)
     with whole_file(folder / TABLE) as part:
         part.write_text(text, encoding="utf-8")
@@ -91,7 +99,9 @@ def write_report(folder: Path, reports: Sequence[Summary]) -> list[Path]:
     return written
 
 
-def _chart(rows: Sequence[Row], score: str, label: str, title: str, unit: str, knees: Sequence[Knee], by_head: bool) -> Chart:
+def _chart(
+    rows: Sequence[Row], score: str, label: str, title: str, unit: str, knees: Sequence[Knee], by_head: bool
+) -> Chart:
     smallest = {knee.smallest.identity for knee in knees if knee.smallest}
     series = []
     for head_data in (True, False):
@@ -101,7 +111,9 @@ def _chart(rows: Sequence[Row], score: str, label: str, title: str, unit: str, k
             y = figure.value if figure else None
             if row.head_data != head_data or not size_of(row, by_head) or (y is None and not row.refused):
                 continue
-            interval = (figure.low, figure.high) if figure and figure.low is not None and figure.high is not None else None
+            interval = (
+                (figure.low, figure.high) if figure and figure.low is not None and figure.high is not None else None
+            )
             values = ", ".join(row.values.values())
             inner = _paired_interval(row, score, y)
             marks.append(Mark(size_of(row, by_head) / 1e6, y, values, None, interval, row.identity in smallest, inner))
@@ -132,6 +144,13 @@ def _paired_interval(row: Row, score: str, value: float | None) -> tuple[float, 
     paired = paired_of(row, score)
     if paired is row.figure(score):  # it is the score itself
         return None
-    if value is None or row.baseline or paired is None or paired.value is None or paired.low is None or paired.high is None:
+    if (
+        value is None
+        or row.baseline
+        or paired is None
+        or paired.value is None
+        or paired.low is None
+        or paired.high is None
+    ):
         return None
     return value + paired.low - paired.value, value + paired.high - paired.value

@@ -23,10 +23,12 @@ BASELINE_TYPE = "Q8_0"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. `over`: parameter -> its values; `curves`: with the head's calibration data (True), without (False).
+    """What is asked for. `over`: parameter -> its values; `curves`: with the head's calibration data (True), without
+    (False).
 
-    `imatrix_without_head`: where it is not given, `imatrix` without the head's entries. `baseline`: its values where they are not
-    Q8_0 (of a parameter that takes a type) or the first of `over` (of any other); there is none with a reference in `inputs`.
+    `imatrix_without_head`: where it is not given, `imatrix` without the head's entries. `baseline`: its values where
+    they are not Q8_0 (of a parameter that takes a type) or the first of `over` (of any other); there is none with a
+    reference in `inputs`.
     """
 
     model: Model
@@ -67,7 +69,8 @@ def checked(request: Request) -> tuple[Request, dict[str, str]]:
         raise ParameterUnknown(f"--baseline {odd[0]}: the sweep is over {', '.join(over)}")
     if "head" in request.policy.needs and not request.model.has_head:
         raise EvaluationRefused(
-            f"{request.model.path} has no draft head, and the sweep is by policy '{request.policy.name}', which is about it",
+            f"{request.model.path} has no draft head, and the sweep is by policy '{request.policy.name}', which is "
+            "about it",
             hint=f"apex inspect {request.model.path}",
         )
     known = request.policy.parameters
@@ -88,11 +91,17 @@ def _another(policy: PolicySpec, name: str, value: str) -> str:
     parameter = policy.parameters.get(name)
     if parameter is None:
         return value
-    return next(one for one in ("F16", BASELINE_TYPE) if one != value) if parameter.kind == "type" else str(parameter.default)
+    return (
+        next(one for one in ("F16", BASELINE_TYPE) if one != value)
+        if parameter.kind == "type"
+        else str(parameter.default)
+    )
 
 
 def evaluators_of(request: Request, *, head_only: bool) -> tuple[Request, list[Evaluator]]:
-    """Those that are asked for, or that say they are for such a sweep; and the request with the settings that these want."""
+    """Those that are asked for, or that say they are for such a sweep; and the request with the settings that these
+    want.
+    """
     # while there is no file yet the model stands for the baseline: it has the same head and vocabulary
     inputs = replace(request.inputs, reference=request.inputs.reference or request.model)
     if request.only:
@@ -122,7 +131,9 @@ def curves_of(request: Request, *, head_only: bool) -> list[bool]:
         )
     without = request.imatrix_without_head
     if without and _has_head(without, request.model):
-        raise ImatrixMismatch(f"--imatrix-without-head {without}: it holds data for the draft head of {request.model.path}")
+        raise ImatrixMismatch(
+            f"--imatrix-without-head {without}: it holds data for the draft head of {request.model.path}"
+        )
     return curves
 
 

@@ -18,10 +18,11 @@ TABLE = "table.md"
 
 @dataclass(frozen=True)
 class Row:
-    """One point. `head_data`: its imatrix has data for the draft head; `uncalibrated`: tensors were quantized without data.
+    """One point. `head_data`: its imatrix has data for the draft head; `uncalibrated`: tensors were quantized without
+    data.
 
-    Bytes are of tensors, `file_bytes` of the whole file; None where nothing could be planned. A point that was not measured has
-    no figures: it was refused, it failed (evaluator -> why), or its turn has not come.
+    Bytes are of tensors, `file_bytes` of the whole file; None where nothing could be planned. A point that was not
+    measured has no figures: it was refused, it failed (evaluator -> why), or its turn has not come.
     """
 
     identity: str
@@ -67,7 +68,8 @@ def as_data(row: Row) -> dict[str, Any]:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """The measured rows of a folder by identity, none if it has no results yet. Raises OutputUnwritable for a damaged file.
+    """The measured rows of a folder by identity, none if it has no results yet. Raises OutputUnwritable for a damaged
+    file.
 
     Rows from before figures said which direction is better are not among them: they are measured again.
     """

@@ -47,8 +47,9 @@ def run_sweep(
 ) -> Generator[Outcome, None, None]:
     """Quantize and measure the points, in order. Each is recorded in `sweep.jsonl` before it is given.
 
-    A file is deleted once it is measured, unless `keep`; an interrupted run leaves the current one, and the next run resumes there.
-    `progress` is entered for each point. Raises what `quantization.run.run` raises, and OutputUnwritable.
+    A file is deleted once it is measured, unless `keep`; an interrupted run leaves the current one, and the next run
+    resumes there. `progress` is entered for each point. Raises what `quantization.run.run` raises, and
+    OutputUnwritable.
     """
     folder = sweep.request.folder
     with locked(folder), unwinding_signals():
@@ -66,7 +67,11 @@ def run_sweep(
             else:
                 known = sweep.known.get(point.identity)
                 # the place in this sweep may be another: a point among others then is the baseline now
-                outcome = Outcome(replace(known, baseline=point.baseline), True) if known else Outcome(planned_row(point, sweep))
+                outcome = (
+                    Outcome(replace(known, baseline=point.baseline), True)
+                    if known
+                    else Outcome(planned_row(point, sweep))
+                )
             if not outcome.errors:
                 done[point.identity] = outcome.row
                 write_rows(folder, (row for row in done.values() if row))
@@ -78,7 +83,10 @@ def run_sweep(
 def planned_works(sweep: Sweep) -> list[list[Work]]:
     """Of each point that is to be measured: what its evaluators have before them, for the time that it takes."""
     request = sweep.request
-    works = [plan_work(one, request.model, request.inputs, request.tools, threads=request.threads) for one in sweep.evaluators]
+    works = [
+        plan_work(one, request.model, request.inputs, request.tools, threads=request.threads)
+        for one in sweep.evaluators
+    ]
     paired = sweep.baseline and any("reference" in (*one.needs, *one.uses) for one in sweep.evaluators)
 
     def file(point: Point) -> Model:
@@ -87,7 +95,10 @@ def planned_works(sweep: Sweep) -> list[list[Work]]:
 
     reference = file(sweep.baseline) if sweep.baseline and paired else request.inputs.reference
     todo = [point for point in sweep.points if point.job and point.identity not in sweep.known]
-    return [[replace(work, task=replace(work.task, model=file(point), reference=reference)) for work in works] for point in todo]
+    return [
+        [replace(work, task=replace(work.task, model=file(point), reference=reference)) for work in works]
+        for point in todo
+    ]
 
 
 def planned_row(point: Point, sweep: Sweep) -> Row:
@@ -122,7 +133,10 @@ class _Files:
         request = self.sweep.request
         self.folder = request.folder / FILES
         self.folder.mkdir(exist_ok=True)
-        self.imatrices: dict[bool, Path | None] = {True: request.imatrix, False: request.imatrix_without_head or request.imatrix}
+        self.imatrices: dict[bool, Path | None] = {
+            True: request.imatrix,
+            False: request.imatrix_without_head or request.imatrix,
+        }
         if self.sweep.derived and request.imatrix is not None:
             self.imatrices[False] = made = request.folder / headless_name(request)
             write_without_head(request.imatrix, request.model, made)
@@ -160,7 +174,9 @@ class _Files:
         job = self._here(point)
         if job.out.name not in self.made and self.sweep.trunk_once:
             # a derived imatrix has the same data for the trunk as the one that it was made of
-            like = next(one for one in self.sweep.points if one.job and (self.sweep.derived or one.head_data == point.head_data))
+            like = next(
+                one for one in self.sweep.points if one.job and (self.sweep.derived or one.head_data == point.head_data)
+            )
             name = f"trunk-{curve_name(like.head_data).replace(' ', '-')}.gguf"
             job = head_job(job, self._run(trunk_job(self._here(like), self.folder / name), report))
         return self._run(job, report)

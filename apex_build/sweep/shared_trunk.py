@@ -1,4 +1,5 @@
-"""Files that differ in the draft head alone: the trunk is quantized once, and each file made from that by quantizing the head.
+"""Files that differ in the draft head alone: the trunk is quantized once, and each file made from that by quantizing
+the head.
 
 llama-quantize copies a tensor that has the wanted type already, so the files are bit-identical to those made in one run
 (tests/sweep/test_shared_trunk.py); on a large model that saves nearly all of the work.
@@ -24,7 +25,9 @@ _OF_THE_HEAD = ("apex.parameters", "apex.head_rows", "apex.imatrix.examined")
 
 
 def same_trunk(jobs: Sequence[Job]) -> bool:
-    """Whether the files differ in types of the draft head alone. That the trunk has the same data is for the caller to know."""
+    """Whether the files differ in types of the draft head alone. That the trunk has the same data is for the caller to
+    know.
+    """
     return len({_types(job.plan, head=False) for job in jobs}) == 1
 
 
@@ -63,5 +66,7 @@ def head_job(job: Job, trunk: Model) -> Job:
 def _pinned(plan: Plan, entries: tuple[Entry, ...]) -> Plan:
     """The plan with a rule for every tensor that llama-quantize would change, so that nothing is left to its mixture."""
     rules = "".join(f"{exactly(entry.name)}={entry.type}\n" for entry in entries if entry.source != KEPT)
-    identity = sha256_json({"base_type": plan.base_type, "rules": rules, "types": [[entry.name, entry.type] for entry in entries]})
+    identity = sha256_json(
+        {"base_type": plan.base_type, "rules": rules, "types": [[entry.name, entry.type] for entry in entries]}
+    )
     return replace(plan, rules=rules, entries=entries, identity=identity)

@@ -1,4 +1,6 @@
-"""The table of a sweep: a row for each combination of values, the curves side by side; for the terminal and as Markdown."""
+"""The table of a sweep: a row for each combination of values, the curves side by side; for the terminal and as
+Markdown.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Table:
 
 
 def sweep_table(rows: Sequence[Row], score: str, title: str, *, by_head: bool, reference: str = "") -> Table:
-    """`rows` of all curves; a point that is not measured says why. `reference` names the file that losses are taken against."""
+    """`rows` of all curves; a point that is not measured says why. `reference` names the file that losses are taken
+    against.
+    """
     curves = [curve for curve in (True, False) if any(row.head_data == curve for row in rows)]
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     unit = next((figure.unit for row in rows if (figure := row.figure(score))), "")
@@ -67,7 +71,10 @@ def markdown(table: Table) -> str:
         f"|{'|'.join('---:' if c in table.right else '---' for c in table.columns)}|",
     ]
     line += [f"| {' | '.join(map(_cell, row))} |" for row in table.rows]
-    return "\n".join([f"**{_cell(table.title)}**", "", *line, "", *(f"- {note}" for note in map(_cell, table.notes))]) + "\n"
+    return (
+        "\n".join([f"**{_cell(table.title)}**", "", *line, "", *(f"- {note}" for note in map(_cell, table.notes))])
+        + "\n"
+    )
 
 
 def _score(row: Row | None, score: str) -> str:

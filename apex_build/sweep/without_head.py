@@ -29,12 +29,13 @@ def holds_head(name: str, model: Model) -> bool:
 def write_without_head(imatrix: Path, model: Model, out: Path) -> None:
     """Write `imatrix` to `out`, without the draft head's entries and metadata.
 
-    The values of the others are copied bit for bit; the same input gives the same file. Raises ImatrixInvalid, also for the format
-    before GGUF.
+    The values of the others are copied bit for bit; the same input gives the same file. Raises ImatrixInvalid, also for
+    the format before GGUF.
     """
     if read_imatrix(imatrix).format != "gguf":
         raise ImatrixInvalid(
-            f"{imatrix}: the head's entries can only be left out of an imatrix in GGUF, and this is in the format before it",
+            f"{imatrix}: the head's entries can only be left out of an imatrix in GGUF, and this is in the format "
+            "before it",
             hint="apex calibrate MODEL; or give --imatrix-without-head",
         )
     reader = gguf.GGUFReader(imatrix)

@@ -37,7 +37,9 @@ class Backend:
     targets: tuple[str, ...] = TOOLS
 
     def cmake_options(self, *, native: bool) -> dict[str, str]:
-        """All CMake variables. `native`: for this machine's CPU and perhaps no other; else for any of the last ten years or so."""
+        """All CMake variables. `native`: for this machine's CPU and perhaps no other; else for any of the last ten
+        years or so.
+        """
         return {**_COMMON, "GGML_NATIVE": "ON" if native else "OFF", **self.options}
 
 
@@ -54,8 +56,8 @@ _CUDA = {
     "GGML_CUDA_NCCL": "OFF",
     "GGML_CUDA_NO_VMM": "OFF",
 }
-# What a compiler must take to make all of ggml's CPU backends (ggml/src/CMakeLists.txt): x86_64 GCC 11, aarch64 GCC 14. A DGX Spark
-# comes with GCC 13.
+# What a compiler must take to make all of ggml's CPU backends (ggml/src/CMakeLists.txt): x86_64 GCC 11, aarch64 GCC 14.
+# A DGX Spark comes with GCC 13.
 _NEWEST_CPUS = {
     "x86_64": ("-mavx512bf16", "-mavxvnni", "-mamx-tile", "-mamx-int8"),
     "aarch64": ("-march=armv9.2-a+dotprod+fp16+sve+i8mm+sve2+sme",),
@@ -71,23 +73,28 @@ def cuda_backend(
     all_kv_types: bool = False,
     targets: Sequence[str] = TOOLS,
 ) -> Backend:
-    """CUDA for these architectures (121a-real), as a library that the tools load at run time, with CPU backends beside it.
+    """CUDA for these architectures (121a-real), as a library that the tools load at run time, with CPU backends beside
+    it.
 
-    There is one for each generation of the CPUs of `machine` (x86_64, aarch64), and the right one is loaded; a single one where the
-    compiler does not accept the flags for all of them. `all_kv_types`: flash attention for every pair of K and V types, not for the
-    pairs of f16, bf16, q8_0 and q4_0 with themselves alone.
+    There is one for each generation of the CPUs of `machine` (x86_64, aarch64), and the right one is loaded; a single
+    one where the compiler does not accept the flags for all of them. `all_kv_types`: flash attention for every pair of
+    K and V types, not for the pairs of f16, bf16, q8_0 and q4_0 with themselves alone.
     """
     cpus = {"GGML_CPU_ALL_VARIANTS": "ON"}
     if not all(accepts(flag) for flag in _NEWEST_CPUS.get(machine, ("not known",))):
         cpus = {"GGML_CPU_ALL_VARIANTS": "OFF"} | ({"GGML_CPU_ARM_ARCH": _ARM} if machine == "aarch64" else {})
-    own = {"CMAKE_CUDA_ARCHITECTURES": ";".join(architectures), "GGML_CUDA_FA_ALL_QUANTS": "ON" if all_kv_types else "OFF"}
+    own = {
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(architectures),
+        "GGML_CUDA_FA_ALL_QUANTS": "ON" if all_kv_types else "OFF",
+    }
     return Backend("cuda", {**_CUDA, **cpus, **own}, tuple(targets))
 
 
 def with_ptx(architectures: Sequence[str]) -> tuple[str, ...]:
     """Also PTX, which the driver of a GPU that none of these is for compiles when the backend is loaded.
 
-    Of the newest architecture below 120, since llama.cpp's CMakeLists.txt turns 12x into 12xa, whose PTX runs on nothing newer.
+    Of the newest architecture below 120, since llama.cpp's CMakeLists.txt turns 12x into 12xa, whose PTX runs on
+    nothing newer.
     """
     numbers = (int(found[0]) for name in architectures if (found := re.match(r"\d+", name)))
     newest = max((number for number in numbers if number < 120), default=90)

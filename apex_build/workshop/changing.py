@@ -88,7 +88,9 @@ def new_patch(pin: Pin, subject: str, message: str = "", files: Sequence[str] = 
         refuse_under_way(path)
         edited, untracked = edits(path)
         if not edited and not untracked:
-            raise TreeEdited(f"nothing is edited in {path}", hint=f"edit files there first, then {verb(pin, 'new')} once more")
+            raise TreeEdited(
+                f"nothing is edited in {path}", hint=f"edit files there first, then {verb(pin, 'new')} once more"
+            )
         series = read_series(pin)
         if not subject.strip() or "\n" in subject:
             raise TreeEdited(
@@ -111,13 +113,21 @@ def _author(path: Path, series: Sequence[Patch]) -> dict[str, str]:
     else:
         name, email = (_configured(path, key) for key in ("user.name", "user.email"))
     when = f"{int(time.time())} +0000"
-    return {**COMMITTER, "GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email, "GIT_AUTHOR_DATE": when, "GIT_COMMITTER_DATE": when}
+    return {
+        **COMMITTER,
+        "GIT_AUTHOR_NAME": name,
+        "GIT_AUTHOR_EMAIL": email,
+        "GIT_AUTHOR_DATE": when,
+        "GIT_COMMITTER_DATE": when,
+    }
 
 
 def _configured(path: Path, key: str) -> str:
     done = run(path, "config", "--get", key, own=False)
     if done.returncode != 0 or not done.stdout.strip():
-        raise TreeEdited(f"git does not know who the author is: {key} is not set", hint=f"git config --global {key} ...")
+        raise TreeEdited(
+            f"git does not know who the author is: {key} is not set", hint=f"git config --global {key} ..."
+        )
     return done.stdout.decode("utf-8", "replace").strip()
 
 

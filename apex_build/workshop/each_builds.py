@@ -25,7 +25,8 @@ from apex_build.workshop.overview import Overview
 def build_each(
     found: Overview, *, backend: Backend = BACKENDS["cpu"], jobs: int | None = None, report: Report = silent
 ) -> Iterator[tuple[str, str | None]]:
-    """Compile the source up to each patch that is not known to build; gives (patch, the compiler's words or None), as they come.
+    """Compile the source up to each patch that is not known to build; gives (patch, the compiler's words or None), as
+    they come.
 
     The base is one too where the series is empty. What is found out is remembered.
     """
@@ -50,7 +51,9 @@ def _told(report: Report, detail: str) -> Report:
 
 
 def workplace(pin: Pin) -> Path:
-    """Folder of the workshop's own checkout of a pin (`source`) and CMake's folder for it (`build`); to be used with its lock."""
+    """Folder of the workshop's own checkout of a pin (`source`) and CMake's folder for it (`build`); to be used with
+    its lock.
+    """
     return cache.work_root() / f"patches-{pin.name}"
 
 
@@ -61,7 +64,9 @@ def compile_commit(
     folder = workplace(pin)
     source, work = folder / "source", folder / "build"
     with locked(folder, wait=True, report=report), writing(folder):
-        check_room(cache.work_root(), 0 if work.is_dir() else WORK_SIZE, "a build", hint="APEX_CACHE_DIR=FOLDER: another disk")
+        check_room(
+            cache.work_root(), 0 if work.is_dir() else WORK_SIZE, "a build", hint="APEX_CACHE_DIR=FOLDER: another disk"
+        )
         check_out(require_tree(pin), commit, source)
         work.mkdir(parents=True, exist_ok=True)
         with launcher(cache.work_root().parent, [source, work]) as front:

@@ -39,7 +39,9 @@ _RULES = {  # what of upstream's guide is looked for: what it is about -> words 
 
 @dataclass(frozen=True)
 class Exported:
-    """`files`: what was written; `remarks`: (patch, what upstream's rules say of it); `unchecked`: what could not be checked."""
+    """`files`: what was written; `remarks`: (patch, what upstream's rules say of it); `unchecked`: what could not be
+    checked.
+    """
 
     files: tuple[Path, ...]
     remarks: tuple[tuple[str, str], ...]
@@ -49,7 +51,8 @@ class Exported:
 def export(pin: Pin, folder: Path, *, force: bool = False, report: Report = silent) -> Exported:
     """Write the series and the texts to `folder`.
 
-    Raises SeriesUnfit (several authors), PatchConflict (a patch does not apply), OutputUnwritable (something else is there).
+    Raises SeriesUnfit (several authors), PatchConflict (a patch does not apply), OutputUnwritable (something else is
+    there).
     """
     path = require_tree(pin)
     series = read_series(pin)
@@ -103,7 +106,9 @@ def export_facts() -> dict[str, Mapping[str, Any]]:
     return {subject: entry for entry in data["patch"] for subject in entry["subjects"]}
 
 
-def _request(pin: Pin, one: Standing, facts: Mapping[str, Any], known: Known, guide: str, remarks: Sequence[str]) -> str:
+def _request(
+    pin: Pin, one: Standing, facts: Mapping[str, Any], known: Known, guide: str, remarks: Sequence[str]
+) -> str:
     patch = one.patch
     _, _, body = patch.message.partition("\n")
     files, plus, minus = _size(patch.diff)
@@ -116,7 +121,8 @@ def _request(pin: Pin, one: Standing, facts: Mapping[str, Any], known: Known, gu
     )
     lines = [f"# {patch.subject}", "", body.strip(), ""]
     lines += [
-        f"{files} file{'s' * (files > 1)}, {plus} line{'s' * (plus != 1)} added, {minus} removed; against {pin.commit[:12]}.",
+        f"{files} file{'s' * (files > 1)}, {plus} line{'s' * (plus != 1)} added, {minus} removed; against "
+        f"{pin.commit[:12]}.",
         "",
     ]
     lines += ["## How it was tested", "", f"- {ran}", *(f"- {line}" for line in facts.get("tested", ())), ""]

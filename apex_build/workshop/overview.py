@@ -17,7 +17,8 @@ from apex_build.workshop.standing import Standing, stand
 class Known:
     """What is known of a source: `builds` and `tests` are None where nobody looked yet.
 
-    `tests`: `ran`, `runnable`, `passed`, `when`, and `broken`: names of those that pass without the series and fail with it.
+    `tests`: `ran`, `runnable`, `passed`, `when`, and `broken`: names of those that pass without the series and fail
+    with it.
     """
 
     builds: bool | None
@@ -27,7 +28,9 @@ class Known:
 
 @dataclass(frozen=True)
 class Overview:
-    """`known`: of the source up to each patch, in the order of `standing`; `whole`: of the source with the whole series."""
+    """`known`: of the source up to each patch, in the order of `standing`; `whole`: of the source with the whole
+    series.
+    """
 
     pin: Pin
     digest: str
@@ -51,7 +54,9 @@ class Overview:
         elif self.whole.tests.get("broken"):
             found.append(f"it breaks tests: {', '.join(self.whole.tests['broken'])}")
         elif self.whole.tests["ran"] < self.whole.tests["runnable"]:
-            found.append(f"only {self.whole.tests['ran']} of {self.whole.tests['runnable']} of llama.cpp's tests were run")
+            found.append(
+                f"only {self.whole.tests['ran']} of {self.whole.tests['runnable']} of llama.cpp's tests were run"
+            )
         return tuple(found)
 
 
@@ -73,4 +78,6 @@ def _known(identity: str | None, built: set[str]) -> Known:
     builds, tests = found.get("builds"), found.get("tests")
     if identity in built:
         return Known(True, tests)
-    return Known(None if builds is None else bool(builds.get("ok")), tests, None if builds is None else builds.get("error"))
+    return Known(
+        None if builds is None else bool(builds.get("ok")), tests, None if builds is None else builds.get("error")
+    )

@@ -1,4 +1,6 @@
-"""New pins: a release of the package, or a commit of upstream's git; and moving an older pin on to a new one that is green."""
+"""New pins: a release of the package, or a commit of upstream's git; and moving an older pin on to a new one that is
+green.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def add_release(name: str, version: str, path: Path, *, commit: str | None = Non
     archive = download_sdist(pin, report)
     said = commit_of(archive, FOLDER)
     if commit is None and said is None:
-        raise DownloadFailed(f"{file} does not say which commit its llama.cpp is of", hint="name it: apex pin add --commit")
+        raise DownloadFailed(
+            f"{file} does not say which commit its llama.cpp is of", hint="name it: apex pin add --commit"
+        )
     if commit and said and commit != said:
         raise HashMismatch(f"{file} says that it is of commit {said}, not {commit}", hint="leave out --commit")
     pin = replace(pin, commit=str(commit or said), size=archive.stat().st_size)
@@ -93,7 +97,8 @@ def _text(pin: Pin, patches: str | None) -> str:
 
 
 def bump(name: str, to: str, report: Report = silent) -> tuple[Pin, Pin]:
-    """Let the pin `name` be what the pin `to` is, its series too; gives what it was, and what it is. Both trees stay as they are.
+    """Let the pin `name` be what the pin `to` is, its series too; gives what it was, and what it is. Both trees stay as
+    they are.
 
     Raises SeriesUnfit unless `to` is green, TreeEdited where the tree of `name` holds unsaved work.
     """
@@ -116,7 +121,9 @@ def bump(name: str, to: str, report: Report = silent) -> tuple[Pin, Pin]:
         else:
             part.mkdir()
         put_in_place(part, final)
-    patches = os.path.relpath(final, target.parent) if old.patches else None  # its series' folder stays the one named there
+    patches = (
+        os.path.relpath(final, target.parent) if old.patches else None
+    )  # its series' folder stays the one named there
     with whole_file(target) as part:
         part.write_text(_text(replace(new, name=old.name, serves=new.serves or old.serves), patches), encoding="utf-8")
     return old, load_pin(str(old.own_file) if old.own_file else old.name)

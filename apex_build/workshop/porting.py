@@ -1,7 +1,9 @@
-"""Porting a series to another pin: three-way merges that stop at a conflict, for git's own tools, and continue from there.
+"""Porting a series to another pin: three-way merges that stop at a conflict, for git's own tools, and continue from
+there.
 
-The patches are picked one by one (git cherry-pick) onto the tree of the other pin, on top of what its own series has. For the merge
-the tree's repository is given the source that they were made on. What is still to be done is kept inside its `.git`.
+The patches are picked one by one (git cherry-pick) onto the tree of the other pin, on top of what its own series has.
+For the merge the tree's repository is given the source that they were made on. What is still to be done is kept inside
+its `.git`.
 """
 
 from __future__ import annotations
@@ -139,7 +141,9 @@ def _wanted(onto: Pin, origin: Pin, given: Sequence[str]) -> list[tuple[int, Pat
 
 
 def _their_commits(path: Path, origin: Pin) -> list[str]:
-    """The origin's source and a commit for each of its patches, brought into this repository: a merge needs all three sides."""
+    """The origin's source and a commit for each of its patches, brought into this repository: a merge needs all three
+    sides.
+    """
     other = require_tree(origin)
     git(path, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", str(other), f"+refs/tags/{BASE}:{_THEIR_BASE}")
     try:
@@ -175,18 +179,25 @@ def _go_on(onto: Pin, path: Path, state: Port, report: Report) -> Ported:
 
 
 def _conclude(onto: Pin, path: Path, name: str) -> bool:
-    """Commit what was resolved; False where it comes to nothing. Raises PatchConflict where something is not resolved yet."""
+    """Commit what was resolved; False where it comes to nothing. Raises PatchConflict where something is not resolved
+    yet.
+    """
     if conflicts := _conflicts(path):
         raise _stopped(onto, path, _read(onto, path), conflicts)
     if not _same(path):
         names = git(path, "diff", "--name-only", "-z").split("\0")
         raise TreeEdited(
-            f"{path} has changes that are not added: {some([one for one in names if one])}", hint=f"git -C {path} add -u"
+            f"{path} has changes that are not added: {some([one for one in names if one])}",
+            hint=f"git -C {path} add -u",
         )
-    marks = run(path, "-c", "core.whitespace=-trailing-space,-space-before-tab,cr-at-eol", "diff", "--check", "--cached")
+    marks = run(
+        path, "-c", "core.whitespace=-trailing-space,-space-before-tab,cr-at-eol", "diff", "--check", "--cached"
+    )
     left = [line for line in marks.stdout.decode("utf-8", "replace").splitlines() if "leftover conflict marker" in line]
     if left:
-        raise PatchConflict(f"{path}: {some(left, '; ')}", hint=f"edit the file, git -C {path} add it, then {_onward(onto)}")
+        raise PatchConflict(
+            f"{path}: {some(left, '; ')}", hint=f"edit the file, git -C {path} add it, then {_onward(onto)}"
+        )
     if _same(path, "--cached"):
         return False
     done = run(path, "-c", "core.editor=:", "cherry-pick", "--continue", env=COMMITTER)
@@ -229,7 +240,11 @@ def _next(state: Port, which: Literal["done", "upstream", "skipped"], head: str)
     name, rest = state.todo[0][1], replace(state, head=head, todo=state.todo[1:])
     if which == "done":
         return replace(rest, done=(*state.done, name))
-    return replace(rest, upstream=(*state.upstream, name)) if which == "upstream" else replace(rest, skipped=(*state.skipped, name))
+    return (
+        replace(rest, upstream=(*state.upstream, name))
+        if which == "upstream"
+        else replace(rest, skipped=(*state.skipped, name))
+    )
 
 
 def _end(path: Path) -> None:
@@ -249,6 +264,8 @@ def _read(onto: Pin, path: Path) -> Port:
         todo = tuple((str(commit), str(name)) for commit, name in data["todo"])
         return Port(str(data["origin"]), str(data["start"]), str(data["head"]), todo, **lists)
     except FileNotFoundError:
-        raise TreeEdited(f"no port is under way in {path}", hint=f"apex patch port --onto {onto.own_file or onto.name}") from None
+        raise TreeEdited(
+            f"no port is under way in {path}", hint=f"apex patch port --onto {onto.own_file or onto.name}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GitFailed(f"{_file(path)} cannot be read: {error}", hint=f"git -C {path} cherry-pick --abort") from None

@@ -1,4 +1,6 @@
-"""What was found out about a source, remembered by its identity: whether it builds, and what llama.cpp's own tests said of it."""
+"""What was found out about a source, remembered by its identity: whether it builds, and what llama.cpp's own tests said
+of it.
+"""
 
 from __future__ import annotations
 

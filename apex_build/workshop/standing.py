@@ -24,8 +24,9 @@ _OFFSET = re.compile(r"Hunk #(\d+) succeeded at \d+ \(offset (-?\d+) lines?\)")
 class Standing:
     """A patch on what it stands on: the base and those before it that apply.
 
-    `detail` names file and hunk of what moved or does not apply. `upstream`: the source has the change already. `commit` is made of
-    it, beside the working tree; `identity` names the source up to it, as a build does (None where it adds nothing).
+    `detail` names file and hunk of what moved or does not apply. `upstream`: the source has the change already.
+    `commit` is made of it, beside the working tree; `identity` names the source up to it, as a build does (None where
+    it adds nothing).
     """
 
     patch: Patch
@@ -76,7 +77,9 @@ def _moved(said: str) -> str:
 def find_patch(patches: Sequence[Patch], given: str) -> Patch:
     """The patch of this number (3, 0003), of this name, or with this in its subject alone. Raises PatchUnknown."""
     numbered = [patch for patch in patches if given.isdigit() and int(patch.name[:4]) == int(given)]
-    named = numbered or [patch for patch in patches if given in (patch.name, patch.name.removesuffix(".patch"), patch.subject)]
+    named = numbered or [
+        patch for patch in patches if given in (patch.name, patch.name.removesuffix(".patch"), patch.subject)
+    ]
     found = named or [patch for patch in patches if given.casefold() in patch.subject.casefold()]
     if len(found) == 1:
         return found[0]

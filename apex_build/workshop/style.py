@@ -47,7 +47,9 @@ def added_lines(diff: bytes) -> Iterator[Added]:
 
 
 def check_editorconfig(text: str, diff: bytes) -> list[str]:
-    """`src/a.cpp:12: white space at the end of the line`, of the lines that a diff adds, by the rules of an .editorconfig."""
+    """`src/a.cpp:12: white space at the end of the line`, of the lines that a diff adds, by the rules of an
+    .editorconfig.
+    """
     sections = _sections(text)
     found: list[str] = []
     for line in added_lines(diff):
@@ -121,7 +123,9 @@ def check_format(program: Path, tree: Path, commit: str, diff: bytes) -> list[st
             found.append(f"{file}: clang-format failed: {words[0] if words else done.returncode}")
             continue
         match = difflib.SequenceMatcher(None, content.splitlines(), done.stdout.splitlines(), autojunk=False)
-        changed = {at + 1 for tag, i1, i2, _, _ in match.get_opcodes() if tag != "equal" for at in range(i1, max(i2, i1 + 1))}
+        changed = {
+            at + 1 for tag, i1, i2, _, _ in match.get_opcodes() if tag != "equal" for at in range(i1, max(i2, i1 + 1))
+        }
         if touched := changed & set(numbers):
             found.append(f"{file}: clang-format would change {len(touched)} of the {len(numbers)} lines added")
     return found

@@ -1,7 +1,7 @@
 """llama.cpp's own tests, those that a CPU can run without a download: built and run without the series and with it.
 
-They are no part of a tree that is built; they come from the archive of the pin. What ran is remembered by the source's identity, so
-that after a change to the series only its side runs again.
+They are no part of a tree that is built; they come from the archive of the pin. What ran is remembered by the source's
+identity, so that after a change to the series only its side runs again.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class OwnTest:
 class Outcome:
     """`without` and `with_`: name -> how it went, without and with the series. `left_out`: name -> why.
 
-    `broken`: pass without the series and fail with it. `runnable`: how many could be run, had all been asked for. `reused`: how
-    many on either side were known before.
+    `broken`: pass without the series and fail with it. `runnable`: how many could be run, had all been asked for.
+    `reused`: how many on either side were known before.
     """
 
     identity: str
@@ -72,7 +72,11 @@ class Outcome:
 
     @property
     def broken(self) -> tuple[str, ...]:
-        return tuple(sorted(name for name, state in self.with_.items() if state != "passed" and self.without.get(name) == "passed"))
+        return tuple(
+            sorted(
+                name for name, state in self.with_.items() if state != "passed" and self.without.get(name) == "passed"
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,11 @@ class _Bench:
 def run_both_sides(
     pin: Pin, *, only: Sequence[str] = (), jobs: int | None = None, timeout: float = 1800, report: Report = silent
 ) -> Outcome:
-    """Run the tests whose names match one of the expressions `only` (all by default) on both sides, and remember the outcome.
+    """Run the tests whose names match one of the expressions `only` (all by default) on both sides, and remember the
+    outcome.
 
-    Raises PatchConflict where a patch does not apply, BuildFailed where the tests of one side cannot be built, SeriesUnfit where
-    there are none.
+    Raises PatchConflict where a patch does not apply, BuildFailed where the tests of one side cannot be built,
+    SeriesUnfit where there are none.
     """
     tree = require_tree(pin)
     standing = list(stand(tree, read_series(pin)))
@@ -125,7 +130,9 @@ def run_both_sides(
             (folder / name).mkdir(parents=True, exist_ok=True)
         with launcher(cache.work_root().parent, [folder / "source", folder / "build"]) as front:
             expressions = tuple(re.compile(one) for one in only)
-            bench = _Bench(pin, tree, folder, compiler, front, jobs or cmake.default_jobs(), timeout, expressions, key, report)
+            bench = _Bench(
+                pin, tree, folder, compiler, front, jobs or cmake.default_jobs(), timeout, expressions, key, report
+            )
             without, reused, _ = _side(bench, base, "without the series", files)
             with_, reused_with, tests = _side(bench, head, "with the series", files)
     left_out = {test.name: test.why_not for test in tests if test.why_not}
@@ -150,7 +157,9 @@ def _remember(found: Outcome, without: Mapping[str, State], with_: Mapping[str, 
         "passed": sum(state == "passed" for state in with_.values()),
         "runnable": found.runnable,
         "broken": list(whole.broken),
-        "failed_without_too": sorted(name for name, state in with_.items() if state != "passed" and name not in whole.broken),
+        "failed_without_too": sorted(
+            name for name, state in with_.items() if state != "passed" and name not in whole.broken
+        ),
         "left_out": dict(found.left_out),
     }
     results.remember(found.identity, "tests", summary)
@@ -168,7 +177,9 @@ def _wanted(bench: _Bench, name: str) -> bool:
 def _side(
     bench: _Bench, commit: str, which: str, files: Sequence[tuple[str, bytes]]
 ) -> tuple[dict[str, State], int, list[OwnTest]]:
-    """All outcomes known of a commit, once the wanted tests have run; how many of these were known before; and the tests."""
+    """All outcomes known of a commit, once the wanted tests have run; how many of these were known before; and the
+    tests.
+    """
     identity = commit_identity(bench.tree, commit)
     known = _known(identity, bench.key)
     check_out(bench.tree, commit, bench.source)
@@ -184,9 +195,13 @@ def _side(
         programs = _programs(bench)
         targets = sorted({programs[test.name] for test in todo if test.name in programs})
         if targets:  # Ninja would make everything if it was asked for nothing
-            cmake.compile_targets(bench.source, bench.work, targets, bench.jobs, bench.front, _told(bench.report, which))
+            cmake.compile_targets(
+                bench.source, bench.work, targets, bench.jobs, bench.front, _told(bench.report, which)
+            )
     except BuildFailed as error:
-        raise BuildFailed(f"llama.cpp's tests cannot be built {which}:\n{compilers_words(error)}", hint=error.hint) from None
+        raise BuildFailed(
+            f"llama.cpp's tests cannot be built {which}:\n{compilers_words(error)}", hint=error.hint
+        ) from None
     tests = _list(bench)  # only now CMake says how each is run
     names = {test.name for test in todo}
     todo = [test for test in tests if test.name in names and test.why_not is None]
@@ -251,7 +266,9 @@ def _run(bench: _Bench, test: OwnTest) -> State:
     command = [*test.command, *_ARGUMENTS.get(test.name, ())]
     folder = bench.work / test.folder
     try:
-        done = run_tool(command, cwd=folder, timeout=bench.timeout, check=False, log=logs(bench.pin) / f"{test.name}.log")
+        done = run_tool(
+            command, cwd=folder, timeout=bench.timeout, check=False, log=logs(bench.pin) / f"{test.name}.log"
+        )
     except ToolTimeout:
         return "timeout"
     return "passed" if done.returncode in (0, test.skip_code) else "failed"

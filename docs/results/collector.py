@@ -3,11 +3,12 @@
     python docs/results/collector.py FOLDER --before TOOLS --after TOOLS            # on the CPU
     python docs/results/collector.py FOLDER --before TOOLS --after TOOLS -ngl 99    # on a GPU
 
-TOOLS are folders of built tools; the one of `--before` needs only llama-imatrix. The model is a random one with layers as
-those of the 35B-A3B (tests/patches/random_moe.py, which needs gguf), or `--model`. Each command runs with a few chunks and with
-more, in turn; the difference of the two is what a token takes, without the time to start. Decoding alone is llama-perplexity, which
-computes the logits of half of the tokens; for the logits of all, as llama-imatrix has them, give with `--alone` the folder of an
-llama-imatrix that was built with `params.cb_eval = nullptr`. Ratios are of CPU time on one thread, else of time.
+TOOLS are folders of built tools; the one of `--before` needs only llama-imatrix. The model is a random one with layers
+as those of the 35B-A3B (tests/patches/random_moe.py, which needs gguf), or `--model`. Each command runs with a few
+chunks and with more, in turn; the difference of the two is what a token takes, without the time to start. Decoding
+alone is llama-perplexity, which computes the logits of half of the tokens; for the logits of all, as llama-imatrix has
+them, give with `--alone` the folder of an llama-imatrix that was built with `params.cb_eval = nullptr`. Ratios are of
+CPU time on one thread, else of time.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ def run(command: list[str], gpu: bool, log: Path) -> Run:
     if watcher:
         watcher.terminate()
         said, _ = watcher.communicate()
-        samples = [tuple(map(float, line.split(","))) for line in said.splitlines() if line.count(",") == 1 and line[-1].isdigit()]
+        samples = [
+            tuple(map(float, line.split(",")))
+            for line in said.splitlines()
+            if line.count(",") == 1 and line[-1].isdigit()
+        ]
     if status:
         sys.exit(f"{' '.join(command)}\nfailed, see {log}")
     utilization = tuple(sample[0] for sample in samples)
@@ -94,7 +99,9 @@ def main() -> None:
         script = ROOT / "tests" / "patches" / "random_moe.py"
         subprocess.run([sys.executable, script, model, "--layers", str(given.layers), "--type", given.type], check=True)
     text = folder / "text.txt"
-    text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "tests" / "testbed" / "heldout").glob("*.txt"))))
+    text.write_text(
+        "\n".join(path.read_text() for path in sorted((ROOT / "tests" / "testbed" / "heldout").glob("*.txt")))
+    )
 
     common = ["-m", str(model), "-f", str(text), "-c", str(CONTEXT), "-ngl", str(given.ngl), "-t", str(given.threads)]
     common += ["-b", str(max(CONTEXT, given.ubatch)), "-ub", str(given.ubatch)]
@@ -121,7 +128,10 @@ def main() -> None:
 
     basis = "seconds" if gpu or given.threads > 1 else "cpu"
     decoding, stock = each("decoding alone", basis), each("before", basis)
-    print("| | tokens/s | ms a token | CPU ms a token | overhead, of that before | time, of that before | memory, MiB |", end="")
+    print(
+        "| | tokens/s | ms a token | CPU ms a token | overhead, of that before | time, of that before | memory, MiB |",
+        end="",
+    )
     print(" GPU busy, % | GPU memory, MiB |" if gpu else "")
     print("|---|---|---|---|---|---|---|" + ("---|---|" if gpu else ""))
     for name in commands:
@@ -135,7 +145,14 @@ def main() -> None:
         print("| " + " | ".join(row) + " |")
     print("\nafter against before:", compared(folder / "before.gguf", folder / "after.gguf"))
     if given.compare_cpu:
-        command = [*imatrix[given.after], "-ngl", "0", *(["-dev", "none"] if gpu else []), "-o", str(folder / "cpu.gguf")]
+        command = [
+            *imatrix[given.after],
+            "-ngl",
+            "0",
+            *(["-dev", "none"] if gpu else []),
+            "-o",
+            str(folder / "cpu.gguf"),
+        ]
         run([*command, "--mtp", "--chunks", str(many)], False, folder / "cpu.log")
         print("against the CPU:", compared(folder / "cpu.gguf", folder / "head.gguf"))
 

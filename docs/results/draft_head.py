@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 AGREEMENT = "depth1.agreement"
 Row = dict[str, Any]
 KINDS = {"f16": "MoE test head", "dense-f16": "dense test head"}
-# Loss of agreement in points against BF16, whole dense head of Qwen3.6-27B (425 million weights), with an imatrix: the table of
-# upstream's open pull request #28351. Q4_K without one loses 0.36.
+# Loss of agreement in points against BF16, whole dense head of Qwen3.6-27B (425 million weights), with an imatrix: the
+# table of upstream's open pull request #28351. Q4_K without one loses 0.36.
 REAL = {"Q6_K": 0.06, "Q5_K": 0.11, "Q4_K": 0.23, "IQ3_S": 2.2, "IQ2_XS": 9.1}
 REAL_BITS = {"Q6_K": 6.59, "Q5_K": 5.46, "Q4_K": 4.52, "IQ3_S": 3.48, "IQ2_XS": 2.35}
 
@@ -42,7 +42,11 @@ def swept(folder: Path, name: str) -> list[Row]:
 
 
 def evaluated(path: Path, evaluator: str) -> dict[str, dict[str, Mapping[str, Any]]]:
-    return {row["file"].removesuffix(".gguf"): over_all(row["figures"]) for row in read(path) if row["evaluator"] == evaluator}
+    return {
+        row["file"].removesuffix(".gguf"): over_all(row["figures"])
+        for row in read(path)
+        if row["evaluator"] == evaluator
+    }
 
 
 def cell(figure: Mapping[str, Any] | None, digits: int = 2) -> str:
@@ -96,7 +100,8 @@ def types(folder: Path, kind: str) -> list[Row]:
             ])  # fmt: skip
     print(f"{KINDS[kind]}\n")
     table(
-        "head | bytes | agreement, % | loss, points | real 27B | times | loss without head data | loss of mean p, points | KLD | "
+        "head | bytes | agreement, % | loss, points | real 27B | times | loss without head data | loss of mean p, "
+        "points | KLD | "
         "loss of tokens a step, drafts of 3",
         lines,
     )
@@ -105,13 +110,21 @@ def types(folder: Path, kind: str) -> list[Row]:
 
 def mixtures(folder: Path) -> None:
     head = (
-        "head | bytes | of Q8_0, % | loss, points | depth 2 | depth 3 | loss of mean p, points | loss of tokens a step, drafts of 3"
+        "head | bytes | of Q8_0, % | loss, points | depth 2 | depth 3 | loss of mean p, points | loss of tokens a "
+        "step, drafts of 3"
     )
 
     def line(name: str, row: Row, whole: int) -> list[str]:
         depths = [shown(lost(row, f"depth{depth}.agreement")) for depth in (1, 2, 3)]
         share = f"{100 * row['bytes'] / whole:.1f}"
-        return [name, f"{row['bytes']:,}", share, *depths, shown(lost(row, "depth1.p")), shown(lost(row, "tokens.3"), 4)]
+        return [
+            name,
+            f"{row['bytes']:,}",
+            share,
+            *depths,
+            shown(lost(row, "depth1.p")),
+            shown(lost(row, "tokens.3"), 4),
+        ]
 
     for kind, name in KINDS.items():
         rows = swept(folder, f"mixtures-{kind}")
@@ -124,7 +137,9 @@ def mixtures(folder: Path) -> None:
 
 
 def plot_types(by_kind: Mapping[str, list[Row]]) -> None:
-    series = [Series("Qwen3.6-27B's head (public)", tuple(Mark(REAL_BITS[name], loss, name) for name, loss in REAL.items()))]
+    series = [
+        Series("Qwen3.6-27B's head (public)", tuple(Mark(REAL_BITS[name], loss, name) for name, loss in REAL.items()))
+    ]
     for kind, rows in by_kind.items():
         own = [row for row in rows if row["head_data"] and row["figures"]]
         weights = own[0]["bytes"] / 8.5  # Q8_0 takes 8.5 bits for a weight; the F32 rest of the head is little
@@ -173,15 +188,28 @@ def domains(folder: Path) -> None:
 def acceptance(folder: Path, rows: list[Row]) -> None:
     found = evaluated(folder / "acceptance.jsonl", "draft-acceptance")
     prefix = "testbed-draft_head-"
-    scores = {f"{row['values']['']}-{'with' if row['head_data'] else 'without'}-head-data": row["figures"] for row in rows}
+    scores = {
+        f"{row['values']['']}-{'with' if row['head_data'] else 'without'}-head-data": row["figures"] for row in rows
+    }
     marks, lines = [], []
     for file, figures in found.items():
         stem = file.removeprefix(prefix).rpartition("-")[0]
         accepted, score, same = figures["greedy.n1.acceptance"], scores[stem][AGREEMENT], figures["greedy.n1.same_text"]
         name = stem.replace("-with-head-data", "").replace("-without-head-data", " (no data)")
-        marks.append(Mark(score["value"], accepted["value"], name, x_interval=interval(score), y_interval=interval(accepted)))
+        marks.append(
+            Mark(score["value"], accepted["value"], name, x_interval=interval(score), y_interval=interval(accepted))
+        )
         drafted = f"{figures['greedy.n1.drafted']['value']:.0f}"
-        lines.append([name, cell(score), cell(accepted, 1), drafted, cell(figures["greedy.n1.tokens_per_step"], 3), cell(same, 1)])
+        lines.append(
+            [
+                name,
+                cell(score),
+                cell(accepted, 1),
+                drafted,
+                cell(figures["greedy.n1.tokens_per_step"], 3),
+                cell(same, 1),
+            ]
+        )
     table("head | agreement, % | acceptance, % | drafted | tokens a step | same text, %", lines)
     draw(
         Chart(

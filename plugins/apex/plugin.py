@@ -1,4 +1,6 @@
-"""The APEX tiers: a type for each tensor by its role and its depth (Adaptive Precision for EXpert models); and the head alone."""
+"""The APEX tiers: a type for each tensor by its role and its depth (Adaptive Precision for EXpert models); and the head
+alone.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,15 @@ _HERE = Path(__file__).parent
 _INHERIT = ("inherit",)
 _TRUNK = ("inherit", "keep")
 QUARTER = "quarter"  # a mixture for the head, in head.jinja
-# What draft_head=auto chooses among: routed experts (of a dense head: feed-forward) and the rest. The head's part of a model's
-# quality is not known before it is measured: docs/results/draft-head.md.
+# What draft_head=auto chooses among: routed experts (of a dense head: feed-forward) and the rest. The head's part of a
+# model's quality is not known before it is measured: docs/results/draft-head.md.
 MEASURED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K+Q5_K", "Q3_K+Q5_K", "IQ3_XXS+Q5_K", "IQ2_S+Q5_K", "IQ2_XXS+Q4_K")
 HEAD_PARTS = {
     "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
     "draft_head.shared": Parameter("inherit", "type", "the head's shared expert", _INHERIT),
-    "draft_head.dense": Parameter("inherit", "type", "the head's dense feed-forward, where it has no experts", _INHERIT),
+    "draft_head.dense": Parameter(
+        "inherit", "type", "the head's dense feed-forward, where it has no experts", _INHERIT
+    ),
     "draft_head.attention": Parameter("inherit", "type", "the head's attention", _INHERIT),
     "draft_head.eh_proj": Parameter("inherit", "type", "nextn.eh_proj, which joins token and hidden state", _INHERIT),
     "draft_head.other": Parameter("inherit", "type", "parts of the head without their own setting", _INHERIT),
@@ -32,13 +36,16 @@ PARAMETERS = {
     "shared": Parameter("inherit", "type", "the trunk's shared experts", _TRUNK),
     "dense": Parameter("inherit", "type", "the trunk's dense feed-forward", _TRUNK),
     "attention": Parameter("inherit", "type", "the trunk's attention and SSM", _TRUNK),
-    "token_embd": Parameter("inherit", "type", "token embeddings, by default as the base type's mixture has them", _TRUNK),
+    "token_embd": Parameter(
+        "inherit", "type", "token embeddings, by default as the base type's mixture has them", _TRUNK
+    ),
     "output": Parameter("inherit", "type", "the output matrix, by default as the base type's mixture has it", _TRUNK),
     "attention_edge": Parameter(3, "int", "attention and SSM: this many layers at either end of the trunk are 'edge'"),
     "draft_head": Parameter(
         "tier",
         "type",
-        "the whole draft head; A+B: its routed experts A, the rest B; 'tier' is what APEX gives it, 'quarter' IQ2_XXS+Q4_K "
+        "the whole draft head; A+B: its routed experts A, the rest B; 'tier' is what APEX gives it, 'quarter' "
+        "IQ2_XXS+Q4_K "
         "(it cost 1.5 points of agreement on the test model), "
         "'auto' the smallest of several mixtures that loses little on this model: apex quantize measures them",
         ("tier", QUARTER),
@@ -47,7 +54,9 @@ PARAMETERS = {
         bound="draft_loss",
     ),
     "draft_loss": Parameter(
-        0.5, "number", "bound for draft_head=auto: points of agreement, and twice as many per cent of the tokens per step"
+        0.5,
+        "number",
+        "bound for draft_head=auto: points of agreement, and twice as many per cent of the tokens per step",
     ),
     **HEAD_PARTS,
 }
@@ -78,9 +87,13 @@ def _policy(name: str, tier: str, *, calibrated: bool) -> PolicySpec:
 
 
 def _with_small_head(policy: PolicySpec) -> PolicySpec:
-    """The tier with the smallest head that loses little: only tiers for use with calibration data, which small heads need."""
+    """The tier with the smallest head that loses little: only tiers for use with calibration data, which small heads
+    need.
+    """
     parameters = {**policy.parameters, "draft_head": replace(PARAMETERS["draft_head"], default="auto")}
-    description = f"{policy.name}, with the smallest draft head that loses little, measured on the model (draft_head=auto)"
+    description = (
+        f"{policy.name}, with the smallest draft head that loses little, measured on the model (draft_head=auto)"
+    )
     return replace(
         policy,
         name=f"{policy.name}-mtp",
@@ -99,7 +112,9 @@ def _head_alone() -> PolicySpec:
         base_type="Q8_0",
         parameters={
             "trunk": Parameter("Q8_0", "type", trunk, ("keep",)),
-            "draft_head": Parameter("Q4_K", "type", "the whole draft head; A+B: its routed experts A, the rest B", mixtures=True),
+            "draft_head": Parameter(
+                "Q4_K", "type", "the whole draft head; A+B: its routed experts A, the rest B", mixtures=True
+            ),
             **HEAD_PARTS,
         },
         needs=("head",),

@@ -1,4 +1,6 @@
-"""Calibration sources: conversations in JSON lines, text files, the interpreter's standard library, and Hugging Face datasets."""
+"""Calibration sources: conversations in JSON lines, text files, the interpreter's standard library, and Hugging Face
+datasets.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def read_datasets(options: Mapping[str, Any], _folder: Path) -> Iterator[Documen
         ) from None
     wanted = {key: options[key] for key in ("name", "revision") if key in options}
     column = str(options.get("column", "messages"))
-    rows = load_dataset(_text_option(options, "dataset"), split=str(options.get("split", "train")), streaming=True, **wanted)
+    rows = load_dataset(
+        _text_option(options, "dataset"), split=str(options.get("split", "train")), streaming=True, **wanted
+    )
     for number, row in enumerate(rows, 1):
         key = "text" if isinstance(row[column], str) else "messages"
         yield _document({key: row[column]}, f"{options['dataset']}:{number}")

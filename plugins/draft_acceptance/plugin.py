@@ -42,18 +42,25 @@ def apex_evaluators() -> list[Evaluator]:
             needs=("head", "prompts"),
             parameters={
                 "lengths": Parameter("1,2,3,4", "text", "how many tokens are drafted at a time: a number, or several"),
-                "temperature": Parameter(0.8, "number", "of the sampled texts, beside the server's other samplers; 0: greedy only"),
+                "temperature": Parameter(
+                    0.8, "number", "of the sampled texts, beside the server's other samplers; 0: greedy only"
+                ),
                 "seed": Parameter(1, "int", "of the first prompt's sampled text; each prompt has the next one"),
                 "n_predict": Parameter(48, "int", "tokens written after each prompt"),
                 "rows": Parameter(
-                    "auto", "text", "hidden rows that the head is fed with: pre or post the final norm; auto: as the server does it"
+                    "auto",
+                    "text",
+                    "hidden rows that the head is fed with: pre or post the final norm; auto: as the server does it",
                 ),
-                "context": Parameter(2048, "int", "tokens of the context, which holds a prompt and what is written after it"),
+                "context": Parameter(
+                    2048, "int", "tokens of the context, which holds a prompt and what is written after it"
+                ),
             },
             headline=(("greedy.n2.acceptance", "acceptance"), ("greedy.n*.acceptance", "acceptance")),
             runs=_runs,
             serves=(Service("check", _CHECKED, {"lengths": "2", "temperature": "0", "context": "4096"}),),
-            description="llama-server with draft-mtp: tokens drafted and accepted, tokens for each evaluation of the trunk",
+            description="llama-server with draft-mtp: tokens drafted and accepted, tokens for each evaluation of the "
+            "trunk",
         )
     ]
 
@@ -68,7 +75,8 @@ def _runs(task: Task) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Writing:
-    """What was written after a prompt. `written` leaves out the first token, which comes from evaluating the prompt itself.
+    """What was written after a prompt. `written` leaves out the first token, which comes from evaluating the prompt
+    itself.
 
     `drafts`: what became of each, or None where the server does not tell.
     """
@@ -89,7 +97,9 @@ class Writing:
     def evaluations(self) -> int:
         """Of the trunk. What no draft accounts for was written alone: the last token, for which nothing is drafted."""
         drafts = self.drafts or ()
-        return sum(draft.evaluations for draft in drafts) + max(0, self.written - sum(draft.written for draft in drafts))
+        return sum(draft.evaluations for draft in drafts) + max(
+            0, self.written - sum(draft.written for draft in drafts)
+        )
 
 
 def evaluate(task: Task) -> list[Figure]:
@@ -128,11 +138,15 @@ def evaluate(task: Task) -> list[Figure]:
                     same = [one.text == other.text for one, other in zip(writings, plain, strict=True)]
                     low, high = share_interval(sum(same), len(same))
                     share = 100 * sum(same) / len(same)
-                    figures.append(Figure(f"{name}.same_text", share, 100 * low, 100 * high, "%", len(same), better="higher"))
+                    figures.append(
+                        Figure(f"{name}.same_text", share, 100 * low, 100 * high, "%", len(same), better="higher")
+                    )
     return figures
 
 
-def _write(server: Server, prompt: Prompt, n_predict: int, done: Callable[[], None], told: bool, **options: Any) -> Writing:
+def _write(
+    server: Server, prompt: Prompt, n_predict: int, done: Callable[[], None], told: bool, **options: Any
+) -> Writing:
     since = server.printed()
     answer = server.completion(prompt.text, n_predict=n_predict, cache_prompt=False, **options)
     drafts = server.drafts(answer, since) if told else None
@@ -140,7 +154,9 @@ def _write(server: Server, prompt: Prompt, n_predict: int, done: Callable[[], No
     if drafts is not None:  # the server counts a token twice that it evaluates twice
         accepted = sum(draft.accepted for draft in drafts)
     done()
-    return Writing(prompt.domain, answer["content"], max(0, int(answer["tokens_predicted"]) - 1), drafted, accepted, drafts)
+    return Writing(
+        prompt.domain, answer["content"], max(0, int(answer["tokens_predicted"]) - 1), drafted, accepted, drafts
+    )
 
 
 def _figures(name: str, length: int, writings: Sequence[Writing]) -> list[Figure]:
@@ -159,7 +175,9 @@ def _figures(name: str, length: int, writings: Sequence[Writing]) -> list[Figure
             _ratio(f"{name}.acceptance", group, [(one.accepted, one.drafted) for one in group], "%", domain),
         ]
         for place in range(1, length + 1) if not domain else ():
-            figures.append(_ratio(f"{name}.acceptance_at_{place}", group, [one.at(place) for one in group], "%", domain, told))
+            figures.append(
+                _ratio(f"{name}.acceptance_at_{place}", group, [one.at(place) for one in group], "%", domain, told)
+            )
         steps = [(one.written, one.evaluations) for one in group]
         figures.append(_ratio(f"{name}.tokens_per_step", group, steps, "", domain, told))
     return figures

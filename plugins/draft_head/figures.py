@@ -1,4 +1,6 @@
-"""Figures of a draft head from its scores, with intervals over chunks; differences from a reference on the same positions."""
+"""Figures of a draft head from its scores, with intervals over chunks; differences from a reference on the same
+positions.
+"""
 
 from __future__ import annotations
 
@@ -68,18 +70,26 @@ def draft_head(task: Task) -> list[Figure]:
     if len(ours) > 1:
         groups |= {domain: [number] for number, domain in enumerate(task.texts)}
     asked = head_rows_arguments(rows_choice(task), task.model.architecture, task.tools.tool("llama-perplexity"))
-    note = f"{HEAD_ROWS[asked[1]]} rows" if asked else f"the rows that the tool's llama.cpp has for {task.model.architecture}"
+    note = (
+        f"{HEAD_ROWS[asked[1]]} rows"
+        if asked
+        else f"the rows that the tool's llama.cpp has for {task.model.architecture}"
+    )
     figures: list[Figure] = []
     for domain, members in groups.items():
         columns = dict(columns_of([ours[number] for number in members], depth, context))
         reference = dict(columns_of([theirs[number] for number in members], depth, context)) if theirs else {}
         notes = {} if domain else {"depth1.agreement": note}
-        figures += [_figure(name, column.estimate(), column, domain, notes.get(name, "")) for name, column in columns.items()]
+        figures += [
+            _figure(name, column.estimate(), column, domain, notes.get(name, "")) for name, column in columns.items()
+        ]
         for name, column in columns.items():
             if column.exponential:
                 continue
             if name in reference:
-                figures.append(_figure(f"{name}.difference", column.difference(reference[name]), column, domain, difference=True))
+                figures.append(
+                    _figure(f"{name}.difference", column.difference(reference[name]), column, domain, difference=True)
+                )
             elif headless and not domain:
                 note = f"the reference has no draft head: {task.reference.path.name if task.reference else ''}"
                 figures.append(Figure(f"{name}.difference", None, note=note))
@@ -106,7 +116,9 @@ def columns_of(parts: list[HeadScores], depth: int, context: int) -> Iterator[tu
     starts = chain[""][0]
     for n in range(1, depth + 1):
         for suffix, (_, accepted) in chain.items():
-            whole = ~np.isnan(accepted[:, n - 1])  # only drafts that have all n tokens in their chunk, as the tool counts them
+            whole = ~np.isnan(
+                accepted[:, n - 1]
+            )  # only drafts that have all n tokens in their chunk, as the tool counts them
             tokens = 1.0 + np.cumprod(accepted[whole, :n], axis=1).sum(axis=1)
             label = f"tokens for each step with {n} drafted{', sampled' if suffix else ''}"
             where = (starts[whole, 1] // context, starts[whole, 0])
@@ -114,14 +126,18 @@ def columns_of(parts: list[HeadScores], depth: int, context: int) -> Iterator[tu
 
 
 def _by_draft(text: Ints, pos: Ints, depth: Ints, values: Values, deepest: int) -> tuple[Ints, Values]:
-    """(text, position of the last token before the draft) of each draft, and the values at its depths, NaN past the chunk's end."""
+    """(text, position of the last token before the draft) of each draft, and the values at its depths, NaN past the
+    chunk's end.
+    """
     keys, draft = np.unique(np.stack([text, pos - depth]), axis=1, return_inverse=True)
     table = np.full((keys.shape[1], deepest), np.nan)
     table[draft.reshape(-1), depth - 1] = values
     return keys.T.astype(np.int64), table
 
 
-def _figure(name: str, estimate: Estimate, column: Column, domain: str, note: str = "", *, difference: bool = False) -> Figure:
+def _figure(
+    name: str, estimate: Estimate, column: Column, domain: str, note: str = "", *, difference: bool = False
+) -> Figure:
     unit = "points" if difference and column.unit == "%" else column.unit
     paired = "" if difference or column.exponential else f"{name}.difference"
     about = Figure(

@@ -26,7 +26,9 @@ def apex_evaluators() -> list[Evaluator]:
                 "context": Parameter(512, "int", "tokens in a chunk; its second half is scored"),
                 "chunks": Parameter(0, "int", "chunks of each text, from its start; 0: all"),
                 "rows": Parameter(
-                    "auto", "text", "hidden rows that the head is fed with: pre or post the final norm; auto: as it was trained"
+                    "auto",
+                    "text",
+                    "hidden rows that the head is fed with: pre or post the final norm; auto: as it was trained",
                 ),
                 "parse_special": Parameter(True, "flag", "parse chat markup (<|im_start|>) in the texts as tokens"),
             },
@@ -37,7 +39,8 @@ def apex_evaluators() -> list[Evaluator]:
                 # drafts of two tokens are what mixture-of-experts models do best with
                 Service("auto", {"agreement": "depth1.agreement", "tokens": "tokens.2"}, {"depth": "2"}),
             ),
-            description="the head's drafts against the trunk's choices, by depth; paired with the reference's where one is given",
+            description="the head's drafts against the trunk's choices, by depth; paired with the reference's where "
+            "one is given",
         )
     ]
 
@@ -47,7 +50,11 @@ def _runs(task: Task) -> dict[str, float]:
     models = [task.model, *([task.reference] if task.reference and task.reference.has_head else [])]
     names = [model.path.name for model in models]
     each = 1 + 0.4 * task.number("depth")  # every draft runs the head and the output once more
-    return {f"{task.evaluator}: {name} on {domain}": each * task.tokens_of_text(domain) for domain in task.texts for name in names}
+    return {
+        f"{task.evaluator}: {name} on {domain}": each * task.tokens_of_text(domain)
+        for domain in task.texts
+        for name in names
+    }
 
 
 def _draft_head(task: Task) -> Sequence[Figure]:

@@ -24,7 +24,8 @@ from apex_build.plugin_api import (
     read_head_scores,
 )
 
-_LINE = 64  # bytes of the tool's CSV for a position and depth: 46 on the test model, and long positions and tokens have more digits
+# bytes of the tool's CSV for a position and depth: 46 on the test model, and long positions and tokens have more digits
+_LINE = 64
 
 
 def scored(task: Task, domain: str, *, of_reference: bool = False) -> HeadScores:
@@ -67,12 +68,19 @@ def scored(task: Task, domain: str, *, of_reference: bool = False) -> HeadScores
         special = ["--parse-special"] if task.settings["parse_special"] else []
         try:
             ran = roomy.run(
-                "llama-perplexity", *arguments, *rows, *chunks, *special, what=f"{model.path.name} on {domain or text.name}"
+                "llama-perplexity",
+                *arguments,
+                *rows,
+                *chunks,
+                *special,
+                what=f"{model.path.name} on {domain or text.name}",
             )
             scores = read_head_scores(csv)
             used = next(filter(None, map(head_rows_used, reversed(ran.lines))), None)
             if rows and used != HEAD_ROWS[rows[1]]:
-                raise ToolFailed(f"llama-perplexity was asked for {HEAD_ROWS[rows[1]]} rows of the draft head and took {used}")
+                raise ToolFailed(
+                    f"llama-perplexity was asked for {HEAD_ROWS[rows[1]]} rows of the draft head and took {used}"
+                )
         except ToolFailed as error:
             raise _named(error, model.path, text) from None
         finally:
@@ -108,7 +116,8 @@ def check_same_positions(scores: HeadScores, reference: HeadScores, task: Task, 
             first = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
             where = f", the first of which differ in {name} at {first + 1}" if first is not None else ""
             raise EvaluationRefused(
-                f"{task.model.path} and {task.reference.path} were not scored on the same positions of {task.texts[domain]}: "
+                f"{task.model.path} and {task.reference.path} were not scored on the same positions of "
+                f"{task.texts[domain]}: "
                 f"{len(ours)} and {len(theirs)} scores{where}",
                 hint="the two read the text differently: give a reference of the same checkpoint and tokenizer",
             )
@@ -127,7 +136,8 @@ def _named(error: ToolFailed, model: Path, text: Path) -> ApexError:
     if needed := re.search(r"you need at least (\d+) tokens", error.message):
         has = re.search(r"tokenizes to only (\d+) tokens", error.message)
         return CalibrationSetInvalid(
-            f"{text}: the text is too short: expected at least {needed[1]} tokens, two chunks; found {has[1] if has else 'fewer'}",
+            f"{text}: the text is too short: expected at least {needed[1]} tokens, two chunks; found "
+            f"{has[1] if has else 'fewer'}",
             hint="give more text, or a smaller context",
         )
     return ToolFailed(f"{model}: {error.message}", hint=error.hint)

@@ -1,9 +1,10 @@
-"""The role of each tensor, for the families of llama.cpp: mixtures of experts, dense models, and parts beside the text model.
+"""The role of each tensor, for the families of llama.cpp: mixtures of experts, dense models, and parts beside the text
+model.
 
-llama.cpp gives a tensor of one purpose the same name in every family (LLM_TENSOR_NAMES in src/llama-arch.cpp), so one table by
-name serves all. Every name of that list, of both pins, that llama-quantize would quantize has a role here
-(tests/gguf_model/test_roles.py reads the list): routed, shared, dense (feed-forward that every token passes), attention, ssm (what
-stands in attention's place), router, conv, norm, nextn, embedding, output, vision, audio.
+llama.cpp gives a tensor of one purpose the same name in every family (LLM_TENSOR_NAMES in src/llama-arch.cpp), so one
+table by name serves all. Every name of that list, of both pins, that llama-quantize would quantize has a role here
+(tests/gguf_model/test_roles.py reads the list): routed, shared, dense (feed-forward that every token passes),
+attention, ssm (what stands in attention's place), router, conv, norm, nextn, embedding, output, vision, audio.
 """
 
 from __future__ import annotations
@@ -54,7 +55,15 @@ _WEIGHTS = {
         *("ssm_f_a", "ssm_f_b", "ssm_g_a", "ssm_g_b"),  # Kimi's delta attention
         *("shortconv.in_proj", "shortconv.out_proj"),  # LFM2: what stands in attention's place
     ),
-    "conv": ("ssm_conv1d", "ssm_conv1d_q", "ssm_conv1d_k", "ssm_conv1d_v", "shortconv.conv", "attn_conv_proj", "ffn_conv_proj"),
+    "conv": (
+        "ssm_conv1d",
+        "ssm_conv1d_q",
+        "ssm_conv1d_k",
+        "ssm_conv1d_v",
+        "shortconv.conv",
+        "attn_conv_proj",
+        "ffn_conv_proj",
+    ),
     "router": ("ffn_gate_inp", "ffn_gate_inp_shexp", "ffn_gate_tid2eid", "altup_router"),
     "nextn": ("nextn.eh_proj", "nextn.embed_tokens", "nextn.shared_head_head"),
     "embedding": ("token_embd", "per_layer_token_embd", "position_embd", "token_types"),

@@ -34,7 +34,12 @@ _EVALUATORS: tuple[tuple[str, str, Reader, str], ...] = (
     ("winogrande", "--winogrande", read_winogrande, "Winogrande: which of two words fits the gap?"),
     ("mmlu", "--multiple-choice", read_multiple_choice, "MMLU: which answer is right? (normalized by tokens)"),
     ("arc", "--multiple-choice", read_multiple_choice, "ARC: which answer is right? (normalized by tokens)"),
-    ("truthfulqa", "--multiple-choice", read_multiple_choice, "TruthfulQA: which answer is true? (normalized by tokens)"),
+    (
+        "truthfulqa",
+        "--multiple-choice",
+        read_multiple_choice,
+        "TruthfulQA: which answer is true? (normalized by tokens)",
+    ),
 )
 
 
@@ -45,7 +50,9 @@ def apex_evaluators() -> list[Evaluator]:
         "context": Parameter(2048, "int", "tokens at once; a task needs room for its question and all of its answers"),
     }
     return [
-        Evaluator(name, functools.partial(evaluate, mode, read), ("data",), parameters=parameters, description=description)
+        Evaluator(
+            name, functools.partial(evaluate, mode, read), ("data",), parameters=parameters, description=description
+        )
         for name, mode, read, description in _EVALUATORS
     ]
 
@@ -67,7 +74,11 @@ def evaluate(mode: str, read: Reader, task: Task) -> list[Figure]:
     notes = [f"{tasks.left_out} tasks left out, which the tool cannot score"] if tasks.left_out else []
     low, high = share_interval(round(accuracy * wanted / 100), wanted)
     note = "; ".join(notes)
-    return [Figure("accuracy", accuracy, 100 * low, 100 * high, "%", wanted, note=note, better="higher", label="right answers")]
+    return [
+        Figure(
+            "accuracy", accuracy, 100 * low, 100 * high, "%", wanted, note=note, better="higher", label="right answers"
+        )
+    ]
 
 
 def _accuracy(task: Task, mode: str, wanted: int, arguments: Sequence[str | Path]) -> float:

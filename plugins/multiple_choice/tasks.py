@@ -1,5 +1,6 @@
-"""Files of multiple-choice tasks, as tools/perplexity/perplexity.cpp reads them, checked: on a wrong one the tool crashes, or it
-scores what it could read. The file is rewritten for it: it also loses a last line without a line feed."""
+"""Files of multiple-choice tasks, as tools/perplexity/perplexity.cpp reads them, checked: on a wrong one the tool
+crashes, or it scores what it could read. The file is rewritten for it: it also loses a last line without a line feed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ _FIELD = r'((?:[^",]|"[^"]*")*)'
 _WINOGRANDE = re.compile(rf"{_FIELD},{_FIELD},{_FIELD},{_FIELD},\s*([12])\s*")
 
 _HELLASWAG_HINT = "six lines a task: the context, the number (0 to 3) of the right ending, and the four endings"
-_WINOGRANDE_HINT = "one task a line, no header: 0,Sarah was a better surgeon than Maria so _ got the easy cases.,Sarah,Maria,2"
+_WINOGRANDE_HINT = (
+    "one task a line, no header: 0,Sarah was a better surgeon than Maria so _ got the easy cases.,Sarah,Maria,2"
+)
 _BINARY_HINT = "the binary format of llama-perplexity --multiple-choice: see docs/evaluation.md"
 
 
@@ -43,7 +46,11 @@ def read_hellaswag(path: Path, begins: bool) -> Tasks:
     kept = []
     for start in range(0, len(lines), 6):
         context, label, *endings = lines[start : start + 6]
-        if not context.strip() or not re.fullmatch(r"\s*[0-3]\s*", label) or not all(ending.strip() for ending in endings):
+        if (
+            not context.strip()
+            or not re.fullmatch(r"\s*[0-3]\s*", label)
+            or not all(ending.strip() for ending in endings)
+        ):
             what = f"line 1 {context!r:.60}, line 2 {label!r:.20}, endings {endings!r:.60}"
             raise EvaluationRefused(f"{path}:{start + 1}: not a task: {what}", hint=_HELLASWAG_HINT)
         if not _one_begins_all(endings):
@@ -70,10 +77,11 @@ def read_winogrande(path: Path, begins: bool) -> Tasks:
 
 
 def read_multiple_choice(path: Path, begins: bool) -> Tasks:
-    """Little-endian: u32 count, as many u32 positions, then each task: question, answers (one right), answers (several right).
+    """Little-endian: u32 count, as many u32 positions, then each task: question, answers (one right), answers (several
+    right).
 
-    A text is a u32 length and UTF-8; answers are a u32 count, that many texts, and as many i32, 1 where right. (perplexity.cpp,
-    multiple_choice_task.) Raises EvaluationRefused.
+    A text is a u32 length and UTF-8; answers are a u32 count, that many texts, and as many i32, 1 where right.
+    (perplexity.cpp, multiple_choice_task.) Raises EvaluationRefused.
     """
     data = _bytes(path, _BINARY_HINT)
     kept, most, count, number = [], 0, 0, 0
@@ -102,12 +110,16 @@ def read_multiple_choice(path: Path, begins: bool) -> Tasks:
 
 def _tasks(path: Path, head: bytes, kept: Sequence[bytes], count: int, answers: int) -> Tasks:
     if not kept:
-        raise EvaluationRefused(f"{path}: none of its {count} tasks can be scored", hint="give the benchmark's own file")
+        raise EvaluationRefused(
+            f"{path}: none of its {count} tasks can be scored", hint="give the benchmark's own file"
+        )
     return Tasks(len(kept), head + b"".join(kept), answers, count - len(kept))
 
 
 def _one_begins_all(choices: Sequence[str]) -> bool:
-    """The tool compares from the first token that differs, and would read past the end of a choice that begins all others."""
+    """The tool compares from the first token that differs, and would read past the end of a choice that begins all
+    others.
+    """
     shortest = min(choices, key=len)
     return all(choice.startswith(shortest) for choice in choices)
 

@@ -1,7 +1,8 @@
 """NVIDIA's GPUs by the names that people know them under: architecture and memory.
 
-Architectures: the compute capability that NVIDIA lists for each GPU, with `a` (what only that generation can do: tensor-core
-instructions that llama.cpp uses) where there is such a variant. Those of Volta and older need CUDA 12: 13 has no compiler for them.
+Architectures: the compute capability that NVIDIA lists for each GPU, with `a` (what only that generation can do:
+tensor-core instructions that llama.cpp uses) where there is such a variant. Those of Volta and older need CUDA 12: 13
+has no compiler for them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ APEX_API = 2
 
 _COMMON = ("all-common",)  # one GPU of each architecture
 
-# name, architecture, GiB of memory as the driver reports it, what it is, groups, further names (nvidia-smi's among them)
+# name, architecture, GiB of memory as the driver reports it, what it is, groups, further names (nvidia-smi's among
+# them)
 _GPUS: tuple[tuple[str, str, float, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("dgx-spark", "121a-real", 128, "DGX Spark and its kin: GB10, memory shared with the CPU", _COMMON, ("gb10", "spark")),
     ("jetson-thor", "110a-real", 128, "Jetson AGX Thor, memory shared with the CPU", (), ("thor", "agx-thor", "jetson-agx-thor")),

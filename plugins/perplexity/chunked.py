@@ -37,7 +37,12 @@ def text_arguments(task: Task, text: Path) -> list[str | Path]:
 
 
 def run(
-    task: Task, model: Path, text: Path, arguments: Sequence[str | Path], what: str, read: Callable[[tuple[str, ...]], T | None]
+    task: Task,
+    model: Path,
+    text: Path,
+    arguments: Sequence[str | Path],
+    what: str,
+    read: Callable[[tuple[str, ...]], T | None],
 ) -> T:
     """Run llama-perplexity and `read` its lines, all of which this project's build prints (patch 0004).
 
@@ -52,7 +57,8 @@ def run(
         return found
     said = "".join(f"\n  | {line[:200]}" for line in [line for line in ran.lines if line.strip()][-_SHOWN:])
     raise ToolFailed(
-        f"{model}: llama-perplexity ended without its result{said}", hint="apex build, for tools with this project's patches"
+        f"{model}: llama-perplexity ended without its result{said}",
+        hint="apex build, for tools with this project's patches",
     )
 
 

@@ -20,14 +20,17 @@ Floats = npt.NDArray[np.float64]
 
 _LEAST = 100  # positions: with fewer the tool prints no statistics
 _NUMBER = r"(-?(?:\d+\.\d+|nan|inf))"
-# a row of the table, over all chunks so far: PPL, ln(PPL(Q)/PPL(base)), KL divergence, Δp RMS, same top p, each with its error
+# a row of the table, over all chunks so far: PPL, ln(PPL(Q)/PPL(base)), KL divergence, Δp RMS, same top p, each with
+# its error
 _ROW = re.compile(rf"\s*(\d+)\s+{_NUMBER} ±\s+{_NUMBER}" + rf"\s+{_NUMBER} ±\s+{_NUMBER}(?: %)?" * 4)
 _HALF = 5e-6  # the rows are rounded to five decimals
 
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """Of one text. Sums of each chunk over its positions; the mean and error of a whole text are as printed, to six decimals."""
+    """Of one text. Sums of each chunk over its positions; the mean and error of a whole text are as printed, to six
+    decimals.
+    """
 
     positions: int  # of a chunk
     kld: Floats
@@ -49,7 +52,13 @@ def kld(task: Task) -> list[Figure]:
     found: list[Divergence] = []
     for domain, text in task.texts.items():
         logits = reference_logits(task, domain)
-        arguments: list[str | Path] = ["-c", str(task.number("context")), "--kl-divergence", "--kl-divergence-base", logits]
+        arguments: list[str | Path] = [
+            "-c",
+            str(task.number("context")),
+            "--kl-divergence",
+            "--kl-divergence-base",
+            logits,
+        ]
         what = f"{task.model.path.name} on {domain or text.name}"
         found.append(run(task, task.model.path, text, arguments, what, lambda lines: _read(lines, task)))
     figures = _figures(found, "")
@@ -86,7 +95,9 @@ def _statistic(lines: Sequence[str], label: str) -> tuple[float, float] | None:
 def _read(lines: Sequence[str], task: Task) -> Divergence | None:
     assert task.reference is not None
     if any("inconsistent vocabulary" in line for line in lines):  # the tool continues
-        raise VocabularyMismatch(f"{task.reference.path} cannot be the reference of {task.model.path}: another vocabulary")
+        raise VocabularyMismatch(
+            f"{task.reference.path} cannot be the reference of {task.model.path}: another vocabulary"
+        )
     plan = planned(lines)
     if plan is not None and 0 < (n := plan[0] * scored_positions(plan[1])) < _LEAST:
         raise EvaluationRefused(
@@ -102,7 +113,9 @@ def _figures(parts: Sequence[Divergence], domain: str) -> list[Figure]:
     text = np.repeat(np.arange(len(parts)), [len(part.kld) for part in parts])
     chunk = np.concatenate([np.full(len(part.kld), float(part.positions)) for part in parts])
     same = clustered_ratio(np.concatenate([part.same_top for part in parts]), chunk, text).within(0.0, 1.0).times(100)
-    figures = [Figure("kld.mean", *mean.within(0.0), "nats", n, domain, label="mean divergence from the reference", plot=True)]
+    figures = [
+        Figure("kld.mean", *mean.within(0.0), "nats", n, domain, label="mean divergence from the reference", plot=True)
+    ]
     if len(parts) == 1:
         figures.append(Figure("kld.median", parts[0].median, None, None, "nats", n, domain))
         figures.append(Figure("kld.p99_9", parts[0].p99_9, None, None, "nats", n, domain))
@@ -117,8 +130,9 @@ def _figures(parts: Sequence[Divergence], domain: str) -> list[Figure]:
 def _mean(parts: Sequence[Divergence]) -> Estimate:
     """Of all positions; the interval from the scatter of the chunks.
 
-    The rows' rounding adds to that scatter, and where files are near to the reference it is all of it: what it adds on average is
-    taken off, and the interval is never narrower than the tool's own standard error gives, which takes positions as independent.
+    The rows' rounding adds to that scatter, and where files are near to the reference it is all of it: what it adds on
+    average is taken off, and the interval is never narrower than the tool's own standard error gives, which takes
+    positions as independent.
     """
     n = sum(part.n for part in parts)
     printed = [part.mean_kld for part in parts]
@@ -130,7 +144,9 @@ def _mean(parts: Sequence[Divergence]) -> Estimate:
         return Estimate(value, None, None)
     numbers = [np.arange(1, len(part.kld) + 1) for part in parts]
     # each sum is the difference of two rounded ones, whose errors are even over +- _HALF * positions * chunks so far
-    rounding = sum(part.positions**2 * _HALF**2 / 3 * (k**2 + (k - 1) ** 2).sum() for part, k in zip(parts, numbers, strict=True))
+    rounding = sum(
+        part.positions**2 * _HALF**2 / 3 * (k**2 + (k - 1) ** 2).sum() for part, k in zip(parts, numbers, strict=True)
+    )
     own = sum((part.n * error) ** 2 for part, (_, error) in zip(parts, printed, strict=True) if math.isfinite(error))
     square = (scatter.high - scatter.value) ** 2 - NORMAL**2 * rounding / n**2
     half = math.sqrt(max(square, NORMAL**2 * own / n**2))

@@ -23,7 +23,9 @@ def perplexity(task: Task) -> list[Figure]:
     sums = []
     for domain, text in task.texts.items():
         what = f"{task.model.path.name} on {domain or text.name}"
-        sums.append(run(task, task.model.path, text, text_arguments(task, text), what, lambda lines: chunk_sums(lines, context)))
+        sums.append(
+            run(task, task.model.path, text, text_arguments(task, text), what, lambda lines: chunk_sums(lines, context))
+        )
     figures = [_figure(sums, context, "")]
     if len(sums) > 1:
         figures += [_figure([one], context, domain) for domain, one in zip(task.texts, sums, strict=True)]
@@ -33,8 +35,8 @@ def perplexity(task: Task) -> list[Figure]:
 def chunk_sums(lines: Sequence[str], context: int) -> Floats | None:
     """The sum of negative log-likelihoods of each chunk, in nats; None where the tool's last word is missing.
 
-    The tool prints the perplexity of all chunks so far, to four decimals: their differences are good to 0.01 nats a token for
-    hundreds of chunks, which is what intervals are made of; their sum matches its final estimate.
+    The tool prints the perplexity of all chunks so far, to four decimals: their differences are good to 0.01 nats a
+    token for hundreds of chunks, which is what intervals are made of; their sum matches its final estimate.
     """
     plan = planned(lines)
     running = [(int(number), float(value)) for number, value in _RUNNING.findall("".join(lines))]
@@ -54,7 +56,13 @@ def _figure(sums: Iterable[Floats], context: int, domain: str) -> Figure:
     n = len(over) * scored_positions(context)
     if not np.isfinite(over).all():
         return Figure(
-            "ppl", None, n=n, domain=domain, note="the model gives no finite perplexity", better="lower", label="perplexity"
+            "ppl",
+            None,
+            n=n,
+            domain=domain,
+            note="the model gives no finite perplexity",
+            better="lower",
+            label="perplexity",
         )
     text = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     mean = clustered_ratio(over, np.full(len(over), n / len(over)), text)

@@ -37,7 +37,8 @@ def apex_evaluators() -> list[Evaluator]:
             evaluate=_kld,
             needs=("text", "reference"),
             parameters=_PARAMETERS,
-            description="how far the model's probabilities are from the reference's; the reference's are kept in the cache",
+            description="how far the model's probabilities are from the reference's; the reference's are kept in the "
+            "cache",
             headline=(("kld.mean", "KLD"), ("top1.agreement", "top-1")),
             runs=_runs_of_both,
             serves=(Service("sweep"),),
@@ -46,7 +47,9 @@ def apex_evaluators() -> list[Evaluator]:
 
 
 def _runs(task: Task) -> dict[str, float]:
-    return {f"{task.evaluator}: {task.model.path.name} on {domain}": task.tokens_of_text(domain) for domain in task.texts}
+    return {
+        f"{task.evaluator}: {task.model.path.name} on {domain}": task.tokens_of_text(domain) for domain in task.texts
+    }
 
 
 def _runs_of_both(task: Task) -> dict[str, float]:
@@ -54,7 +57,11 @@ def _runs_of_both(task: Task) -> dict[str, float]:
     assert task.reference is not None
     names = (f"reference {task.reference.path.name}", task.model.path.name)
     # comparing two vocabularies of probabilities at each position costs about as much again on a small model
-    return {f"{task.evaluator}: {name} on {domain}": 1.5 * task.tokens_of_text(domain) for domain in task.texts for name in names}
+    return {
+        f"{task.evaluator}: {name} on {domain}": 1.5 * task.tokens_of_text(domain)
+        for domain in task.texts
+        for name in names
+    }
 
 
 def _perplexity(task: Task) -> Sequence[Figure]:

@@ -9,7 +9,9 @@ from apex_build.plugin_api import Model, Task, ToolFailed
 
 from .chunked import planned, run, scored_positions, text_arguments
 
-_HEAD = struct.Struct("<8s3i")  # b"_logits_", tokens in a chunk, tokens in the vocabulary, chunks (tools/perplexity/perplexity.cpp)
+_HEAD = struct.Struct(
+    "<8s3i"
+)  # b"_logits_", tokens in a chunk, tokens in the vocabulary, chunks (tools/perplexity/perplexity.cpp)
 
 
 def reference_logits(task: Task, domain: str) -> Path:
@@ -64,4 +66,6 @@ def _check_whole(path: Path, model: Path) -> None:
         found = f"expected {expected} bytes, found {size}"
     else:
         found = f"{size} bytes"
-    raise ToolFailed(f"{model}: llama-perplexity did not write all of its log-probabilities: {found}", hint="df -h, and run again")
+    raise ToolFailed(
+        f"{model}: llama-perplexity did not write all of its log-probabilities: {found}", hint="df -h, and run again"
+    )

@@ -51,7 +51,8 @@ def apex_evaluators() -> list[Evaluator]:
             },
             headline=(("generation", "speed"), ("end_to_end.drafting", "drafting")),
             runs=_runs,
-            description="llama-bench; and, for a file with a draft head and prompts, llama-server with and without drafting",
+            description="llama-bench; and, for a file with a draft head and prompts, llama-server with and without "
+            "drafting",
         )
     ]
 
@@ -108,7 +109,9 @@ def _bench(task: Task) -> list[Figure]:
 
 
 def _end_to_end(task: Task) -> list[Figure]:
-    """Both servers up at once, each prompt given to one and then the other, so that what else the machine does meets both alike."""
+    """Both servers up at once, each prompt given to one and then the other, so that what else the machine does meets
+    both alike.
+    """
     n_predict = task.number("generate")
     drafting = ("--spec-type", "draft-mtp", "--spec-draft-n-max", str(task.number("n_max")))
     # without --fit off the second server, finding the GPU's memory taken, would quietly put less on it than the first
@@ -117,7 +120,10 @@ def _end_to_end(task: Task) -> list[Figure]:
         try:
             drafted = stack.enter_context(plain.beside(*drafting))
         except (ToolFailed, ToolKilled) as error:
-            hint = f"the model is in memory twice for this comparison; where that is too much: --set {task.evaluator}.n_max=0"
+            hint = (
+                "the model is in memory twice for this comparison; where that is too much: --set "
+                f"{task.evaluator}.n_max=0"
+            )
             raise type(error)(error.message, hint=hint) from None
         plain.check_room(((prompt.origin, prompt.text) for prompt in task.prompts), n_predict)
         for server in (plain, drafted):
@@ -140,18 +146,25 @@ def _timed(server: Server, prompt: Prompt, n_predict: int) -> Timing:
 
 
 def _compare(domains: Sequence[str], pairs: Sequence[tuple[Timing, Timing]]) -> list[Figure]:
-    """Rates over all prompts, and how many times faster the same tokens were written: each prompt has both times, so the interval
-    is of their ratio. Where the two texts differ in length, the time without drafting is taken in proportion."""
+    """Rates over all prompts, and how many times faster the same tokens were written: each prompt has both times, so
+    the interval is of their ratio. Where the two texts differ in length, the time without drafting is taken in
+    proportion.
+    """
     strata = [sorted(set(domains)).index(domain) for domain in domains]
     rates = {
-        f"end_to_end.{name}": ratio_interval([pair[side].tokens for pair in pairs], [pair[side].seconds for pair in pairs], strata)
+        f"end_to_end.{name}": ratio_interval(
+            [pair[side].tokens for pair in pairs], [pair[side].seconds for pair in pairs], strata
+        )
         for side, name in enumerate(("plain", "drafting"))
     }
     without = [plain.seconds * drafted.tokens / max(1, plain.tokens) for plain, drafted in pairs]
     ratio = ratio_interval(without, [drafted.seconds for _, drafted in pairs], strata)
     note = "with drafting over without, from one run with the prompts in turn"
     return [
-        *(Figure(name, rate.value, rate.low, rate.high, _UNIT, len(pairs), better="higher") for name, rate in rates.items()),
+        *(
+            Figure(name, rate.value, rate.low, rate.high, _UNIT, len(pairs), better="higher")
+            for name, rate in rates.items()
+        ),
         Figure("end_to_end.ratio", ratio.value, ratio.low, ratio.high, "", len(pairs), note=note, better="higher"),
     ]
 

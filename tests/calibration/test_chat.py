@@ -56,7 +56,10 @@ def test_a_mistake_of_the_template_is_not_blamed_on_a_conversation() -> None:
 
 
 def test_a_conversation_that_the_template_refuses_is_left_out() -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[0].content }}"
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ "
+        "messages[0].content }}"
+    )
     system = Document("chat", messages=({"role": "system", "content": "be good"},))
     assert rendered(refusing, system, HELLO) == [None, "hello"]
 
@@ -76,7 +79,9 @@ def test_a_conversation_that_the_template_refuses_is_left_out() -> None:
         ("{{ nothing.at.all }}", "UndefinedError.*set:1"),
     ],
 )
-def test_a_template_that_fails_or_tries_to_leave_is_named(template: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_fails_or_tries_to_leave_is_named(
+    template: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from apex_build.calibration import chat
 
     monkeypatch.setattr(chat, "_WALL_SECONDS", 8.0)

@@ -50,7 +50,18 @@ def test_a_head_that_cannot_be_run_ends_calibration_before_the_first_chunk(
     serves = load_pin().serves
     name = "glm4moe" if serves and "glm4moe" in serves.heads_idle else "exaone-moe"  # of the first the rows are known
     model = write_model(name, testbed, tmp_path / "model.gguf")
-    wanted = ("calibrate", model, "--text", heldout / "code.txt", "--chunks", 8, "--threads", 1, "-o", tmp_path / "a.gguf")
+    wanted = (
+        "calibrate",
+        model,
+        "--text",
+        heldout / "code.txt",
+        "--chunks",
+        8,
+        "--threads",
+        1,
+        "-o",
+        tmp_path / "a.gguf",
+    )
     for more in ((), ("--no-rows-check",)):  # by the check of the rows, and by the tool itself
         said = run_apex(*wanted, *more, code=VerificationFailed.exit_code).stderr
         assert f"this llama.cpp cannot evaluate it for {name}" in said and f"apex calibrate {model} --no-mtp" in said
@@ -86,10 +97,13 @@ def test_hyper_parameters_beyond_all_shapes_start_no_tool(
     assert [path.name for path in tmp_path.iterdir()] == ["huge.gguf"]
 
 
-def test_a_resumed_run_tells_no_perplexity_of_its_last_part(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_tells_no_perplexity_of_its_last_part(
+    tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "a.gguf"
     wanted = ["calibrate", testbed, "--text", heldout / "code.txt", "--chunks", 40, "--threads", 1, "-o", out, "--json"]
-    command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import sys; "
+    command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import "
+                                     "sys; "
                "from apex_build.cli import main; main(sys.argv[1:])", *map(str, wanted)]  # fmt: skip
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -122,13 +136,39 @@ def test_an_unknown_pre_tokenizer_is_explained(tools: Toolset, testbed: Path, he
 
 
 def test_a_gpu_that_is_not_there_is_told_of(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    wanted = ("calibrate", testbed, "--text", heldout / "chat.txt", "--chunks", 2, "-o", tmp_path / "a.gguf", "--gpu-layers", 5)
+    wanted = (
+        "calibrate",
+        testbed,
+        "--text",
+        heldout / "chat.txt",
+        "--chunks",
+        2,
+        "-o",
+        tmp_path / "a.gguf",
+        "--gpu-layers",
+        5,
+    )
     said = run_apex(*wanted).stderr
     if "ggml_cuda" not in (tmp_path / "a.gguf.log").read_text():
         assert said.count("warning: llama-imatrix: no usable GPU was found") == 1
 
 
-def test_a_tool_that_takes_more_than_it_may_have_is_ended(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    wanted = ("calibrate", testbed, "--text", heldout / "code.txt", "--threads", 1, "-o", tmp_path / "a.gguf", "--memory", 0.01)
+def test_a_tool_that_takes_more_than_it_may_have_is_ended(
+    tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
+    wanted = (
+        "calibrate",
+        testbed,
+        "--text",
+        heldout / "code.txt",
+        "--threads",
+        1,
+        "-o",
+        tmp_path / "a.gguf",
+        "--memory",
+        0.01,
+    )
     said = run_apex(*wanted, code=31).stderr
-    assert "llama-imatrix took 0." in said and "and was ended: it may have 0.0 GB" in said and "try:   --memory 1" in said
+    assert (
+        "llama-imatrix took 0." in said and "and was ended: it may have 0.0 GB" in said and "try:   --memory 1" in said
+    )

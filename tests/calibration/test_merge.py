@@ -69,7 +69,19 @@ def test_to_the_older_format_and_back(halves: list[Path], testbed: Path, tools: 
         assert entry.counts == by_tool.entries[name].counts
         assert np.array_equal(entry.values(), by_tool.entries[name].values())
     head = ["--set", "draft_head=Q8_0"]  # of which rows the head's data is, the format does not keep
-    run_apex("quantize", testbed, "--policy", "i-nano", *SMALL, *head, "--imatrix", back, "-o", tmp_path / "x.gguf", "--dry-run")
+    run_apex(
+        "quantize",
+        testbed,
+        "--policy",
+        "i-nano",
+        *SMALL,
+        *head,
+        "--imatrix",
+        back,
+        "-o",
+        tmp_path / "x.gguf",
+        "--dry-run",
+    )
     run_apex("imatrix", "merge", dat, theirs, "-o", tmp_path / "two.gguf")
     assert read_imatrix(tmp_path / "two.gguf").chunk_count == 2 * (ours.chunk_count or 0)
 
@@ -107,7 +119,8 @@ def test_what_does_not_belong_together(halves: list[Path], tools: Toolset, tmp_p
     run_apex("imatrix", "convert", halves[1], "-o", tmp_path / "y.dat")
     ran = run_apex("imatrix", "merge", tmp_path / "x.dat", tmp_path / "y.dat", "-o", tmp_path / "both.gguf")
     assert (
-        f"note: {tmp_path / 'y.dat'} has data of a draft head: the older format does not say over which hidden rows" in ran.stderr
+        f"note: {tmp_path / 'y.dat'} has data of a draft head: the older format does not say over which hidden rows"
+        in ran.stderr
     )
     copy = tmp_path / "copy.imatrix.gguf"
     shutil.copy(halves[0], copy)

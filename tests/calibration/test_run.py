@@ -132,7 +132,9 @@ def test_an_input_is_never_overwritten(testbed: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "notes.log"}
 
 
-def test_a_run_ended_between_its_last_steps_is_finished(tools: Toolset, testbed: Path, tmp_path: Path, heldout: Path) -> None:
+def test_a_run_ended_between_its_last_steps_is_finished(
+    tools: Toolset, testbed: Path, tmp_path: Path, heldout: Path
+) -> None:
     """The manifest is written first: a file in place without one would have to be made again with --force."""
     out, work = tmp_path / "out.gguf", tmp_path / ".out.gguf.work"
     common = ["calibrate", testbed, "-o", out, "--chunks", 3, "--text", heldout / "chat.txt", "--json"]

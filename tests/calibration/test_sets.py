@@ -70,7 +70,9 @@ def test_one_domain_alone(model: Model) -> None:
 def test_sources_of_a_set_of_ones_own(model: Model, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.md").write_text("# Notes\n" + "a line of notes\n" * 1000)
-    (tmp_path / "talk.jsonl").write_text('{"text": "plain words"}\n\n{"messages": [{"role": "user", "content": "Grüße"}]}\n')
+    (tmp_path / "talk.jsonl").write_text(
+        '{"text": "plain words"}\n\n{"messages": [{"role": "user", "content": "Grüße"}]}\n'
+    )
     chosen = load_set(make(tmp_path, """
 [[part]]
 domain = "notes"
@@ -98,7 +100,10 @@ file = "talk.jsonl"
         ('[[part]]\ndomain = "x"', "'source' is None"),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"\nbytes = true', "'bytes' is True"),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"\nbytes = -3', "'bytes' is -3"),
-        ('[[part]]\ndomain = "x"\nsource = "nothing"', "there is no source 'nothing'.* There are: datasets, files, jsonl"),
+        (
+            '[[part]]\ndomain = "x"\nsource = "nothing"',
+            "there is no source 'nothing'.* There are: datasets, files, jsonl",
+        ),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"', r"mine\.toml: the part x \(jsonl\): .*needs 'file'"),
         ('[[part]]\ndomain = "x"\nsource = "files"\nfolder = "."\npattern = "/*"', "'pattern' is '/\\*'"),
         ('[[part]]\ndomain = "x"\nsource = "jsonl"\nfile = "gone.jsonl"', "gone.jsonl: cannot be read"),
@@ -151,7 +156,8 @@ GEMMA = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception(
 {% endfor %}"""
 CARELESS = "{% for m in messages %}[{{ m.role }}] {{ m.content + '!' }}{% endfor %}"  # fails where there is no content
 TOOLS = (
-    '{"messages": [{"role": "user", "content": "now?"}, {"role": "assistant", "content": null}, {"role": "tool", "content": "1"}]}'
+    '{"messages": [{"role": "user", "content": "now?"}, {"role": "assistant", "content": null}, {"role": "tool", '
+    '"content": "1"}]}'
 )
 
 
@@ -165,19 +171,26 @@ def one_with_tools(model: Model, folder: Path, template: str, *, system: bool = 
     (folder / "tools.jsonl").write_text(TOOLS + "\n")
     parts = "".join(f'[[part]]\ndomain="{name}"\nsource="jsonl"\nfile="{name}.jsonl"\n' for name in ("talk", "tools"))
     return compose(
-        load_set(make(folder, parts)), load_plugins().calibration_sources(), model, template_file=folder / "template.jinja"
+        load_set(make(folder, parts)),
+        load_plugins().calibration_sources(),
+        model,
+        template_file=folder / "template.jinja",
     )
 
 
 @pytest.mark.parametrize(("template", "words"), [(GEMMA, "Conversation roles must alternate"), (CARELESS, "TypeError")])
-def test_a_template_that_knows_no_tools_costs_that_part_alone(template: str, words: str, model: Model, tmp_path: Path) -> None:
+def test_a_template_that_knows_no_tools_costs_that_part_alone(
+    template: str, words: str, model: Model, tmp_path: Path
+) -> None:
     text = one_with_tools(model, tmp_path, template)
     assert [part.domain for part in text.parts] == ["talk"] and b"hello" in text.data
     (warning,) = text.warnings
     assert words in warning and "The part tools is left out; --domain talk does that without this warning" in warning
 
 
-def test_a_system_message_goes_before_the_users_words_where_the_template_takes_none(model: Model, tmp_path: Path) -> None:
+def test_a_system_message_goes_before_the_users_words_where_the_template_takes_none(
+    model: Model, tmp_path: Path
+) -> None:
     text = one_with_tools(model, tmp_path, GEMMA, system=True)
     assert b"user\nbe good\n\nhello<end_of_turn>" in text.data
     assert "1 conversations of the part talk" in text.warnings[0] and "'System role not supported'" in text.warnings[0]
@@ -192,7 +205,9 @@ def test_a_template_that_takes_nothing_is_quoted(model: Model, tmp_path: Path) -
 def test_the_whole_default_set_with_a_template_that_knows_neither(testbed: Path, tmp_path: Path) -> None:
     """As `apex calibrate` meets it in fine-tunes of Gemma 2."""
     (tmp_path / "gemma.jinja").write_text(GEMMA)
-    ran = run_apex("calibrate", testbed, "--chat-template", tmp_path / "gemma.jinja", "--write-text", tmp_path / "text.txt")
+    ran = run_apex(
+        "calibrate", testbed, "--chat-template", tmp_path / "gemma.jinja", "--write-text", tmp_path / "text.txt"
+    )
     assert "warning: " in ran.stderr and "the part tool-calling" in ran.stderr and "--domain chat" in ran.stderr
     assert (tmp_path / "text.txt").read_text().count("<start_of_turn>user") > 50
 

@@ -41,7 +41,9 @@ def test_every_verb_has_help_with_examples_of_itself(name: str, command: click.C
     for line in examples.splitlines():
         for word in line.split("#")[0].split("|")[0].split():
             if word.startswith("--") and f"apex {name} " in line:
-                assert word.partition("=")[0] in options, f"the example {line!r} uses {word}, which apex {name} does not know"
+                assert word.partition("=")[0] in options, (
+                    f"the example {line!r} uses {word}, which apex {name} does not know"
+                )
 
 
 def test_the_readme_shows_only_what_there_is() -> None:
@@ -57,7 +59,9 @@ def test_the_readme_shows_only_what_there_is() -> None:
 
 def test_each_error_has_an_exit_code_of_its_own_and_is_documented() -> None:
     classes = [
-        c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.ApexError) and c is not errors.ApexError
+        c
+        for c in vars(errors).values()
+        if isinstance(c, type) and issubclass(c, errors.ApexError) and c is not errors.ApexError
     ]
     codes = [c.exit_code for c in classes]
     assert len(set(codes)) == len(codes) and not {0, 1, 2, 130} & set(codes)

@@ -100,7 +100,9 @@ def test_a_folders_file_cannot_choose_what_is_run_or_replaced(text: str, run: Ru
     (here / "apex.toml").write_text(text)
     (here / "plugin.py").write_text("raise SystemExit('run')")
     ran = run("policies", code=3)
-    assert "may only be set in your own file" in ran.stderr and f"move the line to {tmp_path / 'own.toml'}" in ran.stderr
+    assert (
+        "may only be set in your own file" in ran.stderr and f"move the line to {tmp_path / 'own.toml'}" in ran.stderr
+    )
     (here / "apex.toml").unlink()
     (tmp_path / "own.toml").write_text(text.replace("'.'", f"'{tmp_path}'").replace("./x.toml", f"{tmp_path}/x.toml"))
     run("config", "show")

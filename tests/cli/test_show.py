@@ -19,7 +19,12 @@ from apex_build.progress import Piece, Step, Whole
 
 COLUMNS = ("name", "what it measures", "needs", "parameters")
 ROWS = [
-    ("draft-acceptance", "llama-server with draft-mtp: tokens drafted and accepted", "head, prompts", "lengths=1,2,3,4, seed=1"),
+    (
+        "draft-acceptance",
+        "llama-server with draft-mtp: tokens drafted and accepted",
+        "head, prompts",
+        "lengths=1,2,3,4, seed=1",
+    ),
     ("kld", "how far the model's probabilities are from the reference's", "text, reference", "context=512, chunks=0"),
     ("a-model-of-a-very-long-name-that-goes-on-and-on-Q4_K_M-i-nano.gguf", "x", "", ""),
 ]
@@ -84,7 +89,11 @@ with show.progress() as report:
         time.sleep(.25)
 """
     said = on_a_terminal(code)
-    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said).replace("\r", "\n").split("\n") if "prompts" in line]
+    lines = [
+        line
+        for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said).replace("\r", "\n").split("\n")
+        if "prompts" in line
+    ]
     assert lines and max(map(len, lines)) <= 80
     assert re.search(r"draft-\S*…\S*head-data\.gguf [━╸╺ ]+ \d/100 prompts \d:\d\d \d:\d\d left", lines[-1]), lines[-1]
 
@@ -130,7 +139,9 @@ def right(pieces: list[Piece], took: list[dict[str, float]], start: float = 0.1)
 
 
 def test_a_sweep_knows_its_end_after_a_tenth() -> None:
-    """Ten points alike; the first also scores the baseline, the others find that in the cache. Nothing is known of the machine."""
+    """Ten points alike; the first also scores the baseline, the others find that in the cache. Nothing is known of the
+    machine.
+    """
     runs = [{f"head: p{n} on chat": 600.0, "head: base on chat": 600.0} for n in range(10)]
     took = [{run: 60.0 for run in one if n == 0 or "base" not in run} for n, one in enumerate(runs)]
     for expected in (1.0, 100.0, 10_000.0):

@@ -68,7 +68,12 @@ CONFIG: dict[str, Any] = {
     "shared_expert_intermediate_size": WIDTH,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    },
     "tie_word_embeddings": False,
 }
 
@@ -153,11 +158,15 @@ def write_tokenizer(folder: Path) -> None:
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        )
     )
 
 
-def make_checkpoint(folder: Path, *, config: Mapping[str, Any] | None = None, without: str = "\0", shards: int = 1) -> Path:
+def make_checkpoint(
+    folder: Path, *, config: Mapping[str, Any] | None = None, without: str = "\0", shards: int = 1
+) -> Path:
     """A whole checkpoint, less the tensors whose names begin with `without`."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))

@@ -50,7 +50,9 @@ def test_a_head_that_the_converter_drops(tmp_path: Path, source: Path, out: Path
     assert "--no-head" in str(e.value.hint) and "--pin latest" in str(e.value.hint)
 
 
-@pytest.mark.parametrize("prefix", ["mtp.layers.0.", "model.mtp.layers.0.", "model.mtp_block.0.", "backbone.mtp.layers.0."])
+@pytest.mark.parametrize(
+    "prefix", ["mtp.layers.0.", "model.mtp.layers.0.", "model.mtp_block.0.", "backbone.mtp.layers.0."]
+)
 @pytest.mark.parametrize(
     "config",
     [
@@ -62,7 +64,9 @@ def test_a_head_that_the_converter_drops(tmp_path: Path, source: Path, out: Path
     ],
     ids=["nextn", "mtp", "no key", "Nemotron", "GLM"],
 )
-def test_a_head_under_other_names(tmp_path: Path, source: Path, out: Path, prefix: str, config: dict[str, object]) -> None:
+def test_a_head_under_other_names(
+    tmp_path: Path, source: Path, out: Path, prefix: str, config: dict[str, object]
+) -> None:
     """As MiMo, Nemotron and Ernie have it: it is there, so nobody is sent to fetch mtp.fc.weight."""
     tensors = {name: shape for name, shape in shapes().items() if not name.startswith("mtp.")}
     tensors |= {f"{prefix}{name}.weight": (HIDDEN,) for name in ("eh_proj", "enorm", "hnorm", "final_layernorm")}
@@ -76,13 +80,18 @@ def test_a_family_that_has_heads_of_its_own_names(source: Path) -> None:
     assert family(source, "MiMoV2ForCausalLM").writes_heads and not family(source, "MiMoV2ForCausalLM").head_keys
     assert family(source, "Glm4MoeForCausalLM").head_keys == {"num_nextn_predict_layers"}
     assert family(source, "Qwen3_5MoeForCausalLM").can_omit_head
-    assert not family(source, "DeepseekV3ForCausalLM").writes_heads and not family(source, "NemotronHForCausalLM").writes_heads
+    assert (
+        not family(source, "DeepseekV3ForCausalLM").writes_heads
+        and not family(source, "NemotronHForCausalLM").writes_heads
+    )
 
 
 def test_a_block_after_the_trunks_last(tmp_path: Path, source: Path, out: Path) -> None:
     """DeepSeek-V3: the converter of this pin skips that block."""
     tensors = {
-        name.replace("mtp.layers.0.", "model.layers.4."): shape for name, shape in shapes().items() if "mtp." not in name[:4]
+        name.replace("mtp.layers.0.", "model.layers.4."): shape
+        for name, shape in shapes().items()
+        if "mtp." not in name[:4]
     }
     tensors["model.layers.4.eh_proj.weight"] = (HIDDEN, 2 * HIDDEN)
     config = {"architectures": ["DeepseekV3ForCausalLM"], "mtp_num_hidden_layers": 0, "num_nextn_predict_layers": 1}
@@ -99,7 +108,9 @@ def test_a_pattern_that_finds_nothing(tmp_path: Path, source: Path, out: Path) -
     ("method", "said"),
     [("awq", "by AWQ, which"), ("bitsandbytes", "by bitsandbytes, which"), ("exl2", "by exl2, which")],
 )
-def test_a_quantized_checkpoint_that_cannot_be_read(tmp_path: Path, source: Path, out: Path, method: str, said: str) -> None:
+def test_a_quantized_checkpoint_that_cannot_be_read(
+    tmp_path: Path, source: Path, out: Path, method: str, said: str
+) -> None:
     folder = make_checkpoint(tmp_path / "hf", config={"quantization_config": {"quant_method": method, "bits": 4}})
     with pytest.raises(CheckpointInvalid, match=said) as caught:
         convert.prepare(folder, source, out)
@@ -172,9 +183,13 @@ def test_experts_one_by_one_are_merged(tmp_path: Path, source: Path, python: Pat
             tensors[name] = shape
             continue
         parts = (
-            {"down_proj": shape[1:]} if part == "down_proj" else dict.fromkeys(("gate_proj", "up_proj"), (shape[1] // 2, shape[2]))
+            {"down_proj": shape[1:]}
+            if part == "down_proj"
+            else dict.fromkeys(("gate_proj", "up_proj"), (shape[1] // 2, shape[2]))
         )
-        tensors |= {f"{block}.mlp.experts.{n}.{one}.weight": size for n in range(shape[0]) for one, size in parts.items()}
+        tensors |= {
+            f"{block}.mlp.experts.{n}.{one}.weight": size for n in range(shape[0]) for one, size in parts.items()
+        }
     assert len(tensors) > len(shapes())
     assert converted(checkpoint(tmp_path / "hf", tensors), source, python, out)["left_out"] == {}
 
@@ -185,7 +200,9 @@ def test_a_tensor_that_would_be_lost(tmp_path: Path, source: Path, python: Path,
     tensors = {name: shape for name, shape in qwen3_next_shapes().items() if not name.startswith("mtp.")}
     write_safetensors(folder / "model.safetensors", {**tensors, "mtpx.value.weight": (4, 4)})
     error = refused(folder, source, python, out)
-    assert f"would leave out 1 of the {len(tensors) + 1} tensors" in error.message and "mtpx.value.weight" in error.message
+    assert (
+        f"would leave out 1 of the {len(tensors) + 1} tensors" in error.message and "mtpx.value.weight" in error.message
+    )
     assert error.hint is not None and "--drop 'mtpx.*'" in error.hint
     manifest = converted(folder, source, python, out, drop=["mtpx.*"])
     assert manifest["left_out"] == {"left out by --drop": ["mtpx.value.weight"]}
@@ -210,13 +227,19 @@ def test_without_the_head_of_a_family_that_keeps_none(tmp_path: Path, source: Pa
 
 def test_what_is_computed_and_what_is_there_twice(tmp_path: Path, source: Path, python: Path, out: Path) -> None:
     more = {"model.layers.3.self_attn.rotary_emb.inv_freq": (8,)}
-    assert converted(with_more(tmp_path / "hf", more), source, python, out)["left_out"] == {"computed from the config": list(more)}
+    assert converted(with_more(tmp_path / "hf", more), source, python, out)["left_out"] == {
+        "computed from the config": list(more)
+    }
 
 
 def test_what_sees_is_for_another_file(tmp_path: Path, source: Path, python: Path, out: Path) -> None:
     nested = {name: value for name, value in CONFIG.items() if name != "architectures"}
     folder = make_checkpoint(tmp_path / "hf")
-    about = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": nested, "vision_config": {"depth": 1}}
+    about = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "text_config": nested,
+        "vision_config": {"depth": 1},
+    }
     (folder / "config.json").write_text(json.dumps({**about, "model_type": "qwen3_5_moe"}))
     named = {name.replace("model.", "model.language_model.", 1): shape for name, shape in shapes().items()}
     write_safetensors(folder / "model.safetensors", {**named, "model.visual.blocks.0.attn.qkv.weight": (8, 8)})
@@ -228,7 +251,17 @@ def test_what_sees_is_for_another_file(tmp_path: Path, source: Path, python: Pat
 def test_the_command_says_what_is_left_out(tmp_path: Path, source: Path, python: Path, out: Path) -> None:
     folder = with_more(tmp_path / "hf", {"value_head.weight": (1, HIDDEN)})
     for more in (["--dry-run"], []):
-        arguments = ["convert", str(folder), "-o", str(out), "--pre-tokenizer", "qwen2", "--drop", "value_head.*", *more]
+        arguments = [
+            "convert",
+            str(folder),
+            "-o",
+            str(out),
+            "--pre-tokenizer",
+            "qwen2",
+            "--drop",
+            "value_head.*",
+            *more,
+        ]
         done = CliRunner().invoke(apex, [*arguments, "--python", str(python)])
         assert done.exit_code == 0, done.output
         assert "note: 1 tensors are not in the model, left out by --drop: value_head.weight" in done.stderr
@@ -243,7 +276,9 @@ def test_metadata_of_the_checkpoint_and_of_the_user(tmp_path: Path, source: Path
     converted(folder, source, python, out, metadata=meta)
     found = read_header(out).metadata
     assert found["general.license"] == "apache-2.0", "of README.md"
-    assert found["general.base_model.0.name"] == "Qwen3.6 35B A3B" and found["general.base_model.0.organization"] == "Qwen"
+    assert (
+        found["general.base_model.0.name"] == "Qwen3.6 35B A3B" and found["general.base_model.0.organization"] == "Qwen"
+    )
     assert (found["general.name"], found["general.quantized_by"]) == ("My Model", "somebody")
     assert found["general.tags"] == ("a", "b") and found["my.own.key"] == "x" and found["general.sampling.temp"] == 0.5
     assert found["general.size_label"]

@@ -56,7 +56,11 @@ def test_a_promised_head_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "lost",
-    ["mtp.pre_fc_norm_hidden.weight", "mtp.layers.0.self_attn.k_norm.weight", "mtp.layers.0.post_attention_layernorm.weight"],
+    [
+        "mtp.pre_fc_norm_hidden.weight",
+        "mtp.layers.0.self_attn.k_norm.weight",
+        "mtp.layers.0.post_attention_layernorm.weight",
+    ],
 )
 def test_one_tensor_of_the_head_is_lost(tmp_path: Path, lost: str) -> None:
     assert missing_head_tensors(read_checkpoint(make_checkpoint(tmp_path / "hf", without=lost))) == [lost]
@@ -73,7 +77,9 @@ def test_the_head_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(folder)
     assert (checkpoint.trunk_layers, checkpoint.head_layers) == (4, 1)
     require_head(checkpoint)
-    write_safetensors(folder / "model.safetensors", {name: shape for name, shape in named.items() if name != "mtp.norm.weight"})
+    write_safetensors(
+        folder / "model.safetensors", {name: shape for name, shape in named.items() if name != "mtp.norm.weight"}
+    )
     assert missing_head_tensors(read_checkpoint(folder)) == ["mtp.norm.weight"]
 
 
@@ -88,7 +94,9 @@ def test_a_head_in_blocks_after_the_last(tmp_path: Path) -> None:
         f"model.layers.4.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")
     ]
     tensors = {**shapes(), **{f"model.layers.4.{name}.weight": (64,) for name in ("eh_proj", "enorm", "hnorm")}}
-    write_safetensors(folder / "model.safetensors", {name: shape for name, shape in tensors.items() if not name.startswith("mtp.")})
+    write_safetensors(
+        folder / "model.safetensors", {name: shape for name, shape in tensors.items() if not name.startswith("mtp.")}
+    )
     require_head(read_checkpoint(folder))
 
 
@@ -174,7 +182,9 @@ def damage(kind: str, content: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-@pytest.mark.parametrize("kind", ["cut", "empty", "huge header", "not json", "list", "negative", "offsets", "far", "deep"])
+@pytest.mark.parametrize(
+    "kind", ["cut", "empty", "huge header", "not json", "list", "negative", "offsets", "far", "deep"]
+)
 def test_damaged_tensors(folder: Path, kind: str) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(damage(kind, path.read_bytes()))

@@ -74,7 +74,9 @@ def test_a_checkpoint_becomes_a_model_with_its_head(folder: Path, source: Path, 
     assert again.reused and again.head_layers == 1 and again.manifest.json() == manifest
     with pytest.raises(OutputUnwritable, match="was made from something else"):
         convert.prepare(folder, source, out, outtype="bf16", pre_tokenizer="qwen2", python=python)
-    status = subprocess.run(["git", "-C", str(source), "status", "--short", "--ignored"], capture_output=True, check=True)
+    status = subprocess.run(
+        ["git", "-C", str(source), "status", "--short", "--ignored"], capture_output=True, check=True
+    )
     assert b"__pycache__" not in status.stdout
 
 
@@ -96,10 +98,15 @@ def test_a_tokenizer_that_the_converter_does_not_know(folder: Path, source: Path
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_code_of_the_checkpoint_is_not_run(folder: Path, source: Path, python: Path, tmp_path: Path, native: bool) -> None:
+def test_code_of_the_checkpoint_is_not_run(
+    folder: Path, source: Path, python: Path, tmp_path: Path, native: bool
+) -> None:
     """Upstream loads tokenizers with trust_remote_code=True: a tokenizer class of the checkpoint's own would run."""
     marker = tmp_path / "marker"
-    code = f"open({str(marker)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast as Fast\nclass Evil(Fast): pass\n"
+    code = (
+        f"open({str(marker)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast as Fast\nclass "
+        "Evil(Fast): pass\n"
+    )
     (folder / "evil.py").write_text(code)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
@@ -120,7 +127,8 @@ def test_the_guard_against_the_checkpoints_code(folder: Path, python: Path) -> N
     (folder / "evil.py").write_text("raise SystemExit(5)\n")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import driver; driver.refuse_code(sys.argv[2])\n"
-        "sys.path.insert(0, sys.argv[2])\ntry:\n    import evil\nexcept (OSError, ImportError) as error:\n    print(error)\n"
+        "sys.path.insert(0, sys.argv[2])\ntry:\n    import evil\nexcept (OSError, ImportError) as error:\n    "
+        "print(error)\n"
     )
     arguments = [str(python), "-B", "-c", code, str(Path(driver.__file__).parent), str(folder)]
     done = subprocess.run(
@@ -146,7 +154,10 @@ def test_a_model_that_is_there_is_replaced_only_with_force_and_only_by_a_whole_o
 
 def test_ctrl_c(folder: Path, source: Path, python: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from apex_build.cli import main; main()"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from apex_build.cli import main; "
+        "main()"
+    )
     arguments = [
         sys.executable,
         "-c",
@@ -220,7 +231,14 @@ def test_outputs_that_cannot_be(folder: Path, source: Path, tmp_path: Path, anyt
         convert.prepare(folder, source, tmp_path, python=anything)
 
 
-INPUTS = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "sub/notes.txt")
+INPUTS = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "sub/notes.txt",
+)
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -245,7 +263,9 @@ def test_no_file_of_the_checkpoint_is_written_over(
 
 
 @pytest.mark.parametrize("ending", ["", ".json", ".log"])
-def test_a_file_that_is_not_ours_is_not_replaced(ending: str, folder: Path, source: Path, tmp_path: Path, anything: Path) -> None:
+def test_a_file_that_is_not_ours_is_not_replaced(
+    ending: str, folder: Path, source: Path, tmp_path: Path, anything: Path
+) -> None:
     (tmp_path / f"out.gguf{ending}").write_text("mine")
     with pytest.raises(OutputUnwritable, match=rf"out\.gguf{ending} exists, and is not"):
         convert.prepare(folder, source, tmp_path / "out.gguf", python=anything)
@@ -283,7 +303,9 @@ def test_a_python_that_is_none(program: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_environment_of_our_own_is_made_once_and_whole(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_of_our_own_is_made_once_and_whole(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a requirement that needs no download, in place of torch: a package of two files."""
     package = tmp_path / "little"
     package.mkdir()
@@ -305,13 +327,17 @@ def test_an_environment_of_our_own_is_made_once_and_whole(cache: Path, tmp_path:
     assert not steps
 
 
-def test_an_environment_that_pip_cannot_fill_is_taken_away(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_that_pip_cannot_fill_is_taken_away(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     wanted = (Requirement("apex-nothing-of-this-name==1"),)
     monkeypatch.setattr(environment, "requirements", lambda: wanted)
     folder = environment._folder(wanted)
     with pytest.raises(EnvironmentUnusable, match="could not be made"):
-        environment.ensure(environment.Python(folder / "bin" / "python", "test", made=True), tmp_path / "log", lambda _: None)
+        environment.ensure(
+            environment.Python(folder / "bin" / "python", "test", made=True), tmp_path / "log", lambda _: None
+        )
     assert not folder.exists()
 
 

@@ -33,7 +33,9 @@ def test_other_folders(tmp_path: Path, files: list[str], said: str, hint: str) -
     assert said in caught.value.message and hint in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"base_model_name_or_path": 3}', '{"base_model_name_or_path": "a\\u001b[2J"}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"base_model_name_or_path": 3}', '{"base_model_name_or_path": "a\\u001b[2J"}']
+)
 def test_a_damaged_adapter(tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(CheckpointInvalid, match=r"an adapter \(LoRA\) to another model"):
@@ -41,7 +43,11 @@ def test_a_damaged_adapter(tmp_path: Path, text: str) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    for name, said in (("x.gguf", "converted already"), ("x.safetensors", "is not a folder"), ("x.txt", "is not a folder")):
+    for name, said in (
+        ("x.gguf", "converted already"),
+        ("x.safetensors", "is not a folder"),
+        ("x.txt", "is not a folder"),
+    ):
         (tmp_path / name).write_text("")
         with pytest.raises(CheckpointInvalid, match=said):
             read_checkpoint(tmp_path / name)

@@ -23,12 +23,16 @@ def work_of(tools: Toolset, testbed: Path) -> WorkOf:
     One thread: with two, llama.cpp's waiting threads crawl when the machine has other work.
     """
 
-    def make(name: str, inputs: Inputs | None = None, *, tools: Toolset = tools, report: Any = None, **settings: str) -> Work:
+    def make(
+        name: str, inputs: Inputs | None = None, *, tools: Toolset = tools, report: Any = None, **settings: str
+    ) -> Work:
         plugins = load_plugins()
         given = inputs or Inputs()
         named = {f"{name}.{key}": value for key, value in settings.items()}
         whole = Inputs(given.reference, given.texts, given.prompts, given.data, named)
         extra = {"report": report} if report else {}
-        return plan_work(plugins.evaluators()[name], read_model(testbed, plugins.role_of), whole, tools, threads=1, **extra)
+        return plan_work(
+            plugins.evaluators()[name], read_model(testbed, plugins.role_of), whole, tools, threads=1, **extra
+        )
 
     return make

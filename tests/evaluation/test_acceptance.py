@@ -93,7 +93,10 @@ def test_a_prompt_longer_than_the_context_is_named_before_anything_is_written(wo
     steps: list[Step] = []
     long = Prompt("chat", "<|im_start|>user\n" + "Tell me more. " * 300, "prompts.jsonl:7")
     work = work_of("draft-acceptance", Inputs(prompts=(*prompts.prompts, long)), report=steps.append, context="1024")
-    says = r"prompts\.jsonl:7: the prompt has \d{3,4} tokens, and 48 are to be written after it, but the context holds 1024"
+    says = (
+        r"prompts\.jsonl:7: the prompt has \d{3,4} tokens, and 48 are to be written after it, but the context "
+        r"holds 1024"
+    )
     with pytest.raises(EvaluationRefused, match=says):
         work.evaluator.evaluate(work.task)
     assert not steps

@@ -77,7 +77,13 @@ def words(text: str) -> set[tuple[str, ...]]:
 def test_no_ten_words_of_the_evaluation_set_are_in_the_calibration_set(testbed: Path) -> None:
     sets = (evaluation_set(), load_set("default"))
     evaluated, calibrated = (
-        set().union(*(words((one.path.parent / part.options["file"]).read_text()) for part in one.parts if "file" in part.options))
+        set().union(
+            *(
+                words((one.path.parent / part.options["file"]).read_text())
+                for part in one.parts
+                if "file" in part.options
+            )
+        )
         for one in sets
     )
     shared = evaluated & calibrated

@@ -1,4 +1,6 @@
-"""The evaluator `draft-head`: its figures against NumPy and the tool's summary, paired differences, and what it refuses."""
+"""The evaluator `draft-head`: its figures against NumPy and the tool's summary, paired differences, and what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,18 @@ def tables(
     for name, model in (("f16", testbed), ("q3", q3)):
         for domain, text in texts.items():
             out = folder / f"{name}-{domain}.csv"
-            wanted = ["-f", text, "--chunks", CHUNKS, "--parse-special", "--mtp", "--mtp-depth", DEPTH, "--mtp-output-file", out]
+            wanted = [
+                "-f",
+                text,
+                "--chunks",
+                CHUNKS,
+                "--parse-special",
+                "--mtp",
+                "--mtp-depth",
+                DEPTH,
+                "--mtp-output-file",
+                out,
+            ]
             (folder / f"{name}-{domain}.txt").write_text(perplexity_tool(tools, model, *wanted))
             result[f"{name} {domain}"] = np.loadtxt(out, delimiter=",", skiprows=1)
             result[f"{name} {domain} said"] = np.array((folder / f"{name}-{domain}.txt").read_text())
@@ -95,7 +108,9 @@ def test_every_figure_agrees_with_numpy(found: Figures, tables: dict[str, Array]
         assert len(rows) == CHUNKS * (SCORED - depth + 1)
         for name, column, scale in (("agreement", 5, 100), ("p", 6, 100), ("kld", 7, 1)):
             figure = found[f"depth{depth}.{name}", "code"]
-            assert close(figure, clustered_mean(rows[:, column], chunks(rows)).times(scale), rel=1e-5) and figure.n == len(rows)
+            assert close(
+                figure, clustered_mean(rows[:, column], chunks(rows)).times(scale), rel=1e-5
+            ) and figure.n == len(rows)
         assert close(found[f"depth{depth}.ppl", "code"], clustered_mean(rows[:, 8], chunks(rows)).exp(), rel=1e-5)
         for suffix, column in (("", 5), (".sampled", 6)):
             chains, member = tokens(table, depth, column)
@@ -106,14 +121,17 @@ def test_every_figure_agrees_with_numpy(found: Figures, tables: dict[str, Array]
 def test_the_figures_are_those_of_the_tools_summary(found: Figures, tables: dict[str, Array]) -> None:
     said = str(tables["q3 code said"])
     lines = re.findall(
-        r"MTP depth (\d): agreement = ([\d.]+) .*?mean p = ([\d.]+) .*?KLD = ([\d.]+) .*?PPL = ([\d.]+) .*?n = (\d+)", said
+        r"MTP depth (\d): agreement = ([\d.]+) .*?mean p = ([\d.]+) .*?KLD = ([\d.]+) .*?PPL = ([\d.]+) .*?n = (\d+)",
+        said,
     )
     assert len(lines) == DEPTH
     for depth, *values, n in lines:
         for name, value in zip(("agreement", "p", "kld", "ppl"), values, strict=True):
             figure = found[f"depth{depth}.{name}", "code"]
             assert figure.value == pytest.approx(float(value), rel=1e-4) and figure.n == int(n)
-    for n, greedy, sampled in re.findall(r"MTP draft of (\d): tokens per step = ([\d.]+) .*?\(greedy\), ([\d.]+)", said):
+    for n, greedy, sampled in re.findall(
+        r"MTP draft of (\d): tokens per step = ([\d.]+) .*?\(greedy\), ([\d.]+)", said
+    ):
         assert found[f"tokens.{n}", "code"].value == pytest.approx(float(greedy), abs=1e-4)
         assert found[f"tokens.{n}.sampled", "code"].value == pytest.approx(float(sampled), abs=1e-4)
 
@@ -123,7 +141,11 @@ def test_differences_are_paired(found: Figures, tables: dict[str, Array]) -> Non
     assert (ours[:, :3] == theirs[:, :3]).all()
     for depth in range(1, DEPTH + 1):
         rows, others = at(ours, depth), at(theirs, depth)
-        for name, column, scale, unit in (("agreement", 5, 100, "points"), ("p", 6, 100, "points"), ("kld", 7, 1, "nats")):
+        for name, column, scale, unit in (
+            ("agreement", 5, 100, "points"),
+            ("p", 6, 100, "points"),
+            ("kld", 7, 1, "nats"),
+        ):
             figure = found[f"depth{depth}.{name}.difference", "code"]
             expected = clustered_mean(rows[:, column] - others[:, column], chunks(rows)).times(scale)
             assert close(figure, expected, rel=1e-3, abs=1e-5) and figure.unit == unit
@@ -144,7 +166,9 @@ def test_texts_together_are_all_of_their_positions(found: Figures, tables: dict[
     figure = found["depth1.agreement", ""]
     assert close(figure, clustered_mean(rows[:, 5], chunks(rows), text).times(100), rel=1e-5) and figure.n == len(rows)
     assert {domain for _, domain in found} == {"", "code", "chat"}
-    assert found["tokens.3", ""].value == pytest.approx(np.mean([found["tokens.3", domain].value for domain in ("code", "chat")]))
+    assert found["tokens.3", ""].value == pytest.approx(
+        np.mean([found["tokens.3", domain].value for domain in ("code", "chat")])
+    )
 
 
 def test_a_file_does_not_differ_from_itself(
@@ -165,7 +189,10 @@ def test_one_text_and_few_chunks(tools: Toolset, testbed: Path, texts: dict[str,
     few = measure("draft-head", tools, testbed, {"chat": texts["chat"]}, chunks=7, depth=1, report=steps.append)
     assert {domain for _, domain in few} == {""} and "depth2.agreement" not in {name for name, _ in few}
     assert all(figure.value is not None and figure.low is figure.high is None for figure in few.values())
-    assert steps[-1].task == "draft-head: testbed-f16.gguf on chat" and (steps[-1].total, steps[-1].unit) == (7, "chunks")
+    assert steps[-1].task == "draft-head: testbed-f16.gguf on chat" and (steps[-1].total, steps[-1].unit) == (
+        7,
+        "chunks",
+    )
     assert not [path for path in cache.rglob("*") if path.suffix in (".part", ".csv")]
 
 
@@ -174,12 +201,25 @@ def test_the_rows_that_the_head_is_fed_with(
 ) -> None:
     """Known of the architecture, or as asked for; told with the first figure, and kept apart."""
     model, text = uneven_norms(testbed, tmp_path / "uneven.gguf"), {"code": texts["code"]}
-    auto, post, pre = (measure("draft-head", tools, model, text, depth=1, rows=rows) for rows in ("auto", "post", "pre"))
+    auto, post, pre = (
+        measure("draft-head", tools, model, text, depth=1, rows=rows) for rows in ("auto", "post", "pre")
+    )
     assert auto == post and auto["depth1.agreement", ""].note == "post_norm rows" and auto["depth1.p", ""].note == ""
     assert pre["depth1.agreement", ""].note == "pre_norm rows"
     for rows, figures in (("post", post), ("pre", pre)):
         said = perplexity_tool(
-            tools, model, "-f", texts["code"], "--chunks", CHUNKS, "--mtp", "--mtp-depth", 1, "--mtp-rows", rows, "--parse-special"
+            tools,
+            model,
+            "-f",
+            texts["code"],
+            "--chunks",
+            CHUNKS,
+            "--mtp",
+            "--mtp-depth",
+            1,
+            "--mtp-rows",
+            rows,
+            "--parse-special",
         )
         agreement = re.search(r"MTP depth 1: agreement = ([\d.]+)", said)
         assert agreement and figures["depth1.agreement", ""].value == pytest.approx(float(agreement[1]), abs=1e-3)
@@ -193,7 +233,9 @@ def test_a_model_without_a_head(tools: Toolset, testbed: Path, texts: dict[str, 
     with pytest.raises(EvaluationRefused, match=r"headless\.gguf has no draft head to score"):
         measure("draft-head", tools, headless, texts)
     task = task_of("draft-head", tools, headless, texts)
-    with pytest.raises(ToolFailed, match=r"headless\.gguf: llama-perplexity ended with code 1(.|\n)*the model has no MTP head"):
+    with pytest.raises(
+        ToolFailed, match=r"headless\.gguf: llama-perplexity ended with code 1(.|\n)*the model has no MTP head"
+    ):
         plugin_module("draft_head", "scores").scored(task, "code")
     unknown = write_model("exaone-moe", testbed, tmp_path / "exaone.gguf")
     with pytest.raises(
@@ -213,7 +255,9 @@ def test_a_reference_without_a_head_gives_no_differences(
     assert ("depth1.agreement.difference", "code") not in figures
 
 
-def test_a_reference_that_reads_the_text_differently(tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_reference_that_reads_the_text_differently(
+    tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
     other = copy(testbed, tmp_path / "other.gguf", keys={"tokenizer.ggml.pre": "default"})
     with pytest.raises(
         EvaluationRefused, match=r"other\.gguf were not scored on the same positions of .*code\.txt: \d+ and \d+ scores"
@@ -225,7 +269,8 @@ def test_a_reference_that_reads_the_text_differently(tools: Toolset, testbed: Pa
 @pytest.mark.parametrize("depth", [0, 64])
 def test_a_depth_that_no_chunk_holds(depth: int, tools: Toolset, testbed: Path, texts: dict[str, Path]) -> None:
     with pytest.raises(
-        ParameterUnknown, match=rf"draft-head\.depth={depth} does not fit draft-head\.context=128: expected from 1 to 63"
+        ParameterUnknown,
+        match=rf"draft-head\.depth={depth} does not fit draft-head\.context=128: expected from 1 to 63",
     ):
         measure("draft-head", tools, testbed, texts, depth=depth)
 
@@ -233,19 +278,26 @@ def test_a_depth_that_no_chunk_holds(depth: int, tools: Toolset, testbed: Path, 
 def test_a_text_that_is_too_short(tools: Toolset, testbed: Path, tmp_path: Path, cache: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short for two chunks.")
     kept = set(cache.glob("evaluation/*/*.npz"))
-    with pytest.raises(CalibrationSetInvalid, match=r"short\.txt: the text is too short: expected at least 256 tokens.*found \d+$"):
+    with pytest.raises(
+        CalibrationSetInvalid, match=r"short\.txt: the text is too short: expected at least 256 tokens.*found \d+$"
+    ):
         measure("draft-head", tools, testbed, {"": tmp_path / "short.txt"})
     assert set(cache.glob("evaluation/*/*.npz")) == kept and not list(cache.rglob("*.part"))
 
 
 def test_scores_that_are_no_scores(tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path) -> None:
     scores, figures = (plugin_module("draft_head", name) for name in ("scores", "figures"))
-    for text, said in (("", "expected 'pos,depth"), ("pos,depth,token,trunk,head,agree,p,kld,nll\n1,2,3\n", "cannot be read")):
+    for text, said in (
+        ("", "expected 'pos,depth"),
+        ("pos,depth,token,trunk,head,agree,p,kld,nll\n1,2,3\n", "cannot be read"),
+    ):
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(ToolFailed, match=said):
             scores.read_head_scores(tmp_path / "x.csv")
     lines = [
-        f"{chunk * 128 + 65 + i},1,5,5,5,1,0.5,{'nan' if chunk == i == 3 else 0.1},2.0" for chunk in range(9) for i in range(63)
+        f"{chunk * 128 + 65 + i},1,5,5,5,1,0.5,{'nan' if chunk == i == 3 else 0.1},2.0"
+        for chunk in range(9)
+        for i in range(63)
     ]
     (tmp_path / "x.csv").write_text("\n".join(["pos,depth,token,trunk,head,agree,p,kld,nll", *lines]))
     columns = dict(figures.columns_of([scores.read_head_scores(tmp_path / "x.csv")], 1, 128))

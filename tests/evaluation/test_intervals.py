@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from apex_build.evaluation.intervals import Estimate, clustered_mean, clustered_ratio, ratio_interval, share_interval, student
+from apex_build.evaluation.intervals import (
+    Estimate,
+    clustered_mean,
+    clustered_ratio,
+    ratio_interval,
+    share_interval,
+    student,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +28,9 @@ def test_with_one_member_each_it_is_the_interval_of_a_mean() -> None:
     mean, low, high = clustered_mean(range(1, 11), range(10))
     assert mean == 5.5
     assert low is not None and high is not None
-    assert high - mean == pytest.approx(2.26216 * 3.02765 / np.sqrt(10), rel=1e-4) and mean - low == pytest.approx(high - mean)
+    assert high - mean == pytest.approx(2.26216 * 3.02765 / np.sqrt(10), rel=1e-4) and mean - low == pytest.approx(
+        high - mean
+    )
 
 
 def test_with_clusters_of_one_size_it_is_that_of_their_means() -> None:
@@ -65,7 +74,9 @@ def test_too_few_clusters_give_no_interval() -> None:
     assert ratio_interval(values[:7], np.ones(7)) == Estimate(3.0, None, None)
     assert clustered_mean(values, np.repeat(np.arange(14), 5)).low is not None
     alone = np.repeat([0, 1], [69, 1])
-    assert clustered_mean(values, np.arange(70), alone).low is None, "one cluster of a stratum says nothing of its scatter"
+    assert clustered_mean(values, np.arange(70), alone).low is None, (
+        "one cluster of a stratum says nothing of its scatter"
+    )
 
 
 def test_units_and_bounds() -> None:
@@ -87,7 +98,8 @@ def test_the_bootstrap_is_repeatable_and_agrees_with_the_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("successes", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1.0), (0, 0, 0.0, 1.0)]
+    ("successes", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1.0), (0, 0, 0.0, 1.0)],
 )
 def test_shares(successes: int, n: int, low: float, high: float) -> None:
     assert share_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
@@ -95,7 +107,9 @@ def test_shares(successes: int, n: int, low: float, high: float) -> None:
 
 @pytest.mark.parametrize("clusters", [8, 15, 60])
 def test_of_a_hundred_intervals_ninety_five_hold(clusters: int) -> None:
-    """Values of a cluster share a part, as positions of a chunk do: taken as independent, they give intervals that do not hold."""
+    """Values of a cluster share a part, as positions of a chunk do: taken as independent, they give intervals that do
+    not hold.
+    """
     random = np.random.default_rng(clusters)
     held, naive = [], []
     for _ in range(1500):

@@ -1,5 +1,6 @@
-"""What this project is for, on a reduced set (docs/results/draft-head.md has the whole): calibrated, the experts of the head
-go to 3 bits and it keeps its agreement; without data that is refused, and a k-quant head is ruined where a calibrated one is not.
+"""What this project is for, on a reduced set (docs/results/draft-head.md has the whole): calibrated, the experts of the
+head go to 3 bits and it keeps its agreement; without data that is refused, and a k-quant head is ruined where a
+calibrated one is not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ MIXTURE = ("--set", "draft_head=IQ3_XXS+Q5_K")
 
 @pytest.fixture(scope="module")
 def loss(
-    tools: Toolset, testbed: Path, heldout: Path, calibrated: Path, headless_imatrix: Path, tmp_path_factory: pytest.TempPathFactory
+    tools: Toolset,
+    testbed: Path,
+    heldout: Path,
+    calibrated: Path,
+    headless_imatrix: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[float, float, float]]:
     """Points of agreement at depth 1 against the head at Q8_0: value and 95 % interval. The trunk is Q8_0 in all."""
     folder = tmp_path_factory.mktemp("claim")

@@ -22,7 +22,9 @@ def sentences(heldout: Path) -> list[tuple[str, str]]:
     """Held-out text in two halves: the second follows from the first far sooner than words in another order do."""
     text = (heldout / "chat.txt").read_text() + (heldout / "reasoning.txt").read_text()
     lines = [
-        line for line in text.splitlines() if 60 < len(line) < 120 and "," not in line and line.isascii() and line.count(" ") > 9
+        line
+        for line in text.splitlines()
+        if 60 < len(line) < 120 and "," not in line and line.isascii() and line.count(" ") > 9
     ]
     halves = [line.split() for line in dict.fromkeys(lines)]
     found = [(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])) for words in halves]
@@ -83,7 +85,9 @@ def score(work_of: WorkOf, name: str, path: Path, **settings: str) -> Figure:
 def test_right_answers_are_found(
     work_of: WorkOf, tmp_path: Path, sentences: list[tuple[str, str]], name: str, write: Callable[..., bytes]
 ) -> None:
-    """Were labels or choices misread, it would find one in two or one in five: of 24, 11 by chance once in 50 times or less."""
+    """Were labels or choices misread, it would find one in two or one in five: of 24, 11 by chance once in 50 times or
+    less.
+    """
     path = tmp_path / "tasks"
     path.write_bytes(write(sentences))
     figure = score(work_of, name, path)
@@ -106,7 +110,9 @@ def test_the_interval_is_wilsons(work_of: WorkOf, tmp_path: Path, sentences: lis
 def test_tasks_that_the_tool_misreads_are_left_out_and_counted(
     work_of: WorkOf, tmp_path: Path, sentences: list[tuple[str, str]]
 ) -> None:
-    """An ending that begins all others, and a gap at the very start: the tool would read past the end, or spoil the next task."""
+    """An ending that begins all others, and a gap at the very start: the tool would read past the end, or spoil the
+    next task.
+    """
     path = tmp_path / "tasks"
     path.write_bytes(hellaswag(sentences) + b"\nThe number is\n0\n5\n50\n500\n5000\n")
     figure = score(work_of, "hellaswag", path)
@@ -165,7 +171,10 @@ def test_damaged_binary_files(work_of: WorkOf, tmp_path: Path, sentences: list[t
         with pytest.raises(EvaluationRefused):
             score(work_of, "mmlu", path)
     labels = binary(sentences[:1], answers=2)
-    for damaged in (labels[:-12] + struct.pack("<3i", 0, 0, 0), labels.replace(struct.pack("<2i", 1, 0), struct.pack("<2i", 7, 1))):
+    for damaged in (
+        labels[:-12] + struct.pack("<3i", 0, 0, 0),
+        labels.replace(struct.pack("<2i", 1, 0), struct.pack("<2i", 7, 1)),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(EvaluationRefused, match="task 1 of 1 cannot be read"):
             score(work_of, "mmlu", path)

@@ -56,7 +56,9 @@ def logits(path: Path) -> tuple[Array, npt.NDArray[np.int64]]:
     width = 2 * ((vocabulary + 1) // 2) + 4
     rows = np.frombuffer(data, np.uint16, offset=20 + tokens.nbytes).reshape(chunks, SCORED, width)
     scale, least = np.moveaxis(rows[..., :4].copy().view(np.float32), -1, 0).astype(np.float64)
-    return rows[..., 4 : 4 + vocabulary] * scale[..., None] + least[..., None], tokens[:, context // 2 + 1 :].astype(np.int64)
+    return rows[..., 4 : 4 + vocabulary] * scale[..., None] + least[..., None], tokens[:, context // 2 + 1 :].astype(
+        np.int64
+    )
 
 
 def of_text(log_p: Array, following: npt.NDArray[np.int64]) -> Array:
@@ -67,7 +69,9 @@ MEMBER = np.repeat(np.arange(CHUNKS), SCORED)  # the chunk of each position
 
 
 @pytest.fixture(scope="module")
-def saved(tools: Toolset, testbed: Path, q3: Path, heldout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def saved(
+    tools: Toolset, testbed: Path, q3: Path, heldout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """The log-probabilities of both models on code.txt, as the tool saves them."""
     folder = tmp_path_factory.mktemp("saved")
     for name, model in (("f16", testbed), ("q3", q3)):
@@ -110,9 +114,12 @@ def test_a_few_chunks_give_a_value_without_an_interval(tools: Toolset, testbed: 
     assert figure.value and figure.low is figure.high is None and figure.n == 7 * SCORED
 
 
-def test_chat_markup_is_read_as_tokens_unless_told_otherwise(tools: Toolset, testbed: Path, texts: dict[str, Path]) -> None:
+def test_chat_markup_is_read_as_tokens_unless_told_otherwise(
+    tools: Toolset, testbed: Path, texts: dict[str, Path]
+) -> None:
     read, unread = (
-        measure("perplexity", tools, testbed, {"chat": texts["chat"]}, chunks=4, parse_special=flag)["ppl", ""].value or 0
+        measure("perplexity", tools, testbed, {"chat": texts["chat"]}, chunks=4, parse_special=flag)["ppl", ""].value
+        or 0
         for flag in (True, False)
     )
     assert unread > 2 * read
@@ -139,7 +146,9 @@ def test_divergence_agrees_with_numpy(diverged: Figures, saved: dict[str, Path])
 def test_divergence_over_texts(diverged: Figures) -> None:
     names = {name for name, domain in diverged if domain == "code"}
     assert names == {"kld.mean", "kld.median", "kld.p99_9", "kld.max", "top1.agreement"}
-    assert {name for name, domain in diverged if not domain} == names - {"kld.median", "kld.p99_9"}, "no exact quantile of all"
+    assert {name for name, domain in diverged if not domain} == names - {"kld.median", "kld.p99_9"}, (
+        "no exact quantile of all"
+    )
 
     def value(name: str, domain: str) -> float:
         return diverged[name, domain].value or 0.0
@@ -181,7 +190,9 @@ def test_near_files_are_not_given_intervals_of_rounding(tools: Toolset) -> None:
 def test_a_text_that_is_too_short(evaluator: str, tools: Toolset, testbed: Path, tmp_path: Path, cache: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short for two chunks.")
     before = sorted(path.name for path in cache.glob("evaluation/*/*") if path.name != "made-from.json")
-    with pytest.raises(CalibrationSetInvalid, match=r"short\.txt: the text is too short: expected at least 256 tokens.*found \d+$"):
+    with pytest.raises(
+        CalibrationSetInvalid, match=r"short\.txt: the text is too short: expected at least 256 tokens.*found \d+$"
+    ):
         measure(evaluator, tools, testbed, {"": tmp_path / "short.txt"}, testbed)
     assert sorted(path.name for path in cache.glob("evaluation/*/*") if path.name != "made-from.json") == before
 
@@ -189,7 +200,9 @@ def test_a_text_that_is_too_short(evaluator: str, tools: Toolset, testbed: Path,
 def test_settings_and_texts_that_measure_nothing(tools: Toolset, testbed: Path, texts: dict[str, Path]) -> None:
     with pytest.raises(ParameterUnknown, match=r"perplexity\.context=0: expected at least 8"):
         measure("perplexity", tools, testbed, texts, context=0)
-    with pytest.raises(EvaluationRefused, match="1 chunks of 128 tokens are 63 scored positions, expected at least 100"):
+    with pytest.raises(
+        EvaluationRefused, match="1 chunks of 128 tokens are 63 scored positions, expected at least 100"
+    ):
         measure("kld", tools, testbed, {"chat": texts["chat"]}, testbed, chunks=1)
 
 
@@ -214,7 +227,9 @@ def test_the_bytes_of_a_large_vocabulary() -> None:
     assert n_bytes == pytest.approx(29.9e9, rel=0.01), "60,180 positions"
 
 
-def test_a_reference_of_another_vocabulary(tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_reference_of_another_vocabulary(
+    tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
     """apex evaluate refuses it before anything runs; the evaluator does not take the tool's numbers for it either."""
     other = task_of("kld", tools, testbed, texts, testbed)
     logits = plugin_module("perplexity", "reference").reference_logits(other, "code")
@@ -223,7 +238,14 @@ def test_a_reference_of_another_vocabulary(tools: Toolset, testbed: Path, texts:
     (tmp_path / "other.logits").write_bytes(data)
     read = plugin_module("perplexity", "divergence")._read
     ran = other.run(
-        "llama-perplexity", "-m", testbed, "-c", str(CONTEXT), "--kl-divergence", "--kl-divergence-base", tmp_path / "other.logits"
+        "llama-perplexity",
+        "-m",
+        testbed,
+        "-c",
+        str(CONTEXT),
+        "--kl-divergence",
+        "--kl-divergence-base",
+        tmp_path / "other.logits",
     )
     with pytest.raises(VocabularyMismatch, match=rf"{testbed} cannot be the reference of {testbed}"):
         read(ran.lines, other)
@@ -249,7 +271,9 @@ def test_a_tool_that_loses_its_result(
     assert "\n  | " in caught.value.message and caught.value.hint == "apex build, for tools with this project's patches"
 
 
-def test_a_model_that_cannot_be_run_is_named(tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_run_is_named(
+    tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
     cut = copy(testbed, tmp_path / "cut.gguf", keys={}, drop="blk.3.ffn")
     with pytest.raises(ToolFailed, match=r"cut\.gguf: llama-perplexity ended with code 1"):
         measure("perplexity", tools, cut, texts)
@@ -257,6 +281,9 @@ def test_a_model_that_cannot_be_run_is_named(tools: Toolset, testbed: Path, text
 
 def test_a_model_gone_bad_has_no_perplexity(tools: Toolset) -> None:
     sums = plugin_module("perplexity", "perplexity")
-    lines = ["perplexity: calculating perplexity over 2 chunks, n_ctx=128, batch_size=512, n_seq=4", "[1]3.5000,[2]nan,"]
+    lines = [
+        "perplexity: calculating perplexity over 2 chunks, n_ctx=128, batch_size=512, n_seq=4",
+        "[1]3.5000,[2]nan,",
+    ]
     figure = sums._figure([sums.chunk_sums(lines, CONTEXT)], CONTEXT, "")
     assert figure.value is None and figure.note == "the model gives no finite perplexity"

@@ -75,7 +75,14 @@ def place(tmp_path: Path, testbed: Path) -> Path:
 
 def evaluate(place: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     return run_apex(
-        "evaluate", place / "model.gguf", "--plugin", place / "scales", "--results", place / "r.jsonl", *arguments, code=code
+        "evaluate",
+        place / "model.gguf",
+        "--plugin",
+        place / "scales",
+        "--results",
+        place / "r.jsonl",
+        *arguments,
+        code=code,
     )
 
 
@@ -105,8 +112,13 @@ def test_figures_that_are_no_figures_are_refused_and_numpys_are_taken(tools: Too
     """They go into JSON and tables: a plugin's NaN or text would end the run there, after the work."""
     ran = evaluate(place, "--only", "half,infinite,wordy,numpy", code=PluginFailed.exit_code)
     assert "evaluator 'infinite' gave a figure whose value is nan, expected a finite number" in ran.stderr
-    assert "evaluator 'wordy' gave a figure whose value is 'much'" in ran.stderr and "3 of 4 measurements failed" in ran.stderr
-    assert "evaluator 'half' gave a figure whose name, unit, domain, note, paired or label is not a string" in ran.stderr
+    assert (
+        "evaluator 'wordy' gave a figure whose value is 'much'" in ran.stderr
+        and "3 of 4 measurements failed" in ran.stderr
+    )
+    assert (
+        "evaluator 'half' gave a figure whose name, unit, domain, note, paired or label is not a string" in ran.stderr
+    )
     (row,) = map(json.loads, (place / "r.jsonl").read_text().splitlines())
     assert row["figures"][0]["value"] == 0.5 and row["figures"][0]["n"] == 7
     assert json.loads(evaluate(place, "--only", "numpy", "--json").stdout)[0]["measured"]
@@ -120,7 +132,9 @@ def test_a_plugin_that_was_changed_measures_again(tools: Toolset, place: Path) -
     (place / "scales" / "plugin.py").write_text(PLUGIN.replace('task.number("times")', 'task.number("times") / 1000'))
     kilo = json.loads(evaluate(place, "--only", "size", "--json").stdout)
     assert kilo[0]["figures"][0]["value"] == (place / "model.gguf").stat().st_size / 1000
-    (place / "scales" / "plugin.py").write_text(PLUGIN.replace('Evaluator("size", size,', 'Evaluator("size", size, version=2,'))
+    (place / "scales" / "plugin.py").write_text(
+        PLUGIN.replace('Evaluator("size", size,', 'Evaluator("size", size, version=2,')
+    )
     again = json.loads(evaluate(place, "--only", "size", "--json").stdout)
     assert again[0]["version"] == 2 and (place / "ran.txt").read_text() == "size\n" * 3
 
@@ -168,7 +182,17 @@ def test_a_last_record_without_a_line_end_stays(tools: Toolset, place: Path) -> 
 
 @pytest.mark.parametrize(
     "content",
-    ["notes", "notes\n", "one\ntwo", "{ my notes", '{"a": 1}', '{"a": 1}\n', "[]", "\n", '{"identity": "x", "figures": []}'],
+    [
+        "notes",
+        "notes\n",
+        "one\ntwo",
+        "{ my notes",
+        '{"a": 1}',
+        '{"a": 1}\n',
+        "[]",
+        "\n",
+        '{"identity": "x", "figures": []}',
+    ],
 )
 def test_a_file_that_holds_no_results_is_refused_and_stays(content: str, tools: Toolset, place: Path) -> None:
     (place / "r.jsonl").write_text(content)
@@ -202,9 +226,14 @@ def test_refusals(tools: Toolset, place: Path, testbed: Path) -> None:
     missing = evaluate(place, "--only", "size", "--set", "size.time=2", code=ParameterUnknown.exit_code).stderr
     assert "near it: times" in missing
     assert "no such text" in evaluate(place, "--text", place / "no.txt", code=CalibrationSetInvalid.exit_code).stderr
-    assert "no such file" in evaluate(place, "--prompts", place / "no.jsonl", code=CalibrationSetInvalid.exit_code).stderr
+    assert (
+        "no such file" in evaluate(place, "--prompts", place / "no.jsonl", code=CalibrationSetInvalid.exit_code).stderr
+    )
     (place / "p.jsonl").write_text('{"prompt": "x"}\n')
-    assert "p.jsonl:1: not a prompt" in evaluate(place, "--prompts", place / "p.jsonl", code=CalibrationSetInvalid.exit_code).stderr
+    assert (
+        "p.jsonl:1: not a prompt"
+        in evaluate(place, "--prompts", place / "p.jsonl", code=CalibrationSetInvalid.exit_code).stderr
+    )
     (place / "r.jsonl").write_text("hello\nworld\n")
     assert "r.jsonl:1: not a result" in evaluate(place, "--only", "size", code=OutputUnwritable.exit_code).stderr
     assert (place / "r.jsonl").read_text() == "hello\nworld\n"
@@ -212,7 +241,13 @@ def test_refusals(tools: Toolset, place: Path, testbed: Path) -> None:
     assert "no: no such folder" in nowhere.stderr and not (place / "ran.txt").exists(), "before anything is measured"
     gguf_edit.without_head(testbed, place / "trunk.gguf")
     ran = run_apex(
-        "evaluate", place / "trunk.gguf", "--plugin", place / "scales", "--only", "head-size", code=EvaluationRefused.exit_code
+        "evaluate",
+        place / "trunk.gguf",
+        "--plugin",
+        place / "scales",
+        "--only",
+        "head-size",
+        code=EvaluationRefused.exit_code,
     )
     assert "trunk.gguf: the file has no draft head" in ran.stderr
 

@@ -26,7 +26,9 @@ def test_llama_bench_alone(work_of: WorkOf) -> None:
     assert (prompt.name, generation.name) == ("prompt", "generation")
     for figure in (prompt, generation):
         assert figure.unit == "tokens/s" and figure.n == 3 and "standard deviation" in figure.note
-        assert figure.low is not None and figure.high is not None and 0 <= figure.low < (figure.value or 0) < figure.high
+        assert (
+            figure.low is not None and figure.high is not None and 0 <= figure.low < (figure.value or 0) < figure.high
+        )
     once = work_of("speed", **{**QUICK, "repetitions": "1"})
     single, _ = once.evaluator.evaluate(once.task)
     assert single.value and single.low is single.high is None
@@ -41,7 +43,9 @@ def test_with_and_without_drafting_side_by_side(work_of: WorkOf, heldout: Path) 
     assert set(found) == {"prompt", "generation", "end_to_end.plain", "end_to_end.drafting", "end_to_end.ratio"}
     plain, drafting, ratio = (found[f"end_to_end.{name}"] for name in ("plain", "drafting", "ratio"))
     assert plain.n == drafting.n == ratio.n == 12
-    assert ratio.value == pytest.approx((drafting.value or 0) / (plain.value or 1), rel=0.2)  # exact where the texts are as long
+    assert ratio.value == pytest.approx(
+        (drafting.value or 0) / (plain.value or 1), rel=0.2
+    )  # exact where the texts are as long
     for figure in (plain, drafting, ratio):
         assert figure.low is not None and figure.high is not None and figure.low <= (figure.value or 0) <= figure.high
     assert [step.done for step in steps if step.unit == "prompts"] == list(range(1, 13))
@@ -78,5 +82,7 @@ def test_what_is_refused(work_of: WorkOf, heldout: Path) -> None:
             work.evaluator.evaluate(work.task)
     prompts = Inputs(prompts=read_prompts(heldout / "prompts.jsonl"))
     work = work_of("speed", prompts, context="256", **QUICK)
-    with pytest.raises(EvaluationRefused, match=r"prompts\.jsonl:\d+: the prompt has \d+ tokens, and 8 are to be written"):
+    with pytest.raises(
+        EvaluationRefused, match=r"prompts\.jsonl:\d+: the prompt has \d+ tokens, and 8 are to be written"
+    ):
         work.evaluator.evaluate(work.task)

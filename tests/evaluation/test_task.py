@@ -1,4 +1,6 @@
-"""What a task gives its evaluator: the tools with the user's arguments, the machine for itself, files made once, prompts."""
+"""What a task gives its evaluator: the tools with the user's arguments, the machine for itself, files made once,
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_arguments_for_the_tools(tools: Toolset) -> None:
-    options = ToolOptions(99, ("--no-mmap", "-ot", "exps=CPU", "llama-bench:-mmp", "llama-bench:0", "llama-server:--no-warmup"))
+    options = ToolOptions(
+        99, ("--no-mmap", "-ot", "exps=CPU", "llama-bench:-mmp", "llama-bench:0", "llama-server:--no-warmup")
+    )
     assert options.of("llama-perplexity") == ["--no-mmap", "-ot", "exps=CPU"]
     assert options.of("llama-server") == [*options.of("llama-perplexity"), "--no-warmup"]
     assert options.of("llama-bench") == ["-mmp", "0"]
@@ -40,7 +44,9 @@ def test_arguments_for_the_tools(tools: Toolset) -> None:
         ToolOptions(None, ("llama-quantize:--pure",))
 
 
-def test_they_reach_the_tool_and_are_part_of_the_identity(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+def test_they_reach_the_tool_and_are_part_of_the_identity(
+    tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
     wanted = [
         "evaluate", testbed, "--only", "perplexity", "--text", heldout / "chat.txt", "--set", "perplexity.chunks=2", "--set",
         "perplexity.context=64", "--threads", 1, "--results", tmp_path / "r.jsonl", "--json",
@@ -48,7 +54,11 @@ def test_they_reach_the_tool_and_are_part_of_the_identity(tools: Toolset, testbe
     plain = json.loads(run_apex(*wanted).stdout)[0]
     assert "gpu_layers" not in plain and "tool_arguments" not in plain
     placed = json.loads(run_apex(*wanted, "--gpu-layers", 0, "--tool-argument=--no-mmap").stdout)[0]
-    assert placed["gpu_layers"] == 0 and placed["tool_arguments"] == ["--no-mmap"] and placed["identity"] != plain["identity"]
+    assert (
+        placed["gpu_layers"] == 0
+        and placed["tool_arguments"] == ["--no-mmap"]
+        and placed["identity"] != plain["identity"]
+    )
     assert placed["figures"] == plain["figures"]
     unknown = run_apex(*wanted, "--tool-argument=--no-such", code=ToolFailed.exit_code)
     assert "does not know --no-such" in unknown.stderr
@@ -58,7 +68,9 @@ def test_they_reach_the_tool_and_are_part_of_the_identity(tools: Toolset, testbe
 def test_the_server_and_llama_bench_get_them_too(tools: Toolset, testbed: Path) -> None:
     options = ToolOptions(0, ("--no-warmup", "llama-bench:-mmp", "llama-bench:0"))
     plugins = load_plugins()
-    work = plan_work(plugins.evaluators()["speed"], read_model(testbed, plugins.role_of), Inputs(options=options), tools, threads=1)
+    work = plan_work(
+        plugins.evaluators()["speed"], read_model(testbed, plugins.role_of), Inputs(options=options), tools, threads=1
+    )
     with work.task.serve("--ctx-size", "256") as server:
         assert isinstance(server.process.args, list)
         assert server.process.args[-5:] == ["--n-gpu-layers", "0", "--no-warmup", "--threads", "1"]
@@ -72,7 +84,9 @@ def test_a_tool_beside_a_server_of_the_same_task(work_of: WorkOf, testbed: Path,
     """The machine is taken already, by the task itself."""
     task = replace(work_of("speed").task, threads=None)
     with task.serve("--ctx-size", "256", "--threads", "1", "--no-warmup"):
-        ran = task.run("llama-bench", "--model", testbed, "--n-prompt", "8", "--n-gen", "0", "--repetitions", "1", "--threads", "1")
+        ran = task.run(
+            "llama-bench", "--model", testbed, "--n-prompt", "8", "--n-gen", "0", "--repetitions", "1", "--threads", "1"
+        )
     assert ran.returncode == 0
 
 
@@ -114,7 +128,11 @@ def test_a_file_that_is_made_once(work_of: WorkOf, cache: Path) -> None:
     path.with_name(".numbers.txt.abcdef.part.csv").write_text("half")
     task.kept("numbers.txt", {"seed": 1}, make)
     assert {one.name for one in path.parent.iterdir()} == {"numbers.txt", "made-from.json"}
-    others = (replace(task, code="abc"), replace(task, code="abc", evaluator="x"), replace(task, options=ToolOptions(0)))
+    others = (
+        replace(task, code="abc"),
+        replace(task, code="abc", evaluator="x"),
+        replace(task, options=ToolOptions(0)),
+    )
     assert len({path, *(other.kept("numbers.txt", {"seed": 1}, make) for other in others)}) == 4
 
 

@@ -19,7 +19,8 @@ from apex_build.storage.digests import sha256_file
 
 
 @pytest.mark.parametrize(
-    ("file", "log", "last"), [("testbed-f16.gguf", "train", "2199/2200"), ("testbed-dense-f16.gguf", "train-dense", "1099/1100")]
+    ("file", "log", "last"),
+    [("testbed-f16.gguf", "train", "2199/2200"), ("testbed-dense-f16.gguf", "train-dense", "1099/1100")],
 )
 def test_the_file_is_the_one_that_was_trained(testbed: Path, file: str, log: str, last: str) -> None:
     path = testbed.with_name(file)
@@ -65,7 +66,9 @@ def test_half_of_the_drafted_tokens_are_accepted(tools: Toolset, testbed: Path, 
     evaluator = plugins.evaluators()["draft-acceptance"]
     settings = {"draft-acceptance.lengths": "2", "draft-acceptance.temperature": "0"}
     inputs = Inputs(prompts=read_prompts(heldout / "prompts.jsonl")[::2], settings=settings)
-    figures = evaluator.evaluate(plan_work(evaluator, read_model(testbed, plugins.role_of), inputs, tools, threads=1).task)
+    figures = evaluator.evaluate(
+        plan_work(evaluator, read_model(testbed, plugins.role_of), inputs, tools, threads=1).task
+    )
     values = {(figure.name, figure.domain): figure.value or 0.0 for figure in figures}
     assert {domain for _, domain in values} == {"", "chat", "code", "reasoning", "tool-calling"}
     assert values["greedy.n2.drafted", ""] > 500

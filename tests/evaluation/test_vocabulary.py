@@ -25,7 +25,9 @@ def edited(testbed: Path, out: Path, tokens: Any) -> Model:
 def test_the_same_tokens_pass_in_any_file(testbed: Path, tmp_path: Path) -> None:
     model = read_model(testbed, load_plugins().role_of)
     check_same_vocabulary(model, model)
-    other = read_model(copy(testbed, tmp_path / "other.gguf", keys={"qwen35moe.context_length": 2048}), load_plugins().role_of)
+    other = read_model(
+        copy(testbed, tmp_path / "other.gguf", keys={"qwen35moe.context_length": 2048}), load_plugins().role_of
+    )
     check_same_vocabulary(model, other)
 
 
@@ -36,7 +38,10 @@ def test_other_tokens_are_refused(testbed: Path, tmp_path: Path) -> None:
     for other, said in (
         (edited(testbed, tmp_path / "longer.gguf", [*tokens, "more"]), "of 2049 tokens; expected 2048"),
         (edited(testbed, tmp_path / "short.gguf", tokens[:40]), "of 40 tokens; expected 2048"),
-        (edited(testbed, tmp_path / "changed.gguf", changed), f"its token 700 is '\\x1b[2Jfoo', expected {tokens[700]!r}"),
+        (
+            edited(testbed, tmp_path / "changed.gguf", changed),
+            f"its token 700 is '\\x1b[2Jfoo', expected {tokens[700]!r}",
+        ),
         (edited(testbed, tmp_path / "none.gguf", None), "no vocabulary (tokenizer.ggml.tokens) to compare"),
     ):
         with pytest.raises(VocabularyMismatch) as caught:

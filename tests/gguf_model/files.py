@@ -37,7 +37,11 @@ def full_entries(model: Model, *, head: bool = True, tokens: float = 1024) -> di
 
 
 def write_imatrix(
-    path: Path, entries: Entries, *, head_tokens: int | None = None, change: Callable[[gguf.GGUFWriter], None] | None = None
+    path: Path,
+    entries: Entries,
+    *,
+    head_tokens: int | None = None,
+    change: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
     """A GGUF imatrix as save_imatrix writes it; `change` may add to the writer before it writes."""
     writer = gguf.GGUFWriter(path, "")
@@ -61,7 +65,9 @@ def write_imatrix(
     return path
 
 
-def write_legacy(path: Path, entries: Mapping[str, tuple[int, Sequence[float]]], *, dataset: bytes | None = b"wiki.txt") -> Path:
+def write_legacy(
+    path: Path, entries: Mapping[str, tuple[int, Sequence[float]]], *, dataset: bytes | None = b"wiki.txt"
+) -> Path:
     """A .dat imatrix as save_imatrix_legacy writes it; (calls, values) of each name. Without `dataset`: as in 2023."""
     data = struct.pack("<i", len(entries))
     for name, (calls, values) in entries.items():

@@ -41,7 +41,13 @@ def test_everything_has_data(tmp_path: Path, tiny_model: Model) -> None:
     assert (found.head_calibrated, found.head_tokens) == (True, 1000)
     names = {tensor.name for tensor in found.tensors}
     assert {"blk.4.nextn.eh_proj.weight", "blk.0.ssm_out.weight", EXPERTS} <= names
-    assert not names & {"token_embd.weight", "output.weight", "blk.0.ffn_gate_inp.weight", "blk.0.ssm_conv1d.weight", "blk.0.ssm_a"}
+    assert not names & {
+        "token_embd.weight",
+        "output.weight",
+        "blk.0.ffn_gate_inp.weight",
+        "blk.0.ssm_conv1d.weight",
+        "blk.0.ssm_a",
+    }
     assert len(found.head) == 11
 
 
@@ -92,7 +98,9 @@ def test_one_count_for_all_experts(tmp_path: Path, tiny_model: Model) -> None:
 def test_the_rows_of_an_embedding_in_the_head_need_no_data(tmp_path: Path) -> None:
     extra = {"blk.4.nextn.embed_tokens.weight": (256, 320), "blk.4.nextn.shared_head_head.weight": (256, 320)}
     model = read(write_header_only(tmp_path / "a.gguf", TINY, extra=extra))
-    assert {tensor.name for tensor in covered(tmp_path, model).head} & set(extra) == {"blk.4.nextn.shared_head_head.weight"}
+    assert {tensor.name for tensor in covered(tmp_path, model).head} & set(extra) == {
+        "blk.4.nextn.shared_head_head.weight"
+    }
 
 
 def test_a_legacy_file_shows_experts_without_tokens(tmp_path: Path, tiny_model: Model) -> None:

@@ -151,7 +151,9 @@ def test_a_big_endian_file(tmp_path: Path) -> None:
 def test_a_truncated_file_says_how_long_it_should_be(tiny: Path) -> None:
     whole = tiny.stat().st_size
     os.truncate(tiny, whole - 5000)
-    with pytest.raises(ModelInvalid, match=rf"truncated: expected {whole} bytes, found {whole - 5000}; the data of blk\.4\."):
+    with pytest.raises(
+        ModelInvalid, match=rf"truncated: expected {whole} bytes, found {whole - 5000}; the data of blk\.4\."
+    ):
         read_header(tiny)
 
 
@@ -204,9 +206,18 @@ def array(kind: int, count: int, data: bytes = b"") -> bytes:
         (gguf_bytes(array(8, 2000, b"\0" * 15992 + struct.pack("<Q", 1 << 30)), n_keys=1), "its last string"),
         (gguf_bytes(array(9, 1, struct.pack("<IQ", 9, 1)), n_keys=1), "array of arrays"),
         (gguf_bytes(array(77, 1), n_keys=1), "unknown value type 77"),
-        (gguf_bytes(struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 48), n_keys=1), "alignment is 48"),
-        (gguf_bytes(struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 0), n_keys=1), "alignment is 0"),
-        (gguf_bytes(struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<IQ", 10, 32), n_keys=1), r"32 \(UINT64\)"),
+        (
+            gguf_bytes(struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 48), n_keys=1),
+            "alignment is 48",
+        ),
+        (
+            gguf_bytes(struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 0), n_keys=1),
+            "alignment is 0",
+        ),
+        (
+            gguf_bytes(struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<IQ", 10, 32), n_keys=1),
+            r"32 \(UINT64\)",
+        ),
         (gguf_bytes(tensors=tensor(b""), n_tensors=1), "tensor 1 of 1 is empty"),
         (gguf_bytes(tensors=tensor(b"a b"), n_tensors=1), "holds blanks"),
         (gguf_bytes(tensors=tensor(b"x" * 64), n_tensors=1), "64 bytes, the most is 63"),
@@ -218,10 +229,16 @@ def array(kind: int, count: int, data: bytes = b"") -> bytes:
         (gguf_bytes(tensors=tensor(shape=(1 << 40,)), n_tensors=1), "truncated: expected 4398046511"),
         (gguf_bytes(tensors=tensor(kind=4), n_tensors=1), "type number 4"),
         (gguf_bytes(tensors=tensor(kind=0xFFFFFFFF), n_tensors=1), "type number 4294967295"),
-        (gguf_bytes(tensors=tensor(shape=(100, 2), kind=12), n_tensors=1), "rows of 100, no multiple of its block of 256"),
+        (
+            gguf_bytes(tensors=tensor(shape=(100, 2), kind=12), n_tensors=1),
+            "rows of 100, no multiple of its block of 256",
+        ),
         (gguf_bytes(tensors=tensor(b"a") + tensor(b"b", offset=64), n_tensors=2), "b overlaps the tensor before it"),
         (gguf_bytes(tensors=tensor(b"a") + tensor(b"b", offset=160), n_tensors=2), "b leaves a gap"),
-        (gguf_bytes(tensors=tensor(b"a", offset=U64_MAX - 3), n_tensors=1), "begins at byte 18446744073709551612, expected 0"),
+        (
+            gguf_bytes(tensors=tensor(b"a", offset=U64_MAX - 3), n_tensors=1),
+            "begins at byte 18446744073709551612, expected 0",
+        ),
         (gguf_bytes(tensors=tensor(b"a"), n_tensors=2, rest=0), "ends inside tensor 2 of 2"),
     ],
 )
@@ -264,7 +281,9 @@ def test_damage_anywhere_gives_a_valid_parse_or_model_invalid(tmp_path: Path) ->
                 data[rng.randrange(first, last)] ^= 1 << rng.randrange(8)
         elif kind == 1:
             at = rng.randrange(first, last - 8)
-            data[at : at + 8] = struct.pack("<Q", rng.choice((0, 1, 1 << 31, 1 << 40, (1 << 63) - 1, U64_MAX, rng.getrandbits(64))))
+            data[at : at + 8] = struct.pack(
+                "<Q", rng.choice((0, 1, 1 << 31, 1 << 40, (1 << 63) - 1, U64_MAX, rng.getrandbits(64)))
+            )
         else:
             del data[rng.randrange(first, last) :]
         path.write_bytes(data)

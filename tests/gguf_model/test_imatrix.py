@@ -25,7 +25,12 @@ ENTRIES: Entries = {"blk.0.attn_q.weight": (256, [1024]), "blk.0.ffn_up_exps.wei
 
 def test_gguf(tmp_path: Path) -> None:
     imatrix = read_imatrix(write_imatrix(tmp_path / "imatrix.gguf", ENTRIES, head_tokens=1000))
-    assert (imatrix.format, imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size) == ("gguf", ("chat.txt", "code.txt"), 4, 256)
+    assert (imatrix.format, imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size) == (
+        "gguf",
+        ("chat.txt", "code.txt"),
+        4,
+        256,
+    )
     assert imatrix.head_tokens == 1000
     experts = imatrix.entries["blk.0.ffn_up_exps.weight"]
     assert (experts.row_length, experts.n_values, experts.counts) == (256, 1024, (300, 0, 700, 24))
@@ -41,7 +46,12 @@ def test_legacy(tmp_path: Path) -> None:
     )
     assert looks_legacy(path)
     imatrix = read_imatrix(path)
-    assert (imatrix.format, imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size) == ("legacy", ("wörter",), 7, None)
+    assert (imatrix.format, imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size) == (
+        "legacy",
+        ("wörter",),
+        7,
+        None,
+    )
     entry = imatrix.entries["blk.0.attn_q.weight"]
     assert (entry.row_length, entry.counts) == (256, (3,))
     assert entry.values().tolist() == [list(range(256))]
@@ -142,7 +152,9 @@ def test_a_gguf_imatrix_that_does_not_add_up(tmp_path: Path, change: Change, mes
 def test_values_that_are_no_sums_of_squares(tmp_path: Path, value: float) -> None:
     sums = ONES.copy()
     sums[2, 17] = value
-    imatrix = read_imatrix(write_imatrix(tmp_path / "imatrix.gguf", ENTRIES, change=add(in_sum2=sums, counts=ONES[:, :1])))
+    imatrix = read_imatrix(
+        write_imatrix(tmp_path / "imatrix.gguf", ENTRIES, change=add(in_sum2=sums, counts=ONES[:, :1]))
+    )
     with pytest.raises(ImatrixInvalid, match=rf"1 of the 1024 values of blk\.1\.bad .* matrix 2, column 17 is {value}"):
         check_values(imatrix)
 

@@ -48,7 +48,12 @@ def test_a_model(large: Path) -> None:
 
 def test_a_model_as_json(large: Path) -> None:
     found = inspect_json(large)
-    assert (found["kind"], found["architecture"], found["trunk_layers"], found["head_layers"]) == ("model", "qwen35moe", 40, 1)
+    assert (found["kind"], found["architecture"], found["trunk_layers"], found["head_layers"]) == (
+        "model",
+        "qwen35moe",
+        40,
+        1,
+    )
     shares = {(share["draft_head"], share["role"], share["type"]): share for share in found["shares"]}
     assert shares[False, "routed", "F16"]["tensors"] == 120
     assert shares[True, "nextn", "F16"]["parameters"] == 4096 * 2048
@@ -64,7 +69,8 @@ def test_a_72_gb_model_costs_no_more_than_its_header(large: Path, tiny: Path) ->
         assert inspect(large).exit_code == 0
     assert work.read < 3 * header + 100_000 < 100_000_000
     code = (
-        f"import sys\nfrom apex_build.cli import main\ntry: main(['inspect', {str(large)!r}])\nfinally: print(chr(0), *sys.modules)"
+        f"import sys\nfrom apex_build.cli import main\ntry: main(['inspect', {str(large)!r}])\nfinally: "
+        "print(chr(0), *sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     modules = {name.partition(".")[0] for name in ran.stdout.rpartition("\0")[2].split()}
@@ -82,7 +88,12 @@ def test_sizes_are_those_of_the_file(tiny: Path) -> None:
 
 def test_the_testbed(testbed: Path) -> None:
     found = inspect_json(testbed)
-    assert (found["architecture"], found["head_layers"], found["experts"], found["experts_used"]) == ("qwen35moe", 1, 8, 2)
+    assert (found["architecture"], found["head_layers"], found["experts"], found["experts_used"]) == (
+        "qwen35moe",
+        1,
+        8,
+        2,
+    )
     assert found["head_tensors"] == 20
 
 
@@ -143,7 +154,13 @@ def test_an_imatrix_against_its_model(tmp_path: Path, tiny: Path, tiny_model: Mo
     assert found["head_calibrated"] is False
     assert len(found["missing"]) == found["head_weights"] == 11
     (partial,) = found["experts_incomplete"]
-    assert partial == {"tensor": "blk.1.ffn_up_exps.weight", "without_tokens": [1], "few_tokens": [3], "fewest": 1.0, "empty": []}
+    assert partial == {
+        "tensor": "blk.1.ffn_up_exps.weight",
+        "without_tokens": [1],
+        "few_tokens": [3],
+        "fewest": 1.0,
+        "empty": [],
+    }
     few = inspect_json(path, "--model", tiny, "--few", "0.1")["coverage"]["experts_incomplete"][0]["few_tokens"]
     assert few == [3, 4, 5, 6, 7]
 

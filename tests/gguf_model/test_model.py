@@ -119,7 +119,13 @@ def test_any_shard_gives_the_whole_model(tmp_path: Path) -> None:
 
 
 def test_shards_that_llama_gguf_split_wrote(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
-    command: list[str | Path] = [tools.tool("llama-gguf-split"), "--split-max-tensors", "50", testbed, tmp_path / "part"]
+    command: list[str | Path] = [
+        tools.tool("llama-gguf-split"),
+        "--split-max-tensors",
+        "50",
+        testbed,
+        tmp_path / "part",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     shards = sorted(tmp_path.glob("part-*.gguf"))
     assert len(shards) > 1
@@ -132,14 +138,18 @@ def test_shards_that_llama_gguf_split_wrote(tools: Toolset, testbed: Path, tmp_p
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     paths = split(tmp_path)
     paths[1].unlink()
-    with pytest.raises(ModelMissing, match=r"shard 2 of 3 of the model is missing: no such file: .*m-00002-of-00003\.gguf"):
+    with pytest.raises(
+        ModelMissing, match=r"shard 2 of 3 of the model is missing: no such file: .*m-00002-of-00003\.gguf"
+    ):
         read(paths[2])
 
 
 def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
     paths = split(tmp_path)
     paths[2].write_bytes(paths[1].read_bytes())
-    with pytest.raises(ModelInvalid, match=r"m-00003-of-00003\.gguf: shard 3 of 3 by its name, but 2 of 3 by its metadata"):
+    with pytest.raises(
+        ModelInvalid, match=r"m-00003-of-00003\.gguf: shard 3 of 3 by its name, but 2 of 3 by its metadata"
+    ):
         read(paths[0])
     renamed = paths[0].rename(tmp_path / "first.gguf")
     with pytest.raises(ModelInvalid, match="one of 3 shards, but its name does not end in"):
@@ -179,8 +189,17 @@ def test_quantizable_is_what_llama_quantize_converts(tools: Toolset, large: Path
             "shortconv.in_proj.weight",
         )
     }
-    odd |= {"position_embd.weight": (256, 4), "blk.0.odd_weight": (256, 4), "blk.0.odd": (256, 4), "blk.0.line.weight": (256, 1, 1)}
-    odd |= {"blk.0.deep.weight": (256, 1, 2), "blk.0.time_mix_w1.weight": (256, 4), "blk.0.time_mix_key.weight": (256, 4)}
+    odd |= {
+        "position_embd.weight": (256, 4),
+        "blk.0.odd_weight": (256, 4),
+        "blk.0.odd": (256, 4),
+        "blk.0.line.weight": (256, 1, 1),
+    }
+    odd |= {
+        "blk.0.deep.weight": (256, 1, 2),
+        "blk.0.time_mix_w1.weight": (256, 4),
+        "blk.0.time_mix_key.weight": (256, 4),
+    }
     for path in (large, write_header_only(tmp_path / "odd.gguf", TINY, extra=odd)):
         converted = dry_run(tools, path)
         model: Model = read(path)
@@ -188,6 +207,8 @@ def test_quantizable_is_what_llama_quantize_converts(tools: Toolset, large: Path
         assert {tensor.name: quantizable(tensor.name, tensor.shape) for tensor in model.tensors} == converted
 
 
-@pytest.mark.parametrize(("shape", "dimensions"), [((5,), 1), ((5, 1), 1), ((5, 2), 2), ((5, 1, 2), 3), ((1, 1, 1, 1), 1)])
+@pytest.mark.parametrize(
+    ("shape", "dimensions"), [((5,), 1), ((5, 1), 1), ((5, 2), 2), ((5, 1, 2), 3), ((1, 1, 1, 1), 1)]
+)
 def test_dimensions_as_ggml_counts_them(shape: tuple[int, ...], dimensions: int) -> None:
     assert n_dims(shape) == dimensions

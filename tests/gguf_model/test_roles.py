@@ -12,10 +12,12 @@ from apex_build.plugins import load_plugins
 ROLES = {
     "routed": "ffn_gate_exps ffn_up_exps ffn_down_exps ffn_gate_up_exps ffn_down_chexps ffn_gate.7 ffn_down.15 ffn_up.0",
     "shared": "ffn_gate_shexp ffn_up_shexp ffn_down_shexp",
-    "attention": "attn_q attn_k attn_v attn_qkv attn_output attn_gate attn_q_a attn_q_b attn_kv_a_mqa attn_kv_b attn_k_b attn_v_b",
+    "attention": "attn_q attn_k attn_v attn_qkv attn_output attn_gate attn_q_a attn_q_b attn_kv_a_mqa attn_kv_b "
+    "attn_k_b attn_v_b",
     "ssm": "ssm_alpha ssm_beta ssm_ba ssm_out ssm_in ssm_x ssm_dt ssm_f_a ssm_g_b shortconv.in_proj",
     "router": "ffn_gate_inp ffn_gate_inp_shexp",
-    "norm": "attn_norm attn_norm_2 post_attention_norm attn_q_norm attn_kv_a_norm ffn_norm ffn_norm_exps post_ffw_norm_1 ssm_norm "
+    "norm": "attn_norm attn_norm_2 post_attention_norm attn_q_norm attn_kv_a_norm ffn_norm ffn_norm_exps "
+    "post_ffw_norm_1 ssm_norm "
     "ssm_dt_norm nextn.enorm nextn.hnorm nextn.shared_head_norm layer_output_norm indexer.k_norm",
     "conv": "ssm_conv1d ssm_conv1d_k shortconv.conv",
     "nextn": "nextn.eh_proj nextn.embed_tokens nextn.shared_head_head",

@@ -93,7 +93,9 @@ def test_the_verbs_refuse_before_they_begin(tools: Toolset, testbed: Path, heldo
     text = ("--text", heldout / "chat.txt")
     wanted = ("calibrate", testbed, *text, "-o", tmp_path / "a.gguf")
     for more in ((), ("--dry-run",)):
-        said = run_apex(*wanted, "--tool-argument=-c", "--tool-argument", 256, *more, code=ParameterUnknown.exit_code).stderr
+        said = run_apex(
+            *wanted, "--tool-argument=-c", "--tool-argument", 256, *more, code=ParameterUnknown.exit_code
+        ).stderr
         assert "--tool-argument -c: apex sets this of llama-imatrix itself" in said and "--context" in said
     evaluate = ("evaluate", testbed, "--only", "perplexity", *text, "--results", tmp_path / "r.jsonl", "--dry-run")
     for argument in ("-c", "llama-bench:-r", "llama-server:--port"):

@@ -23,7 +23,9 @@ def only(values: list[object]) -> object:
 
 def test_imatrix() -> None:
     lines = captured("imatrix")
-    assert only([output.planned(line) for line in lines]) == output.Planned(chunks=12, context=256, batch=512, sequences=2)
+    assert only([output.planned(line) for line in lines]) == output.Planned(
+        chunks=12, context=256, batch=512, sequences=2
+    )
     assert [done for line in lines if (done := output.chunks_done(line)) is not None] == [8, 12]
     assert only([output.perplexity(line) for line in lines]) == output.Perplexity(2122.1942, 17.12078)
 
@@ -67,7 +69,9 @@ def test_dry_run_lists_every_tensor_with_its_type() -> None:
     tensors = output.tensor_lines(lines)
     assert [tensor.number for tensor in tensors] == list(range(1, 13))
     by_name = {tensor.name: tensor for tensor in tensors}
-    assert by_name["output.weight"] == output.TensorLine(1, 12, "output.weight", (96, 32, 1, 1), "F16", "Q8_0", 0.01, 0.0)
+    assert by_name["output.weight"] == output.TensorLine(
+        1, 12, "output.weight", (96, 32, 1, 1), "F16", "Q8_0", 0.01, 0.0
+    )
     assert by_name["blk.0.attn_norm.weight"].target == "F32"
     assert by_name["blk.0.ffn_down.weight"].target == "F16"
     assert output.quantized_size(lines) == (0.06, 7.52)

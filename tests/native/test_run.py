@@ -44,7 +44,9 @@ def wait_for(path: Path, within: float = 20.0) -> str:
 
 def test_both_streams_in_one_and_a_log_of_all(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "run.log"
-    done = run_tool(python("import sys; print('out'); print('err', file=sys.stderr); print('10%\\r20%\\rdone')"), log=log)
+    done = run_tool(
+        python("import sys; print('out'); print('err', file=sys.stderr); print('10%\\r20%\\rdone')"), log=log
+    )
     assert done.returncode == 0
     assert done.lines == ("out", "err", "done")
     text = log.read_bytes()
@@ -68,9 +70,16 @@ def test_unfinished_progress_comes_before_the_child_ends(tmp_path: Path) -> None
 
 
 def test_a_failure_shows_the_last_words_our_diagnosis_and_the_log(tmp_path: Path) -> None:
-    code = "import sys\nfor i in range(40): print('line', i)\nprint('\\x1b[31merror: no such thing'); print('====='); sys.exit(3)"
+    code = (
+        "import sys\nfor i in range(40): print('line', i)\nprint('\\x1b[31merror: no such thing'); print('====='); "
+        "sys.exit(3)"
+    )
     with pytest.raises(ToolFailed) as caught:
-        run_tool(python(code), log=tmp_path / "a.log", explain=lambda lines: (f"it is the thing after {lines[-3]}", "do the thing"))
+        run_tool(
+            python(code),
+            log=tmp_path / "a.log",
+            explain=lambda lines: (f"it is the thing after {lines[-3]}", "do the thing"),
+        )
     message = caught.value.message
     assert "ended with code 3: it is the thing after line 39" in message
     assert "| error: no such thing" in message
@@ -156,7 +165,10 @@ def test_ctrl_c_and_sigterm_end_the_child_too(tmp_path: Path, number: signal.Sig
 
 
 def test_a_daemon_that_keeps_the_pipe_does_not_hold_us_up() -> None:
-    daemon = "import os, time\npid = os.fork()\nif not pid:\n    os.setsid()\n    time.sleep(3600)\n    os._exit(0)\nprint(pid)"
+    daemon = (
+        "import os, time\npid = os.fork()\nif not pid:\n    os.setsid()\n    time.sleep(3600)\n    "
+        "os._exit(0)\nprint(pid)"
+    )
     (line,) = run_tool(python(daemon)).lines
     assert alive(int(line)), "it held us up until it ended"
     os.kill(int(line), signal.SIGKILL)
@@ -166,7 +178,8 @@ def test_the_environment_is_added_to_and_taken_from(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("APEX_TEST_GONE", "1")
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "32")  # would change what a tool computes, unseen by any manifest
     code = (
-        "import os; print(os.environ.get('APEX_TEST_GONE'), os.environ.get('APEX_TEST_NEW'), os.environ.get('LLAMA_ARG_CTX_SIZE'))"
+        "import os; print(os.environ.get('APEX_TEST_GONE'), os.environ.get('APEX_TEST_NEW'), "
+        "os.environ.get('LLAMA_ARG_CTX_SIZE'))"
     )
     assert run_tool(python(code), env={"APEX_TEST_GONE": None, "APEX_TEST_NEW": "2"}).lines == ("None 2 None",)
     assert os.environ["LLAMA_ARG_CTX_SIZE"] == "32"

@@ -77,7 +77,9 @@ def test_a_prompt_that_leaves_no_room(tools: Toolset, testbed: Path) -> None:
         answer = server.completion(text, n_predict=1)
         assert answer["tokens_evaluated"] == 400
         server.check_room([("short", "x"), ("just fits", text)], 112)
-        with pytest.raises(EvaluationRefused, match=r"long: the prompt has 400 tokens, and 113 are .* the context holds 512"):
+        with pytest.raises(
+            EvaluationRefused, match=r"long: the prompt has 400 tokens, and 113 are .* the context holds 512"
+        ):
             server.check_room([("short", "x"), ("long", text)], 113)
 
 

@@ -34,7 +34,9 @@ def library(path: Path, marker: Path) -> Path:
 
 @pytest.fixture
 def trap(tmp_path: Path, testbed: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A folder with a model and libraries by every name of a backend, where the user stands; and the mark that they leave."""
+    """A folder with a model and libraries by every name of a backend, where the user stands; and the mark that they
+    leave.
+    """
     folder, marker = tmp_path / "downloads", tmp_path / "mark"
     folder.mkdir()
     (folder / "model.gguf").symlink_to(testbed)
@@ -48,23 +50,48 @@ def trap(tmp_path: Path, testbed: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
 @needs_compiler
 def test_libraries_beside_a_model_are_not_loaded(trap: tuple[Path, Path], tools: Toolset, heldout: Path) -> None:
     folder, marker = trap
-    speed = ("--set", "speed.prompt=8", "--set", "speed.generate=4", "--set", "speed.repetitions=1", "--set", "speed.n_max=1")
-    run_apex("evaluate", "model.gguf", "--only", "speed", *speed, "--threads", 1, "--results", "results.jsonl", cwd=folder)
+    speed = (
+        "--set",
+        "speed.prompt=8",
+        "--set",
+        "speed.generate=4",
+        "--set",
+        "speed.repetitions=1",
+        "--set",
+        "speed.n_max=1",
+    )
+    run_apex(
+        "evaluate", "model.gguf", "--only", "speed", *speed, "--threads", 1, "--results", "results.jsonl", cwd=folder
+    )
     (folder / "prompts.jsonl").write_text('{"domain": "a", "prompt": "The quick brown fox"}\n')
     wanted = ("--only", "draft-acceptance", "--prompts", "prompts.jsonl", "--set", "draft-acceptance.lengths=1")
     few = ("--set", "draft-acceptance.n_predict=4", "--set", "draft-acceptance.temperature=0", "--threads", 1)
     run_apex("evaluate", "model.gguf", *wanted, *few, cwd=folder)
     shutil.copy(heldout / "chat.txt", folder / "chat.txt")
-    run_apex("evaluate", "model.gguf", "--only", "perplexity", "--text", "chat.txt", "--set", "perplexity.chunks=2", cwd=folder)
+    run_apex(
+        "evaluate",
+        "model.gguf",
+        "--only",
+        "perplexity",
+        "--text",
+        "chat.txt",
+        "--set",
+        "perplexity.chunks=2",
+        cwd=folder,
+    )
     run_apex("calibrate", "model.gguf", "--text", "chat.txt", "--chunks", 2, "-o", "imatrix.gguf", cwd=folder)
     run_apex("plan", "model.gguf", "--policy", "compact", "--imatrix", "imatrix.gguf", cwd=folder)
-    run_apex("quantize", "model.gguf", "--policy", "uniform", "--set", "type=Q4_K", "--imatrix", "imatrix.gguf", cwd=folder)
+    run_apex(
+        "quantize", "model.gguf", "--policy", "uniform", "--set", "type=Q4_K", "--imatrix", "imatrix.gguf", cwd=folder
+    )
     assert not marker.exists()
 
 
 @needs_compiler
 @pytest.mark.parametrize("tool", ["llama-bench", "llama-server", "llama-imatrix", "llama-perplexity", "llama-quantize"])
-def test_no_variable_brings_code_into_a_tool(tool: str, tools: Toolset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_variable_brings_code_into_a_tool(
+    tool: str, tools: Toolset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marker = tmp_path / "mark"
     evil = library(tmp_path / "libevil.so", marker)
     for name in ("libggml-base.so.0", "libgomp.so.1", "libstdc++.so.6", "libggml-blas.so"):
@@ -81,7 +108,12 @@ def test_no_variable_brings_code_into_a_tool(tool: str, tools: Toolset, tmp_path
 
 
 def test_variables_that_change_what_a_tool_computes(tools: Toolset, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LLAMA_ARG_CTX_SIZE", "LLAMA_ATTN_ROT_DISABLE", "GGML_CUDA_FORCE_CUBLAS_COMPUTE_16F", "GGML_OP_OFFLOAD_MIN_BATCH"):
+    for name in (
+        "LLAMA_ARG_CTX_SIZE",
+        "LLAMA_ATTN_ROT_DISABLE",
+        "GGML_CUDA_FORCE_CUBLAS_COMPUTE_16F",
+        "GGML_OP_OFFLOAD_MIN_BATCH",
+    ):
         monkeypatch.setenv(name, "1")
     for name in ("CUDA_VISIBLE_DEVICES", "GGML_CUDA_ENABLE_UNIFIED_MEMORY", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
@@ -122,7 +154,14 @@ def test_a_folder_that_the_tools_need_is_kept(tmp_path: Path, monkeypatch: pytes
     subprocess.run([str(CC), "-shared", "-fPIC", "-x", "c", "-o", bin / "libggml-base.so", "/dev/null"], check=True)
     library(other / "libggml-base.so", marker)
     (tmp_path / "main.c").write_text("int main(void) { return 7; }\n")
-    linked = ["-Wl,--no-as-needed", f"-L{bin}", f"-L{needed}", "-l:libggml-base.so", "-l:libdriver.so", "-Wl,-rpath,$ORIGIN"]
+    linked = [
+        "-Wl,--no-as-needed",
+        f"-L{bin}",
+        f"-L{needed}",
+        "-l:libggml-base.so",
+        "-l:libdriver.so",
+        "-Wl,-rpath,$ORIGIN",
+    ]
     subprocess.run([str(CC), "-o", bin / "llama-quantize", tmp_path / "main.c", *linked], check=True)
     with pytest.raises(ToolFailed, match="libdriver"):
         run_tool([bin / "llama-quantize"])
@@ -147,7 +186,9 @@ def test_programs_run_in_an_empty_folder_that_goes(monkeypatch: pytest.MonkeyPat
     assert not Path(done.lines[0]).exists()
 
 
-def test_pip_is_asked_where_no_module_of_the_users_folder_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pip_is_asked_where_no_module_of_the_users_folder_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from apex_build.fetching.pip_config import read_pip_config
 
     (tmp_path / "pip.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\n")
@@ -197,9 +238,14 @@ def killed_with_its_children(process: subprocess.Popen[bytes], name: str) -> Non
 @pytest.mark.parametrize("prefix", ["setpriv", "python"])
 def test_a_program_ends_with_us(prefix: str) -> None:
     without = (
-        "from apex_build.native import surroundings; surroundings.shutil.which = lambda *_: None\n" if prefix == "python" else ""
+        "from apex_build.native import surroundings; surroundings.shutil.which = lambda *_: None\n"
+        if prefix == "python"
+        else ""
     )
-    code = f"{without}from pathlib import Path\nfrom apex_build.native import run\nrun.shutil.which = lambda given: given\n"
+    code = (
+        f"{without}from pathlib import Path\nfrom apex_build.native import run\nrun.shutil.which = lambda given: "
+        "given\n"
+    )
     code += f"run.run_tool([Path({shutil.which('sleep')!r}), '600'])"
     killed_with_its_children(subprocess.Popen([sys.executable, "-c", code]), "sleep")
 
@@ -231,7 +277,9 @@ def test_folders_in_use_and_those_of_others_stay(tmp_path: Path) -> None:
         "from apex_build.storage.scratch import scratch_folder\n"
         "with scratch_folder('run') as folder: print(folder, flush=True); input()"
     )
-    user = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    user = subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert user.stdout
     folder = Path(user.stdout.readline().strip())
     (tmp_path / "apex-build-notes").mkdir()

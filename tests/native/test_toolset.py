@@ -92,7 +92,19 @@ def test_a_build_that_is_not_ours_is_another_when_a_part_of_it_is(tmp_path: Path
     assert len(found) == 4
 
 
-DAMAGED = ("null", '"x"', "[]", "3", "", "{", "[" * 100_000, '{"key": 3}', '{"key": "../.."}', '{"key": "abc", "at": "x"}', "\xff")
+DAMAGED = (
+    "null",
+    '"x"',
+    "[]",
+    "3",
+    "",
+    "{",
+    "[" * 100_000,
+    '{"key": 3}',
+    '{"key": "../.."}',
+    '{"key": "abc", "at": "x"}',
+    "\xff",
+)
 
 
 @pytest.mark.parametrize("content", DAMAGED)

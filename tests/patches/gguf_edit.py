@@ -24,7 +24,9 @@ def copy(
     drop: str = "",
     add: Mapping[str, str] | None = None,
 ) -> Path:
-    """Copy a model; `keys`: metadata to change, or None to leave out; `drop`: prefix of tensors left out; `add`: new from old."""
+    """Copy a model; `keys`: metadata to change, or None to leave out; `drop`: prefix of tensors left out; `add`: new
+    from old.
+    """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, "qwen35moe")
     if "general.architecture" not in reader.fields:  # an imatrix has none
@@ -79,7 +81,9 @@ def with_foreign_head(source: Path, out: Path) -> Path:
         if name != f"{HEAD}nextn.eh_proj.weight":
             return values
         half = values.shape[1] // 2
-        return np.concatenate([values[:, :half][:, order.permutation(half)], values[:, half:][:, order.permutation(half)]], axis=1)
+        return np.concatenate(
+            [values[:, :half][:, order.permutation(half)], values[:, half:][:, order.permutation(half)]], axis=1
+        )
 
     return changed(source, out, other)
 
@@ -90,21 +94,27 @@ def without_head(source: Path, out: Path) -> Path:
 
 def with_own_head_output(source: Path, out: Path) -> Path:
     """The head brings an output matrix and token embeddings of its own, as some checkpoints of other families do."""
-    own = {f"{HEAD}nextn.shared_head_head.weight": "output.weight", f"{HEAD}nextn.embed_tokens.weight": "token_embd.weight"}
+    own = {
+        f"{HEAD}nextn.shared_head_head.weight": "output.weight",
+        f"{HEAD}nextn.embed_tokens.weight": "token_embd.weight",
+    }
     return copy(source, out, keys={}, add=own)
 
 
 def uneven_norms(source: Path, out: Path) -> Path:
-    """Final norms of trunk and head with weights as uneven as a large model's, and a head that is right for rows before the norm.
+    """Final norms of trunk and head with weights as uneven as a large model's, and a head that is right for rows before
+    the norm.
 
-    The output matrix takes the change back, so the trunk's choices stay as they were, and the head's for rows before the norm
-    those that it has for rows after it in `source`.
+    The output matrix takes the change back, so the trunk's choices stay as they were, and the head's for rows before
+    the norm those that it has for rows after it in `source`.
     """
     tensors = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(source).tensors}
     norm, own, hnorm = "output_norm.weight", f"{HEAD}nextn.shared_head_norm.weight", f"{HEAD}nextn.hnorm.weight"
     uneven = np.random.default_rng(7).lognormal(0, 1, tensors[norm].shape).astype(np.float32)
     factors = {norm: uneven, own: uneven, "output.weight": 1 / uneven, hnorm: tensors[norm]}
-    return changed(source, out, lambda name, values: (values * factors[name]).astype(values.dtype) if name in factors else values)
+    return changed(
+        source, out, lambda name, values: (values * factors[name]).astype(values.dtype) if name in factors else values
+    )
 
 
 def imatrix_without_rows(source: Path, out: Path) -> Path:

@@ -1,4 +1,5 @@
-"""A Qwen3.5-MoE with its MTP head and random weights, of any size: for timings, and for shapes that the testbed does not have.
+"""A Qwen3.5-MoE with its MTP head and random weights, of any size: for timings, and for shapes that the testbed does
+not have.
 
     python tests/patches/random_moe.py OUT.gguf --layers 4 --type q8_0                # layers as those of the 35B-A3B, 256 experts
     python tests/patches/random_moe.py OUT.gguf --hidden 256 --experts 128 --width 64 # small
@@ -124,7 +125,9 @@ def random_moe(out: Path, shape: Shape, kind: str = "f16", vocabulary: Path = TE
     writer.add_key_length(shape.head_size)
     writer.add_value_length(shape.head_size)
     writer.add_rope_dimension_count(shape.head_size // 4)
-    writer.add_rope_dimension_sections([shape.head_size // 8 - 2 * (shape.head_size // 24), *[shape.head_size // 24] * 2, 0])
+    writer.add_rope_dimension_sections(
+        [shape.head_size // 8 - 2 * (shape.head_size // 24), *[shape.head_size // 24] * 2, 0]
+    )
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_expert_count(shape.experts)
@@ -144,7 +147,9 @@ def random_moe(out: Path, shape: Shape, kind: str = "f16", vocabulary: Path = TE
         plan.append((name, size, TYPES["f32" if small else kind]))
         dtype = {"q8_0": np.uint8, "f16": np.float16, "f32": np.float32}["f32" if small else kind]
         stored = (*size[:-1], size[-1] // 32 * 34) if dtype == np.uint8 else size
-        writer.add_tensor_info(name, stored, np.dtype(dtype), int(np.prod(stored)) * np.dtype(dtype).itemsize, plan[-1][2])
+        writer.add_tensor_info(
+            name, stored, np.dtype(dtype), int(np.prod(stored)) * np.dtype(dtype).itemsize, plan[-1][2]
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

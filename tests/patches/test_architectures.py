@@ -1,6 +1,7 @@
 """Every architecture whose draft head the pin runs: all matrices of all heads get data, as many rows as the trunk's.
 
-The trunk's data stays as it is. Random weights (tests/testbed/architectures.py): what counts are the graphs, not the numbers.
+The trunk's data stays as it is. Random weights (tests/testbed/architectures.py): what counts are the graphs, not the
+numbers.
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ SOME = [name for name in ("qwen3next", "step35", "hy_v3", "deepseek4", "nemotron
 
 @pytest.mark.parametrize("name", SOME)
 def test_batches_of_any_size_give_the_same(name: str, models: Callable[..., Path], run: Run) -> None:
-    """Several heads share the cells of one cache: where they were mixed up, a batch smaller than the context would show it."""
+    """Several heads share the cells of one cache: where they were mixed up, a batch smaller than the context would show
+    it.
+    """
     whole, parts = run(models(name), "-b", CONTEXT, "--mtp"), run(models(name), "-b", CONTEXT // 2, "-ub", 32, "--mtp")
     for entry in head_matrices(name, models(name)):
         a, b = whole.entries[entry].values(), parts.entries[entry].values()
@@ -157,7 +160,9 @@ def test_split_runs_and_snapshots(name: str, models: Callable[..., Path], run: R
     assert same(first, snapshot) == [] and snapshot.head_tokens == 3 * CONTEXT and snapshot.chunk_count == 3
 
 
-def test_rows_of_two_kinds_are_not_combined(models: Callable[..., Path], run: Run, tools: Toolset, tmp_path: Path) -> None:
+def test_rows_of_two_kinds_are_not_combined(
+    models: Callable[..., Path], run: Run, tools: Toolset, tmp_path: Path
+) -> None:
     if not {"step35", "hy_v3"} <= set(RUN):
         pytest.skip("this pin's heads all take the same rows")
     files = [run(models(name), "-b", CONTEXT, "--mtp").path for name in ("hy_v3", "step35")]
@@ -192,7 +197,10 @@ def test_a_later_head_is_fed_by_the_one_before_it(name: str, models: Callable[..
 def scores(tools: Toolset, model: Path, text: Path, out: Path, *arguments: object) -> tuple[list[dict[str, str]], str]:
     command = [tools.tool("llama-perplexity"), "-m", model, "-f", text, "-t", 1, "-c", CONTEXT, "--chunks", 2, "--mtp"]
     ran = subprocess.run(
-        [*map(str, command), "--mtp-output-file", str(out), *map(str, arguments)], capture_output=True, text=True, errors="replace"
+        [*map(str, command), "--mtp-output-file", str(out), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     assert ran.returncode == 0, ran.stdout[-1000:] + ran.stderr[-3000:]
     with out.open() as file:
@@ -218,7 +226,9 @@ def test_drafts_are_scored_at_every_depth(
 def test_the_size_of_a_batch_does_not_change_the_scores(
     name: str, models: Callable[..., Path], tools: Toolset, text: Path, tmp_path: Path
 ) -> None:
-    """Depth d is head d's, which sees all tokens of its draft, and the text before it as the trunk's rows have left it there."""
+    """Depth d is head d's, which sees all tokens of its draft, and the text before it as the trunk's rows have left it
+    there.
+    """
     found = [scores(tools, models(name), text, tmp_path / f"{size}.csv", "-ub", size)[0] for size in (32, 128)]
     close = [abs(float(a["kld"]) - float(b["kld"])) < 0.02 for a, b in zip(*found, strict=True)]
     assert sum(close) > 0.97 * len(close)

@@ -1,6 +1,7 @@
 """The patched tools on a device whose memory the host cannot read: ggml's RPC backend, served by this machine's CPU.
 
-What holds for it holds for a GPU as far as reading tensors goes: a pointer into such memory would crash or give other numbers.
+What holds for it holds for a GPU as far as reading tensors goes: a pointer into such memory would crash or give other
+numbers.
 """
 
 from __future__ import annotations
@@ -48,7 +49,15 @@ def device(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("device")
     ggml, library = ensure_source(load_pin()) / "ggml", folder / "libclient.so"
     (folder / "client.cpp").write_text(_CLIENT)
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ggml}/include", f"-I{ggml}/src"]
+    command = [
+        os.environ.get("CXX", "c++"),
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        f"-I{ggml}/include",
+        f"-I{ggml}/src",
+    ]
     sources = sorted(path for path in (ggml / "src" / "ggml-rpc").glob("*.cpp") if "apple" not in path.name)
     command += ["-o", str(library), str(folder / "client.cpp"), *map(str, sources)]
     subprocess.run([*command, str(tools.library("ggml-base"))], check=True, capture_output=True)
@@ -84,7 +93,10 @@ def run(tool: Path, *arguments: object, device: dict[str, str] | None = None) ->
 def test_the_imatrix_is_summed_up_there(
     layers: int, device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    tool, common = tools.tool("llama-imatrix"), ["-m", testbed, "-f", heldout / "code.txt", "-c", 256, "-b", 1024, "--chunks", 6]
+    tool, common = (
+        tools.tool("llama-imatrix"),
+        ["-m", testbed, "-f", heldout / "code.txt", "-c", 256, "-b", 1024, "--chunks", 6],
+    )
     run(tool, *common, "--mtp", "-o", tmp_path / "host.gguf")
     said = run(tool, *common, "--mtp", "-ngl", layers, "-v", "-o", tmp_path / "device.gguf", device=device)
     host, there = read_imatrix(tmp_path / "host.gguf"), read_imatrix(tmp_path / "device.gguf")
@@ -104,7 +116,10 @@ def test_the_imatrix_is_summed_up_there(
 def test_sums_that_stay_on_the_device_are_continued_and_saved_in_between(
     device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    tool, common = tools.tool("llama-imatrix"), ["-m", testbed, "-f", heldout / "code.txt", "-c", 256, "-b", 256, "-ngl", 99, "-v"]
+    tool, common = (
+        tools.tool("llama-imatrix"),
+        ["-m", testbed, "-f", heldout / "code.txt", "-c", 256, "-b", 256, "-ngl", 99, "-v"],
+    )
     whole, three, rest = (tmp_path / f"{name}.gguf" for name in ("whole", "three", "rest"))
     run(tool, *common, "--mtp", "--chunks", 6, "--save-frequency", 3, "-o", whole, device=device)
     run(tool, *common, "--mtp", "--chunks", 3, "-o", three, device=device)
@@ -120,9 +135,23 @@ def test_sums_that_stay_on_the_device_are_continued_and_saved_in_between(
 def test_a_value_on_the_device_that_is_not_finite_is_refused_when_it_is_saved(
     device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    model = changed(testbed, tmp_path / "spoilt.gguf", lambda name, values: values * np.nan if name == "blk.5.ssm_a" else values)
+    model = changed(
+        testbed, tmp_path / "spoilt.gguf", lambda name, values: values * np.nan if name == "blk.5.ssm_a" else values
+    )
     assert model.read_bytes() != testbed.read_bytes()
-    command = [tools.tool("llama-imatrix"), "-dev", "RPC0", "-ngl", 99, "-m", model, "-f", heldout / "code.txt", "-c", 256]
+    command = [
+        tools.tool("llama-imatrix"),
+        "-dev",
+        "RPC0",
+        "-ngl",
+        99,
+        "-m",
+        model,
+        "-f",
+        heldout / "code.txt",
+        "-c",
+        256,
+    ]
     command += ["--chunks", 3, "-t", 1, "-o", tmp_path / "out.gguf"]
     ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace", env=device)
     assert ran.returncode == 1

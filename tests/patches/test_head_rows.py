@@ -46,7 +46,11 @@ def manifest(path: Path) -> dict[str, object]:
 def test_every_entry_says_where_it_is_from() -> None:
     assert {"qwen35", "qwen35moe", "qwen3next", "step35", "mimo2", "deepseek4", "glm4moe"} <= TRAINED_ON.keys()
     for known in TRAINED_ON.values():
-        assert known.rows in (*CHOICES.values(), "streams") and known.source and known.basis in ("measured", "source", "inference")
+        assert (
+            known.rows in (*CHOICES.values(), "streams")
+            and known.source
+            and known.basis in ("measured", "source", "inference")
+        )
     assert tool_arguments("auto", "qwen35moe") == tool_arguments("post", "unheard-of") == ["--mtp-rows", "post"]
     assert tool_arguments("auto", "mimo2") == ["--mtp-rows", "pre"]
     assert tool_arguments("auto", "deepseek4") == tool_arguments("auto", "unheard-of") == []
@@ -93,7 +97,8 @@ def test_data_of_other_rows_is_refused(
     for options in more:
         said = run_apex(*command, "--imatrix", pre, *options, code=45).stderr
         assert (
-            f"{pre}: the data of the draft head (blk.6." in said and "-> IQ2_XXS) is of pre_norm rows: expected post_norm" in said
+            f"{pre}: the data of the draft head (blk.6." in said
+            and "-> IQ2_XXS) is of pre_norm rows: expected post_norm" in said
         )
         assert f"try:   apex calibrate {testbed} --force" in said and "--mtp-rows pre" in said
         said = run_apex(*command, "--imatrix", old, *options, code=45).stderr
@@ -119,13 +124,19 @@ def test_an_architecture_that_nothing_is_known_of(
 ) -> None:
     stranger = write_header_only(tmp_path / "stranger.gguf", TINY, arch="exaone-moe")
     said = run_apex("calibrate", stranger, "--text", heldout / "code.txt", code=30).stderr
-    assert "warning: which hidden rows the draft heads of exaone-moe were trained on is not known: using the tool's default" in said
+    assert (
+        "warning: which hidden rows the draft heads of exaone-moe were trained on is not known: using the tool's "
+        "default" in said
+    )
     # the table without an architecture that the tools do run: they decide, and that is recorded
     monkeypatch.delitem(TRAINED_ON, "qwen35moe")
     model = read_model(testbed, load_plugins().role_of)
     out = tmp_path / "x.gguf"
     calibrate(model, text_of_file(heldout / "code.txt"), tools, out, Settings(context=128, chunks=3, threads=1))
-    assert manifest(out)["head_rows"] == {"rows": "post_norm", "source": "nothing is known of qwen35moe: the tool's default"}
+    assert manifest(out)["head_rows"] == {
+        "rows": "post_norm",
+        "source": "nothing is known of qwen35moe: the tool's default",
+    }
     assert check_rows(model, heldout / "code.txt", tools, context=128) is None
 
 
@@ -135,7 +146,11 @@ def test_the_check_stops_where_the_other_rows_are_clearly_better(
     model = uneven_norms(testbed, tmp_path / "uneven.gguf")
     text = heldout / "code.txt"
     said = run_apex("calibrate", model, "--text", text, "-o", tmp_path / "x.gguf", "--threads", 1, code=52).stderr
-    assert "of 3060 positions with post_norm rows" in said and "% with pre_norm rows: +" in said and "--mtp-rows pre" in said
+    assert (
+        "of 3060 positions with post_norm rows" in said
+        and "% with pre_norm rows: +" in said
+        and "--mtp-rows pre" in said
+    )
     assert not (tmp_path / "x.gguf").exists()
     few = ["calibrate", model, "--text", text, "-o", tmp_path / "x.gguf", "--chunks", 3, "--threads", 1]
     run_apex(*few, "--no-rows-check")

@@ -50,7 +50,8 @@ def same(a: Imatrix, b: Imatrix, names: set[str]) -> list[str]:
     return [
         n
         for n in sorted(names)
-        if a.entries[n].counts != b.entries[n].counts or not np.array_equal(a.entries[n].values(), b.entries[n].values())
+        if a.entries[n].counts != b.entries[n].counts
+        or not np.array_equal(a.entries[n].values(), b.entries[n].values())
     ]
 
 
@@ -102,7 +103,9 @@ def test_the_trunk_is_untouched_and_the_head_is_counted(
     if "--no-ppl" not in arguments:
         # the tools' logger may lose its last lines on a busy machine, stock or not: compare what both printed
         before, after = marks(stock_said), marks(said)
-        assert (common := before.keys() & after.keys()) and {n: before[n] for n in common} == {n: after[n] for n in common}
+        assert (common := before.keys() & after.keys()) and {n: before[n] for n in common} == {
+            n: after[n] for n in common
+        }
 
     dense = {name: e.counts[0] for name, e in mtp.entries.items() if len(e.counts) == 1 and name.startswith("blk.")}
     assert len(set(dense.values())) == 1, "every dense matrix, of trunk and head, saw the same tokens"
@@ -124,7 +127,9 @@ def test_sums_agree_with_a_forward_pass_in_numpy(
         request.getfixturevalue("rows_choice")
     context, chunks = 128, 4
     with serve(tools, testbed, arguments=["--ctx-size", "512"]) as server:
-        answer = server.post("/tokenize", {"content": text.read_text()[:8000], "add_special": True, "parse_special": False})
+        answer = server.post(
+            "/tokenize", {"content": text.read_text()[:8000], "add_special": True, "parse_special": False}
+        )
     ids = answer["tokens"]
     flags = [] if rows == "post" else ["--mtp-rows", rows]
     found = patched("--mtp", *flags, "-c", context, "-b", context, "--chunks", chunks, "--no-ppl")
@@ -137,7 +142,9 @@ def test_sums_agree_with_a_forward_pass_in_numpy(
         entry, sums = found.entries[f"{HEAD}{name}.weight"], reference.recorder.sums[f"{HEAD}{name}.weight"]
         assert np.abs(entry.values() - sums).sum() / sums.sum() < 0.01, name
     eh_proj = found.entries[f"{HEAD}nextn.eh_proj.weight"].values()[0]
-    assert np.allclose(eh_proj, reference.recorder.sums[f"{HEAD}nextn.eh_proj.weight"][0], rtol=0.01, atol=1e-3 * eh_proj.max())
+    assert np.allclose(
+        eh_proj, reference.recorder.sums[f"{HEAD}nextn.eh_proj.weight"][0], rtol=0.01, atol=1e-3 * eh_proj.max()
+    )
 
 
 def test_several_sequences_give_what_one_gives(patched: Run) -> None:
@@ -160,7 +167,17 @@ def test_split_runs_add_up(patched: Run, tools: Toolset, testbed: Path, tmp_path
 
     second = patched(*common, "--chunk", 4, "--chunks", 5)
     merged = tmp_path / "merged.gguf"
-    command = [tools.tool("llama-imatrix"), "-m", testbed, "--in-file", first.path, "--in-file", second.path, "-o", merged]
+    command = [
+        tools.tool("llama-imatrix"),
+        "-m",
+        testbed,
+        "--in-file",
+        first.path,
+        "--in-file",
+        second.path,
+        "-o",
+        merged,
+    ]
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     both = read_imatrix(merged)
     assert both.head_tokens == 9 * 256
@@ -191,7 +208,9 @@ def test_a_model_without_a_head_is_warned_of_once(
 ) -> None:
     model = without_head(testbed, tmp_path / "headless.gguf")
     stock, _ = imatrix(stock_imatrix, model, text, tmp_path / "stock.gguf", "--chunks", 3, "-c", 256)
-    mtp, said = imatrix(tools.tool("llama-imatrix"), model, text, tmp_path / "mtp.gguf", "--chunks", 3, "-c", 256, "--mtp")
+    mtp, said = imatrix(
+        tools.tool("llama-imatrix"), model, text, tmp_path / "mtp.gguf", "--chunks", 3, "-c", 256, "--mtp"
+    )
     assert [line for line in said.splitlines() if "MTP" in line or "mtp" in line] == [
         line for line in said.splitlines() if "the model has no MTP head, ignoring --mtp" in line
     ]

@@ -89,7 +89,9 @@ def test_they_are_nearer_to_double_precision_than_the_stock_tools(
     right = sums(reference, model, text, chunks, tmp_path / "right")
     stock = imatrix(stock_imatrix, model, text, tmp_path / "stock.gguf", "--chunks", chunks)
     found = imatrix(tools.tool("llama-imatrix"), model, text, tmp_path / "found.gguf", "--chunks", chunks)
-    assert {name: entry.counts for name, entry in stock.entries.items()} == {n: e.counts for n, e in found.entries.items()}
+    assert {name: entry.counts for name, entry in stock.entries.items()} == {
+        n: e.counts for n, e in found.entries.items()
+    }
     assert worst(found, right) <= min(2e-6, worst(stock, right))
 
 
@@ -99,7 +101,8 @@ def test_they_do_not_depend_on_the_threads(
 ) -> None:
     tool = tools.tool("llama-imatrix")
     one, three = (
-        imatrix(tool, small, text, tmp_path / f"{n}.gguf", "--chunks", 4, "--mtp", *arguments, "-t", 1, "-tb", n) for n in (1, 3)
+        imatrix(tool, small, text, tmp_path / f"{n}.gguf", "--chunks", 4, "--mtp", *arguments, "-t", 1, "-tb", n)
+        for n in (1, 3)
     )
     assert one.entries.keys() == three.entries.keys()
     for name, entry in one.entries.items():
@@ -108,7 +111,9 @@ def test_they_do_not_depend_on_the_threads(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_value_that_is_not_finite_is_refused(value: float, tools: Toolset, testbed: Path, text: Path, tmp_path: Path) -> None:
+def test_a_value_that_is_not_finite_is_refused(
+    value: float, tools: Toolset, testbed: Path, text: Path, tmp_path: Path
+) -> None:
     def spoil(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if name == "blk.2.post_attention_norm.weight":
             values[7] = value

@@ -1,4 +1,6 @@
-"""Which hidden rows the draft head is fed with, before or after the final norm: what the tools do, and what it is worth."""
+"""Which hidden rows the draft head is fed with, before or after the final norm: what the tools do, and what it is
+worth.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +51,17 @@ def uneven(testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ids(tools: Toolset, testbed: Path, heldout: Path) -> list[int]:
     with serve(tools, testbed, arguments=["--ctx-size", "512"]) as server:
         text = (heldout / "code.txt").read_text()[:8000]
-        found: list[int] = server.post("/tokenize", {"content": text, "add_special": True, "parse_special": False})["tokens"]
+        found: list[int] = server.post("/tokenize", {"content": text, "add_special": True, "parse_special": False})[
+            "tokens"
+        ]
     return found
 
 
 def scored(run: Run, model: Path, text: Path, out: Path, rows: str, *arguments: object) -> Array:
     """One row a position at depth 1: the columns of the tool's file."""
-    ran = run("llama-perplexity", "-m", model, "-f", text, "--mtp", "--mtp-rows", rows, "--mtp-output-file", out, *arguments)
+    ran = run(
+        "llama-perplexity", "-m", model, "-f", text, "--mtp", "--mtp-rows", rows, "--mtp-output-file", out, *arguments
+    )
     assert f"MTP rows: {rows}_norm\n" in ran.stdout + ran.stderr
     table = np.loadtxt(out, delimiter=",", skiprows=1)
     found: Array = table[table[:, 1] == 1]
@@ -70,14 +76,21 @@ def recomputed(reference: Reference, ids: list[int], rows: str) -> tuple[Array, 
         hidden = reference.trunk(part)
         head = reference.logits(reference.head(part, reference.fed(hidden, rows)), f"{HEAD}nextn.shared_head_norm")
         scored = slice(CONTEXT // 2, CONTEXT - 1)
-        p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True) for x in (reference.logits(hidden), head))
+        p, q = (
+            x - np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True)
+            for x in (reference.logits(hidden), head)
+        )
         agree.append((p.argmax(-1) == q.argmax(-1))[scored])
         divergence.append((np.exp(p) * (p - q)).sum(-1)[scored])
     return np.concatenate(agree), np.concatenate(divergence)
 
 
-def test_the_scorer_is_fed_as_numpy_feeds_it(run: Run, uneven: Path, heldout: Path, ids: list[int], tmp_path: Path) -> None:
-    """With uneven norms, where the two feeds lie far apart: each agrees with its own recomputation, and not with the other."""
+def test_the_scorer_is_fed_as_numpy_feeds_it(
+    run: Run, uneven: Path, heldout: Path, ids: list[int], tmp_path: Path
+) -> None:
+    """With uneven norms, where the two feeds lie far apart: each agrees with its own recomputation, and not with the
+    other.
+    """
     common = ["-c", CONTEXT, "-b", 3 * CONTEXT, "--chunks", CHUNKS, "--mtp-depth", 1]
     tables = {rows: scored(run, uneven, heldout / "code.txt", tmp_path / f"{rows}.csv", rows, *common) for rows in ROWS}
     default = run("llama-perplexity", "-m", uneven, "-f", heldout / "code.txt", "--mtp", *common)
@@ -105,7 +118,21 @@ def test_the_imatrix_is_of_the_rows_that_it_names(
     for rows in ROWS:
         flags = [] if rows == "post" else ["--mtp-rows", rows]
         out = tmp_path / f"{rows}.gguf"
-        common = ["-m", uneven, "-f", heldout / "code.txt", "-c", CONTEXT, "-b", batch, "--chunks", 3, "--no-ppl", "-o", out]
+        common = [
+            "-m",
+            uneven,
+            "-f",
+            heldout / "code.txt",
+            "-c",
+            CONTEXT,
+            "-b",
+            batch,
+            "--chunks",
+            3,
+            "--no-ppl",
+            "-o",
+            out,
+        ]
         run("llama-imatrix", *common, "--mtp", *flags)
         found[rows] = read_imatrix(out)
         assert found[rows].head_rows == f"{rows}_norm"
@@ -121,7 +148,9 @@ def test_the_imatrix_is_of_the_rows_that_it_names(
     assert all(np.array_equal(found["pre"].entries[n].values(), found["post"].entries[n].values()) for n in trunk)
 
 
-def test_only_files_of_the_same_rows_are_combined(run: Run, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+def test_only_files_of_the_same_rows_are_combined(
+    run: Run, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
     common = ["-m", testbed, "-f", heldout / "code.txt", "-c", 128, "-b", 128, "--chunks", 3, "--no-ppl"]
     post, pre, old, trunk, out = (tmp_path / f"{name}.gguf" for name in ("post", "pre", "old", "trunk", "out"))
     run("llama-imatrix", *common, "--mtp", "-o", post)
@@ -161,7 +190,9 @@ def test_only_files_of_the_same_rows_are_combined(run: Run, tools: Toolset, test
 
 
 @pytest.mark.parametrize("tool", ["llama-imatrix", "llama-perplexity"])
-def test_the_switch_is_refused_where_it_can_do_nothing(tool: str, run: Run, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+def test_the_switch_is_refused_where_it_can_do_nothing(
+    tool: str, run: Run, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
     common = ["-m", testbed, "-f", heldout / "code.txt", "-c", 128, "--chunks", 2]
     out = ["-o", tmp_path / "x.gguf"] if tool == "llama-imatrix" else []
     ran = run(tool, *common, *out, "--mtp-rows", "pre", check=False)
@@ -171,7 +202,8 @@ def test_the_switch_is_refused_where_it_can_do_nothing(tool: str, run: Run, test
     assert not any(tmp_path.iterdir())
 
 
-# What a context gives, asked for directly: rows of all tokens or of the outputs alone, before or after the norm, of trunk or head.
+# What a context gives, asked for directly: rows of all tokens or of the outputs alone, before or after the norm, of
+# trunk or head.
 _PROGRAM = """
 #include "llama.h"
 #include "../src/llama-ext.h"
@@ -245,9 +277,13 @@ def test_rows_for_all_tokens_and_for_outputs_alone(part: str, program: Path, une
     for rows in ROWS:
         for which in ("all", "masked"):
             out = tmp_path / f"{rows}-{which}.bin"
-            ran = subprocess.run([program, uneven, out, part, rows, which], capture_output=True, text=True, errors="replace")
+            ran = subprocess.run(
+                [program, uneven, out, part, rows, which], capture_output=True, text=True, errors="replace"
+            )
             assert ran.returncode == 0, ran.stderr[-2000:]
-            first, second = np.fromfile(out, np.float32).reshape(2, -1, weight_of(uneven, "output_norm.weight").shape[0])
+            first, second = np.fromfile(out, np.float32).reshape(
+                2, -1, weight_of(uneven, "output_norm.weight").shape[0]
+            )
             assert np.array_equal(first, second)
             found[rows, which] = first
     outputs = np.arange(40) % 3 == 0
@@ -261,15 +297,34 @@ def test_rows_for_all_tokens_and_for_outputs_alone(part: str, program: Path, une
         assert np.allclose(found[rows, "all"][outputs], found[rows, "masked"], rtol=1e-4, atol=1e-4)
 
 
-def acceptance(tools: Toolset, model: Path, heldout: Path, rows: str, every: int) -> tuple[list[int], list[int], list[str]]:
+def acceptance(
+    tools: Toolset, model: Path, heldout: Path, rows: str, every: int
+) -> tuple[list[int], list[int], list[str]]:
     """Drafted and accepted tokens and the text, for each of some prompts; greedy, drafts of up to 3."""
     prompts = read_prompts(heldout / "prompts.jsonl")[::every]
-    arguments = ["--ctx-size", "2048", "--parallel", "1", "--threads", "1", "--spec-type", "draft-mtp", "--spec-draft-n-max", "3"]
+    arguments = [
+        "--ctx-size",
+        "2048",
+        "--parallel",
+        "1",
+        "--threads",
+        "1",
+        "--spec-type",
+        "draft-mtp",
+        "--spec-draft-n-max",
+        "3",
+    ]
     with serve(tools, model, arguments=[*arguments, *([] if rows == "post" else ["--mtp-rows", rows])]) as server:
-        answers = [server.completion(prompt.text, n_predict=48, cache_prompt=False, temperature=0.0) for prompt in prompts]
+        answers = [
+            server.completion(prompt.text, n_predict=48, cache_prompt=False, temperature=0.0) for prompt in prompts
+        ]
         assert f"mtp_rows={rows}_norm" in server.output.read_text(errors="replace")
     timings = [answer["timings"] for answer in answers]
-    return [t["draft_n"] for t in timings], [t["draft_n_accepted"] for t in timings], [answer["content"] for answer in answers]
+    return (
+        [t["draft_n"] for t in timings],
+        [t["draft_n_accepted"] for t in timings],
+        [answer["content"] for answer in answers],
+    )
 
 
 def test_the_server_drafts_with_either_rows(tools: Toolset, uneven: Path, heldout: Path) -> None:
@@ -298,7 +353,9 @@ def test_a_head_trained_on_post_norm_rows_scores_clearly_higher_with_them(
     better, chunk = [], []
     for number, name in enumerate(("chat", "code", "reasoning", "tool-calling")):
         common = ["-c", 256, "-b", 256, "--chunks", 8, "--mtp-depth", 1, "--parse-special"]
-        tables = {rows: scored(run, testbed, heldout / f"{name}.txt", tmp_path / "x.csv", rows, *common) for rows in ROWS}
+        tables = {
+            rows: scored(run, testbed, heldout / f"{name}.txt", tmp_path / "x.csv", rows, *common) for rows in ROWS
+        }
         better.append(tables["post"][:, 5] - tables["pre"][:, 5])
         chunk.append((tables["post"][:, 0].astype(np.int64) - 1) // 256 + 1000 * number)
     gain = clustered_mean(np.concatenate(better), np.concatenate(chunk)).times(100)
@@ -306,7 +363,9 @@ def test_a_head_trained_on_post_norm_rows_scores_clearly_higher_with_them(
     assert gain.low is not None and gain.low > 0 and gain.value > 1
 
 
-def test_a_head_trained_on_post_norm_rows_is_accepted_more_often_with_them(tools: Toolset, testbed: Path, heldout: Path) -> None:
+def test_a_head_trained_on_post_norm_rows_is_accepted_more_often_with_them(
+    tools: Toolset, testbed: Path, heldout: Path
+) -> None:
     rates = {}
     for rows in ROWS:
         drafted, accepted, _ = acceptance(tools, testbed, heldout, rows, 2)

@@ -98,7 +98,14 @@ def test_several_sequences_a_batch_score_as_one_does(run: Run, tmp_path: Path) -
 
 @pytest.mark.parametrize(("rows", "uneven"), [("post", False), ("post", True), ("pre", True)])
 def test_scores_agree_with_numpy(
-    rows: str, uneven: bool, run: Run, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path, request: pytest.FixtureRequest
+    rows: str,
+    uneven: bool,
+    run: Run,
+    tools: Toolset,
+    testbed: Path,
+    heldout: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Depth 2 is fed the head's own rows, and sees what depth 1 left in the cache for the positions before.
 
@@ -158,7 +165,9 @@ def drafts(reference: Reference, ids: list[int], hidden: Array, depth: int, rows
     def attention(_: Array, name: str, positions: npt.NDArray[np.int64]) -> Array:
         """Keys and values of the trunk's rows for the positions before, its own for the last one."""
         _, _, keys, values = projections(reference, reference.norm(of_trunk, f"{name}.attn_norm"), name, positions)
-        query, gate, own_keys, own_values = projections(reference, reference.norm(of_head, f"{name}.attn_norm"), name, positions)
+        query, gate, own_keys, own_values = projections(
+            reference, reference.norm(of_head, f"{name}.attn_norm"), name, positions
+        )
         n, scale = len(ids), np.sqrt(reference.head_dim)
         before = np.where(np.tril(np.ones((n, n), bool), -1), np.einsum("qhd,khd->hqk", query, keys) / scale, -np.inf)
         own = np.einsum("qhd,qhd->hq", query, own_keys)[..., None] / scale
@@ -172,7 +181,10 @@ def drafts(reference: Reference, ids: list[int], hidden: Array, depth: int, rows
 def head_inputs(reference: Reference, ids: list[int], rows: Array) -> Array:
     name = f"blk.{reference.trunk_layers}.nextn"
     before = np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
-    both = [reference.norm(reference.weights["token_embd.weight"][ids], f"{name}.enorm"), reference.norm(before, f"{name}.hnorm")]
+    both = [
+        reference.norm(reference.weights["token_embd.weight"][ids], f"{name}.enorm"),
+        reference.norm(before, f"{name}.hnorm"),
+    ]
     return reference.linear(np.concatenate(both, axis=-1), f"{name}.eh_proj")
 
 
@@ -188,7 +200,19 @@ def projections(reference: Reference, x: Array, name: str, positions: npt.NDArra
 
 
 def test_the_summary_is_that_of_the_file(run: Run, tmp_path: Path) -> None:
-    ran = run("--mtp", "-c", 512, "-b", 1024, "--chunks", 4, "--mtp-depth", 3, "--mtp-output-file", out := tmp_path / "scores.csv")
+    ran = run(
+        "--mtp",
+        "-c",
+        512,
+        "-b",
+        1024,
+        "--chunks",
+        4,
+        "--mtp-depth",
+        3,
+        "--mtp-output-file",
+        out := tmp_path / "scores.csv",
+    )
     found, said = scores(out), ran.stdout + ran.stderr
     lines = _LINE.findall(said)
     assert [line[0] for line in lines] == ["1", "2", "3"]
@@ -262,7 +286,10 @@ def test_markup_is_read_as_tokens_where_that_is_asked_for(
 def test_models_without_a_head_that_runs_are_refused(run: Run, testbed: Path, tmp_path: Path) -> None:
     for model, said in (
         (without_head(testbed, tmp_path / "headless.gguf"), "the model has no MTP head"),
-        (write_model("exaone-moe", testbed, tmp_path / "exaone.gguf"), "the MTP head of this architecture can not be evaluated"),
+        (
+            write_model("exaone-moe", testbed, tmp_path / "exaone.gguf"),
+            "the MTP head of this architecture can not be evaluated",
+        ),
     ):
         ran = run("--mtp", "-c", 128, "--chunks", 2, model=model, check=False)
         assert ran.returncode == 1 and said in ran.stdout + ran.stderr

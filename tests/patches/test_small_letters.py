@@ -47,7 +47,9 @@ def test_a_pipe_stays_a_pipe(tools: Toolset, testbed: Path) -> None:
 
 
 @needs("llama : say which tensors an imatrix has no data for")
-def test_tensors_without_data_are_summed_up(tools: Toolset, testbed: Path, headless_imatrix: Path, tmp_path: Path) -> None:
+def test_tensors_without_data_are_summed_up(
+    tools: Toolset, testbed: Path, headless_imatrix: Path, tmp_path: Path
+) -> None:
     ran = quantize(tools, "--imatrix", headless_imatrix, testbed, tmp_path / "out.gguf", "Q4_K_M")
     said = ran.stdout + ran.stderr
     assert ran.returncode == 0
@@ -55,7 +57,8 @@ def test_tensors_without_data_are_summed_up(tools: Toolset, testbed: Path, headl
     head = [name for name in lines if name.startswith("blk.6.")]
     assert len(head) == 11, "all but the two that are not quantized"
     assert re.search(
-        rf"WARNING: the imatrix has no data for {len(lines)} of the quantized tensors \(\d+\.\d\d MiB\): {lines[0]}, ", said
+        rf"WARNING: the imatrix has no data for {len(lines)} of the quantized tensors \(\d+\.\d\d MiB\): {lines[0]}, ",
+        said,
     )
     assert "WARNING: 11 of them belong to the MTP head, see --mtp of llama-imatrix" in said
 
@@ -64,7 +67,9 @@ def test_tensors_without_data_are_summed_up(tools: Toolset, testbed: Path, headl
 def test_a_matrix_that_is_loaded_as_several(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
     model = write_model("deepseek4", testbed, tmp_path / "model.gguf")
     command = [tools.tool("llama-imatrix"), "-m", model, "-f", heldout / "code.txt", "-c", 128, "--chunks", 2, "-t", 1]
-    subprocess.run([str(part) for part in [*command, "-o", tmp_path / "imatrix.gguf", "--mtp"]], check=True, capture_output=True)
+    subprocess.run(
+        [str(part) for part in [*command, "-o", tmp_path / "imatrix.gguf", "--mtp"]], check=True, capture_output=True
+    )
     ran = quantize(tools, "--imatrix", tmp_path / "imatrix.gguf", model, tmp_path / "out.gguf", "Q4_0")
     assert ran.returncode == 0 and (tmp_path / "out.gguf").is_file(), ran.stdout[-1000:]
 

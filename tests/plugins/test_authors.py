@@ -62,7 +62,9 @@ def test_an_example_is_short_and_printed_as_it_is_written(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_test_of_a_new_plugin_passes(projects: dict[str, Path], kind: str) -> None:
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", projects[kind]], capture_output=True, text=True, cwd=projects[kind])
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", projects[kind]], capture_output=True, text=True, cwd=projects[kind]
+    )
     assert ran.returncode == 0 and "1 passed" in ran.stdout, ran.stdout
     checked = run_apex("plugins", "check", projects[kind]).stdout
     assert f"good, made for version {API_VERSION} of the plugin API" in checked
@@ -85,11 +87,22 @@ def test_the_source_is_read(projects: dict[str, Path], testbed: Path, tools: Too
     assert [one["domain"] for one in text["parts"]] == ["notes"]
 
 
-def test_the_evaluator_measures(projects: dict[str, Path], testbed: Path, tools: Toolset, heldout: Path, tmp_path: Path) -> None:
+def test_the_evaluator_measures(
+    projects: dict[str, Path], testbed: Path, tools: Toolset, heldout: Path, tmp_path: Path
+) -> None:
     name = PRINTED["evaluator"]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(list((heldout / "prompts.jsonl").open(encoding="utf-8"))[:2]))
-    options = ("--plugin", folder(projects, "evaluator"), "--only", name, "--prompts", prompts, "--results", tmp_path / "r.jsonl")
+    options = (
+        "--plugin",
+        folder(projects, "evaluator"),
+        "--only",
+        name,
+        "--prompts",
+        prompts,
+        "--results",
+        tmp_path / "r.jsonl",
+    )
     (result,) = json.loads(run_apex("evaluate", testbed, *options, "--set", f"{name}.n_predict=8", "--json").stdout)
     (figure,) = result["figures"]
     assert 0 < figure["value"] <= 100 and (figure["n"], figure["better"], figure["plot"]) == (2, "higher", True)
@@ -102,11 +115,15 @@ def test_the_gpu_is_listed(projects: dict[str, Path]) -> None:
 
 def test_the_page_lists_the_roles() -> None:
     section = PAGE.partition("## Roles")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE) == [(role.name, role.description) for role in ROLES]
+    assert re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE) == [
+        (role.name, role.description) for role in ROLES
+    ]
 
 
 def test_the_page_lists_the_versions() -> None:
-    assert [int(found) for found in re.findall(r"^\| (\d+) \| ", PAGE, re.MULTILINE)] == list(range(OLDEST_API, API_VERSION + 1))
+    assert [int(found) for found in re.findall(r"^\| (\d+) \| ", PAGE, re.MULTILINE)] == list(
+        range(OLDEST_API, API_VERSION + 1)
+    )
 
 
 def plugin(where: Path, text: str, name: str = "mine") -> Path:
@@ -156,7 +173,10 @@ def test_the_list_says_what_each_plugin_gives() -> None:
     assert listed["moe_roles"]["tensor_roles"] and not listed["moe_roles"]["roles"]
 
 
-HEAD = "from pathlib import Path\nfrom apex_build.plugin_api import *\nAPEX_API = 2\nT = Path(__file__).with_name('t.jinja')\n"
+HEAD = (
+    "from pathlib import Path\nfrom apex_build.plugin_api import *\nAPEX_API = 2\nT = "
+    "Path(__file__).with_name('t.jinja')\n"
+)
 
 
 def giving(hook: str, items: str) -> str:
@@ -168,7 +188,10 @@ def giving(hook: str, items: str) -> str:
     [
         ("x = 1\n", "gives nothing"),
         ("APEX_API = 'two'\n", "APEX_API is 'two', expected a whole number"),
-        (giving("apex_evaluators", "Evaluator('e', lambda task: [], needs=('texts',))"), "needs 'texts'; near it: text"),
+        (
+            giving("apex_evaluators", "Evaluator('e', lambda task: [], needs=('texts',))"),
+            "needs 'texts'; near it: text",
+        ),
         (
             giving("apex_evaluators", "Evaluator('e', lambda task: [], serves=(Service('sweeps'),))"),
             "serves 'sweeps'; near it: sweep",
@@ -179,11 +202,15 @@ def giving(hook: str, items: str) -> str:
         ),
         (giving("apex_evaluators", "Evaluator('e', lambda task: [], parameters={'p': Parameter('Q4KM')})"), "Q4KM"),
         (giving("apex_policies", "PolicySpec('p', T, 'Q8_0', otherwise='gone')"), "names another, 'gone'"),
-        (giving("apex_policies", "PolicySpec('p', T, 'Q8_0', parameters={'a': Parameter('Q4_K', bound='b')})"), "bound 'b'"),
+        (
+            giving("apex_policies", "PolicySpec('p', T, 'Q8_0', parameters={'a': Parameter('Q4_K', bound='b')})"),
+            "bound 'b'",
+        ),
         (giving("apex_gpu_targets", "GpuTarget('g', 'sm_89', 24, '', '')"), "CMake's are such as 89-real"),
         (giving("apex_roles", "Role('routed', '')"), "a role that every apex-build has"),
         (
-            f"{HEAD}@hookimpl\ndef apex_tensor_roles(architecture):\n    return {{'blk.0.ffn_gate_inp.weight': 'router_'}}.get\n",
+            f"{HEAD}@hookimpl\ndef apex_tensor_roles(architecture):\n    return {{'blk.0.ffn_gate_inp.weight': "
+            f"'router_'}}.get\n",
             r"its role of blk\.0\.ffn_gate_inp\.weight is 'router_', and there is no such role; near it: router",
         ),
     ],
@@ -206,7 +233,8 @@ def test_a_command_that_apex_has_already(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("I-Nano", "small letters"), ("i-nano", "which a plugin has already"), ("json", "a Python module 'json'")]
+    ("name", "says"),
+    [("I-Nano", "small letters"), ("i-nano", "which a plugin has already"), ("json", "a Python module 'json'")],
 )
 def test_names_that_a_new_plugin_cannot_have(tmp_path: Path, name: str, says: str) -> None:
     assert says in run_apex("plugins", "new", "policy", name, "-o", tmp_path, code=2).stderr
@@ -229,9 +257,10 @@ def test_a_plugin_of_version_1_may_still_name_roles_of_its_own(tmp_path: Path) -
 
 def test_a_head_that_lies_outside_the_blocks(testbed: Path) -> None:
     def role_of(_architecture: str, tensor: str) -> str | Part | None:
-        return {"output.weight": Part("output", draft_head=True), "blk.6.attn_q.weight": Part("attention", draft_head=False)}.get(
-            tensor
-        )
+        return {
+            "output.weight": Part("output", draft_head=True),
+            "blk.6.attn_q.weight": Part("attention", draft_head=False),
+        }.get(tensor)
 
     tensors = {tensor.name: tensor for tensor in read_model(testbed, role_of).tensors}
     assert tensors["output.weight"].draft_head and tensors["output.weight"].role == "output"

@@ -55,7 +55,9 @@ def test_each_kind_is_made_tested_installed_and_used(installed: Installed) -> No
         assert "good, made for version" in installed.apex("plugins", "check", name[kind])
         assert "1 passed" in installed.run("pytest", "-q", name[kind])
         package = name[kind].replace("-", "_")
-        listed = json.loads(installed.apex("plugins", "list", "--plugin", installed.folder / name[kind] / package, "--json"))
+        listed = json.loads(
+            installed.apex("plugins", "list", "--plugin", installed.folder / name[kind] / package, "--json")
+        )
         assert [one[KINDS[kind]] != [] for one in listed["plugins"] if one["name"] == package] == [True]
     installed.run("pip", "install", "--quiet", "--no-deps", *(f"./{one}" for one in name.values()))
     found = {one["name"]: one for one in json.loads(installed.apex("plugins", "list", "--json"))["plugins"]}

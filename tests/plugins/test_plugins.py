@@ -51,7 +51,9 @@ def folder(where: Path, name: str, plugin: str = PLUGIN, **templates: str) -> Pa
 
 
 def wheel(where: Path, plugin: Path, name: str = "apex-low-head") -> Path:
-    """A wheel of a package that holds the plugin's files, made by hand: building one needs no build tool, and no network."""
+    """A wheel of a package that holds the plugin's files, made by hand: building one needs no build tool, and no
+    network.
+    """
     package = name.replace("-", "_")
     path = where / f"{package}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -60,7 +62,9 @@ def wheel(where: Path, plugin: Path, name: str = "apex-low-head") -> Path:
                 archive.write(file, f"{package}/{'__init__.py' if file.name == 'plugin.py' else file.name}")
         info = f"{package}-1.0.dist-info"
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/entry_points.txt", f"[apex_build]\nlow-head-plugin = {package}\n")
         archive.writestr(f"{info}/RECORD", "")
     return path
@@ -75,7 +79,9 @@ def apex(tools: Toolset, *arguments: str | Path, path: Path | None = None) -> su
     )
 
 
-def test_a_policy_from_a_folder_and_one_from_an_installed_package(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
+def test_a_policy_from_a_folder_and_one_from_an_installed_package(
+    tools: Toolset, testbed: Path, tmp_path: Path
+) -> None:
     """Both are listed, take parameters, and extend a built-in template exactly as the built-in ones do."""
     mine = folder(tmp_path, "low-head-plugin")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps"]
@@ -86,7 +92,9 @@ def test_a_policy_from_a_folder_and_one_from_an_installed_package(tools: Toolset
     for arguments, path in (as_folder, as_package):
         listed = json.loads(apex(tools, "policies", "low-head", "--json", *arguments, path=path).stdout)
         assert listed[0]["plugin"] == "low-head-plugin" and listed[0]["parameters"]["edge"]["default"] == 1
-        ran = apex(tools, "plan", testbed, "--policy", "low-head", "--set", "draft_head=IQ1_M", "--json", *arguments, path=path)
+        ran = apex(
+            tools, "plan", testbed, "--policy", "low-head", "--set", "draft_head=IQ1_M", "--json", *arguments, path=path
+        )
         plans.append(json.loads(ran.stdout))
     small = ("--set", "edge=1", "--set", "near=1", "--set", "attention_edge=1", "--set", "draft_head=IQ1_M")
     built_in = json.loads(apex(tools, "plan", testbed, "--policy", "i-nano", *small, "--json").stdout)
@@ -98,7 +106,9 @@ def test_a_policy_from_a_folder_and_one_from_an_installed_package(tools: Toolset
 def test_roles_and_sources_of_a_plugin(tmp_path: Path) -> None:
     plugins = load_plugins([folder(tmp_path, "mine")])
     assert plugins.role_of("strange", "core.weight") == "routed"
-    assert plugins.role_of("strange", "blk.0.attn_q.weight") == "attention"  # not in its table: the built-in one is asked
+    assert (
+        plugins.role_of("strange", "blk.0.attn_q.weight") == "attention"
+    )  # not in its table: the built-in one is asked
     assert plugins.role_of("qwen35moe", "core.weight") is None
     (document,) = plugins.calibration_sources()["mine"].read({"text": "from "}, tmp_path / "here")
     assert document.text == "from here"
@@ -146,10 +156,19 @@ def apex_policies():
         ("    return 1 / 0", r"ZeroDivisionError: division by zero, at .*plugin\.py:7"),
         ("    return ['i-nano']", r"must give a list of PolicySpec, not \['i-nano'\]"),
         ("    return None", "must give a list of PolicySpec, not None"),
-        ("    return [PolicySpec('mine', Path('gone.jinja'), 'Q8_0')]", "the template of its policy 'mine' does not exist"),
+        (
+            "    return [PolicySpec('mine', Path('gone.jinja'), 'Q8_0')]",
+            "the template of its policy 'mine' does not exist",
+        ),
         ("    return [PolicySpec('mine', TEMPLATE, 'Q8_0', parameters={'tensors': P})]", "variable 'tensors' is taken"),
-        ("    return [PolicySpec('mine', TEMPLATE, 'Q8_0', parameters={'a.b': P, 'a_b': P})]", "variable 'a_b' is taken"),
-        ("    return [PolicySpec('mine', TEMPLATE, 'Q8_0', parameters={'a-b': P})]", "variable 'a-b' is not a valid name"),
+        (
+            "    return [PolicySpec('mine', TEMPLATE, 'Q8_0', parameters={'a.b': P, 'a_b': P})]",
+            "variable 'a_b' is taken",
+        ),
+        (
+            "    return [PolicySpec('mine', TEMPLATE, 'Q8_0', parameters={'a-b': P})]",
+            "variable 'a-b' is not a valid name",
+        ),
         ("    return [PolicySpec('mine', Path(__file__), 'Q8_0')]", r"is not named \*\.jinja"),
     ],
 )
@@ -160,9 +179,13 @@ def test_a_plugin_whose_policies_fail(tmp_path: Path, body: str, says: str) -> N
 
 def test_two_policies_of_one_name_and_two_plugins_of_one_name(tmp_path: Path) -> None:
     again = folder(
-        tmp_path, "again", HOOK + "    return [PolicySpec('i-nano', Path(__file__).with_name('low-head.jinja'), 'Q8_0')]"
+        tmp_path,
+        "again",
+        HOOK + "    return [PolicySpec('i-nano', Path(__file__).with_name('low-head.jinja'), 'Q8_0')]",
     )
-    with pytest.raises(PluginFailed, match=r"'i-nano' comes from two plugins, '(apex|again)' \(.*\) and '(apex|again)' \(.*\)"):
+    with pytest.raises(
+        PluginFailed, match=r"'i-nano' comes from two plugins, '(apex|again)' \(.*\) and '(apex|again)' \(.*\)"
+    ):
         load_plugins([again]).policies()
     with pytest.raises(PluginFailed, match="two plugins are named 'apex'"):
         load_plugins([folder(tmp_path, "apex")])
@@ -202,7 +225,10 @@ def apex_calibration_sources():
 
 
 def test_commands_of_a_plugin(tmp_path: Path) -> None:
-    text = "import click\nfrom apex_build.hookspecs import hookimpl\n@click.command('wave')\ndef wave(): click.echo('o/')\n"
+    text = (
+        "import click\nfrom apex_build.hookspecs import hookimpl\n@click.command('wave')\ndef wave(): "
+        "click.echo('o/')\n"
+    )
     text += "@hookimpl\ndef apex_commands(): return [wave]\n"
     assert list(load_plugins([folder(tmp_path, "mine", text)]).commands()) == ["wave"]
     assert load_plugins().commands() == {}

@@ -41,12 +41,41 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def trunk_imatrix(testbed: Path, tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What llama-imatrix makes without --mtp: data for the trunk, none for the draft head."""
     folder = tmp_path_factory.mktemp("imatrix")
-    vocabulary = ["the", "model", "sees", "tokens", "and", "each", "expert", "def", "return", "import", "self", "if", "for", "x"]
+    vocabulary = [
+        "the",
+        "model",
+        "sees",
+        "tokens",
+        "and",
+        "each",
+        "expert",
+        "def",
+        "return",
+        "import",
+        "self",
+        "if",
+        "for",
+        "x",
+    ]
     words = random.Random(5).choices(vocabulary, k=6000)
     (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
     out = folder / "trunk.gguf"
     run_tool(
-        [tools.tool("llama-imatrix"), "-m", testbed, "-f", folder / "text.txt", "-o", out, "-c", "256", "--chunks", "8", "-t", "1"]
+        [
+            tools.tool("llama-imatrix"),
+            "-m",
+            testbed,
+            "-f",
+            folder / "text.txt",
+            "-o",
+            out,
+            "-c",
+            "256",
+            "--chunks",
+            "8",
+            "-t",
+            "1",
+        ]
     )
     return out
 
@@ -55,13 +84,17 @@ def trunk_imatrix(testbed: Path, tools: Toolset, tmp_path_factory: pytest.TempPa
 def make_policy(tmp_path: Path) -> MakePolicy:
     """A policy whose template is the text given."""
 
-    def make(text: str, base_type: str = "Q8_0", parameters: Mapping[str, Parameter] | None = None, **files: str) -> PolicySpec:
+    def make(
+        text: str, base_type: str = "Q8_0", parameters: Mapping[str, Parameter] | None = None, **files: str
+    ) -> PolicySpec:
         folder = tmp_path / "mine"
         folder.mkdir(exist_ok=True)
         (folder / "mine.jinja").write_text(text, encoding="utf-8")
         for name, content in files.items():
             (folder / f"{name}.jinja").write_text(content, encoding="utf-8")
         library = load_plugins().policy("i-nano").library
-        return LoadedPolicy("mine", folder / "mine.jinja", base_type, parameters=parameters or {}, plugin="mine", library=library)
+        return LoadedPolicy(
+            "mine", folder / "mine.jinja", base_type, parameters=parameters or {}, plugin="mine", library=library
+        )
 
     return make

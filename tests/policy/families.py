@@ -1,12 +1,14 @@
-"""Every architecture that a pin loads or converts, as a catalogue of tensors: names and shapes from the pin's own sources.
+"""Every architecture that a pin loads or converts, as a catalogue of tensors: names and shapes from the pin's own
+sources.
 
     python tests/policy/families.py [TREE...]
 
-prints, for each architecture of the trees (default: those that have been fetched), the share of its bytes that each APEX tier
-leaves to the base type's mixture without meaning to.
+prints, for each architecture of the trees (default: those that have been fetched), the share of its bytes that each
+APEX tier leaves to the base type's mixture without meaning to.
 
-Names and shapes are the loader's (`create_tensor` of src/models/*.cpp), and for what is only converted gguf-py's lists. Both
-alternatives of a family are in its catalogue, dense layers beside experts, attention beside SSM: shares are of that sum.
+Names and shapes are the loader's (`create_tensor` of src/models/*.cpp), and for what is only converted gguf-py's lists.
+Both alternatives of a family are in its catalogue, dense layers beside experts, attention beside SSM: shares are of
+that sum.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ _EXTENTS = {
     **dict.fromkeys(("n_embd_head_qk_nope", "n_embd_head_v_mla", "n_embd_head_k_kda", "n_embd_head_v_kda"), 128),
     **dict.fromkeys(("n_embd_head_k_mla", "qk_head_dim"), 192),
     **dict.fromkeys(("n_embd_head_qk_rope", "qk_rope_head_dim", "n_rot"), 64),
-    **dict.fromkeys(("d_conv", "ssm_d_conv", "ssm_conv_kernel_size", "n_shortconv_l_cache", "ple_conv_kernel", "kernel"), 4),
+    **dict.fromkeys(
+        ("d_conv", "ssm_d_conv", "ssm_conv_kernel_size", "n_shortconv_l_cache", "ple_conv_kernel", "kernel"), 4
+    ),
     **dict.fromkeys(("n_expert_shared", "n_token_types", "n_cls_out", "coff", "hc", "hc_mult", "n_altup"), 2),
     "n_layer": LAYERS,
     "n_expert_used": 8,
@@ -68,11 +72,18 @@ _EXTENTS = {
 }
 # of what only the converter's lists have: biases and tables that it stores under no other suffix
 _VECTORS = ("norm", "exp_probs_b", "attn_rot_embd", "rope_f", ".ffn.weight", "ffn.act")
-_OPERATORS: Mapping[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.floordiv}
+_OPERATORS: Mapping[type, Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.floordiv,
+}
 
 
 def families(tree: Path) -> dict[str, list[Tensor]]:
-    """Architecture -> its tensors, of two layers. What the loader does not create itself takes the shape of its name elsewhere."""
+    """Architecture -> its tensors, of two layers. What the loader does not create itself takes the shape of its name
+    elsewhere.
+    """
     constants = runpy.run_path(str(tree / "gguf-py" / "gguf" / "constants.py"))
     names = _names(tree)
     loaded = {arch: _created(tree, body, names) for arch, body in _loaders(tree).items()}
@@ -158,10 +169,14 @@ def _names(tree: Path) -> Mapping[str, str]:
 
 def _loaders(tree: Path) -> dict[str, str]:
     """Architecture -> the code that creates its tensors, its own or its parent's."""
-    arch_names = dict(re.findall(r'\{\s*(LLM_ARCH_\w+)\s*,\s*"([^"(]+)"', (tree / "src" / "llama-arch.cpp").read_text()))
+    arch_names = dict(
+        re.findall(r'\{\s*(LLM_ARCH_\w+)\s*,\s*"([^"(]+)"', (tree / "src" / "llama-arch.cpp").read_text())
+    )
     parents = dict(_CLASS.findall((tree / "src" / "models" / "models.h").read_text()))
     bodies = {
-        found[1]: found[0] for file in sorted((tree / "src" / "models").glob("*.cpp")) for found in _BODY.finditer(file.read_text())
+        found[1]: found[0]
+        for file in sorted((tree / "src" / "models").glob("*.cpp"))
+        for found in _BODY.finditer(file.read_text())
     }
     made: dict[str, str] = {}
     for cases, owner in _LOADED.findall((tree / "src" / "llama-model.cpp").read_text()):
@@ -180,7 +195,8 @@ def _created(tree: Path, body: str, names: Mapping[str, str]) -> dict[str, tuple
         suffix = re.search(r'"(\w+)"', arguments)
         if suffix is None or suffix[1] == "weight":
             found.setdefault(
-                names[tensor] + (".weight" if suffix else ""), tuple(_extent(text) for text in extents.split(",") if text.strip())
+                names[tensor] + (".weight" if suffix else ""),
+                tuple(_extent(text) for text in extents.split(",") if text.strip()),
             )
     for width, *parts in _QKV.findall(body):
         q, k, v = (_extent(part) for part in parts)

@@ -57,7 +57,9 @@ def dense_model(path: Path) -> Model:
 
 
 def plan_of(model: Model, tools: Toolset, policy: str, **settings: str | int) -> Plan:
-    return make_plan(model, load_plugins().policy(policy), {name.replace("__", "."): v for name, v in settings.items()}, tools)
+    return make_plan(
+        model, load_plugins().policy(policy), {name.replace("__", "."): v for name, v in settings.items()}, tools
+    )
 
 
 def bits(ggml: Ggml, plan: Plan, part: str, layer: int) -> float:
@@ -86,8 +88,14 @@ def test_a_dense_model_gets_sensible_types_and_a_word(tier: str, tools: Toolset,
     assert {entry.role for entry in plan.entries if entry.source == "mixture"} <= {"embedding", "output"}
     if tier.startswith("i-"):
         warnings = plan_of(model, tools, tier, draft_head="quarter").warnings
-        assert any("the draft head has no experts: of 'quarter' IQ2_XXS is for its feed-forward" in line for line in warnings)
-        head = {entry.type for entry in plan_of(model, tools, f"{tier}-mtp").entries if entry.draft_head and entry.role == "dense"}
+        assert any(
+            "the draft head has no experts: of 'quarter' IQ2_XXS is for its feed-forward" in line for line in warnings
+        )
+        head = {
+            entry.type
+            for entry in plan_of(model, tools, f"{tier}-mtp").entries
+            if entry.draft_head and entry.role == "dense"
+        }
         assert head == {"Q4_K"}, "cautious before it is measured"
     left = left_to_base_type(plan)
     assert left is not None and "token_embd.weight" in left
@@ -108,7 +116,10 @@ def test_heads_of_latent_attention_get_the_nearest_type_and_one_line(tools: Tool
 
 def test_what_no_rule_names_is_a_warning(make_policy: MakePolicy, small: Model, tools: Toolset) -> None:
     plan = make_plan(
-        small, make_policy("{% for t in tensors if t.role == 'routed' %}{{ t.name | exactly }}=Q4_K\n{% endfor %}"), {}, tools
+        small,
+        make_policy("{% for t in tensors if t.role == 'routed' %}{{ t.name | exactly }}=Q4_K\n{% endfor %}"),
+        {},
+        tools,
     )
     (line,) = remarks(plan, Ggml(tools))
     assert line.startswith("no rule of policy 'mine' names ") and "% of the bytes" in line
@@ -125,7 +136,9 @@ def test_parts_of_the_trunk(small: Model, tools: Toolset) -> None:
     assert (types["token_embd.weight"], types["output.weight"]) == ("Q8_0", "F16")
     plain = {entry.name: entry.type for entry in plan_of(small, tools, "compact").entries}
     assert {name for name in types if types[name] != plain[name]} == {"token_embd.weight", "output.weight"}
-    assert {e.type for e in plan_of(small, tools, "uniform", type="Q4_K", output="Q6_K").entries if e.role == "output"} == {"Q6_K"}
+    assert {
+        e.type for e in plan_of(small, tools, "uniform", type="Q4_K", output="Q6_K").entries if e.role == "output"
+    } == {"Q6_K"}
 
 
 def test_what_touches_nothing_is_said(testbed: Path, small: Model, tools: Toolset, tmp_path: Path) -> None:
@@ -135,21 +148,28 @@ def test_what_touches_nothing_is_said(testbed: Path, small: Model, tools: Toolse
         with pytest.raises(PolicyUnfit, match="is about the draft head"):
             plan_of(model, tools, policy)
     assert any(
-        line.startswith("draft_head=Q8_0 touches no tensor") for line in plan_of(model, tools, "i-nano", draft_head="Q8_0").warnings
+        line.startswith("draft_head=Q8_0 touches no tensor")
+        for line in plan_of(model, tools, "i-nano", draft_head="Q8_0").warnings
     )
     assert plan_of(small, tools, "i-nano", draft_head="Q8_0", edge=1, near=1).warnings == ()
     assert plan_of(small, tools, "quality", draft_head="Q8_0", edge=1, near=1).warnings == (), (
         "as it is anyway, and still about something"
     )
-    assert any(line.startswith("dense=Q4_K touches no") for line in plan_of(small, tools, "compact", dense="Q4_K").warnings)
+    assert any(
+        line.startswith("dense=Q4_K touches no") for line in plan_of(small, tools, "compact", dense="Q4_K").warnings
+    )
     # numbers and flags too; what only a warning's text depends on is not a rule
     for name, value in (("near", 2), ("edge", 7), ("attention_edge", 1)):
         given: dict[str, str | int] = {"edge": 1, name: value}
         said = [line for line in plan_of(small, tools, "i-quality", **given).warnings if "touches no tensor" in line]
-        assert said == ([f"attention_edge=1 touches no tensor of {small.name}"] if name == "attention_edge" else []), name
+        assert said == ([f"attention_edge=1 touches no tensor of {small.name}"] if name == "attention_edge" else []), (
+            name
+        )
     warned = plan_of(small, tools, "uniform", type="Q4_K", base_type="Q8_0", token_embd="Q4_K", output="Q4_K").warnings
     assert warned == (f"base_type=Q8_0 touches no tensor of {small.name}",)
-    assert plan_of(small, tools, "i-nano", edge=1, near=1, draft_loss="0.2").warnings == (), "how a choice is made is not a rule"
+    assert plan_of(small, tools, "i-nano", edge=1, near=1, draft_loss="0.2").warnings == (), (
+        "how a choice is made is not a rule"
+    )
     assert "--policy i-nano\n" in run_apex("plan", headless, "--policy", "i-nano-mtp", code=66).stderr
 
 
@@ -175,7 +195,17 @@ def test_rules_count_what_would_be_quantized(make_policy: MakePolicy, small: Mod
 # --- what needs data ----------------------------------------------------------------------------------------------------
 def test_output_and_embeddings_are_asked_of_ggml(testbed: Path, calibrated: Path, tmp_path: Path) -> None:
     """llama-quantize makes an exception of them, and its library aborts."""
-    common = ["quantize", testbed, "--policy", "uniform", "--imatrix", calibrated, "-o", tmp_path / "x.gguf", "--dry-run"]
+    common = [
+        "quantize",
+        testbed,
+        "--policy",
+        "uniform",
+        "--imatrix",
+        calibrated,
+        "-o",
+        tmp_path / "x.gguf",
+        "--dry-run",
+    ]
     ran = run_apex(*common, "--set", "type=IQ2_XXS", code=72)
     assert "output.weight -> IQ2_XXS" in ran.stderr and "--set output=Q6_K" in ran.stderr
     ran = run_apex(*common, "--set", "type=IQ2_XXS", "--set", "output=Q6_K", code=72)

@@ -81,7 +81,9 @@ def test_a_model_is_no_list(testbed: Path, tools: Toolset, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("text", [LLAMA, IK, RECIPE], ids=["llama.cpp", "ik_llama.cpp", "recipe"])
-def test_alone_it_does_what_llama_quantize_does_with_it(text: str, testbed: Path, tools: Toolset, tmp_path: Path) -> None:
+def test_alone_it_does_what_llama_quantize_does_with_it(
+    text: str, testbed: Path, tools: Toolset, tmp_path: Path
+) -> None:
     path = listed(tmp_path, text)
     ran = run_apex("plan", testbed, "--tensor-types", path, "--set", "base_type=Q4_0", "--json")
     types = {tensor["name"]: tensor["type"] for tensor in json.loads(ran.stdout)["tensors"]}
@@ -90,7 +92,14 @@ def test_alone_it_does_what_llama_quantize_does_with_it(text: str, testbed: Path
     plain = "\n".join(rule.line for rule in read_list(path, Ggml(tools)).rules)
     (tmp_path / "plain.txt").write_text(plain)
     rules = tmp_path / "plain.txt"
-    command: list[str | Path] = [tools.tool("llama-quantize"), "--dry-run", "--tensor-type-file", rules, testbed, "Q4_0"]
+    command: list[str | Path] = [
+        tools.tool("llama-quantize"),
+        "--dry-run",
+        "--tensor-type-file",
+        rules,
+        testbed,
+        "Q4_0",
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     total = sum(tensor["n_bytes"] for tensor in json.loads(ran.stdout)["tensors"])
     assert f"quant size  = {total / (1 << 20):8.2f} MiB" in said.stdout + said.stderr
@@ -103,7 +112,9 @@ def test_before_a_policy_and_what_is_told(testbed: Path, tools: Toolset, tmp_pat
     types = {tensor.name: tensor.type for tensor in read_header(out).tensors}
     assert (types["token_embd.weight"], types["blk.0.ffn_up_exps.weight"]) == ("Q8_0", "IQ4_NL")
     assert types["blk.6.ffn_up_exps.weight"] not in ("IQ4_NL", "F16"), "the policy's"
-    assert "note: 1 of the 6 rules of" in ran.stderr and r"^blk\.61\.ffn_up_exps\.weight$=IQ4_XS (line 12)" in ran.stderr
+    assert (
+        "note: 1 of the 6 rules of" in ran.stderr and r"^blk\.61\.ffn_up_exps\.weight$=IQ4_XS (line 12)" in ran.stderr
+    )
     assert "policy 'compact' decides" in ran.stderr
     metadata = read_header(out).metadata
     other = run_apex("quantize", testbed, "--policy", "compact", *SMALL, "-o", tmp_path, "--dry-run").stdout

@@ -23,16 +23,32 @@ def policy(make_policy: MakePolicy) -> PolicySpec:
         "note": Parameter("none", "text"),
     }
     return make_policy(
-        "{{ head }} {{ head_routed }} {{ edge + 1 }} {{ loud }} {{ note }}", parameters=parameters, base_type="{head.routed}"
+        "{{ head }} {{ head_routed }} {{ edge + 1 }} {{ loud }} {{ note }}",
+        parameters=parameters,
+        base_type="{head.routed}",
     )
 
 
 def test_defaults_and_values(policy: PolicySpec, ggml: Ggml, small: Model) -> None:
     values = resolve(policy, {}, ggml)
-    assert values == {"head": "tier", "head.routed": "Q4_K", "edge": 5, "loud": False, "note": "none", "base_type": "Q4_K"}
+    assert values == {
+        "head": "tier",
+        "head.routed": "Q4_K",
+        "edge": 5,
+        "loud": False,
+        "note": "none",
+        "base_type": "Q4_K",
+    }
     given = parse_settings(["head=q6_k", "edge=2", "loud=yes", "note=a=b", "head.routed=IQ2_xxs", "edge=3"])
     values = resolve(policy, given, ggml)
-    assert values == {"head": "Q6_K", "head.routed": "IQ2_XXS", "edge": 3, "loud": True, "note": "a=b", "base_type": "IQ2_XXS"}
+    assert values == {
+        "head": "Q6_K",
+        "head.routed": "IQ2_XXS",
+        "edge": 3,
+        "loud": True,
+        "note": "a=b",
+        "base_type": "IQ2_XXS",
+    }
     assert render(policy, values, small, ())[0][0] == "Q6_K IQ2_XXS 4 True a=b"
     assert resolve(policy, {"base_type": "q3_k_m"}, ggml)["base_type"] == "Q3_K_M"
 

@@ -1,4 +1,6 @@
-"""Plans: what llama-quantize is asked and what it answers, shapes that do not fit, and the file as it is really written."""
+"""Plans: what llama-quantize is asked and what it answers, shapes that do not fit, and the file as it is really
+written.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def write(plan: Plan, model: Model, tools: Toolset, out: Path, *arguments: str |
     """Quantize for real, as the plan says."""
     rules = out.with_suffix(".txt")
     rules.write_text(plan.rules, encoding="utf-8")
-    run_tool([tools.tool("llama-quantize"), "--tensor-type-file", rules, *arguments, model.path, out, plan.base_type, "1"])
+    run_tool(
+        [tools.tool("llama-quantize"), "--tensor-type-file", rules, *arguments, model.path, out, plan.base_type, "1"]
+    )
     return out
 
 
@@ -53,7 +57,9 @@ def test_what_is_quantizable_is_asked_of_the_tool(small: Model, big: Model, tool
 @pytest.mark.parametrize("weights", ["BF16", "F32", "Q8_0"])
 def test_it_is_found_whatever_the_types_of_the_input(tools: Toolset, tmp_path: Path, weights: str) -> None:
     model = model_of(write_header_only(tmp_path / "m.gguf", TINY, weights=weights))
-    assert quantizable_tensors(model, tools) == {tensor.name for tensor in model.tensors if quantizable(tensor.name, tensor.shape)}
+    assert quantizable_tensors(model, tools) == {
+        tensor.name for tensor in model.tensors if quantizable(tensor.name, tensor.shape)
+    }
 
 
 def test_base_types_come_from_the_tools_own_help(tools: Toolset) -> None:
@@ -65,11 +71,20 @@ def test_the_mixture_knows_whether_there_is_an_imatrix(small: Model, tools: Tool
     """IQ3_XXS gives ffn_down more bits where there is none; an empty imatrix makes a dry run behave as with a real one."""
     without = dry_run(small, "IQ3_XXS", "", tools)
     empty = dry_run(small, "IQ3_XXS", "", tools, calibrated=True)
-    command: list[str | Path] = [tools.tool("llama-quantize"), "--dry-run", "--imatrix", trunk_imatrix, small.path, "IQ3_XXS"]
+    command: list[str | Path] = [
+        tools.tool("llama-quantize"),
+        "--dry-run",
+        "--imatrix",
+        trunk_imatrix,
+        small.path,
+        "IQ3_XXS",
+    ]
     real = run_tool(command).lines
     size = quantized_size(real)
     assert size and without.mib > empty.mib == size[0]
-    assert {name: line.target for name, line in empty.tensors.items()} == {line.name: line.target for line in tensor_lines(real)}
+    assert {name: line.target for name, line in empty.tensors.items()} == {
+        line.name: line.target for line in tensor_lines(real)
+    }
 
 
 def test_a_calibrated_policy_is_planned_as_with_an_imatrix(
@@ -87,7 +102,8 @@ def test_identity_is_of_the_content(small: Model, tools: Toolset) -> None:
     policies = load_plugins().policies()
     first = make_plan(small, policies["compact"], SMALL, tools)
     assert (
-        first.identity == make_plan(small, policies["compact"], {name: str(value) for name, value in SMALL.items()}, tools).identity
+        first.identity
+        == make_plan(small, policies["compact"], {name: str(value) for name, value in SMALL.items()}, tools).identity
     )
     assert first.identity != make_plan(small, policies["compact"], {}, tools).identity
     assert first.identity != make_plan(small, policies["i-compact"], SMALL, tools).identity
@@ -120,7 +136,9 @@ def test_draft_head_only(small: Model, tools: Toolset) -> None:
 # --- shapes and rules that llama-quantize would not follow --------------------------------------------------------------
 def odd_model(tmp_path: Path, **extra: tuple[int, ...]) -> Model:
     return model_of(
-        write_header_only(tmp_path / "odd.gguf", TINY, extra={f"blk.1.{name}.weight": shape for name, shape in extra.items()})
+        write_header_only(
+            tmp_path / "odd.gguf", TINY, extra={f"blk.1.{name}.weight": shape for name, shape in extra.items()}
+        )
     )
 
 
@@ -143,19 +161,29 @@ def test_a_fallback_of_the_mixture_is_marked_too(make_policy: MakePolicy, tools:
     assert (entry.fallback, entry.type, entry.source) == ("Q4_K", "Q5_0", "mixture")
 
 
-def test_a_type_without_a_fallback_is_refused_with_the_tensor(make_policy: MakePolicy, tools: Toolset, tmp_path: Path) -> None:
+def test_a_type_without_a_fallback_is_refused_with_the_tensor(
+    make_policy: MakePolicy, tools: Toolset, tmp_path: Path
+) -> None:
     model = odd_model(tmp_path, attn_odd=(50, 64))
-    with pytest.raises(ShapeUnfit, match=r"blk\.1\.attn_odd\.weight has rows of 50 values, and type Q8_0 needs a multiple of 32"):
+    with pytest.raises(
+        ShapeUnfit, match=r"blk\.1\.attn_odd\.weight has rows of 50 values, and type Q8_0 needs a multiple of 32"
+    ):
         make_plan(model, make_policy(r"^blk\.1\.attn_odd\.weight$=Q8_0"), {}, tools)
 
 
-def test_rules_under_a_base_type_that_ignores_them_are_refused(make_policy: MakePolicy, small: Model, tools: Toolset) -> None:
-    with pytest.raises(PlanMismatch, match=r"blk\.3\.attn_q\.weight: .*mine\.jinja:1 says Q4_K, but .* would write BF16") as caught:
+def test_rules_under_a_base_type_that_ignores_them_are_refused(
+    make_policy: MakePolicy, small: Model, tools: Toolset
+) -> None:
+    with pytest.raises(
+        PlanMismatch, match=r"blk\.3\.attn_q\.weight: .*mine\.jinja:1 says Q4_K, but .* would write BF16"
+    ) as caught:
         make_plan(small, make_policy(r"^blk\.3\.attn_q\.weight$=Q4_K", base_type="BF16"), {}, tools)
     assert "--set base_type=" in (caught.value.hint or "")
 
 
-def test_a_rule_for_what_is_never_quantized_changes_nothing(make_policy: MakePolicy, small: Model, tools: Toolset) -> None:
+def test_a_rule_for_what_is_never_quantized_changes_nothing(
+    make_policy: MakePolicy, small: Model, tools: Toolset
+) -> None:
     plan = make_plan(small, make_policy(r"^blk\.0\.attn_norm\.weight$=Q4_K"), {}, tools)
     entry = next(entry for entry in plan.entries if entry.name == "blk.0.attn_norm.weight")
     assert (entry.type, entry.source) == ("F32", "kept")
@@ -170,13 +198,24 @@ def test_a_pattern_only_python_understands_is_refused(make_policy: MakePolicy, s
     ("text", "parameters", "error", "says"),
     [
         ("", {"base_type": "Q4KM"}, TypeUnknown, "'Q4KM' is not a base type of llama-quantize; it knows: Q4_K_M"),
-        ("\n{{ 'token_embd.weight' | exactly }}={{ type }}X", {}, TypeUnknown, "mine.jinja:2: 'Q4_KX' is not a tensor type"),
+        (
+            "\n{{ 'token_embd.weight' | exactly }}={{ type }}X",
+            {},
+            TypeUnknown,
+            "mine.jinja:2: 'Q4_KX' is not a tensor type",
+        ),
         ("\n\n^token_embd=Q4_KM\n", {}, TypeUnknown, "mine.jinja:3: 'Q4_KM' is not a tensor type"),
         ("# ok\n{% for t in tensors %}\n{{ t.name }}\n{% endfor %}", {}, TemplateFailed, ".weight' is not of the form"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_run(
-    make_policy: MakePolicy, small: Model, tools: Toolset, text: str, parameters: dict[str, str], error: type[ApexError], says: str
+    make_policy: MakePolicy,
+    small: Model,
+    tools: Toolset,
+    text: str,
+    parameters: dict[str, str],
+    error: type[ApexError],
+    says: str,
 ) -> None:
     policy = make_policy(text, parameters={"type": Parameter("Q4_K")})
     with pytest.raises(error) as caught:

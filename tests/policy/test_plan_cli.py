@@ -44,7 +44,9 @@ def test_the_table_the_total_and_the_note(apex, testbed: Path) -> None:  # type:
 
 def test_json_holds_every_tensor(apex, testbed: Path) -> None:  # type: ignore[no-untyped-def]
     value = json.loads(apex("plan", testbed, "--policy", "compact", *SMALL, "--json").stdout)
-    assert value["bytes"] == sum(tensor["n_bytes"] for tensor in value["tensors"]) == sum(value["bytes_by_role"].values())
+    assert (
+        value["bytes"] == sum(tensor["n_bytes"] for tensor in value["tensors"]) == sum(value["bytes_by_role"].values())
+    )
     assert (value["policy"], value["base_type"], value["parameters"]["edge"], value["without_data"]) == (
         "compact",
         "Q4_K_M",
@@ -66,7 +68,14 @@ def test_the_rules_as_a_file(apex, testbed: Path, tools: Toolset, tmp_path: Path
     out = tmp_path / "types for it.txt"
     ran = apex("plan", testbed, "--policy", "i-nano", *SMALL, "--write-rules", out)
     total = ran.stdout.split("tensors: ")[1].split(" ")[0]
-    command: list[str | Path] = [tools.tool("llama-quantize"), "--dry-run", "--tensor-type-file", out, testbed, "IQ2_XXS"]
+    command: list[str | Path] = [
+        tools.tool("llama-quantize"),
+        "--dry-run",
+        "--tensor-type-file",
+        out,
+        testbed,
+        "IQ2_XXS",
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"quant size  = {int(total) / (1 << 20):8.2f} MiB" in said.stdout + said.stderr
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
@@ -110,7 +119,8 @@ def test_bad_templates(apex, testbed: Path, tmp_path: Path, text: str, code: int
     (folder / "mine.jinja").write_text(text)
     (folder / "plugin.py").write_text(
         "from pathlib import Path\nfrom apex_build.hookspecs import PolicySpec, hookimpl\n"
-        "@hookimpl\ndef apex_policies():\n    return [PolicySpec('mine', Path(__file__).with_name('mine.jinja'), 'Q8_0')]\n"
+        "@hookimpl\ndef apex_policies():\n    return [PolicySpec('mine', Path(__file__).with_name('mine.jinja'), "
+        "'Q8_0')]\n"
     )
     ran = apex("plan", testbed, "--policy", "mine", "--plugin", folder, "--write-rules", tmp_path / "types.txt")
     assert ran.returncode == code and says in ran.stderr and "Traceback" not in ran.stderr

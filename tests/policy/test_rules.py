@@ -77,12 +77,17 @@ def test_a_pattern_that_is_not_anchored_may_find_one_role(ggml: Ggml, small: Mod
     ("pattern", "says"),
     [
         ("attn_q", "also finds 'blk.0.attn_qkv.weight', in the middle of a word"),
-        ("ffn_up", "finds tensors of several roles: blk.0.ffn_up_exps.weight (routed), blk.0.ffn_up_shexp.weight (shared)"),
+        (
+            "ffn_up",
+            "finds tensors of several roles: blk.0.ffn_up_exps.weight (routed), blk.0.ffn_up_shexp.weight (shared)",
+        ),
         (r"blk\.6\.ffn", "finds tensors of several roles"),
         (r"^blk\.9\.attn_q\.weight$", "is found in no tensor of the model"),
     ],
 )
-def test_patterns_that_find_by_accident_or_nothing_are_refused(ggml: Ggml, small: Model, pattern: str, says: str) -> None:
+def test_patterns_that_find_by_accident_or_nothing_are_refused(
+    ggml: Ggml, small: Model, pattern: str, says: str
+) -> None:
     with pytest.raises(TemplateFailed) as caught:
         applied(ggml, small, f"{pattern}=Q4_K")
     assert caught.value.message.startswith("mine.jinja:1: ") and says in caught.value.message

@@ -19,7 +19,9 @@ def plan_of(model: Model, tools: Toolset, policy: str, **parameters: str) -> Pla
 
 
 @pytest.mark.parametrize("policy", WITH_SMALL_HEAD)
-def test_the_trunk_is_the_tiers_and_the_head_cautious_before_it_is_measured(policy: str, big: Model, tools: Toolset) -> None:
+def test_the_trunk_is_the_tiers_and_the_head_cautious_before_it_is_measured(
+    policy: str, big: Model, tools: Toolset
+) -> None:
     plan, tier = plan_of(big, tools, policy), plan_of(big, tools, policy.removesuffix("-mtp"))
     trunk = [(entry.name, entry.type) for entry in plan.entries if not entry.draft_head]
     assert trunk == [(entry.name, entry.type) for entry in tier.entries if not entry.draft_head]
@@ -43,12 +45,16 @@ def test_it_is_a_quarter_of_the_head_at_q8_0(big: Model, tools: Toolset) -> None
 def test_it_needs_the_heads_calibration_data(big: Model, tools: Toolset) -> None:
     policy = load_plugins().policy("i-nano-mtp")
     assert policy.calibrated
-    needing = {entry.role for entry in plan_of(big, tools, "i-nano", draft_head="quarter").needing_data if entry.draft_head}
+    needing = {
+        entry.role for entry in plan_of(big, tools, "i-nano", draft_head="quarter").needing_data if entry.draft_head
+    }
     assert needing == {"routed"}
 
 
 def test_what_is_set_wins(small: Model, tools: Toolset) -> None:
-    plan = make_plan(small, load_plugins().policy("i-nano"), {"draft_head": "quarter", "draft_head.eh_proj": "Q6_K"}, tools)
+    plan = make_plan(
+        small, load_plugins().policy("i-nano"), {"draft_head": "quarter", "draft_head.eh_proj": "Q6_K"}, tools
+    )
     assert next(entry.type for entry in plan.entries if entry.name.endswith("nextn.eh_proj.weight")) == "Q6_K"
     assert {entry.type for entry in plan.entries if entry.draft_head and entry.role == "routed"} == {"IQ2_XXS"}
     one = plan_of(small, tools, "i-nano-mtp", draft_head="Q3_K")

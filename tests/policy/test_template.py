@@ -51,7 +51,8 @@ def test_exactly_matches_one_name() -> None:
 
 def test_a_template_of_another_plugin_and_one_of_its_own_can_be_included(make_policy: MakePolicy, small: Model) -> None:
     text = (
-        '{% include "own.jinja" %}{% set head = {"routed": "A", "shared": "B", "attention": "C", "eh_proj": "D", "other": "E"} %}\n'
+        '{% include "own.jinja" %}{% set head = {"routed": "A", "shared": "B", "attention": "C", "eh_proj": "D", '
+        '"other": "E"} %}\n'
     )
     text += '{% include "apex/head.jinja" %}'
     assert rendered(make_policy, small, text, own="# mine\n") == ["# mine", "# the draft head"]
@@ -106,7 +107,10 @@ def test_a_link_out_of_the_plugin_is_refused(make_policy: MakePolicy, small: Mod
 
 def test_only_templates_can_be_included(make_policy: MakePolicy, small: Model) -> None:
     message = refused(make_policy, small, "{% include 'apex/plugin.py' %}", TemplateFailed)
-    assert "there is no template 'apex/plugin.py'; there are: apex/balanced.jinja" in message and "mine/mine.jinja" in message
+    assert (
+        "there is no template 'apex/plugin.py'; there are: apex/balanced.jinja" in message
+        and "mine/mine.jinja" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,9 @@ def test_only_templates_can_be_included(make_policy: MakePolicy, small: Model) -
         ("\n{{ x | nofilter }}", 2, "No filter named 'nofilter'"),
     ],
 )
-def test_mistakes_are_named_with_file_and_line(make_policy: MakePolicy, small: Model, text: str, line: int, says: str) -> None:
+def test_mistakes_are_named_with_file_and_line(
+    make_policy: MakePolicy, small: Model, text: str, line: int, says: str
+) -> None:
     message = refused(make_policy, small, text, TemplateFailed)
     assert f"mine.jinja:{line}: " in message and says in message
 
@@ -135,7 +141,10 @@ def test_a_mistake_in_an_included_template_is_named_there(make_policy: MakePolic
 @pytest.mark.slow
 def test_endless_output_and_loops_end(make_policy: MakePolicy, small: Model) -> None:
     for text, says in [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endfor %}", "more than 4 MiB"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endfor %}",
+            "more than 4 MiB",
+        ),
         ("{% for a in range(10 ** 9) %}x{% endfor %}", "Range too big"),
         ("{{ 'x' * 10 ** 11 }}", "memory"),
         ("{{ '%99999999999d' | format(1) }}", ""),
@@ -146,7 +155,10 @@ def test_endless_output_and_loops_end(make_policy: MakePolicy, small: Model) -> 
 
 def test_endless_computing_ends(make_policy: MakePolicy, small: Model) -> None:
     message = refused(
-        make_policy, small, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", TemplateFailed
+        make_policy,
+        small,
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        TemplateFailed,
     )
     assert "more computing than is allowed" in message
 

@@ -15,7 +15,8 @@ from apex_build.plugins import load_plugins
 from apex_build.policy.plan import Plan, make_plan
 
 GIB = 1 << 30
-# routed edge, near, middle; shared edge, other; attention edge, other; embedding and output as the base type's mixture gives them
+# routed edge, near, middle; shared edge, other; attention edge, other; embedding and output as the base type's mixture
+# gives them
 QUALITY = ("Q6_K", "Q5_K", "IQ4_XS", "Q8_0", "Q8_0", "Q6_K", "Q6_K", "Q6_K", "Q6_K")
 BALANCED = ("Q6_K", "Q5_K", "Q5_K", "Q8_0", "Q8_0", "Q6_K", "Q6_K", "Q5_K", "Q6_K")
 COMPACT = ("Q4_K", "Q3_K", "Q3_K", "Q6_K", "Q6_K", "Q4_K", "Q4_K", "Q4_K", "Q6_K")
@@ -41,7 +42,10 @@ ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_gate", "attn_qkv
 
 def plan_of(model: Model, tools: Toolset, tier: str, **parameters: str | int) -> Plan:
     return make_plan(
-        model, load_plugins().policy(tier), {name.replace("__", "."): value for name, value in parameters.items()}, tools
+        model,
+        load_plugins().policy(tier),
+        {name.replace("__", "."): value for name, value in parameters.items()},
+        tools,
     )
 
 
@@ -74,7 +78,9 @@ def expected(tier: str, name: str) -> str | None:
 
 def test_there_are_ten_and_six_with_a_small_head() -> None:
     assert {
-        name for name, policy in load_plugins().policies().items() if policy.plugin == "apex" and "edge" in policy.parameters
+        name
+        for name, policy in load_plugins().policies().items()
+        if policy.plugin == "apex" and "edge" in policy.parameters
     } == {
         *TIERS,
         *WITH_SMALL_HEAD,
@@ -98,7 +104,10 @@ def test_types_and_total_on_the_35b_a3b(big: Model, tools: Toolset, tier: str, t
     (tmp_path / "rules.txt").write_text(plan.rules)
     arguments: list[str | Path] = ["--dry-run", "--tensor-type-file", tmp_path / "rules.txt", big.path, plan.base_type]
     said = subprocess.run([tools.tool("llama-quantize"), *arguments], capture_output=True, text=True, check=True)
-    assert f"quant size  = {plan.n_bytes / (1 << 20):8.2f} MiB ({plan.bits_per_weight:.2f} BPW)" in said.stdout + said.stderr
+    assert (
+        f"quant size  = {plan.n_bytes / (1 << 20):8.2f} MiB ({plan.bits_per_weight:.2f} BPW)"
+        in said.stdout + said.stderr
+    )
 
 
 def ours(type_name: str, n_elements: int) -> int:
@@ -168,11 +177,15 @@ def test_the_draft_head_as_a_whole_and_in_parts(small: Model, tools: Toolset) ->
         name: "Q4_K" if name in ROUTED else "Q5_K" if name in SHARED else "Q8_0" if name == "nextn.eh_proj" else "Q6_K"
         for name in parts
     }
-    assert types(plan_of(small, tools, "i-nano", draft_head="Q8_0"))["blk.5.ffn_up_exps.weight"] == "Q3_K"  # the trunk stays
+    assert (
+        types(plan_of(small, tools, "i-nano", draft_head="Q8_0"))["blk.5.ffn_up_exps.weight"] == "Q3_K"
+    )  # the trunk stays
 
 
 def test_sizes_without_the_head_are_near_the_published_ones(big: Model, tools: Toolset) -> None:
-    """The cards give one decimal, of GiB: the F16 model of 64.6 shows it. What lies in their token_embd and output is not said."""
+    """The cards give one decimal, of GiB: the F16 model of 64.6 shows it. What lies in their token_embd and output is
+    not said.
+    """
     published = {"quality": 21.3, "balanced": 23.6, "compact": 16.1, "i-mini": 12.2, "i-nano": 10.9}
     assert sum(tensor.n_bytes for tensor in big.tensors if not tensor.draft_head) / GIB == pytest.approx(64.6, abs=0.05)
     for tier, size in published.items():

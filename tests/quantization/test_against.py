@@ -1,4 +1,6 @@
-"""A written file against its source: what ruins weights is found by name, whatever the type; what a type does to them is not."""
+"""A written file against its source: what ruins weights is found by name, whatever the type; what a type does to them
+is not.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,19 @@ from apex_build.quantization import against
 from apex_build.quantization.type_errors import ERRORS, far_over
 
 # one tensor of each kind of type, routed experts among them
-RULES = {"Q8_0": "attn_q", "Q6_K": "attn_output", "Q4_K": "ffn_up_exps", "IQ4_NL": "ffn_up_shexp", "IQ2_XXS": "ffn_gate_exps"}
+RULES = {
+    "Q8_0": "attn_q",
+    "Q6_K": "attn_output",
+    "Q4_K": "ffn_up_exps",
+    "IQ4_NL": "ffn_up_shexp",
+    "IQ2_XXS": "ffn_gate_exps",
+}
 
 
 @pytest.fixture(scope="module")
-def made(testbed: Path, calibrated: Path, tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
+def made(
+    testbed: Path, calibrated: Path, tools: Toolset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Plan]:
     """The testbed with several types, by llama-quantize itself, and the plan of it."""
     folder = tmp_path_factory.mktemp("made")
     return quantized(testbed, calibrated, tools, folder)
@@ -56,7 +66,9 @@ def rows_of(path: Path, name: str) -> np.memmap:
     header = read_header(path)
     (tensor,) = (tensor for tensor in header.tensors if tensor.name == name)
     shape = tensor.shape[:0:-1] or (1,)
-    return np.memmap(path, np.uint8, "r+", header.data_offset + tensor.offset, (*shape, tensor.n_bytes // int(np.prod(shape))))
+    return np.memmap(
+        path, np.uint8, "r+", header.data_offset + tensor.offset, (*shape, tensor.n_bytes // int(np.prod(shape)))
+    )
 
 
 def check(path: Path, plan: Plan, testbed: Path, imatrix: Path, tools: Toolset) -> None:
@@ -67,7 +79,9 @@ def test_a_good_file_passes(made: tuple[Path, Plan], testbed: Path, calibrated: 
     check(*made, testbed, calibrated, tools)
 
 
-def test_types_without_a_decoder_are_named(made: tuple[Path, Plan], tools: Toolset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_types_without_a_decoder_are_named(
+    made: tuple[Path, Plan], tools: Toolset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of today's have one: the library is asked for a name that it lacks, as an older one lacks a newer type's."""
     reading, plan = codec(tools), made[1]
     assert against.not_compared(plan, reading) == []
@@ -75,7 +89,10 @@ def test_types_without_a_decoder_are_named(made: tuple[Path, Plan], tools: Tools
     monkeypatch.setattr(Codec, "_decoder", lambda self, name: older(self, "IQ9_XXS" if name == "IQ2_XXS" else name))
     (line,) = against.not_compared(plan, reading)
     count = sum(entry.type == "IQ2_XXS" for entry in plan.entries)
-    assert "does not decode IQ2_XXS: blk.0.ffn_gate_exps.weight and" in line and f"{count - 1} others will not be compared" in line
+    assert (
+        "does not decode IQ2_XXS: blk.0.ffn_gate_exps.weight and" in line
+        and f"{count - 1} others will not be compared" in line
+    )
 
 
 def zero_expert(data: np.memmap) -> None:
@@ -132,7 +149,12 @@ def test_swapped_tensors_and_copies_that_are_none(
 
 
 def test_a_row_of_zeros_is_found_in_a_model_too_large_to_compare(
-    made: tuple[Path, Plan], testbed: Path, calibrated: Path, tools: Toolset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, Plan],
+    testbed: Path,
+    calibrated: Path,
+    tools: Toolset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, plan = made
     monkeypatch.setattr(against, "COMPARED", 1000)  # four rows of each expert

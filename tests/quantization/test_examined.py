@@ -1,4 +1,6 @@
-"""Calibration data that would ruin tensors: seen by inspect, told by quantize, and harmless in the file that is written."""
+"""Calibration data that would ruin tensors: seen by inspect, told by quantize, and harmless in the file that is
+written.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from apex_build.native.tensor_data import codec
 from apex_build.native.toolset import Toolset
 
 
-def spoiled(imatrix: Path, out: Path, name: str, *, columns: slice = slice(None), matrix: int | slice = slice(None)) -> Path:
+def spoiled(
+    imatrix: Path, out: Path, name: str, *, columns: slice = slice(None), matrix: int | slice = slice(None)
+) -> Path:
     """A copy with zeros among one entry's sums; the counts stay."""
     shutil.copy(imatrix, out)
     (sums,) = (tensor for tensor in read_header(out).tensors if tensor.name == f"{name}.in_sum2")
@@ -51,11 +55,15 @@ def test_an_entry_without_sums_holds_no_data(testbed: Path, calibrated: Path, tm
     common = [testbed, "--policy", "i-nano", *SMALL, "--imatrix", bad, "-o", tmp_path / "x.gguf"]
     assert name in run_apex("quantize", *common, code=72).stderr
     assert "all sums are zero" in run_apex("quantize", *common, "--allow-uncalibrated").stderr
-    assert np.abs(values(tmp_path / "x.gguf", name, tools)).max() > 0, "all columns weigh the same, as llama-quantize has it"
+    assert np.abs(values(tmp_path / "x.gguf", name, tools)).max() > 0, (
+        "all columns weigh the same, as llama-quantize has it"
+    )
 
 
 @pytest.mark.parametrize("policy", ["compact", "i-nano"])
-def test_runs_of_zeros_lose_no_weights(policy: str, testbed: Path, calibrated: Path, tmp_path: Path, tools: Toolset) -> None:
+def test_runs_of_zeros_lose_no_weights(
+    policy: str, testbed: Path, calibrated: Path, tmp_path: Path, tools: Toolset
+) -> None:
     """Kept as it was given; the file is made with a copy beside it, in which the zeros are raised."""
     name = "blk.2.ffn_up_exps.weight"
     bad = spoiled(calibrated, tmp_path / "bad.gguf", name, columns=slice(0, 128), matrix=3)
@@ -73,11 +81,17 @@ def test_runs_of_zeros_lose_no_weights(policy: str, testbed: Path, calibrated: P
     manifest = json.loads((tmp_path / "out" / "x.gguf.json").read_text())
     assert manifest["imatrix"] == "bad.gguf" and manifest["examined_imatrix"] == "bad.examined.gguf"
     # made of the same parts: used again; and no file of the user's is replaced by the copy
-    assert "reused: already made" in run_apex("quantize", testbed, "--policy", policy, *SMALL, "--imatrix", bad, "-o", out).stdout
+    assert (
+        "reused: already made"
+        in run_apex("quantize", testbed, "--policy", policy, *SMALL, "--imatrix", bad, "-o", out).stdout
+    )
     (tmp_path / "out" / "bad.examined.gguf").write_text("mine")
     for more in (["--force"], ["--force", "--dry-run"]):
         common = ["--imatrix", bad, "-o", out, *more]
-        assert "apex did not write it" in run_apex("quantize", testbed, "--policy", policy, *SMALL, *common, code=71).stderr
+        assert (
+            "apex did not write it"
+            in run_apex("quantize", testbed, "--policy", policy, *SMALL, *common, code=71).stderr
+        )
     assert (tmp_path / "out" / "bad.examined.gguf").read_text() == "mine"
 
 
@@ -111,7 +125,16 @@ def test_counts_that_disagree_within_a_layer(testbed: Path, calibrated: Path, tm
     found = json.loads(run_apex("inspect", tmp_path / "bad.gguf", "--model", testbed, "--json").stdout)["coverage"]
     assert found["disagreeing"] == [{"tensor": "blk.4.attn_qkv.weight", "tokens": 4096.0, "layer": 12288.0}]
     ran = run_apex(
-        "quantize", testbed, "--policy", "compact", *SMALL, "--imatrix", tmp_path / "bad.gguf", "-o", tmp_path / "x", "--dry-run"
+        "quantize",
+        testbed,
+        "--policy",
+        "compact",
+        *SMALL,
+        "--imatrix",
+        tmp_path / "bad.gguf",
+        "-o",
+        tmp_path / "x",
+        "--dry-run",
     )
     assert "blk.4.attn_qkv.weight saw 4096 tokens, other weights of its layer 12288" in ran.stderr
 
@@ -122,7 +145,16 @@ def test_experts_with_few_tokens_are_told_with_their_number(testbed: Path, calib
     (counts,) = (tensor for tensor in header.tensors if tensor.name == "blk.4.ffn_up_exps.weight.counts")
     np.memmap(tmp_path / "few.gguf", "<f4", "r+", header.data_offset + counts.offset, (8,))[6] = 3
     ran = run_apex(
-        "quantize", testbed, "--policy", "compact", *SMALL, "--imatrix", tmp_path / "few.gguf", "-o", tmp_path / "x", "--dry-run"
+        "quantize",
+        testbed,
+        "--policy",
+        "compact",
+        *SMALL,
+        "--imatrix",
+        tmp_path / "few.gguf",
+        "-o",
+        tmp_path / "x",
+        "--dry-run",
     )
     assert "1 experts in all: 3 tokens is the least, in blk.4.ffn_up_exps.weight" in ran.stderr
     assert "(3 tokens the least): experts 6" in run_apex("inspect", tmp_path / "few.gguf", "--model", testbed).stdout
@@ -130,7 +162,9 @@ def test_experts_with_few_tokens_are_told_with_their_number(testbed: Path, calib
 
 def test_the_floor_is_under_what_calibration_gives(calibrated: Path) -> None:
     found = read_imatrix(calibrated)
-    least = min(float((entry.values().min(axis=1) / entry.values().mean(axis=1)).min()) for entry in found.entries.values())
+    least = min(
+        float((entry.values().min(axis=1) / entry.values().mean(axis=1)).min()) for entry in found.entries.values()
+    )
     assert least > 10 * FLOOR
 
 
@@ -139,11 +173,16 @@ def test_data_of_separate_experts_for_a_fused_model_and_the_reverse(tmp_path: Pa
 
     extra = {"blk.1.ffn_gate_up_exps.weight": (256, 512, 8), "blk.2.ffn_gate.3.weight": (256, 256)}
     model = read(write_header_only(tmp_path / "m.gguf", TINY, extra=extra))
-    given = {"blk.1.ffn_up_exps.weight": (256, [5.0] * 8), "blk.2.ffn_gate_up_exps.weight": (256, [float(i) for i in range(1, 9)])}
+    given = {
+        "blk.1.ffn_up_exps.weight": (256, [5.0] * 8),
+        "blk.2.ffn_gate_up_exps.weight": (256, [float(i) for i in range(1, 9)]),
+    }
     found, borrowed = crossed(read_imatrix(write_imatrix(tmp_path / "i.gguf", given)), model)
     expected = {"blk.1.ffn_gate_up_exps.weight", "blk.1.ffn_gate_exps.weight", "blk.2.ffn_gate.3.weight"}
     expected |= {"blk.2.ffn_up_exps.weight", "blk.2.ffn_gate_exps.weight"}
     assert set(borrowed) == expected
-    assert (found.entries["blk.1.ffn_gate_up_exps.weight"].values() == found.entries["blk.1.ffn_up_exps.weight"].values()).all()
+    assert (
+        found.entries["blk.1.ffn_gate_up_exps.weight"].values() == found.entries["blk.1.ffn_up_exps.weight"].values()
+    ).all()
     own = found.entries["blk.2.ffn_gate.3.weight"]
     assert own.counts == (4.0,) and (own.values() == found.entries["blk.2.ffn_gate_up_exps.weight"].values()[3:4]).all()

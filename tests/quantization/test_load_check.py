@@ -40,7 +40,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_loaded_is_told_before_the_hours(kind: str, testbed: Path, tmp_path: Path, tools: Toolset) -> None:
+def test_what_cannot_be_loaded_is_told_before_the_hours(
+    kind: str, testbed: Path, tmp_path: Path, tools: Toolset
+) -> None:
     model = broken(kind, testbed, tmp_path)
     for more in ([], ["--dry-run"]):
         ran = run_apex("quantize", model, "--policy", "compact", *SMALL, "-o", tmp_path / "x.gguf", *more, code=46)
@@ -56,7 +58,10 @@ def test_what_cannot_be_loaded_is_told_before_the_hours(kind: str, testbed: Path
 def test_the_check_can_be_left_out(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
     model = broken("tensors-without-key", testbed, tmp_path)
     ran = run_apex("quantize", model, "--policy", "compact", *SMALL, "-o", tmp_path / "x.gguf", "--no-load-check")
-    assert f"warning: llama.cpp cannot load {model}" in ran.stderr and "no key qwen35moe.nextn_predict_layers" in ran.stderr
+    assert (
+        f"warning: llama.cpp cannot load {model}" in ran.stderr
+        and "no key qwen35moe.nextn_predict_layers" in ran.stderr
+    )
     assert (tmp_path / "x.gguf").exists()
     assert json.loads(run_apex("inspect", testbed, "--json").stdout)["unsound"] == []
 

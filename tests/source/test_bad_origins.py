@@ -43,9 +43,16 @@ def test_wrong_hash(world: World, apex: Apex) -> None:
     make_sdist(world.sdist, FILES | {"LICENSE": b"GPL\n" * 9000})
     world = write_pin(world, size=world.sdist.stat().st_size)
     found = sha256_file(world.sdist)
-    refused(world, apex, HashMismatch.exit_code, world.sdist.name, f"its sha256 is {found}, expected {world.pin.sha256}")
     refused(
-        world, apex, HashMismatch.exit_code, world.sdist.name, f"its sha256 is {found}", arguments=("--archive", str(world.sdist))
+        world, apex, HashMismatch.exit_code, world.sdist.name, f"its sha256 is {found}, expected {world.pin.sha256}"
+    )
+    refused(
+        world,
+        apex,
+        HashMismatch.exit_code,
+        world.sdist.name,
+        f"its sha256 is {found}",
+        arguments=("--archive", str(world.sdist)),
     )
 
 
@@ -58,7 +65,13 @@ def test_larger_than_pinned(world: World, apex: Apex) -> None:
 def test_truncated(world: World, apex: Apex) -> None:
     os.truncate(world.sdist, 300)
     refused(world, apex, DownloadFailed.exit_code, "is cut short: 300 bytes came of")
-    refused(world, apex, DownloadFailed.exit_code, "is cut short: it has 300 bytes", arguments=("--archive", str(world.sdist)))
+    refused(
+        world,
+        apex,
+        DownloadFailed.exit_code,
+        "is cut short: it has 300 bytes",
+        arguments=("--archive", str(world.sdist)),
+    )
 
 
 def test_truncated_tarball(world: World, apex: Apex, tmp_path: Path) -> None:
@@ -96,7 +109,9 @@ def test_not_an_archive(world: World, apex: Apex, tmp_path: Path, content: bytes
 
 def test_missing_archive(world: World, apex: Apex, tmp_path: Path) -> None:
     absent = tmp_path / "absent.tar.gz"
-    refused(world, apex, DownloadFailed.exit_code, f"there is no archive {absent}", arguments=("--archive", str(absent)))
+    refused(
+        world, apex, DownloadFailed.exit_code, f"there is no archive {absent}", arguments=("--archive", str(absent))
+    )
 
 
 def test_archive_of_something_else(world: World, apex: Apex, tmp_path: Path) -> None:
@@ -107,7 +122,9 @@ def test_archive_of_something_else(world: World, apex: Apex, tmp_path: Path) -> 
 def test_changed_tarball(world: World, apex: Apex, tmp_path: Path) -> None:
     files = {f"top/{name}": content for name, content in (FILES | {"ggml/src/ggml.c": b"evil\n"}).items()}
     other = make_tarball(tmp_path / "tree.tar.gz", files.items())
-    refused(world, apex, HashMismatch.exit_code, "its digest is", world.pin.tree_digest, arguments=("--archive", str(other)))
+    refused(
+        world, apex, HashMismatch.exit_code, "its digest is", world.pin.tree_digest, arguments=("--archive", str(other))
+    )
 
 
 def test_tarball_of_another_commit(world: World, apex: Apex, tmp_path: Path) -> None:
@@ -134,11 +151,26 @@ UNSAFE: dict[str, tuple[Extra, str]] = {
         lambda tar: add(tar, f"{SRC}/link.c", type=tarfile.SYMTYPE, linkname="ggml.c"),
         "is a symbolic link to 'ggml.c'",
     ),
-    "link as folder": (lambda tar: add(tar, "top/src", type=tarfile.SYMTYPE, linkname="docs"), "is a symbolic link to 'docs'"),
-    "hard link": (lambda tar: add(tar, f"{SRC}/hard.c", type=tarfile.LNKTYPE, linkname=f"{SRC}/ggml.c"), "is a hard link"),
-    "link to outside": (lambda tar: add(tar, "top/docs/x", type=tarfile.SYMTYPE, linkname="../../../etc/passwd"), "points outside"),
-    "link to root": (lambda tar: add(tar, "top/docs/x", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "points outside"),
-    "hard link to outside": (lambda tar: add(tar, "top/docs/x", type=tarfile.LNKTYPE, linkname="../passwd"), "points outside"),
+    "link as folder": (
+        lambda tar: add(tar, "top/src", type=tarfile.SYMTYPE, linkname="docs"),
+        "is a symbolic link to 'docs'",
+    ),
+    "hard link": (
+        lambda tar: add(tar, f"{SRC}/hard.c", type=tarfile.LNKTYPE, linkname=f"{SRC}/ggml.c"),
+        "is a hard link",
+    ),
+    "link to outside": (
+        lambda tar: add(tar, "top/docs/x", type=tarfile.SYMTYPE, linkname="../../../etc/passwd"),
+        "points outside",
+    ),
+    "link to root": (
+        lambda tar: add(tar, "top/docs/x", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        "points outside",
+    ),
+    "hard link to outside": (
+        lambda tar: add(tar, "top/docs/x", type=tarfile.LNKTYPE, linkname="../passwd"),
+        "points outside",
+    ),
     "device": (lambda tar: add(tar, "top/docs/null", type=tarfile.CHRTYPE), "is a device"),
     "pipe": (lambda tar: add(tar, f"{SRC}/pipe", type=tarfile.FIFOTYPE), "is a device, a pipe"),
     "twice": (lambda tar: add(tar, f"{SRC}/ggml.c", b"other\n"), "occurs twice"),
@@ -151,7 +183,9 @@ UNSAFE: dict[str, tuple[Extra, str]] = {
 @pytest.mark.parametrize("name", UNSAFE)
 def test_unsafe_archive(world: World, apex: Apex, tmp_path: Path, name: str) -> None:
     extra, words = UNSAFE[name]
-    path = make_tarball(tmp_path / "unsafe.tar.gz", [(f"top/{file}", content) for file, content in FILES.items()], extra)
+    path = make_tarball(
+        tmp_path / "unsafe.tar.gz", [(f"top/{file}", content) for file, content in FILES.items()], extra
+    )
     before = sorted(tmp_path.rglob("*"))
     refused(world, apex, ArchiveUnsafe.exit_code, "unsafe.tar.gz", words, arguments=("--archive", str(path)))
     written = set(tmp_path.rglob("*")) - set(before) - {world.tree.parent}
@@ -212,9 +246,17 @@ def test_absurd_sizes(world: World, apex: Apex, tmp_path: Path, monkeypatch: pyt
     limit(MAX_FILE=2000)
     members = [(f"top/{file}", content) for file, content in FILES.items()]
     large = make_tarball(tmp_path / "large.tar.gz", members, lambda tar: add(tar, f"{SRC}/large.c", b"\0" * 4000))
-    refused(world, apex, ArchiveUnsafe.exit_code, "'top/ggml/src/large.c' claims 4000 bytes", arguments=("--archive", str(large)))
+    refused(
+        world,
+        apex,
+        ArchiveUnsafe.exit_code,
+        "'top/ggml/src/large.c' claims 4000 bytes",
+        arguments=("--archive", str(large)),
+    )
     limit(MAX_TOTAL=3000)
-    refused(world, apex, ArchiveUnsafe.exit_code, "refused at 'top/ggml/src/large.c'", arguments=("--archive", str(large)))
+    refused(
+        world, apex, ArchiveUnsafe.exit_code, "refused at 'top/ggml/src/large.c'", arguments=("--archive", str(large))
+    )
 
     def header(tar: tarfile.TarFile) -> None:
         member = tarfile.TarInfo(f"{SRC}/small.c")
@@ -236,7 +278,9 @@ def test_link_in_upstream(world: World, apex: Apex) -> None:
 
 def test_upstream_without_the_commit(world: World, apex: Apex) -> None:
     world = write_pin(world, commit="1" * 40)
-    refused(world, apex, DownloadFailed.exit_code, f"git could not fetch commit {'1' * 40}", arguments=("--from", "git"))
+    refused(
+        world, apex, DownloadFailed.exit_code, f"git could not fetch commit {'1' * 40}", arguments=("--from", "git")
+    )
 
 
 def test_upstream_with_other_content(world: World, apex: Apex) -> None:

@@ -48,7 +48,9 @@ BAD: dict[str, Callable[[], bytes]] = {
     "many global headers": lambda: b"".join(
         pax(GLOBAL, record(f"k{number}", "v" * 400)) + member(f"f{number}") for number in range(3000)
     ),
-    "one global header": lambda: pax(GLOBAL, b"".join(record(f"k{n}", "v") for n in range(200_000))) + member("f") * 4000,
+    "one global header": lambda: (
+        pax(GLOBAL, b"".join(record(f"k{n}", "v") for n in range(200_000))) + member("f") * 4000
+    ),
     "extension headers": lambda: b"".join(pax(LOCAL, record("a", "v" * 100_000)) + member(f"f{n}") for n in range(400)),
     "digits": lambda: pax(LOCAL, b"9" * 2_000_000) + member("f"),  # hours of tarfile's own pattern
     "size of many digits": lambda: pax(LOCAL, record("size", "9" * 90)) + member("f"),
@@ -67,7 +69,9 @@ BAD: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("reader", ["source", "build"])
-def test_refused_soon_and_by_an_error_of_ours(kind: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_soon_and_by_an_error_of_ours(
+    kind: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
     archive = tmp_path / "bad.tar.gz"
     archive.write_bytes(gzip.compress(BAD[kind]() + b"\0" * 1024, 1))
@@ -105,7 +109,9 @@ def test_an_xz_stream_may_not_ask_for_all_memory(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("streams", [1, 3])
-def test_an_xz_file_of_several_streams_is_read_whole(streams: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_xz_file_of_several_streams_is_read_whole(
+    streams: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
     content = os.urandom(300_000)
     whole = member("f", content) + b"\0" * 1024

@@ -64,14 +64,18 @@ def test_layout(world: World, apex: Apex) -> None:
     assert git(world.tree, "status", "--porcelain", "--ignored") == ""
     assert f"Upstream-commit: {world.pin.commit}" in git(world.tree, "log", "-1", "--format=%B")
     assert os.access(world.tree / "convert_hf_to_gguf.py", os.X_OK)
-    assert not os.access(world.tree / "tools/imatrix/imatrix.cpp", os.X_OK), "upstream's mode, which an sdist loses, does not count"
+    assert not os.access(world.tree / "tools/imatrix/imatrix.cpp", os.X_OK), (
+        "upstream's mode, which an sdist loses, does not count"
+    )
     assert world.left_over() == []
     again = apex("source", "fetch")
     assert again.code == 0
     assert "already at" in again.out
 
 
-def test_users_git_configuration_does_not_matter(world: World, apex: Apex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_users_git_configuration_does_not_matter(
+    world: World, apex: Apex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetch(world.pin)
     base = git(world.tree, "rev-parse", "HEAD")
     home = tmp_path / "home"
@@ -81,7 +85,8 @@ def test_users_git_configuration_does_not_matter(world: World, apex: Apex, tmp_p
     hook.chmod(0o755)
     (home / ".gitconfig").write_text(
         f"[core]\nautocrlf = true\nhooksPath = {home}/hooks\nexcludesFile = {home}/ignore\n[commit]\ngpgSign = true\n"
-        "[init]\ndefaultBranch = other\ndefaultObjectFormat = sha256\n[user]\nname = Somebody\n[i18n]\ncommitEncoding = latin1\n"
+        "[init]\ndefaultBranch = other\ndefaultObjectFormat = sha256\n[user]\nname = Somebody\n[i18n]\ncommitEncoding "
+        "= latin1\n"
     )
     (home / "ignore").write_text("*.cpp\n")
     monkeypatch.setenv("HOME", str(home))

@@ -93,6 +93,10 @@ def test_what_a_pin_serves_has_a_form(serves: str, world: World, tmp_path: Path)
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     monkeypatch.setenv("APEX_PIN", "latest")
-    assert load_pin().name == "latest" and load_pin().option == "" and load_pin(DEFAULT_PIN).option == f" --pin {DEFAULT_PIN}"
+    assert (
+        load_pin().name == "latest"
+        and load_pin().option == ""
+        and load_pin(DEFAULT_PIN).option == f" --pin {DEFAULT_PIN}"
+    )
     monkeypatch.setenv("APEX_PIN", str(world.toml))
     assert load_pin() == world.pin and chosen_pin_name() == world.pin.name and load_pin().option == ""

@@ -31,13 +31,17 @@ def test_saved_patches_are_letters(series: World) -> None:
     assert sorted(saved) == ["0001-imatrix-record-the-draft-head.patch", "0002-ggml-ndern.patch", "series"]
     assert saved["series"].decode().split() == sorted(saved)[:2]
     text = saved["0001-imatrix-record-the-draft-head.patch"].decode()
-    assert text.startswith(f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: =?UTF-8?q?Dev=20=C3=89lan?= <dev@example.org>\n")
+    assert text.startswith(
+        f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: =?UTF-8?q?Dev=20=C3=89lan?= <dev@example.org>\n"
+    )
     assert "Subject: [PATCH] imatrix: record the draft head\n\nWhy: it is never run.\n" in text
     assert f" {IMATRIX} | 2 +-\n" in text
     assert "2.39" not in text.split("\n-- ")[-1][-20:]
 
 
-def test_apply_and_save_again_changes_no_byte(series: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apex: Apex) -> None:
+def test_apply_and_save_again_changes_no_byte(
+    series: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apex: Apex
+) -> None:
     before = folder(series.patches)
     head = git(series.tree, "rev-parse", "HEAD")
     heads = set()
@@ -199,7 +203,9 @@ def test_conflict_names_patch_file_and_hunk(series: World, apex: Apex) -> None:
     assert "conflict" in apex("patch", "status").out
 
 
-def test_conflict_while_fetching_leaves_nothing(series: World, apex: Apex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conflict_while_fetching_leaves_nothing(
+    series: World, apex: Apex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     conflict(series)
     monkeypatch.setenv("APEX_SOURCE_DIR", str(tmp_path / "fresh"))
     said = apex("source", "fetch")
@@ -210,7 +216,9 @@ def test_conflict_while_fetching_leaves_nothing(series: World, apex: Apex, tmp_p
     assert apex("source", "fetch", "--no-patches").code == 0
     said = apex("source", "verify")
     assert said.code == TreeEdited.exit_code
-    assert "does not have its series applied in full: 0002-ggml-ndern.patch, 0002-imatrix-three-places.patch" in said.err
+    assert (
+        "does not have its series applied in full: 0002-ggml-ndern.patch, 0002-imatrix-three-places.patch" in said.err
+    )
 
 
 @pytest.mark.parametrize(

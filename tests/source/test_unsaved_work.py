@@ -100,7 +100,9 @@ def test_apply_keeps_unsaved_commits(series: World, apex: Apex) -> None:
 
 
 def test_a_newer_series_replaces_the_older_one(series: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a pull: what apex itself applied may be removed, and files that do not change keep their times (no rebuild)."""
+    """As after a pull: what apex itself applied may be removed, and files that do not change keep their times (no
+    rebuild).
+    """
     monkeypatch.setenv("APEX_SOURCE_DIR", str(tmp_path / "other"))
     other = fetch(series.pin).path
     untouched = (other / IMATRIX).stat().st_mtime_ns

@@ -72,7 +72,9 @@ def git(folder: Path, *arguments: str) -> str:
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C"}
     who = ("-c", "user.name=Dev Élan", "-c", "user.email=dev@example.org", "-c", "init.defaultBranch=master")
-    return subprocess.run(["git", *who, *arguments], cwd=folder, env=env, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *who, *arguments], cwd=folder, env=env, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -94,7 +96,9 @@ class World:
     cache: Path
 
     def left_over(self) -> list[str]:
-        """Whatever lies about in the source folder and the download cache, apart from whole trees, whole downloads and locks."""
+        """Whatever lies about in the source folder and the download cache, apart from whole trees, whole downloads and
+        locks.
+        """
         found = [path.name for path in self.tree.parent.iterdir()] if self.tree.parent.is_dir() else []
         found += [path.name for path in self.cache.rglob("*") if path.is_file()]
         return sorted(name for name in found if name not in (self.tree.name, self.sdist.name))

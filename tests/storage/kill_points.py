@@ -1,4 +1,5 @@
-"""Kill a piece of Python before each of its system calls in turn: the kernel stops it there (ptrace), and it gets SIGKILL.
+"""Kill a piece of Python before each of its system calls in turn: the kernel stops it there (ptrace), and it gets
+SIGKILL.
 
 Linux only, as is all of apex-build; the child is a fork of this process, so that nothing is imported again.
 """
@@ -18,7 +19,8 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 
 
 def run_until(work: Callable[[], object], stop: int | None) -> int | None:
-    """Fork and do the work; kill it at the `stop`th stop (each call stops before and after it). Returns how many there were.
+    """Fork and do the work; kill it at the `stop`th stop (each call stops before and after it). Returns how many there
+    were.
 
     None: the work ended before. Raises AssertionError where it failed by itself.
     """

@@ -53,7 +53,9 @@ def make(out: Path, content: str, *, reuse: bool = True, replace: Replace = "own
 
 def make_folder(folder: Path, content: str, *, movable: bool = True) -> bool:
     artifact = Artifact(folder, IMATRIX, {"content": content}, folder / "manifest.json")
-    with making_folder(artifact, intact=lambda found: found is not None and artifact.found() is not None, movable=movable) as draft:
+    with making_folder(
+        artifact, intact=lambda found: found is not None and artifact.found() is not None, movable=movable
+    ) as draft:
         if draft.found:
             return False
         (draft.part / "inside").mkdir(parents=True)
@@ -141,7 +143,11 @@ def test_a_folder_that_is_killed_at_any_system_call(tmp_path: Path, old: bool, m
 
 def test_a_file_system_that_cannot_exchange_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apex_build.storage.folders._exchange", lambda _one, _two: False)
-    assert make_folder(tmp_path / "x", "old") and make_folder(tmp_path / "x", "new") and state_of_folder(tmp_path / "x") == "new"
+    assert (
+        make_folder(tmp_path / "x", "old")
+        and make_folder(tmp_path / "x", "new")
+        and state_of_folder(tmp_path / "x") == "new"
+    )
     (tmp_path / "x").rename(tmp_path / ".x.old")  # killed between the two renames
     assert not make_folder(tmp_path / "x", "new") and [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -189,7 +195,9 @@ def test_a_run_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_manifests_from_before_there_was_a_schema(tmp_path: Path) -> None:
-    """Those that this version's predecessors wrote are known, with what they say; a newer one is known and not used again."""
+    """Those that this version's predecessors wrote are known, with what they say; a newer one is known and not used
+    again.
+    """
     out = tmp_path / "x"
     out.write_text("text")
     parts: Parts = {"model": "m", "settings": {"chunks": 24}, "text": "t", "tools": "k"}
@@ -202,7 +210,9 @@ def test_manifests_from_before_there_was_a_schema(tmp_path: Path) -> None:
     assert artifact.found() is None
     with pytest.raises(OutputUnwritable, match="was made from something else"):
         check_free(artifact)
-    quantized = parse({"identity": "i", "provenance": {"apex.plan": "p"}, "policy": "i-nano", "sha256": "s", "bytes": 3})
+    quantized = parse(
+        {"identity": "i", "provenance": {"apex.plan": "p"}, "policy": "i-nano", "sha256": "s", "bytes": 3}
+    )
     assert quantized and (quantized.kind, quantized.parts) == (QUANTIZED, {"apex.plan": "p"})
     values: tuple[object, ...] = (
         None,
@@ -314,4 +324,6 @@ def test_work_is_kept_for_the_same_parts_alone(tmp_path: Path, monkeypatch: pyte
         "nothing", "one", "nothing", "two", "nothing",
     ]  # fmt: skip
     remove_work(out)
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"] and not list((tmp_path / "cache" / "calibrations").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"] and not list(
+        (tmp_path / "cache" / "calibrations").iterdir()
+    )

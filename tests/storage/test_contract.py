@@ -27,7 +27,9 @@ def calls(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-            guarded = isinstance(node.func, ast.Name) and name == "write_text"  # storage.outputs.write_text, with all checks
+            guarded = (
+                isinstance(node.func, ast.Name) and name == "write_text"
+            )  # storage.outputs.write_text, with all checks
             modes = [word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
             if (name in WRITERS and not guarded) or (name == "open" and any(set(mode) & set("wxa+") for mode in modes)):
                 yield name

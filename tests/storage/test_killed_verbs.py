@@ -1,4 +1,6 @@
-"""The verbs, killed at random moments: what is there afterwards is the old file or the new one, each with its own manifest."""
+"""The verbs, killed at random moments: what is there afterwards is the old file or the new one, each with its own
+manifest.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,11 @@ def test_quantize(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
         check_state(words)
         assert out.read_bytes() in (old, new)
     subprocess.run(words, check=True, capture_output=True)
-    assert out.read_bytes() == new and sorted(path.name for path in tmp_path.iterdir()) == ["x.gguf", "x.gguf.json", "x.gguf.log"]
+    assert out.read_bytes() == new and sorted(path.name for path in tmp_path.iterdir()) == [
+        "x.gguf",
+        "x.gguf.json",
+        "x.gguf.log",
+    ]
 
 
 def test_calibrate(testbed: Path, tools: Toolset, tmp_path: Path) -> None:

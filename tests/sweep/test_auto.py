@@ -1,4 +1,6 @@
-"""`draft_head=auto`: measured on the model at hand, kept, resumed after an interruption, refused where nothing can be measured."""
+"""`draft_head=auto`: measured on the model at hand, kept, resumed after an interruption, refused where nothing can be
+measured.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,10 @@ def test_the_smallest_that_loses_little_is_chosen_and_a_wide_interval_is_not_eno
     choice = _choice(rows, "draft_head", 0.5, FIGURES, reused=False)
     assert choice.value == "Q4_K" and choice.positions == 8000
     assert [one.fits for one in choice.candidates] == [True, True, False, False]
-    assert choice.text == "loss 0.30 [0.10, 0.50] points of agreement, 0.15 [0.05, 0.25] % of tokens a step, 8000 positions"
+    assert (
+        choice.text
+        == "loss 0.30 [0.10, 0.50] points of agreement, 0.15 [0.05, 0.25] % of tokens a step, 8000 positions"
+    )
     assert len(choice.text) <= 127
     strict = _choice(rows, "draft_head", 0.05, FIGURES, reused=False)
     assert strict.value == "Q8_0" and "none smaller loses less" in strict.text
@@ -97,7 +102,9 @@ def test_which_policies_measure(policy: str, given: dict[str, str], name: str | 
     assert parameter_at_auto(load_plugins().policy(policy), given) == name
 
 
-def test_what_cannot_be_measured_is_refused(question: Question, headless_imatrix: Path, testbed: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_refused(
+    question: Question, headless_imatrix: Path, testbed: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataMissing, match="no imatrix was given"):
         measure(replace(question, imatrix=None))
     with pytest.raises(DataMissing, match="holds nothing for the draft head"):
@@ -111,12 +118,18 @@ def test_without_text_and_chat_template_it_says_how_to_give_a_text(
     tools: Toolset, testbed: Path, calibrated: Path, tmp_path: Path
 ) -> None:
     bare = gguf_edit.copy(testbed, tmp_path / "bare.gguf", keys={"tokenizer.chat_template": None})
-    ran = run_apex("quantize", bare, *AUTO, "--imatrix", calibrated, "-o", tmp_path / "o.gguf", code=ChatTemplateFailed.exit_code)
+    ran = run_apex(
+        "quantize", bare, *AUTO, "--imatrix", calibrated, "-o", tmp_path / "o.gguf", code=ChatTemplateFailed.exit_code
+    )
     assert "no chat template" in ran.stderr and "--text FILE" in ran.stderr
 
 
-def test_a_file_whose_head_was_not_measured_says_so(tools: Toolset, testbed: Path, calibrated: Path, tmp_path: Path) -> None:
-    plain = run_apex("quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", calibrated, "-o", tmp_path / "plain.gguf")
+def test_a_file_whose_head_was_not_measured_says_so(
+    tools: Toolset, testbed: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    plain = run_apex(
+        "quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", calibrated, "-o", tmp_path / "plain.gguf"
+    )
     assert "its loss was not measured on this model (draft_head=auto measures it)" in plain.stdout
 
 
@@ -144,7 +157,11 @@ def test_an_interrupted_measurement_is_resumed_and_shown_and_the_file_says_it(
         _, stderr = child.communicate(timeout=120)
     assert child.returncode == 130 and "Traceback" not in stderr and not out.exists()
     (kept,) = (tmp_path / "cache").glob("evaluation/auto/*/sweep.jsonl")
-    before = {line["identity"]: line["measured"] for line in map(json.loads, kept.read_text().splitlines()) if line["measured"]}
+    before = {
+        line["identity"]: line["measured"]
+        for line in map(json.loads, kept.read_text().splitlines())
+        if line["measured"]
+    }
     ran = run_apex(*command[3:], env=environment)
     after = {line["identity"]: line["measured"] for line in map(json.loads, kept.read_text().splitlines())}
     assert before and before.items() <= after.items()

@@ -86,8 +86,14 @@ def test_the_knee_by_the_estimate_and_by_the_interval() -> None:
     assert with_data.smallest == ROWS[4] and with_data.firm == ROWS[3]
     assert without.smallest is None
     text = "\n".join(report_sweep(ROWS, SCORE, "testbed", by_head=True).knees)
-    assert "smallest head that loses less than 0.5 points of depth1.agreement is IQ2_XXS (0.572 MB, loss 0.40 [0.10, 0.70])" in text
-    assert "but its interval reaches beyond the bound; the smallest head whose whole interval is under the bound is IQ3_XXS" in text
+    assert (
+        "smallest head that loses less than 0.5 points of depth1.agreement is IQ2_XXS (0.572 MB, loss 0.40 [0.10, "
+        "0.70])" in text
+    )
+    assert (
+        "but its interval reaches beyond the bound; the smallest head whose whole interval is under the bound is "
+        "IQ3_XXS" in text
+    )
     assert "without head data: nothing loses less than 0.5 points" in text
     (firm,) = report_sweep(ROWS[:4], SCORE, "testbed", by_head=True).knees
     assert firm.endswith("and its whole interval is under the bound")
@@ -138,7 +144,13 @@ def test_the_table() -> None:
     assert table.columns[:3] == ("draft_head", "head", "depth1.agreement, with head data (%)")
     cells = {line[0]: line[1:] for line in table.rows}
     assert cells["Q8_0"] == ("2.313 MB", "73.30 [72.90, 73.70]", "baseline", "", "")
-    assert cells["Q4_K"] == ("1.231 MB", "73.20 [72.80, 73.60]", "0.10 [-0.10, 0.30]", "72.00 [71.60, 72.40]", "1.30 [1.00, 1.60]")
+    assert cells["Q4_K"] == (
+        "1.231 MB",
+        "73.20 [72.80, 73.60]",
+        "0.10 [-0.10, 0.30]",
+        "72.00 [71.60, 72.40]",
+        "1.30 [1.00, 1.60]",
+    )
     assert cells["IQ2_XXS"][-2:] == ("refused", "")
     assert table.notes == (
         "compared with draft_head=Q8_0, with head data, on the same positions; intervals are of 95 %",
@@ -152,19 +164,27 @@ def test_the_table() -> None:
 def test_one_curve_of_whole_files() -> None:
     report = report_sweep(ROWS[:5], "kld.mean", "testbed", by_head=False, bound=0.055, reference="F16.gguf")
     assert report.table.columns == ("draft_head", "file", "kld.mean (nats)"), "the divergence is the loss"
-    assert report.table.notes == ("compared with draft_head=Q8_0, with head data, on the same positions; intervals are of 95 %",)
+    assert report.table.notes == (
+        "compared with draft_head=Q8_0, with head data, on the same positions; intervals are of 95 %",
+    )
     (text,) = report.knees
     assert text.startswith("the smallest file that loses less than 0.055 nats of kld.mean is IQ2_XXS (10.573 MB")
-    assert report.chart is not None and [line for line, _ in report.chart.lines] == [pytest.approx(0.105)], "more is worse"
+    assert report.chart is not None and [line for line, _ in report.chart.lines] == [pytest.approx(0.105)], (
+        "more is worse"
+    )
 
 
 def test_the_chart_points_out_the_knees() -> None:
     chart = report_sweep(ROWS, SCORE, "testbed", by_head=True).chart
     assert chart is not None
-    assert [(mark.label, mark.ring) for series in chart.series for mark in series.marks if mark.ring] == [("IQ2_XXS", True)]
+    assert [(mark.label, mark.ring) for series in chart.series for mark in series.marks if mark.ring] == [
+        ("IQ2_XXS", True)
+    ]
     assert chart.lines == ((72.8, "Q8_0 less 0.5 points"),)
     assert [mark.y for mark in chart.series[1].marks] == [72.0, None]
-    assert [mark.inner for mark in chart.series[0].marks][:2] == [None, pytest.approx((73.0, 73.4))], "paired, about the score"
+    assert [mark.inner for mark in chart.series[0].marks][:2] == [None, pytest.approx((73.0, 73.4))], (
+        "paired, about the score"
+    )
 
 
 def test_scores_that_were_not_measured() -> None:

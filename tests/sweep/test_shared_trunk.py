@@ -24,7 +24,11 @@ SMALL = {"edge": 1, "near": 1, "attention_edge": 1}
     [
         (
             "draft-head-only",
-            [{"draft_head": "Q8_0"}, {"draft_head": "Q4_K"}, {"draft_head.routed": "IQ2_XXS", "draft_head.other": "Q6_K"}],
+            [
+                {"draft_head": "Q8_0"},
+                {"draft_head": "Q4_K"},
+                {"draft_head.routed": "IQ2_XXS", "draft_head.other": "Q6_K"},
+            ],
         ),
         ("i-compact", [SMALL, {**SMALL, "draft_head": "IQ3_XXS"}]),
     ],
@@ -41,7 +45,15 @@ def test_bit_identical(
     # without data for the head, from the trunk that was made with the other imatrix: the data for the trunk is the same
     allowed = Allowed(uncalibrated=True)
     jobs.append(
-        prepare(model, spec, {**parameters[0], "draft_head": "Q3_K"}, tools, tmp_path / "x.gguf", imatrix=headless, allowed=allowed)
+        prepare(
+            model,
+            spec,
+            {**parameters[0], "draft_head": "Q3_K"},
+            tools,
+            tmp_path / "x.gguf",
+            imatrix=headless,
+            allowed=allowed,
+        )
     )
     assert same_trunk(jobs)
     trunk = read_model(run(trunk_job(jobs[0], tmp_path / "trunk.gguf")).path, plugins.role_of)
@@ -56,5 +68,8 @@ def test_bit_identical(
 def test_another_trunk_is_told(tools: Toolset, testbed: Path, calibrated: Path, tmp_path: Path) -> None:
     plugins = load_plugins()
     model, spec = read_model(testbed, plugins.role_of), plugins.policy("draft-head-only")
-    jobs = [prepare(model, spec, {"trunk": trunk}, tools, tmp_path / "x.gguf", imatrix=calibrated) for trunk in ("Q8_0", "Q6_K")]
+    jobs = [
+        prepare(model, spec, {"trunk": trunk}, tools, tmp_path / "x.gguf", imatrix=calibrated)
+        for trunk in ("Q8_0", "Q6_K")
+    ]
     assert not same_trunk(jobs)

@@ -1,4 +1,6 @@
-"""`apex sweep`: the points, the baseline, what is recorded and reused, what an interruption leaves, and what is refused."""
+"""`apex sweep`: the points, the baseline, what is recorded and reused, what an interruption leaves, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -84,25 +86,37 @@ def ran(scales: Path) -> list[str]:
     return (scales / "ran.txt").read_text().splitlines()
 
 
-def test_both_curves_scored_and_shown(tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path) -> None:
+def test_both_curves_scored_and_shown(
+    tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
+) -> None:
     """With the evaluator that sweeps are for: paired with Q8_0, refused where the tools refuse, drawn."""
     out = tmp_path / "out"
-    over, small = "draft_head=Q8_0,q4_k,IQ2_XXS", ["--set", "draft-head.depth=1", "--set", "draft-head.context=128", "--set"]
+    over, small = (
+        "draft_head=Q8_0,q4_k,IQ2_XXS",
+        ["--set", "draft-head.depth=1", "--set", "draft-head.context=128", "--set"],
+    )
     small += ["draft-head.chunks=16", "--text", str(heldout / "reasoning.txt")]
     done = run_apex("sweep", testbed, "--over", over, "--imatrix", calibrated, *small, "-o", out, "--bound", 100)
     found = {(row["values"]["draft_head"], row["head_data"]): row for row in rows(out)}
     assert list(found) == [(kind, data) for data in (True, False) for kind in ("Q8_0", "Q4_K", "IQ2_XXS")]
     figures = {
-        key: {figure["name"]: figure for figure in row["figures"]["draft-head"]} for key, row in found.items() if row["measured"]
+        key: {figure["name"]: figure for figure in row["figures"]["draft-head"]}
+        for key, row in found.items()
+        if row["measured"]
     }
     score, paired = "depth1.agreement", "depth1.agreement.difference"
     assert all(figure[score]["n"] > 900 for figure in figures.values())
-    assert figures["Q8_0", True][paired]["value"] == 0.0 == figures["Q8_0", False][paired]["value"], "Q8_0 uses no calibration data"
+    assert figures["Q8_0", True][paired]["value"] == 0.0 == figures["Q8_0", False][paired]["value"], (
+        "Q8_0 uses no calibration data"
+    )
     assert figures["IQ2_XXS", True][score]["value"] < figures["Q8_0", True][score]["value"]
     difference = figures["IQ2_XXS", True][score]["value"] - figures["Q8_0", True][score]["value"]
     assert figures["IQ2_XXS", True][paired]["value"] == pytest.approx(difference)
     refused = found["IQ2_XXS", False]
-    assert not refused["measured"] and "IQ2_XXS: testbed.imatrix-without-head.gguf holds no calibration data" in refused["refused"]
+    assert (
+        not refused["measured"]
+        and "IQ2_XXS: testbed.imatrix-without-head.gguf holds no calibration data" in refused["refused"]
+    )
     assert refused["head_bytes"] == found["IQ2_XXS", True]["head_bytes"] and refused["file_bytes"] is None
     assert [found[kind, False]["uncalibrated"] for kind in ("Q8_0", "Q4_K")] == [False, True]
     assert {path.name for path in out.iterdir()} == {
@@ -110,15 +124,23 @@ def test_both_curves_scored_and_shown(tools: Toolset, testbed: Path, calibrated:
     }  # fmt: skip
     for text in (done.stdout, (out / "table.md").read_text()):
         assert "baseline" in text and "refused" in text and "without calibration data for the head" in text
-        assert "with head data: the smallest head that loses less than 100 points of depth1.agreement is IQ2_XXS" in text
-        assert "without head data: the smallest head that loses less than 100 points of depth1.agreement is Q4_K" in text
+        assert (
+            "with head data: the smallest head that loses less than 100 points of depth1.agreement is IQ2_XXS" in text
+        )
+        assert (
+            "without head data: the smallest head that loses less than 100 points of depth1.agreement is Q4_K" in text
+        )
     assert "[1/6] draft_head=Q8_0, with head data: depth1.agreement" in done.stderr and "s left" in done.stderr
-    again = run_apex("sweep", testbed, "--over", over, "--imatrix", calibrated, *small, "-o", out, "--json", "--score", "depth1.p")
+    again = run_apex(
+        "sweep", testbed, "--over", over, "--imatrix", calibrated, *small, "-o", out, "--json", "--score", "depth1.p"
+    )
     assert json.loads(again.stdout)["points"] == rows(out) and again.stderr.count("(measured before)") == 5
     assert "depth1.p" in (out / "table.md").read_text()
 
 
-def test_the_files_are_those_of_apex_quantize(command: list[object], testbed: Path, calibrated: Path, tmp_path: Path) -> None:
+def test_the_files_are_those_of_apex_quantize(
+    command: list[object], testbed: Path, calibrated: Path, tmp_path: Path
+) -> None:
     run_apex(*command, "--over", "draft_head=Q8_0,IQ2_XXS", "--with-head", "--keep")
     files = tmp_path / "out" / "files"
     found = {path.name.split("-")[2]: path for path in files.glob("*.gguf")}  # the trunk is Q8_0 in both
@@ -150,8 +172,12 @@ def test_mixtures_against_a_baseline_of_their_own(command: list[object], scales:
     assert [point["baseline"] for point in points] == [True, False, False, False], "one of the points themselves"
 
 
-def test_a_sweep_of_the_trunk_against_a_reference(command: list[object], scales: Path, testbed: Path, tmp_path: Path) -> None:
-    points = json.loads(run_apex(*command, "--over", "trunk=Q6_K,Q4_K", "--reference", testbed, "--json").stdout)["points"]
+def test_a_sweep_of_the_trunk_against_a_reference(
+    command: list[object], scales: Path, testbed: Path, tmp_path: Path
+) -> None:
+    points = json.loads(run_apex(*command, "--over", "trunk=Q6_K,Q4_K", "--reference", testbed, "--json").stdout)[
+        "points"
+    ]
     assert [(point["values"], point["head_data"], point["baseline"]) for point in points] == [
         ({"trunk": "Q6_K"}, True, False),
         ({"trunk": "Q4_K"}, True, False),
@@ -198,7 +224,9 @@ def test_an_interrupted_sweep_goes_on(how: signal.Signals, command: list[object]
     assert len(ran(scales)) == 3 and not (out / "files").exists()
 
 
-def test_a_point_that_failed_is_named_and_measured_when_asked_again(command: list[object], scales: Path, tmp_path: Path) -> None:
+def test_a_point_that_failed_is_named_and_measured_when_asked_again(
+    command: list[object], scales: Path, tmp_path: Path
+) -> None:
     (scales / "broken").touch()
     wanted = [*command, "--over", "draft_head=Q8_0,Q3_K,Q6_K", "--with-head"]
     failed = run_apex(*wanted, code=PluginFailed.exit_code)
@@ -215,7 +243,13 @@ def test_a_point_that_failed_is_named_and_measured_when_asked_again(command: lis
 
 def test_a_dry_run_writes_nothing(command: list[object], tmp_path: Path) -> None:
     ran = run_apex(*command, "--over", "draft_head=Q8_0,IQ2_XXS", "--dry-run")
-    for said in ("Sweep, 4 points", "to do, the baseline", "refused", "room on the disk", "the trunk is quantized once"):
+    for said in (
+        "Sweep, 4 points",
+        "to do, the baseline",
+        "refused",
+        "room on the disk",
+        "the trunk is quantized once",
+    ):
         assert said in ran.stdout
     states = json.loads(run_apex(*command, "--over", "draft_head=Q8_0,IQ2_XXS", "--dry-run", "--json").stdout)
     assert [(state["head_data"], bool(state["refused"]), state["recorded"]) for state in states] == [
@@ -239,13 +273,25 @@ def test_without_matplotlib_there_is_a_table_and_a_hint(command: list[object], t
         (["--over", "draft_had=Q8_0"], ParameterUnknown.exit_code, "has no parameter 'draft_had'; near it: draft_head"),
         (["--over", "draft_head=Q8_0,Q4_X"], TypeUnknown.exit_code, "Q4_X"),
         (["--over", "draft_head=Q8_0", "--set", "draft_head=Q4_K"], ParameterUnknown.exit_code, "both swept and set"),
-        (["--over", "draft_head=Q8_0", "--baseline", "trunk=Q8_0"], ParameterUnknown.exit_code, "the sweep is over draft_head"),
-        (["--over", "draft_head=Q8_0", "--set", "weight.speed=1"], ParameterUnknown.exit_code, "'weight' has no parameter 'speed'"),
+        (
+            ["--over", "draft_head=Q8_0", "--baseline", "trunk=Q8_0"],
+            ParameterUnknown.exit_code,
+            "the sweep is over draft_head",
+        ),
+        (
+            ["--over", "draft_head=Q8_0", "--set", "weight.speed=1"],
+            ParameterUnknown.exit_code,
+            "'weight' has no parameter 'speed'",
+        ),
         (["--over", "draft_head="], 2, "--over draft_head: expected NAME=VALUE,VALUE,..., found no value"),
         (["--over", "draft_head=,"], 2, "found no value"),
         (["--over", "Q8_0"], 2, "found no value"),
         (["--over", "draft_head=Q8_0", "--over", "draft_head=Q4_K"], 2, "--over draft_head is given twice"),
-        (["--over", "draft_head=Q8_0", "--score", "beauty"], EvaluationRefused.exit_code, "There are: score, score.difference"),
+        (
+            ["--over", "draft_head=Q8_0", "--score", "beauty"],
+            EvaluationRefused.exit_code,
+            "There are: score, score.difference",
+        ),
         (["--over", "draft_head=Q8_0", "--only", "draft-head"], EvaluationRefused.exit_code, "it needs a text"),
         (
             ["--over", "draft_head=Q8_0,IQ2_XXS", "--baseline", "draft_head=IQ2_XXS", "--without-head"],
@@ -255,17 +301,23 @@ def test_without_matplotlib_there_is_a_table_and_a_hint(command: list[object], t
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_asked_wrongly(wrong: list[str], code: int, said: str, command: list[object], scales: Path, tmp_path: Path) -> None:
+def test_what_is_asked_wrongly(
+    wrong: list[str], code: int, said: str, command: list[object], scales: Path, tmp_path: Path
+) -> None:
     done = run_apex(*command, *wrong, code=code)
     assert said in done.stderr
     assert (tmp_path / "out").exists() == ("beauty" in wrong)
-    assert (scales / "ran.txt").exists() == ("beauty" in wrong), "a score is only known when the first point is measured"
+    assert (scales / "ran.txt").exists() == ("beauty" in wrong), (
+        "a score is only known when the first point is measured"
+    )
 
 
 def test_a_model_without_a_head(command: list[object], testbed: Path, tmp_path: Path) -> None:
     headless = gguf_edit.without_head(testbed, tmp_path / "headless.gguf")
     done = run_apex(*[headless if part == testbed else part for part in command], "--over", "draft_head=Q8_0", code=77)
-    assert f"{headless} has no draft head, and the sweep is by policy 'draft-head-only', which is about it" in done.stderr
+    assert (
+        f"{headless} has no draft head, and the sweep is by policy 'draft-head-only', which is about it" in done.stderr
+    )
 
 
 def test_imatrices_that_will_not_do(
@@ -301,7 +353,15 @@ def test_the_stock_imatrix_as_the_other_curve(
     only = tmp_path / "only"
     at = command.index("--imatrix")
     run_apex(
-        *command[:at], "--imatrix", headless_imatrix, *command[at + 2 :], "--over", "draft_head=Q4_K", "--without-head", "-o", only
+        *command[:at],
+        "--imatrix",
+        headless_imatrix,
+        *command[at + 2 :],
+        "--over",
+        "draft_head=Q4_K",
+        "--without-head",
+        "-o",
+        only,
     )
     assert [row["head_data"] for row in rows(only)] == [False, False] and not list(only.glob("*-without-head.gguf"))
 
@@ -328,7 +388,9 @@ def test_a_folder_that_is_not_this_sweep_s(command: list[object], scales: Path, 
     assert "sweep.jsonl is damaged" in refused()
     (out / "sweep.json").write_text("[]")
     assert "sweep.json is damaged" in refused()
-    gone = run_apex(*command[:-1], tmp_path / "no" / "out", "--over", "draft_head=Q8_0", code=OutputUnwritable.exit_code)
+    gone = run_apex(
+        *command[:-1], tmp_path / "no" / "out", "--over", "draft_head=Q8_0", code=OutputUnwritable.exit_code
+    )
     assert "no such folder" in gone.stderr
 
 
@@ -348,7 +410,9 @@ def test_the_disk_is_looked_at_before_the_first_file(
         evaluators=plugins.evaluators(), only=("weight",), inputs=Inputs(), curves=(True,),
     )  # fmt: skip
     room = plan_sweep(request).room
-    assert 48_000_000 < room < 53_000_000, "the trunk with the head as it is, the baseline and the largest file: 3 of 16 to 18 MB"
+    assert 48_000_000 < room < 53_000_000, (
+        "the trunk with the head as it is, the baseline and the largest file: 3 of 16 to 18 MB"
+    )
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": room + (64 << 20)}))
     plan_sweep(request)
     with pytest.raises(DiskTooSmall, match="of other files"):
@@ -358,7 +422,9 @@ def test_the_disk_is_looked_at_before_the_first_file(
 def test_what_the_values_change_is_seen_from_the_plans(
     testbed: Path, calibrated: Path, tools: Toolset, heldout: Path, tmp_path: Path
 ) -> None:
-    """The policy that docs/policies.md prints has its own name for the head's experts: it is a sweep of the head nevertheless."""
+    """The policy that docs/policies.md prints has its own name for the head's experts: it is a sweep of the head
+    nevertheless.
+    """
     page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
     code = page.partition("    # my-policies/plugin.py\n")[2].partition("    {# my-policies/")[0]
     template = page.partition("{# my-policies/nano-small-head.jinja")[2].partition("\n\n")[0]

@@ -27,7 +27,11 @@ def test_the_trunk_is_left_as_it_was(testbed: Path, calibrated: Path, headless_i
         for other in (before, stock):
             assert entry.counts == other.entries[name].counts
             assert np.array_equal(entry.values(), other.entries[name].values())
-    assert (after.datasets, after.chunk_count, after.chunk_size) == (before.datasets, before.chunk_count, before.chunk_size)
+    assert (after.datasets, after.chunk_count, after.chunk_size) == (
+        before.datasets,
+        before.chunk_count,
+        before.chunk_size,
+    )
     assert after.head_tokens is None and HEAD_TOKENS not in after.metadata
     assert coverage(after, model).head_calibrated is False
     first = out.read_bytes()

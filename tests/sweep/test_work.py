@@ -95,7 +95,9 @@ def test_a_sweep_of_eight_points(
         over = {"draft_head": ["Q8_0", "Q6_K", "Q4_K", "IQ2_XXS"]}
         inputs = Inputs(texts={"chat": heldout / "chat.txt"})
         evaluators, policy = plugins.evaluators(), plugins.policy("draft-head-only")
-        request = Request(model, policy, {}, over, calibrated, tmp_path / "out", tools, evaluators, ["draft-head"], inputs)
+        request = Request(
+            model, policy, {}, over, calibrated, tmp_path / "out", tools, evaluators, ["draft-head"], inputs
+        )
         sweep = plan_sweep(request)
     assert len(sweep.points) == 8
     assert counts["model.gguf"] == 1
@@ -104,11 +106,15 @@ def test_a_sweep_of_eight_points(
     assert counts[calibrated.name] <= 5
 
 
-def test_fifty_plans_of_a_large_model(tools: Toolset, plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fifty_plans_of_a_large_model(
+    tools: Toolset, plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = read_model(write_header_only(tmp_path / "m.gguf", QWEN_35B_A3B), plugins.role_of)
     types = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K"]
     wanted = [
-        Wanted({"draft_head.routed": routed, "draft_head.attention": attention, "draft_head.other": "Q8_0"}, imatrix=curve)
+        Wanted(
+            {"draft_head.routed": routed, "draft_head.attention": attention, "draft_head.other": "Q8_0"}, imatrix=curve
+        )
         for routed in types
         for attention in types
         for curve in (True, False)

@@ -1,7 +1,8 @@
 """Small GGUF models with random weights, one of each architecture whose draft head llama.cpp's `latest` pin can run.
 
-Names and shapes are those of src/models/*.cpp of that pin, written in ggml's order (row length first), with the testbed's
-vocabulary. They say nothing of quality: they are there to see that every matrix is evaluated, counted and quantized.
+Names and shapes are those of src/models/*.cpp of that pin, written in ggml's order (row length first), with the
+testbed's vocabulary. They say nothing of quality: they are there to see that every matrix is evaluated, counted and
+quantized.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Tensor = tuple[str, tuple[int, ...]]
 class Architecture:
     """What a file of it holds.
 
-    `block` yields the tensors of a block, without its number; `unused`: ends of the names of matrices in the head that its graph
-    leaves out; `rows`: the trunk's hidden rows that the head takes.
+    `block` yields the tensors of a block, without its number; `unused`: ends of the names of matrices in the head that
+    its graph leaves out; `rows`: the trunk's hidden rows that the head takes.
     """
 
     name: str
@@ -54,18 +55,27 @@ def write_model(name: str, vocabulary: Path, out: Path, *, heads: int | None = N
     for key, found in reader.fields.items():
         if key.startswith("tokenizer."):
             kind = found.types[0]
-            writer.add_key_value(key, found.contents(), kind, found.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+            writer.add_key_value(
+                key, found.contents(), kind, found.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            )
     tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
     for key, value in {"block_count": arch.blocks, "nextn_predict_layers": arch.heads, **_COMMON, **arch.keys}.items():
         _add_key(writer, f"{name}.{key}", value)
     random = np.random.default_rng(len(name))
-    tensors = [("token_embd.weight", (HIDDEN, tokens)), ("output.weight", (HIDDEN, tokens)), ("output_norm.weight", (HIDDEN,))]
+    tensors = [
+        ("token_embd.weight", (HIDDEN, tokens)),
+        ("output.weight", (HIDDEN, tokens)),
+        ("output_norm.weight", (HIDDEN,)),
+    ]
     tensors += arch.extra
     for layer in range(arch.blocks):
         head = layer >= LAYERS
         parts = [*arch.block(layer, head)]
         if head and own:
-            parts += [("nextn.embed_tokens.weight", (HIDDEN, tokens)), ("nextn.shared_head_head.weight", (HIDDEN, tokens))]
+            parts += [
+                ("nextn.embed_tokens.weight", (HIDDEN, tokens)),
+                ("nextn.shared_head_head.weight", (HIDDEN, tokens)),
+            ]
         tensors += [(f"blk.{layer}.{part}", shape) for part, shape in parts]
     for tensor, shape in tensors:
         writer.add_tensor(tensor, _values(tensor, shape, random))
@@ -123,7 +133,9 @@ def _values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> A
     return values.astype(np.float32 if plain else np.float16)
 
 
-def _attention(queries: int = Q, kv: int = KV, out: int = Q, *, norms: bool = True, bias: bool = False) -> Iterator[Tensor]:
+def _attention(
+    queries: int = Q, kv: int = KV, out: int = Q, *, norms: bool = True, bias: bool = False
+) -> Iterator[Tensor]:
     for part, size in (("q", queries), ("k", kv), ("v", kv)):
         yield f"attn_{part}.weight", (HIDDEN, size)
         if bias:
@@ -139,7 +151,9 @@ def _dense(suffix: str = "", width: int = WIDTH, parts: str = "gate up down") ->
         yield f"ffn_{part}{suffix}.weight", (width, HIDDEN) if part == "down" else (HIDDEN, width)
 
 
-def _experts(*, bias: str = "", shared: bool = True, parts: str = "gate up down", hidden: int = HIDDEN) -> Iterator[Tensor]:
+def _experts(
+    *, bias: str = "", shared: bool = True, parts: str = "gate up down", hidden: int = HIDDEN
+) -> Iterator[Tensor]:
     yield "ffn_gate_inp.weight", (HIDDEN, EXPERTS)
     if bias:
         yield bias, (EXPERTS,)
@@ -408,7 +422,8 @@ def _deepseek4(heads: int) -> Architecture:
     keys = {
         **_MOE,
         **_INDEXER,
-        "attention.indexer.key_length": 128,  # with that of the heads llama.cpp takes a cache for an indexer's, and divides by zero
+        # with that of the heads llama.cpp takes a cache for an indexer's, and divides by zero
+        "attention.indexer.key_length": 128,
         "expert_gating_func": 4,
         "attention.head_count_kv": 1,
         "attention.q_lora_rank": _LORA_Q,

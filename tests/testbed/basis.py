@@ -64,7 +64,12 @@ WRITERS = (
     "self_attn.o_proj.weight", "linear_attn.out_proj.weight", "mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight",
     "mlp.down_proj.weight",
 )  # fmt: skip
-SMALL = ("mlp.gate.weight", "mlp.shared_expert_gate.weight", "in_proj_a.weight", "in_proj_b.weight")  # no spare weights: few rows
+SMALL = (
+    "mlp.gate.weight",
+    "mlp.shared_expert_gate.weight",
+    "in_proj_a.weight",
+    "in_proj_b.weight",
+)  # no spare weights: few rows
 
 
 class Basis:
@@ -84,7 +89,9 @@ class Basis:
         return torch.exp(dial.spread * torch.randn(n, generator=self.random))
 
     def reader(self, weight: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, spare: float) -> torch.Tensor:
-        """[..., HIDDEN] that reads a normed row -> [..., WIDE] that reads the wide one, whose norm has the weights `scale`."""
+        """[..., HIDDEN] that reads a normed row -> [..., WIDE] that reads the wide one, whose norm has the weights
+        `scale`.
+        """
         narrow = weight * norm * math.sqrt(HIDDEN / WIDE)
         # a direction of the empty ones gets `spare` times the weight of a direction in use
         size = spare * narrow.square().mean().sqrt()
@@ -99,14 +106,19 @@ class Basis:
 
 
 def widened(tensors: Tensors, dials: dict[str, Dial], seed: int = 24025) -> Tensors:
-    """All tensors of a checkpoint in the new basis. Norm weights are kept as Qwen3.5 stores them: w, where 1 + w is meant."""
+    """All tensors of a checkpoint in the new basis. Norm weights are kept as Qwen3.5 stores them: w, where 1 + w is
+    meant.
+    """
     basis, out = Basis(seed), dict(tensors)
     out["model.embed_tokens.weight"] = basis.writer(tensors["model.embed_tokens.weight"].T).T
     groups = (1 + tensors["model.norm.weight"])[::CHANNELS]
     wide_norm = groups.repeat_interleave(CHANNELS + 1)
     out["model.norm.weight"] = out["mtp.norm.weight"] = wide_norm - 1
     out["lm_head.weight"] = basis.reader(
-        tensors["lm_head.weight"] * (1 + tensors["model.norm.weight"]), torch.ones(HIDDEN), wide_norm, dials["trunk"].spare
+        tensors["lm_head.weight"] * (1 + tensors["model.norm.weight"]),
+        torch.ones(HIDDEN),
+        wide_norm,
+        dials["trunk"].spare,
     )
     blocks = sorted({name[: name.index(".", name.index("layers.") + 7)] for name in tensors if "layers." in name})
     for block in blocks:

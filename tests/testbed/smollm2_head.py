@@ -1,9 +1,9 @@
 """Draft heads for a real trunk: `python tests/testbed/smollm2_head.py OUT_DIR [--device cuda] [--seconds 150]`.
 
-Trains two heads at once on the frozen trunk of SmolLM2-135M (smollm2.py): `moe`, a GLM-4.5 block of 16 routed experts and a
-shared one that is fed the rows after the final norm, and `dense`, a MiMo-V2 block that is fed the rows before it, as these
-architectures are in llama.cpp. Each learns to say what the trunk says (the trunk's own distribution is the target), for two
-steps of drafting. Writes moe.safetensors, dense.safetensors (BF16, as real heads come) and train.log.
+Trains two heads at once on the frozen trunk of SmolLM2-135M (smollm2.py): `moe`, a GLM-4.5 block of 16 routed experts
+and a shared one that is fed the rows after the final norm, and `dense`, a MiMo-V2 block that is fed the rows before it,
+as these architectures are in llama.cpp. Each learns to say what the trunk says (the trunk's own distribution is the
+target), for two steps of drafting. Writes moe.safetensors, dense.safetensors (BF16, as real heads come) and train.log.
 """
 
 from __future__ import annotations
@@ -118,7 +118,11 @@ class Head(nn.Module):
                 "ffn_down_shexp": (HIDDEN, EXPERT_WIDTH),
             }  # fmt: skip
         else:
-            shapes |= {"ffn_gate": (DENSE_WIDTH, HIDDEN), "ffn_up": (DENSE_WIDTH, HIDDEN), "ffn_down": (HIDDEN, DENSE_WIDTH)}
+            shapes |= {
+                "ffn_gate": (DENSE_WIDTH, HIDDEN),
+                "ffn_up": (DENSE_WIDTH, HIDDEN),
+                "ffn_down": (HIDDEN, DENSE_WIDTH),
+            }
         norms = ("nextn.enorm", "nextn.hnorm", "attn_norm", "post_norm", "nextn.shared_head_norm")
         values = {name: torch.randn(shape) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
         values |= {name: torch.ones(HIDDEN) for name in norms}
@@ -135,7 +139,9 @@ class Head(nn.Module):
         """embeddings of x(p) and rows h(p-1) -> (what the next step is fed, normed rows that predict x(p+1))."""
         joined = torch.cat([norm(embeddings, self["nextn.enorm"]), norm(rows, self["nextn.hnorm"])], -1)
         x = joined @ self["nextn.eh_proj"].T
-        x = x + attention(norm(x, self["attn_norm"]), self["attn_q"], self["attn_k"], self["attn_v"], self["attn_output"])
+        x = x + attention(
+            norm(x, self["attn_norm"]), self["attn_q"], self["attn_k"], self["attn_v"], self["attn_output"]
+        )
         inner = norm(x, self["post_norm"])
         x = x + (self.experts(inner) if self.kind == "moe" else
                  feed_forward(inner, self["ffn_gate"], self["ffn_up"], self["ffn_down"]))  # fmt: skip
@@ -143,11 +149,16 @@ class Head(nn.Module):
         return (normed if self.kind == "moe" else x), normed
 
     def experts(self, x: torch.Tensor) -> torch.Tensor:
-        """GLM-4.5's: sigmoid gates, the ACTIVE largest, their sum made 1. Every expert computes every row: they are small."""
+        """GLM-4.5's: sigmoid gates, the ACTIVE largest, their sum made 1. Every expert computes every row: they are
+        small.
+        """
         gates = (x @ self["ffn_gate_inp"].T).sigmoid()
         chosen = torch.zeros_like(gates).scatter(-1, gates.topk(ACTIVE, -1).indices, 1.0)
         weights = gates * chosen / (gates * chosen).sum(-1, keepdim=True)
-        share, wanted = (chosen / ACTIVE).flatten(0, -2).mean(0), (gates / gates.sum(-1, keepdim=True)).flatten(0, -2).mean(0)
+        share, wanted = (
+            (chosen / ACTIVE).flatten(0, -2).mean(0),
+            (gates / gates.sum(-1, keepdim=True)).flatten(0, -2).mean(0),
+        )
         self.routing = EXPERTS * (share * wanted).sum()  # 1 is even: Switch Transformer's balance (arXiv 2101.03961)
         gate, up = (torch.einsum("bth,efh->btef", x, self[f"ffn_{part}_exps"]) for part in ("gate", "up"))
         routed = torch.einsum("btef,ehf->bth", F.silu(gate) * up * weights[..., None], self["ffn_down_exps"])
@@ -155,13 +166,16 @@ class Head(nn.Module):
 
     def save(self, file: Path) -> None:
         values = {
-            name.replace("/", "."): value.detach().to(torch.bfloat16).cpu().contiguous() for name, value in self.weights.items()
+            name.replace("/", "."): value.detach().to(torch.bfloat16).cpu().contiguous()
+            for name, value in self.weights.items()
         }
         save_file(values, file, metadata={"kind": self.kind})
 
 
 def drafts(head: Head, embeddings: torch.Tensor, rows: torch.Tensor, depth: int) -> list[torch.Tensor]:
-    """Normed rows for each depth d from 1, [batch, T - d, HIDDEN]: row t is at position t + d and predicts x(t + d + 1)."""
+    """Normed rows for each depth d from 1, [batch, T - d, HIDDEN]: row t is at position t + d and predicts x(t + d +
+    1).
+    """
     out, fed = [], rows
     for d in range(1, depth + 1):
         fed, normed = head(embeddings[:, d:], fed[:, :-1])
@@ -172,7 +186,9 @@ def drafts(head: Head, embeddings: torch.Tensor, rows: torch.Tensor, depth: int)
 def loss_of(
     head: Head, w: Weights, ids: torch.Tensor, rows: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, list[float]]:
-    """Cross-entropy to the trunk's distribution `target` [batch, T, vocab], and the agreement of the largest for each depth."""
+    """Cross-entropy to the trunk's distribution `target` [batch, T, vocab], and the agreement of the largest for each
+    depth.
+    """
     total, agreed = torch.zeros((), device=ids.device), []
     for d, normed in enumerate(drafts(head, w["token_embd.weight"][ids], rows, len(DEPTHS)), 1):
         logits = (normed @ w["token_embd.weight"].T).float()
@@ -185,8 +201,8 @@ def loss_of(
 
 
 def heldout_agreement(heads: list[Head], w: Weights, tokenizer: Tokenizer, device: str) -> dict[str, Any]:
-    """Percent of positions of heldout/ where the head says what the trunk says, at depth 1, by kind of head; and the trunk's
-    perplexity there, which shows that the trunk is computed as llama.cpp does.
+    """Percent of positions of heldout/ where the head says what the trunk says, at depth 1, by kind of head; and the
+    trunk's perplexity there, which shows that the trunk is computed as llama.cpp does.
     """
     found: dict[str, list[float]] = {head.kind: [] for head in heads}
     losses = []
@@ -201,7 +217,9 @@ def heldout_agreement(heads: list[Head], w: Weights, tokenizer: Tokenizer, devic
             for head in heads:
                 with torch.no_grad():
                     normed = drafts(head, w["token_embd.weight"][chunk], after if head.kind == "moe" else before, 1)[0]
-                found[head.kind].append(((normed @ w["token_embd.weight"].T).argmax(-1) == said[:, 1:]).float().mean().item())
+                found[head.kind].append(
+                    ((normed @ w["token_embd.weight"].T).argmax(-1) == said[:, 1:]).float().mean().item()
+                )
     agreement = {kind: round(100 * float(np.mean(values)), 2) for kind, values in found.items()}
     return agreement | {"trunk's perplexity": round(math.exp(float(np.mean(losses))), 3)}
 
@@ -248,7 +266,10 @@ def main() -> None:
         [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
          {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}], lr=PEAK, betas=(0.9, 0.95),
     )  # fmt: skip
-    say(f"seed {SEED}, python {platform.python_version()}, torch {torch.__version__}, device {options.device}, rows {options.rows}")
+    say(
+        f"seed {SEED}, python {platform.python_version()}, torch {torch.__version__}, device {options.device}, rows "
+        f"{options.rows}"
+    )
     say(f"training text sha256 {digest}; tokens by domain: " + ", ".join(f"{d} {len(s)}" for d, s in text.items()))
     domains, weights = list(text), torch.tensor([SHARE[d] for d in text])
     began, step = time.monotonic(), 0

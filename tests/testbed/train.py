@@ -21,11 +21,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch.nn import functional as F
 
 SEED = 22673
-# Qwen's ChatML tokens are control tokens; the think and tool tokens are ordinary text to a reader, as in Qwen's own tokenizer.
+# Qwen's ChatML tokens are control tokens; the think and tool tokens are ordinary text to a reader, as in Qwen's own
+# tokenizer.
 CONTROL = [END_OF_TEXT, "<|im_start|>", "<|im_end|>"]
 MARKUP = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 QWEN35_SPLIT = (  # src/llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_QWEN35, 'original regex from tokenizer.json'
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| "
+    r"?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SHARE = {"code": 0.36, "topics": 0.06, "chat": 0.24, "reasoning": 0.18, "tool-calling": 0.16}
 STEPS = {"moe": 2200, "dense": 1100}
@@ -66,7 +68,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def streams(tokenizer: Tokenizer, documents: dict[str, list[str]]) -> dict[str, torch.Tensor]:
-    """One long row of token ids a domain, documents joined by the end-of-text token (dialogues follow one another plainly)."""
+    """One long row of token ids a domain, documents joined by the end-of-text token (dialogues follow one another
+    plainly).
+    """
     out = {}
     for domain, texts in documents.items():
         end = [tokenizer.token_to_id(END_OF_TEXT)] if domain in ("code", "topics") else []
@@ -118,7 +122,9 @@ def main() -> None:
     text = streams(tokenizer, documents)
     digest = hashlib.sha256("\0".join(t for d in sorted(documents) for t in documents[d]).encode()).hexdigest()
 
-    model = Testbed(config({t: tokenizer.token_to_id(t) for t in CONTROL}, options.kind), options.kind).to(options.device)
+    model = Testbed(config({t: tokenizer.token_to_id(t) for t in CONTROL}, options.kind), options.kind).to(
+        options.device
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
@@ -133,7 +139,10 @@ def main() -> None:
         print(line, flush=True)
         print(line, file=log)
 
-    say(f"seed {SEED}, kind {options.kind}, python {platform.python_version()}, torch {torch.__version__}, device {options.device}")
+    say(
+        f"seed {SEED}, kind {options.kind}, python {platform.python_version()}, torch {torch.__version__}, device "
+        f"{options.device}"
+    )
     say(f"training text sha256 {digest}")
     say("tokens by domain: " + ", ".join(f"{d} {len(s)}" for d, s in text.items()))
     sizes = (sum(p.numel() for p in part.parameters()) for part in (model.trunk, model.mtp))

@@ -44,7 +44,8 @@ def toolkit(root: Path, *, without: Sequence[str] = (), version: str = "13.0.88"
         script(root / name, "exit 1")
     texts = {
         "nvvm/libdevice/libdevice.10.bc": "",
-        "include/crt/host_config.h": "#error -- unsupported GNU version! gcc versions later than 15 are not supported!\n",
+        "include/crt/host_config.h": "#error -- unsupported GNU version! gcc versions later than 15 are not "
+        "supported!\n",
         "include/cuda_runtime.h": "",
         "include/cub/cub.cuh": "",
         "include/cublas_v2.h": "",

@@ -57,7 +57,11 @@ def make_cuda_source(folder: Path, **files: str) -> Path:
     folder.mkdir()
     for name, text in {**FILES, **{name.replace("_", ".", 1): text for name, text in files.items()}}.items():
         (folder / name).write_text(text)
-    for arguments in (["init", "-q"], ["add", "."], ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "tiny"]):
+    for arguments in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "tiny"],
+    ):
         subprocess.run(["git", "-C", str(folder), *arguments], check=True)
     return folder
 
@@ -79,7 +83,9 @@ LIMITS = """
 """
 
 
-def fake_toolkit(root: Path, *, version: str = "13.0.88", codes: str = "80 90 120 121", gcc: int = 15, without: str = " ") -> Path:
+def fake_toolkit(
+    root: Path, *, version: str = "13.0.88", codes: str = "80 90 120 121", gcc: int = 15, without: str = " "
+) -> Path:
     """What a toolkit says of itself, and no compiler in it. Files whose path holds `without` are left out."""
     short = version.rpartition(".")[0]
     major, minor = short.split(".")
@@ -119,5 +125,7 @@ def part_of(toolkit: CudaToolkit, root: Path, without: Iterable[str]) -> Path:
     def left_out(folder: str, names: list[str]) -> list[str]:
         return [name for name in names if any(word in f"{folder}/{name}"[len(str(toolkit.root)) :] for word in without)]
 
-    shutil.copytree(toolkit.root, root, ignore=left_out, symlinks=True, copy_function=lambda a, b: Path(b).hardlink_to(a))
+    shutil.copytree(
+        toolkit.root, root, ignore=left_out, symlinks=True, copy_function=lambda a, b: Path(b).hardlink_to(a)
+    )
     return root

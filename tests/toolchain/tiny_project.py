@@ -1,4 +1,6 @@
-"""A tiny CMake project in place of llama.cpp: a shared library, a tool that links it, and a step that can be made to wait."""
+"""A tiny CMake project in place of llama.cpp: a shared library, a tool that links it, and a step that can be made to
+wait.
+"""
 
 from __future__ import annotations
 
@@ -81,12 +83,20 @@ def make_source(folder: Path) -> Path:
     folder.mkdir()
     for name, text in FILES.items():
         (folder / name).write_text(text)
-    for arguments in (["init", "-q"], ["add", "."], ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "tiny"]):
+    for arguments in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "tiny"],
+    ):
         subprocess.run(["git", "-C", str(folder), *arguments], check=True)
     return folder
 
 
 def start_build(source: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", BUILD, str(source)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-c", BUILD, str(source)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
     )

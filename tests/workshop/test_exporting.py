@@ -1,4 +1,6 @@
-"""`apex patch export`: mail that git takes, a draft of a pull request for each patch, and upstream's own rules of style."""
+"""`apex patch export`: mail that git takes, a draft of a pull request for each patch, and upstream's own rules of
+style.
+"""
 
 from __future__ import annotations
 
@@ -87,9 +89,13 @@ def test_clang_format(series: World) -> None:
         pytest.skip("no clang-format on this machine")
     before = "int  f( ){return 1;}\n"
     commit(series.tree, {".clang-format": b"BasedOnStyle: LLVM\n", "ggml/src/a.c": before.encode()}, "a.c")
-    head = commit(series.tree, {"ggml/src/a.c": f"{before}int g( ) {{ return 2; }}\nint h() {{ return 3; }}\n".encode()}, "more")
+    head = commit(
+        series.tree, {"ggml/src/a.c": f"{before}int g( ) {{ return 2; }}\nint h() {{ return 3; }}\n".encode()}, "more"
+    )
     patch = git(series.tree, "show", "--format=", "HEAD").encode() + b"\n"
-    assert check_format(program, series.tree, head, patch) == ["ggml/src/a.c: clang-format would change 1 of the 2 lines added"]
+    assert check_format(program, series.tree, head, patch) == [
+        "ggml/src/a.c: clang-format would change 1 of the 2 lines added"
+    ]
 
 
 @pytest.fixture
@@ -114,7 +120,10 @@ def test_export(later: World, run: Run, tmp_path: Path) -> None:
     assert text.startswith("# imatrix: ten\n\nNine was too few.\n\n1 file, 1 line added, 1 removed; against ")
     assert "llama.cpp's own tests: not run yet" in text
     assert "CONTRIBUTING.md, section 'AI Usage Policy', on what has to be disclosed: \"If AI is used" in text
-    assert "CONTRIBUTING.md, section 'Pull requests', on how a request is cut and how large it may be: \"Create separate" in text
+    assert (
+        "CONTRIBUTING.md, section 'Pull requests', on how a request is cut and how large it may be: \"Create separate"
+        in text
+    )
     assert f"style: {IMATRIX}:10: white space" in text and "style: nothing found" in (out / names[2]).read_text()
     # upstream's own repository takes the mail
     git(later.upstream, "am", "--quiet", *(str(out / name) for name in names if name.endswith(".patch")))

@@ -10,7 +10,15 @@ import pytest
 from source.tiny import FILES, IMATRIX, World, add, commit, folder, git, make_sdist
 from workshop.conftest import MakeLater, Run
 
-from apex_build.errors import ArchiveUnsafe, DownloadFailed, HashMismatch, OutputUnwritable, PinUnknown, SeriesUnfit, TreeEdited
+from apex_build.errors import (
+    ArchiveUnsafe,
+    DownloadFailed,
+    HashMismatch,
+    OutputUnwritable,
+    PinUnknown,
+    SeriesUnfit,
+    TreeEdited,
+)
 from apex_build.source.fetch import fetch, further_files, verify
 from apex_build.source.pins import load_pin
 from apex_build.source.series import read_series, save_series
@@ -113,7 +121,9 @@ def test_bump_only_to_what_is_green(series: World, make_later: MakeLater, run: R
     assert (series.toml.read_bytes(), folder(series.patches)) == (toml, patches)
 
     results.remember(tree_identity(later.tree), "builds", {"ok": True, "error": None})
-    results.remember(tree_identity(later.tree), "tests", {"ran": 1, "runnable": 1, "passed": 1, "broken": [], "left_out": {}})
+    results.remember(
+        tree_identity(later.tree), "tests", {"ran": 1, "runnable": 1, "passed": 1, "broken": [], "left_out": {}}
+    )
     mine = commit(series.tree, {IMATRIX: b"mine\n"}, "my work")
     said = run(*bump)
     assert said.code == TreeEdited.exit_code and "'my work'" in said.err
@@ -124,7 +134,9 @@ def test_bump_only_to_what_is_green(series: World, make_later: MakeLater, run: R
     assert said.code == 0, said.err
     pin = load_pin(str(series.toml))
     assert pin.serves and pin.serves.architectures == {"tiny"}, "what it said it serves, it says still"
-    assert pin == dataclasses.replace(later.pin, name="tiny", own_file=series.toml, patches=series.patches, serves=pin.serves)
+    assert pin == dataclasses.replace(
+        later.pin, name="tiny", own_file=series.toml, patches=series.patches, serves=pin.serves
+    )
     assert [patch.subject for patch in read_series(pin)] == ["ggml: new"]
     assert folder(series.patches) == folder(later.patches), "and that of the other stays"
     assert run("source", "fetch", "--pin", series.toml).code == 0

@@ -1,4 +1,6 @@
-"""`apex patch port`: three-way, with a real conflict, continued, skipped and aborted; both series stay, and no work is lost."""
+"""`apex patch port`: three-way, with a real conflict, continued, skipped and aborted; both series stay, and no work is
+lost.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ MOVED = LINES.replace("line 10\n", "line ten\n")  # upstream touched the line th
 
 @pytest.fixture
 def pair(series: World, make_later: MakeLater) -> tuple[World, World]:
-    """Four patches on `tiny`. On `later` the first conflicts, the second applies, the third is there, the fourth's file moved."""
+    """Four patches on `tiny`. On `later` the first conflicts, the second applies, the third is there, the fourth's file
+    moved.
+    """
     commit(series.tree, {"LICENSE": b"MIT or any\n"}, "licence: or any")
     commit(series.tree, {"ggml/src/ggml.c": edited(30, "thirty")}, "ggml: thirty")
     save_series(series.pin)
@@ -100,7 +104,9 @@ def test_a_patch_of_later_work_alone(pair: tuple[World, World], run: Run) -> Non
     said = run("patch", "port", "--onto", later.toml, "--skip", "--json")
     assert said.code == 0, said.err
     found = json.loads(said.out)
-    assert found["skipped"] == ["0001-imatrix-record-the-draft-head.patch"] and found["ported"] == ["0004-ggml-thirty.patch"]
+    assert found["skipped"] == ["0001-imatrix-record-the-draft-head.patch"] and found["ported"] == [
+        "0004-ggml-thirty.patch"
+    ]
     assert subjects(later) == ["ggml: ändern", "ggml: thirty"]
     commit(tiny.tree, {"ggml/src/new.c": b"newer\n"}, "ggml: newer")
     save_series(tiny.pin)
@@ -111,7 +117,9 @@ def test_a_patch_of_later_work_alone(pair: tuple[World, World], run: Run) -> Non
 
 def test_aborted(pair: tuple[World, World], run: Run) -> None:
     tiny, later = pair
-    git(tiny.tree, "reset", "--quiet", "--hard", "apex-base")  # what is in the other tree does not count, its series does
+    git(
+        tiny.tree, "reset", "--quiet", "--hard", "apex-base"
+    )  # what is in the other tree does not count, its series does
     assert run("patch", "port", "--onto", later.toml, "--from", tiny.toml, "2").code == 0
     head, files = git(later.tree, "rev-parse", "HEAD"), folder(later.patches)
     assert run("patch", "port", "--onto", later.toml, "--from", tiny.toml).code == PatchConflict.exit_code

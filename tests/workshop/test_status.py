@@ -57,7 +57,9 @@ def test_what_is_known_of_a_source(series: World, apex: Apex) -> None:
     assert "2 of 3" in apex("patch", "status").out, "the series is as it was"
     save_series(series.pin)
     found = json.loads(apex("patch", "status", "--json").out)
-    assert (found["tests"], found["builds"], found["green"]) == (None, None, False), "another source: nothing is known of it"
+    assert (found["tests"], found["builds"], found["green"]) == (None, None, False), (
+        "another source: nothing is known of it"
+    )
 
 
 def test_all_pins_where_none_is_fetched(apex: Apex, world: World, capsys: pytest.CaptureFixture[str]) -> None:

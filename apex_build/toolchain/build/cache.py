@@ -1,7 +1,7 @@
 """The cache of finished builds: what a build's key is made of, its manifest, and finding builds again.
 
-Layout of `<cache>/builds/`: `<key>/bin/...` and `<key>/manifest.json`, and `current-<backend>.json`, which names the key of the
-build of the default pin that is in use, and when it was last asked for.
+Layout of `<cache>/builds/`: `<key>/bin/...` and `<key>/manifest.json`, and `current-<backend>.json`, which names the
+key of the build of the default pin that is in use, and when it was last asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from apex_build.storage.json_files import read_json, write_json
 from apex_build.storage.manifest import Parts
 from apex_build.toolchain.build.record import FileRecord
 
-RECIPE = 1  # part of every key: raise it when a build made by this code differs from what the code before would have made
+RECIPE = (
+    1  # part of every key: raise it when a build made by this code differs from what the code before would have made
+)
 _TYPE_COUNT = re.compile(r"\bGGML_TYPE_COUNT\s*=\s*(\d+)")
 
 
@@ -105,12 +107,17 @@ def all_builds() -> list[Build]:
 
 
 def collect(
-    binaries: Path, targets: Sequence[str], folder: Path, runtime: Mapping[str, Path] | None = None, licences: Path | None = None
+    binaries: Path,
+    targets: Sequence[str],
+    folder: Path,
+    runtime: Mapping[str, Path] | None = None,
+    licences: Path | None = None,
 ) -> dict[str, FileRecord]:
-    """Copy the targets and the shared libraries (links kept as links) into `folder`/bin; returns the manifest's `files`.
+    """Copy the targets and the shared libraries (links kept as links) into `folder`/bin; returns the manifest's
+    `files`.
 
-    `runtime`: libraries that are not ours, by the names they get in bin/, marked `"part": "cuda-runtime"` in the manifest.
-    `licences` is copied to licenses/. Raises BuildFailed where Ninja succeeded without making a target.
+    `runtime`: libraries that are not ours, by the names they get in bin/, marked `"part": "cuda-runtime"` in the
+    manifest. `licences` is copied to licenses/. Raises BuildFailed where Ninja succeeded without making a target.
     """
     (folder / "bin").mkdir(parents=True)
     for target in targets:
@@ -146,10 +153,14 @@ def verify(toolset: Toolset) -> int:
     """Hash every file of a build again; returns how many. Raises BuildMissing naming the ones that changed."""
     files = toolset.manifest.get("files")
     if not files:
-        raise BuildMissing(f"{toolset.root} has no manifest to compare with: it is not a build of apex", hint="unset APEX_TOOLS")
+        raise BuildMissing(
+            f"{toolset.root} has no manifest to compare with: it is not a build of apex", hint="unset APEX_TOOLS"
+        )
     changed = [name for name, about in files.items() if sha256_file(toolset.root / name) != about["sha256"]]
     if changed:
-        raise BuildMissing(f"files in {toolset.root} are not as they were built: {', '.join(changed)}", hint="apex build --force")
+        raise BuildMissing(
+            f"files in {toolset.root} are not as they were built: {', '.join(changed)}", hint="apex build --force"
+        )
     return len(files)
 
 

@@ -1,4 +1,6 @@
-"""Driving CMake and Ninja, both from the wheels of this environment, in a work folder that survives from build to build."""
+"""Driving CMake and Ninja, both from the wheels of this environment, in a work folder that survives from build to
+build.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,14 @@ def programs() -> tuple[Path, Path]:
 
         found = Path(cmake.CMAKE_BIN_DIR) / "cmake", Path(ninja_wheel.BIN_DIR) / "ninja"
     except ImportError as error:
-        raise CompilerMissing(f"{error.name} is not installed in this environment", hint="pip install cmake ninja") from None
+        raise CompilerMissing(
+            f"{error.name} is not installed in this environment", hint="pip install cmake ninja"
+        ) from None
     for path in found:
         if not os.access(path, os.X_OK):
-            raise CompilerMissing(f"{path} is gone from this environment", hint="pip install --force-reinstall cmake ninja")
+            raise CompilerMissing(
+                f"{path} is gone from this environment", hint="pip install --force-reinstall cmake ninja"
+            )
     return found
 
 
@@ -95,7 +101,9 @@ def configure(
         )
 
 
-def compile_targets(source: Path, work: Path, targets: Sequence[str], jobs: int, launcher: Launcher, report: Report) -> None:
+def compile_targets(
+    source: Path, work: Path, targets: Sequence[str], jobs: int, launcher: Launcher, report: Report
+) -> None:
     """Run Ninja on what is not up to date. Raises BuildFailed with the compiler's own error lines."""
     _, ninja_program = programs()
 
@@ -138,8 +146,8 @@ def _environment() -> dict[str, str | None]:
         "NVCC_CCBIN",
         "NVCC_PREPEND_FLAGS",
     )
-    # And no git: libggml would be recompiled after every commit in the tree, just to record its name; `--version` has ours
-    # (build.py).
+    # And no git: libggml would be recompiled after every commit in the tree, just to record its name; `--version` has
+    # ours (build.py).
     return {**dict.fromkeys(names), "GIT_DIR": os.devnull, "LC_ALL": "C"}
 
 
@@ -151,8 +159,9 @@ def _quoted(lines: Sequence[str]) -> str:
     return "".join(f"\n  | {printable(line)[:300]}" for line in lines)
 
 
-# Ninja goes by file times alone. A source file that was put back with its old time (mv file.orig file) would not be compiled again,
-# though the build's key says otherwise: then everything is compiled again (out of the compiler cache, mostly).
+# Ninja goes by file times alone. A source file that was put back with its old time (mv file.orig file) would not be
+# compiled again, though the build's key says otherwise: then everything is compiled again (out of the compiler cache,
+# mostly).
 _TIMES = "apex-source-times.json"
 
 

@@ -1,6 +1,7 @@
 """A compiler cache between Ninja and the compiler: sccache with our own server during a build, or ccache, or none.
 
-APEX_SCCACHE_CONF names a configuration file of sccache whose [dist] section sends compilers to other machines (docs/build.md).
+APEX_SCCACHE_CONF names a configuration file of sccache whose [dist] section sends compilers to other machines
+(docs/build.md).
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ class Launcher:
 
 @contextmanager
 def launcher(cache: Path, folders: Sequence[Path]) -> Iterator[Launcher]:
-    """Open the compiler cache in `cache`. Paths below `folders` do not count when it compares, so that another checkout hits too.
+    """Open the compiler cache in `cache`. Paths below `folders` do not count when it compares, so that another checkout
+    hits too.
 
-    sccache talks to a server. Ours is a child process, listens on its own socket, and ends with the block; the user's own
-    server may cache elsewhere, even over the network. If ours does not start, the build continues without it.
+    sccache talks to a server. Ours is a child process, listens on its own socket, and ends with the block; the user's
+    own server may cache elsewhere, even over the network. If ours does not start, the build continues without it.
     """
     program = sccache()
     if program is None:
@@ -82,7 +84,10 @@ def launcher(cache: Path, folders: Sequence[Path]) -> Iterator[Launcher]:
         }
         with (scratch / "log").open("wb") as output:
             server = start(
-                [str(program)], env={**env, "SCCACHE_START_SERVER": "1", "SCCACHE_NO_DAEMON": "1"}, output=output, cwd=scratch
+                [str(program)],
+                env={**env, "SCCACHE_START_SERVER": "1", "SCCACHE_NO_DAEMON": "1"},
+                output=output,
+                cwd=scratch,
             )
         try:
             yield Launcher("sccache", program, env) if _listening(socket_path) else Launcher()

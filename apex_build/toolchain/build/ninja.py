@@ -8,7 +8,8 @@ from collections.abc import Sequence
 STATUS = "[%f/%t] "
 _PROGRESS = re.compile(r"\[(\d+)/(\d+)\] ")
 _ERROR = re.compile(
-    r"(?:fatal )?error: |: error:|undefined reference|cannot find -l|collect2: |ld: |Killed|internal compiler error|No space left"
+    r"(?:fatal )?error: |: error:|undefined reference|cannot find -l|collect2: |ld: |Killed|internal compiler error|No "
+    r"space left"
 )
 _MOST = 20  # lines shown
 

@@ -1,4 +1,6 @@
-"""Building the tools of a source tree: once for each set of inputs, whole or not at all, one build at a time in a work folder."""
+"""Building the tools of a source tree: once for each set of inputs, whole or not at all, one build at a time in a work
+folder.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ class BuildPlan:
 
     @property
     def work(self) -> Path:
-        """CMake's folder: one for a source folder, compiler and options, so that an edited source rebuilds only what changed."""
+        """CMake's folder: one for a source folder, compiler and options, so that an edited source rebuilds only what
+        changed.
+        """
         what = {"source": str(self.source), "options": dict(self.options), "compiler": _of(self.compiler)}
         if self.cuda:
             what["cuda"] = str(self.cuda.toolkit.root)
@@ -95,7 +99,11 @@ def ensure_tools(source: Path, pin: Pin, *, report: Report = silent) -> Toolset:
     except BuildMissing:
         return build_cpu(source, pin, report=report)
     named = bool(os.environ.get("APEX_TOOLS"))
-    return found if named or found.manifest.get("source") == tree_identity(source) else build_cpu(source, pin, report=report)
+    return (
+        found
+        if named or found.manifest.get("source") == tree_identity(source)
+        else build_cpu(source, pin, report=report)
+    )
 
 
 def plan_build(
@@ -126,11 +134,14 @@ def plan_build(
     return BuildPlan(cache.key_of(ingredients), source, backend, pin, compiler, options, ingredients, cuda)
 
 
-def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, prefer: bool = True, report: Report = silent) -> Built:
-    """Build what was planned, or take it from the cache. `force` recompiles everything, `prefer` as in `cache.make_current`.
+def build(
+    plan: BuildPlan, *, jobs: int | None = None, force: bool = False, prefer: bool = True, report: Report = silent
+) -> Built:
+    """Build what was planned, or take it from the cache. `force` recompiles everything, `prefer` as in
+    `cache.make_current`.
 
-    A build that stopped half-way (Ctrl-C, a power cut, an error) resumes where it was; it is not visible before it is complete.
-    Raises BuildFailed with the compiler's own words, OutputUnwritable, DiskTooSmall.
+    A build that stopped half-way (Ctrl-C, a power cut, an error) resumes where it was; it is not visible before it is
+    complete. Raises BuildFailed with the compiler's own words, OutputUnwritable, DiskTooSmall.
     """
     began = time.monotonic()
     if not force and (found := cache.look_up(plan.key)):
@@ -160,11 +171,16 @@ def build(plan: BuildPlan, *, jobs: int | None = None, force: bool = False, pref
     return _done(open_build(plan.root), False, began, prefer, counts)
 
 
-def _compile(plan: BuildPlan, toolkit: CudaToolkit | None, jobs: int, report: Report) -> tuple[Mapping[str, int] | None, str]:
+def _compile(
+    plan: BuildPlan, toolkit: CudaToolkit | None, jobs: int, report: Report
+) -> tuple[Mapping[str, int] | None, str]:
     plan.work.mkdir(parents=True, exist_ok=True)
     options = dict(plan.options)
     if plan.pin:  # what --version prints, instead of our own commit
-        options |= {"LLAMA_BUILD_NUMBER": "0", "LLAMA_BUILD_COMMIT": f"{plan.pin.commit[:9]}-{plan.ingredients['source'][:8]}"}
+        options |= {
+            "LLAMA_BUILD_NUMBER": "0",
+            "LLAMA_BUILD_COMMIT": f"{plan.pin.commit[:9]}-{plan.ingredients['source'][:8]}",
+        }
     cuda = cmake_settings(toolkit, plan.compiler, plan.work) if toolkit else None
     with launcher(plan.work.parent.parent, [plan.source, plan.work]) as front:
         cmake.configure(plan.source, plan.work, options, plan.compiler, front, report, cuda=cuda)
@@ -173,7 +189,9 @@ def _compile(plan: BuildPlan, toolkit: CudaToolkit | None, jobs: int, report: Re
 
 
 def _of_cuda(plan: BuildPlan, toolkit: CudaToolkit) -> CudaRecord:
-    """What the manifest says of a CUDA build, and the device code that is really in it. Raises BuildFailed if some is missing."""
+    """What the manifest says of a CUDA build, and the device code that is really in it. Raises BuildFailed if some is
+    missing.
+    """
     assert plan.cuda
     library = plan.work / "bin" / "libggml-cuda.so"
     found = device_code(library, toolkit.part("cuobjdump"))

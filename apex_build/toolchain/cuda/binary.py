@@ -1,4 +1,6 @@
-"""What a built CUDA backend really holds: its architectures, read from the binary; and a stand-in for the driver to link with."""
+"""What a built CUDA backend really holds: its architectures, read from the binary; and a stand-in for the driver to
+link with.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,17 @@ class Code:
 def device_code(library: Path, cuobjdump: Path) -> dict[str, Code]:
     """By architecture (sm_121a; compute_90 for PTX). Raises BuildFailed where cuobjdump cannot read the library."""
     kernels = _count(_TEXT, library, cuobjdump, "--list-text")
-    found = {name: Code(count, kernels[name]) for name, count in _count(_CUBIN, library, cuobjdump, "--list-elf").items()}
+    found = {
+        name: Code(count, kernels[name]) for name, count in _count(_CUBIN, library, cuobjdump, "--list-elf").items()
+    }
     ptx = _count(_PTX, library, cuobjdump, "--list-ptx")
     return found | {name.replace("sm_", "compute_"): Code(count, None) for name, count in ptx.items()}
 
 
 def check_device_code(found: Mapping[str, Code], asked: Sequence[str], units: int, library: Path) -> None:
-    """Raise BuildFailed unless each asked architecture (121a-real, 90-virtual) has code from every one of the CUDA `units`."""
+    """Raise BuildFailed unless each asked architecture (121a-real, 90-virtual) has code from every one of the CUDA
+    `units`.
+    """
     wrong = []
     for name in (name for given in asked for name in code_names(given)):
         code = found.get(name)
@@ -46,11 +52,15 @@ def check_device_code(found: Mapping[str, Code], asked: Sequence[str], units: in
             wrong.append(f"code for {name} from {code.objects} of {units} CUDA files")
     if wrong:
         there = ", ".join(f"{name} ({code.objects})" for name, code in sorted(found.items())) or "none"
-        raise BuildFailed(f"{library} was built, but holds {'; '.join(wrong)}. It holds: {there}", hint="apex build --force")
+        raise BuildFailed(
+            f"{library} was built, but holds {'; '.join(wrong)}. It holds: {there}", hint="apex build --force"
+        )
 
 
 def code_names(architecture: str) -> tuple[str, ...]:
-    """What an entry of CMAKE_CUDA_ARCHITECTURES must leave in the binary: 121a-real -> sm_121a; 90 -> sm_90 and compute_90."""
+    """What an entry of CMAKE_CUDA_ARCHITECTURES must leave in the binary: 121a-real -> sm_121a; 90 -> sm_90 and
+    compute_90.
+    """
     number, _, kind = architecture.partition("-")
     names = {"real": ("sm_",), "virtual": ("compute_",), "": ("sm_", "compute_")}[kind]
     return tuple(f"{prefix}{number}" for prefix in names)
@@ -65,17 +75,20 @@ def _count(pattern: re.Pattern[str], library: Path, cuobjdump: Path, option: str
 
 
 def make_driver_stub(toolkit: CudaToolkit, compiler: Compiler, folder: Path) -> Path:
-    """A libcuda.so to link with, since PyPI has none: every function of this toolkit's cuda.h, and the driver's own name in it.
+    """A libcuda.so to link with, since PyPI has none: every function of this toolkit's cuda.h, and the driver's own
+    name in it.
 
-    With it llama.cpp's memory pool may use the driver's virtual memory, which GGML_CUDA_NO_VMM would rule out for good. On a
-    machine without the driver the loader then finds no libcuda.so.1, and the tools run without the CUDA backend.
+    With it llama.cpp's memory pool may use the driver's virtual memory, which GGML_CUDA_NO_VMM would rule out for good.
+    On a machine without the driver the loader then finds no libcuda.so.1, and the tools run without the CUDA backend.
     """
     library = folder / "libcuda.so"
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     header = toolkit.part("CUDA runtime headers").with_name("cuda.h")
-    done = run_tool([compiler.cc, "-E", "-P", "-x", "c", f"-I{header.parent}", header], env={"LC_ALL": "C"}, timeout=120)
+    done = run_tool(
+        [compiler.cc, "-E", "-P", "-x", "c", f"-I{header.parent}", header], env={"LC_ALL": "C"}, timeout=120
+    )
     names = sorted(set(re.findall(r"\bCUresult\s+(cu[A-Z]\w+)\s*\(", " ".join(done.lines))))
     if "cuMemCreate" not in names:
         raise BuildFailed(f"{header} declares no functions of the CUDA driver that were understood")

@@ -34,15 +34,20 @@ class CudaPlan:
         return self.toolkit.ingredients()
 
     def ready(self, compiler: Compiler, report: Report = silent) -> CudaToolkit:
-        """The toolkit, fetched if it comes from PyPI, and judged by its own files. Raises ToolkitUnusable, or as `install`."""
+        """The toolkit, fetched if it comes from PyPI, and judged by its own files. Raises ToolkitUnusable, or as
+        `install`.
+        """
         toolkit = cuda_wheels.install(report=report) if self.toolkit.origin == "pypi" else self.toolkit
         if reason := cuda_toolkit.unfit(toolkit, self.targets, compiler):
             raise ToolkitUnusable(reason, hint=_hint(toolkit, self.targets, compiler))
         return toolkit
 
 
-def plan_cuda(targets: Sequence[GpuTarget], compiler: Compiler, toolchain: Toolchain = "auto", *, ptx: bool = False) -> CudaPlan:
-    """Choose the toolkit: `auto` takes the first of this machine's that is whole and suits GPUs and compiler, else PyPI's.
+def plan_cuda(
+    targets: Sequence[GpuTarget], compiler: Compiler, toolchain: Toolchain = "auto", *, ptx: bool = False
+) -> CudaPlan:
+    """Choose the toolkit: `auto` takes the first of this machine's that is whole and suits GPUs and compiler, else
+    PyPI's.
 
     Nothing is fetched here. Raises ToolkitUnusable, which says of each toolkit why it cannot be used.
     """
@@ -77,7 +82,9 @@ def runtime_libraries(toolkit: CudaToolkit) -> dict[str, Path]:
     return found
 
 
-def _choose(targets: tuple[GpuTarget, ...], compiler: Compiler, toolchain: Toolchain) -> tuple[CudaToolkit, tuple[str, ...]]:
+def _choose(
+    targets: tuple[GpuTarget, ...], compiler: Compiler, toolchain: Toolchain
+) -> tuple[CudaToolkit, tuple[str, ...]]:
     notes: list[str] = []
     unfit: CudaToolkit | None = None
     if toolchain != "pypi":
@@ -108,7 +115,9 @@ def _choose(targets: tuple[GpuTarget, ...], compiler: Compiler, toolchain: Toolc
     return toolkit, tuple(notes)
 
 
-def _hint(toolkit: CudaToolkit, targets: Sequence[GpuTarget], compiler: Compiler, limits: Mapping[str, int] | None = None) -> str:
+def _hint(
+    toolkit: CudaToolkit, targets: Sequence[GpuTarget], compiler: Compiler, limits: Mapping[str, int] | None = None
+) -> str:
     newest = (limits or cuda_toolkit.host_limits(toolkit)).get(compiler.kind)
     if newest and int(compiler.version.split(".")[0]) > newest:
         return cuda_toolkit.older_compiler_hint(newest, compiler.kind)
@@ -120,7 +129,9 @@ def _hint(toolkit: CudaToolkit, targets: Sequence[GpuTarget], compiler: Compiler
 
 
 def _old_hint(targets: Sequence[GpuTarget]) -> str:
-    """For GPUs that today's toolkits no longer compile for, '' where there are none: no newer one, and no wheels, would help."""
+    """For GPUs that today's toolkits no longer compile for, '' where there are none: no newer one, and no wheels, would
+    help.
+    """
     old = [target for target in targets if dropped_by(target.architecture)]
     if not old:
         return ""

@@ -46,8 +46,9 @@ _STUB = ("{lib}/stubs/libcuda.so",)
 class CudaToolkit:
     """A toolkit root, whole or not. `parts` has a path for each part of PARTS, None where it is missing.
 
-    `version` is nvcc's (13.0.88), empty where nvcc is missing or cannot be run; `packages` are the wheels that a toolkit from PyPI
-    was put together from. One from PyPI may not be there yet: `root` is then where it will be, and `parts` is empty.
+    `version` is nvcc's (13.0.88), empty where nvcc is missing or cannot be run; `packages` are the wheels that a
+    toolkit from PyPI was put together from. One from PyPI may not be there yet: `root` is then where it will be, and
+    `parts` is empty.
     """
 
     root: Path
@@ -69,7 +70,11 @@ class CudaToolkit:
 
     def ingredients(self) -> dict[str, object]:
         """What of it goes into a build's key: versions and packages, not the place."""
-        return {"origin": self.origin, "version": self.version, "packages": {name: dict(of) for name, of in self.packages.items()}}
+        return {
+            "origin": self.origin,
+            "version": self.version,
+            "packages": {name: dict(of) for name, of in self.packages.items()},
+        }
 
 
 HINT = "--cuda-toolchain pypi takes a whole toolkit from the package index, without root"
@@ -89,7 +94,9 @@ def judge(root: Path, origin: str = "system", packages: Mapping[str, Mapping[str
 
 
 def system_toolkits() -> tuple[CudaToolkit, ...]:
-    """The toolkits that this machine has, whole or not: named by a variable, with nvcc in PATH, or where they usually are."""
+    """The toolkits that this machine has, whole or not: named by a variable, with nvcc in PATH, or where they usually
+    are.
+    """
     roots = [Path(os.environ[name]) for name in _VARIABLES if os.environ.get(name)]
     if nvcc := shutil.which("nvcc"):
         roots.append(_root_of(Path(nvcc)))
@@ -118,7 +125,9 @@ def unfit(toolkit: CudaToolkit, targets: Iterable[GpuTarget], compiler: Compiler
     return cannot_compile_for(toolkit, targets) or newer_compiler(toolkit, compiler)
 
 
-def cannot_compile_for(toolkit: CudaToolkit, targets: Iterable[GpuTarget], known: Sequence[int] | None = None) -> str | None:
+def cannot_compile_for(
+    toolkit: CudaToolkit, targets: Iterable[GpuTarget], known: Sequence[int] | None = None
+) -> str | None:
     """The first GPU that this toolkit has no compiler for, and the version that has.
 
     `known`: the architectures of a toolkit that is not there yet (90, 121); else nvcc is asked.
@@ -186,7 +195,9 @@ def _listed(toolkit: CudaToolkit) -> str:
 
 
 def _called(toolkit: CudaToolkit) -> str:
-    return "the CUDA toolkit from the package index" if toolkit.origin == "pypi" else f"the CUDA toolkit in {toolkit.root}"
+    return (
+        "the CUDA toolkit from the package index" if toolkit.origin == "pypi" else f"the CUDA toolkit in {toolkit.root}"
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,4 +1,6 @@
-"""A CUDA toolkit put together from PyPI's wheels, in the project's own cache: fetched once, verified, and no line of it run."""
+"""A CUDA toolkit put together from PyPI's wheels, in the project's own cache: fetched once, verified, and no line of it
+run.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ _MANIFEST = "apex-toolkit.json"
 _INSIDE = "nvidia/cu13/"  # where all of these wheels have their files
 _FOLDERS = {"bin": "bin", "include": "include", "lib": "lib64", "nvvm": "nvvm"}  # of the wheels -> of the root
 _ELSEWHERE = (
-    "pip download --no-deps 'apex-build[cuda]' where there is a network, then PIP_FIND_LINKS=FOLDER; or --cuda-toolchain system"
+    "pip download --no-deps 'apex-build[cuda]' where there is a network, then PIP_FIND_LINKS=FOLDER; or "
+    "--cuda-toolchain system"
 )
 
 
@@ -74,7 +77,9 @@ class Wheels:
 
 def pinned_wheels(machine: str | None = None) -> Wheels:
     """What is pinned for a machine type such as aarch64, by default this machine's. Raises ToolkitUnusable."""
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get((machine or platform.machine()).lower(), machine or platform.machine())
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(
+        (machine or platform.machine()).lower(), machine or platform.machine()
+    )
     data = tomllib.loads(Path(__file__).with_name("wheels.toml").read_text(encoding="utf-8"))
     if machine not in data["unpacked"]:
         known = " and ".join(sorted(data["unpacked"]))
@@ -83,7 +88,10 @@ def pinned_wheels(machine: str | None = None) -> Wheels:
         )
     files = {
         wheel["name"]: IndexFile(
-            f"{wheel['name']}=={wheel['version']}", **wheel[machine], named_by="the pinned toolkit", elsewhere=_ELSEWHERE
+            f"{wheel['name']}=={wheel['version']}",
+            **wheel[machine],
+            named_by="the pinned toolkit",
+            elsewhere=_ELSEWHERE,
         )
         for wheel in data["wheel"]
     }
@@ -187,7 +195,9 @@ def _members(archive: zipfile.ZipFile, name: str, package: str) -> Iterator[tupl
 
 
 def _link_names(libraries: Path) -> None:
-    """libcublas.so -> libcublas.so.13, which is what a linker looks for. `lib` means the same as lib64, for what looks there."""
+    """libcublas.so -> libcublas.so.13, which is what a linker looks for. `lib` means the same as lib64, for what looks
+    there.
+    """
     for path in sorted(libraries.glob("lib*.so.*")):
         link = path.with_name(path.name.partition(".so.")[0] + ".so")
         if not link.exists():

@@ -56,7 +56,11 @@ def build_options(pin: Pin, survey: Survey, plugins: Plugins) -> tuple[BuildOpti
     if survey.gpus:
         cuda, name, command = targets_of(survey.gpus, plugins), "cuda, for this machine's GPUs", "apex build"
     else:
-        cuda, name, command = resolve([EXAMPLE], plugins), f"cuda, for example for {EXAMPLE}", f"apex build --gpu {EXAMPLE}"
+        cuda, name, command = (
+            resolve([EXAMPLE], plugins),
+            f"cuda, for example for {EXAMPLE}",
+            f"apex build --gpu {EXAMPLE}",
+        )
     return (
         _option("cpu", "apex build --backend cpu", pin, (), survey),
         _option(name, command, pin, cuda, survey),
@@ -101,7 +105,9 @@ def _toolkit_note(cuda: CudaPlan) -> str:
 def _driver_notes(cuda: CudaPlan, survey: Survey) -> list[str]:
     needed = _OLDEST_DRIVER.get(cuda.toolkit.version.partition(".")[0])
     old = {gpu.driver for gpu in survey.gpus if needed and int(gpu.driver.partition(".")[0]) < needed}
-    return [f"to compute on the GPU, its tools need driver {needed} or newer; this is {driver}" for driver in sorted(old)]
+    return [
+        f"to compute on the GPU, its tools need driver {needed} or newer; this is {driver}" for driver in sorted(old)
+    ]
 
 
 def _disk_reason(cuda: CudaPlan | None) -> tuple[str, str]:

@@ -1,4 +1,6 @@
-"""What this machine has for building: processor, memory, disk, compilers and build tools; and what the cache takes of it."""
+"""What this machine has for building: processor, memory, disk, compilers and build tools; and what the cache takes of
+it.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class CachedBuild:
 
 @dataclass(frozen=True)
 class Machine:
-    """`compiler`: the one that a build would use, or `compiler_error` says why there is none. `tools`: name -> version, or None."""
+    """`compiler`: the one that a build would use, or `compiler_error` says why there is none. `tools`: name -> version,
+    or None.
+    """
 
     architecture: str
     system: str
@@ -172,7 +176,10 @@ def _version(program: Path, *arguments: str) -> str | None:
 
 
 def _memory() -> dict[str, int]:
-    return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)}
+    return {
+        name: int(kib) * 1024
+        for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
+    }
 
 
 def _cpu_name() -> str:
@@ -183,7 +190,9 @@ def _cpu_name() -> str:
 def _system() -> str:
     found = re.search(r'^PRETTY_NAME="?([^"\n]*)', _read(Path("/etc/os-release")), re.MULTILINE)
     libc = " ".join(part for part in platform.libc_ver() if part)
-    return ", ".join(part for part in (found[1] if found else platform.system(), f"kernel {platform.release()}", libc) if part)
+    return ", ".join(
+        part for part in (found[1] if found else platform.system(), f"kernel {platform.release()}", libc) if part
+    )
 
 
 def _read(path: Path) -> str:

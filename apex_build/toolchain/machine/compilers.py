@@ -54,7 +54,9 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """The compilers that CC and CXX name, else the system's. Raises CompilerMissing where none can build a C++17 program."""
+    """The compilers that CC and CXX name, else the system's. Raises CompilerMissing where none can build a C++17
+    program.
+    """
     if os.environ.get("CXX") or os.environ.get("CC"):
         return _probe(*_from_environment())
     first_error: CompilerMissing | None = None
@@ -65,7 +67,9 @@ def find_compiler() -> Compiler:
                 return _probe(Path(cc), Path(cxx))
             except CompilerMissing as error:
                 first_error = first_error or error
-    raise first_error or CompilerMissing("no C++ compiler was found: no c++, g++ or clang++ in PATH", hint=install_hint())
+    raise first_error or CompilerMissing(
+        "no C++ compiler was found: no c++, g++ or clang++ in PATH", hint=install_hint()
+    )
 
 
 def cpu_features(compiler: Compiler) -> str:
@@ -102,7 +106,8 @@ def _program(variable: str, value: str) -> Path:
     if len(words) > 1:
         raise CompilerMissing(
             f"{variable}={value!r} is more than the name of a compiler",
-            hint=f"{variable}={shlex.quote(words[-1])}; flags belong in CFLAGS and CXXFLAGS, a compiler cache is used by itself",
+            hint=f"{variable}={shlex.quote(words[-1])}; flags belong in CFLAGS and CXXFLAGS, a compiler cache is used "
+            "by itself",
         )
     found = shutil.which(words[0]) if words else None
     if not found:
@@ -130,7 +135,9 @@ def _probe_once(cc: Path, cxx: Path, *_times: int) -> Compiler:
     )
     version = ".".join(values.get(name, "0") for name in names)
     if int(version.split(".")[0]) < _OLDEST[kind]:
-        raise CompilerMissing(f"{cxx} is {kind} {version}; {_OLDEST[kind]} is the oldest that will do", hint=install_hint())
+        raise CompilerMissing(
+            f"{cxx} is {kind} {version}; {_OLDEST[kind]} is the oldest that will do", hint=install_hint()
+        )
     with scratch_folder("compiler") as scratch:
         _try(cxx, scratch / "trial.cpp", _TRIAL, ("-std=c++17", "-pthread"))
         _try(cc, scratch / "trial.c", "int main(void) { return 0; }\n", ())

@@ -28,7 +28,9 @@ _HOPPER = 90  # from here on, an architecture has a variant `a` with extra instr
 _ARCHITECTURE = re.compile(r"(sm_|compute_)?(\d{2,3})([af]?)(-real|-virtual)?")
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 _QUERY = ("name", "compute_cap", "memory.total", "driver_version")
-_ANSWER = re.compile(r"(?P<name>\S.*), (?P<capability>\d{1,2}\.\d), (?P<memory>\d+|\[[^]]+\]), (?P<driver>\d+(?:\.\d+)*)")
+_ANSWER = re.compile(
+    r"(?P<name>\S.*), (?P<capability>\d{1,2}\.\d), (?P<memory>\d+|\[[^]]+\]), (?P<driver>\d+(?:\.\d+)*)"
+)
 # Words around a GPU's name that make no difference to a compiler.
 _AROUND = re.compile(
     r"nvidia|geforce|tesla|quadro|laptop|mobile|gpu|max|q|d|super|blackwell|workstation|server|edition|generation|founders|nvl\d*|sxm\d*"
@@ -39,7 +41,9 @@ _WSL = "/usr/lib/wsl/lib"  # where Windows puts nvidia-smi, outside of most PATH
 
 @dataclass(frozen=True)
 class FoundGpu:
-    """A GPU of this machine. `capability` such as 12.1; `memory_mib` is None if the GPU shares the machine's memory (DGX Spark)."""
+    """A GPU of this machine. `capability` such as 12.1; `memory_mib` is None if the GPU shares the machine's memory
+    (DGX Spark).
+    """
 
     name: str
     capability: str
@@ -63,9 +67,9 @@ class Survey:
 def resolve(names: Sequence[str], plugins: Plugins) -> tuple[GpuTarget, ...]:
     """Targets of these names, in this order, none twice.
 
-    A name is a GPU's (dgx-spark, `RTX 4090`), a group's (all-common), an architecture (sm_120, 120a, 90a-virtual) or a compute
-    capability (8.9); several may stand in one string, with commas or spaces between names that have none themselves. Raises
-    GpuUnknown with the names that are near.
+    A name is a GPU's (dgx-spark, `RTX 4090`), a group's (all-common), an architecture (sm_120, 120a, 90a-virtual) or a
+    compute capability (8.9); several may stand in one string, with commas or spaces between names that have none
+    themselves. Raises GpuUnknown with the names that are near.
     """
     known = plugins.gpu_targets()
     found: dict[str, GpuTarget] = {}
@@ -92,9 +96,11 @@ def capability_number(architecture: str) -> int:
 
 
 def runs_on(architecture: str, capability: str) -> bool:
-    """Whether code for this architecture runs on a GPU of this capability (CUDA C++ Programming Guide, binary compatibility).
+    """Whether code for this architecture runs on a GPU of this capability (CUDA C++ Programming Guide, binary
+    compatibility).
 
-    121a: on 12.1 alone. 100f: on 10.0 and later of 10.x. 86: likewise; as PTX, which `virtual` is: on everything from 8.6 on.
+    121a: on 12.1 alone. 100f: on 10.0 and later of 10.x. 86: likewise; as PTX, which `virtual` is: on everything from
+    8.6 on.
     """
     found = _ARCHITECTURE.fullmatch(architecture)
     if not found:
@@ -112,7 +118,9 @@ def dropped_by(architecture: str) -> str | None:
 
 
 def survey_gpus() -> Survey:
-    """Ask nvidia-smi. Without it, without a driver or a GPU, or where it says what we do not understand: none, with the reason."""
+    """Ask nvidia-smi. Without it, without a driver or a GPU, or where it says what we do not understand: none, with the
+    reason.
+    """
     program = shutil.which("nvidia-smi", path=os.pathsep.join((os.environ.get("PATH", os.defpath), _WSL)))
     if program is None:
         return Survey((), "there is no nvidia-smi in PATH, so no NVIDIA driver")
@@ -123,7 +131,9 @@ def survey_gpus() -> Survey:
         return Survey((), f"nvidia-smi cannot be used: {error.message.splitlines()[0]}")
     lines = [printable(line).strip() for line in said.lines if line.strip()]
     if said.returncode:
-        return Survey((), f"nvidia-smi ended with code {said.returncode}: {lines[0][:200] if lines else 'without a word'}")
+        return Survey(
+            (), f"nvidia-smi ended with code {said.returncode}: {lines[0][:200] if lines else 'without a word'}"
+        )
     gpus = []
     for line in lines:
         answer = _ANSWER.fullmatch(line)
@@ -154,7 +164,9 @@ def _split(given: str, known: dict[str, GpuTarget]) -> list[str]:
 
 
 def _called(given: str, known: dict[str, GpuTarget]) -> GpuTarget | None:
-    """The target of this name or alias, or of a name in the words that nvidia-smi puts around it: NVIDIA H100 80GB HBM3."""
+    """The target of this name or alias, or of a name in the words that nvidia-smi puts around it: NVIDIA H100 80GB
+    HBM3.
+    """
     names = {_plain(alias): target for target in known.values() for alias in target.aliases}
     names |= {_plain(name): target for name, target in known.items()}
     for prefix in ("", "rtx", "gtx"):
@@ -202,7 +214,9 @@ def _of_architecture(text: str, given: str = "") -> GpuTarget:
             hint="apex build --list-gpus",
         )
     if variant == "a" and int(number) < _HOPPER:
-        raise GpuUnknown(f"'{printable(given or text)}': only sm_{_HOPPER} and newer have a variant 'a'", hint=f"sm_{number}")
+        raise GpuUnknown(
+            f"'{printable(given or text)}': only sm_{_HOPPER} and newer have a variant 'a'", hint=f"sm_{number}"
+        )
     if variant == "f" and int(number) < 100:
         raise GpuUnknown(f"'{printable(given or text)}': only sm_100 and newer have a variant 'f'", hint=f"sm_{number}")
     if not variant and number.startswith("12") and len(number) == 3:

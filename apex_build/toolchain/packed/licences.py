@@ -1,4 +1,6 @@
-"""The licence texts that go with the built tools: llama.cpp's own, and what the code that it includes asks to be passed on."""
+"""The licence texts that go with the built tools: llama.cpp's own, and what the code that it includes asks to be passed
+on.
+"""
 
 from __future__ import annotations
 

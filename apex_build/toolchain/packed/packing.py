@@ -1,7 +1,7 @@
 """A finished build as one file that can be carried to another machine.
 
-A zstd-compressed tar of regular files in one folder: SHA256SUMS (as `sha256sum -c` reads it), manifest.json, bin/ and licenses/.
-The same build always gives the same bytes. unpacking.py reads it.
+A zstd-compressed tar of regular files in one folder: SHA256SUMS (as `sha256sum -c` reads it), manifest.json, bin/ and
+licenses/. The same build always gives the same bytes. unpacking.py reads it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True
     """
     check_out(out)
     check_apart([out], toolset.files(), _OTHER_NAME)
-    check_room(out.parent, sum(path.stat().st_size for path in toolset.files()), f"the build {toolset.root.name}, unpacked,")
+    check_room(
+        out.parent, sum(path.stat().st_size for path in toolset.files()), f"the build {toolset.root.name}, unpacked,"
+    )
     report(Step("checking the build", 0))
     cache.verify(toolset)
     manifest, left_out = _manifest_for(toolset, cuda_runtime)
@@ -71,15 +73,24 @@ def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True
             files[name] = text
             manifest["files"][name] = {"sha256": hashlib.sha256(text).hexdigest(), "size": len(text)}
     listing = (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
-    sums = {name: about["sha256"] for name, about in manifest["files"].items()} | {MANIFEST: hashlib.sha256(listing).hexdigest()}
+    sums = {name: about["sha256"] for name, about in manifest["files"].items()} | {
+        MANIFEST: hashlib.sha256(listing).hexdigest()
+    }
     text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
     with locked_output(out), whole_file(out) as part:
-        _write(part, f"apex-build-{manifest['key'][:12]}", {SUMS: text, MANIFEST: listing, **dict(sorted(files.items()))}, report)
+        _write(
+            part,
+            f"apex-build-{manifest['key'][:12]}",
+            {SUMS: text, MANIFEST: listing, **dict(sorted(files.items()))},
+            report,
+        )
     return Packed(out, sha256_file(out), out.stat().st_size, manifest, left_out)
 
 
 def check_out(out: Path) -> None:
-    """Raises OutputUnwritable where a build could not be packed to this file: another file than a packed build is not replaced."""
+    """Raises OutputUnwritable where a build could not be packed to this file: another file than a packed build is not
+    replaced.
+    """
     if not out.name.endswith(SUFFIX):
         raise OutputUnwritable(f"{out}: expected a name that ends with {SUFFIX}", hint=f"--export {out.name}{SUFFIX}")
     check_place(out, _OTHER_NAME)
@@ -125,7 +136,8 @@ def _manifest_for(toolset: Toolset, cuda_runtime: bool) -> tuple[dict[str, Any],
     elif runtime and not any(name.startswith("licenses/nvidia-") for name in manifest["files"]):
         raise BuildMissing(
             f"{toolset.root} holds {', '.join(runtime)} without NVIDIA's licence, which has to go with them",
-            hint="--no-cuda-runtime leaves them out; or apex build --cuda-toolchain pypi, whose wheels bring the licence",
+            hint="--no-cuda-runtime leaves them out; or apex build --cuda-toolchain pypi, whose wheels bring the "
+            "licence",
         )
     return manifest, tuple(manifest.get("left_out", ()))
 

@@ -1,4 +1,6 @@
-"""Taking in a build that was packed elsewhere: judged by its headers and lists, verified byte by byte, tried, installed."""
+"""Taking in a build that was packed elsewhere: judged by its headers and lists, verified byte by byte, tried,
+installed.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +51,12 @@ class TakenIn:
 
 
 def take_in(archive: Path, *, make_current: bool = False, report: Report = silent) -> TakenIn:
-    """Install a packed build into the cache, whole and verified or not at all; `make_current` lets the other verbs use it.
+    """Install a packed build into the cache, whole and verified or not at all; `make_current` lets the other verbs use
+    it.
 
-    The sums prove that nothing was damaged on the way, not who made it. Raises ArchiveUnsafe (a link, a device, a path that
-    escapes, absurd sizes), HashMismatch (a file that is not what the lists say, or no packed build), BuildForeign (not for this
-    machine), DownloadFailed (missing, or cut short), DiskTooSmall.
+    The sums prove that nothing was damaged on the way, not who made it. Raises ArchiveUnsafe (a link, a device, a path
+    that escapes, absurd sizes), HashMismatch (a file that is not what the lists say, or no packed build), BuildForeign
+    (not for this machine), DownloadFailed (missing, or cut short), DiskTooSmall.
     """
     root = cache.builds_root()
     with locked(root / "import", wait=True, report=report), new_folder(root / "import") as part:
@@ -90,7 +93,9 @@ def _members(archive: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
         if member.isdir():
             continue
         if not member.isreg():
-            raise ArchiveUnsafe(f"{archive.name}: {member.name!r} is a link to {member.linkname!r}; a packed build has none")
+            raise ArchiveUnsafe(
+                f"{archive.name}: {member.name!r} is a link to {member.linkname!r}; a packed build has none"
+            )
         total += max(member.size, 0)
         if len(members) >= MAX_MEMBERS or total > MAX_TOTAL or member.size < 0:
             raise ArchiveUnsafe(f"{archive.name}: refused at {member.name!r}: too many members, or too large")
@@ -142,11 +147,15 @@ def _differing(
     members: Mapping[str, tarfile.TarInfo], sums: Mapping[str, str], files: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     names = sorted(set(sums) ^ set(files))
-    return names or [name for name, about in files.items() if (about["sha256"], about["size"]) != (sums[name], members[name].size)]
+    return names or [
+        name for name, about in files.items() if (about["sha256"], about["size"]) != (sums[name], members[name].size)
+    ]
 
 
 def _misshapen(manifest: Any) -> str:
-    """What is wrong about the kinds of its values, so that a strange manifest is met here and not in whatever reads it later."""
+    """What is wrong about the kinds of its values, so that a strange manifest is met here and not in whatever reads it
+    later.
+    """
     if not isinstance(manifest, dict):
         return "it is not an object"
     for name, kind in (*_SHAPE.items(), *((name, kind) for name, kind in _SHAPE_IF_THERE.items() if name in manifest)):
@@ -166,7 +175,11 @@ def _misshapen(manifest: Any) -> str:
     if manifest["pin"] is not None and not isinstance(manifest["pin"].get("name"), str):
         return "the pin"
     for name, about in manifest["files"].items():
-        if not isinstance(about, dict) or type(about.get("size")) is not int or not isinstance(about.get("sha256"), str):
+        if (
+            not isinstance(about, dict)
+            or type(about.get("size")) is not int
+            or not isinstance(about.get("sha256"), str)
+        ):
             return f"what it says of {name!r:.80}"
     if wrong := misshapen(manifest):
         return wrong
@@ -224,7 +237,9 @@ def _extract(
                     digest.update(block)
                     file.write(block)
         if digest.hexdigest() != about["sha256"]:
-            raise HashMismatch(f"{archive}: {name} has the sha256 {digest.hexdigest()}, its lists say {about['sha256']}")
+            raise HashMismatch(
+                f"{archive}: {name} has the sha256 {digest.hexdigest()}, its lists say {about['sha256']}"
+            )
         path.chmod(0o755 if name.startswith("bin/") else 0o644)
         report(Step("unpacking", number, len(files), "files"))
 
@@ -266,4 +281,6 @@ def _try(archive: Path, folder: Path, targets: list[str]) -> None:
         except (ToolFailed, ToolTimeout) as error:
             wrong = error.message
         if wrong:
-            raise BuildForeign(f"{archive}: {name} does not run on this machine: {wrong}", hint="apex build, on this machine")
+            raise BuildForeign(
+                f"{archive}: {name} does not run on this machine: {wrong}", hint="apex build, on this machine"
+            )

@@ -115,7 +115,9 @@ def test_broken_source_shows_the_compilers_own_line(source: Path, cache: Path) -
 
 
 def test_a_project_that_cmake_refuses(source: Path, cache: Path) -> None:
-    (source / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 3.14)\nproject(x)\nadd_library(part nothing.cpp)\n")
+    (source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.14)\nproject(x)\nadd_library(part nothing.cpp)\n"
+    )
     with pytest.raises(BuildFailed, match=r"(?s)cannot configure.*Cannot find source file"):
         build(plan_build(source, TINY))
     assert visible(cache) == []
@@ -239,7 +241,9 @@ def test_another_checkout_takes_from_the_compiler_cache(source: Path, cache: Pat
 
 
 @pytest.mark.skipif(sccache() is None, reason="no sccache for this machine")
-def test_the_users_own_compiler_cache_is_left_alone(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_users_own_compiler_cache_is_left_alone(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SCCACHE_DIR", str(tmp_path / "users"))
     monkeypatch.setenv("SCCACHE_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("SCCACHE_BUCKET", "users")

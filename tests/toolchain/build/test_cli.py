@@ -65,7 +65,10 @@ def test_no_source_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done = CliRunner().invoke(apex, ["build", "--backend", "cpu", "--dry-run"])
     assert done.exit_code == 0
     assert "would be fetched first" in done.stdout
-    assert json.loads(CliRunner().invoke(apex, ["build", "--backend", "cpu", "--dry-run", "--json"]).stdout)["source"] is None
+    assert (
+        json.loads(CliRunner().invoke(apex, ["build", "--backend", "cpu", "--dry-run", "--json"]).stdout)["source"]
+        is None
+    )
 
 
 def test_cuda_without_a_gpu_and_without_a_name() -> None:

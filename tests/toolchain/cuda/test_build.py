@@ -1,4 +1,6 @@
-"""CUDA builds for real, with the toolkit from the package index: a tiny project, and three small files of llama.cpp's backend."""
+"""CUDA builds for real, with the toolkit from the package index: a tiny project, and three small files of llama.cpp's
+backend.
+"""
 
 from __future__ import annotations
 
@@ -65,13 +67,17 @@ def test_a_folder_that_runs_from_anywhere_without_a_driver(toolkit: CudaToolkit,
     # with something in the driver's place everything else is found beside the tool
     stub = make_driver_stub(toolkit, find_compiler(), tmp_path / "stub")
     (tmp_path / "stub" / "libcuda.so.1").symlink_to(stub)
-    assert run_tool([moved / "bin" / "tool"], env={"LD_LIBRARY_PATH": str(tmp_path / "stub")}).lines == ("with a GPU's driver",)
+    assert run_tool([moved / "bin" / "tool"], env={"LD_LIBRARY_PATH": str(tmp_path / "stub")}).lines == (
+        "with a GPU's driver",
+    )
 
 
 def test_an_architecture_that_is_not_in_the_binary(toolkit: CudaToolkit, cache: Path, tmp_path: Path) -> None:
     lists = CMAKE_LISTS + "set_target_properties(ggml-cuda PROPERTIES CUDA_ARCHITECTURES 90a-real)\n"
     source = make_cuda_source(tmp_path / "source", CMakeLists_txt=lists)
-    with pytest.raises(BuildFailed, match=r"libggml-cuda\.so was built, but holds no code for sm_121a\. It holds: sm_90a \(2\)"):
+    with pytest.raises(
+        BuildFailed, match=r"libggml-cuda\.so was built, but holds no code for sm_121a\. It holds: sm_90a \(2\)"
+    ):
         build(tiny_plan(source, SPARK, H100))
     assert [path.name for path in (cache / "builds").iterdir() if not path.name.startswith(".")] == []
 
@@ -93,7 +99,9 @@ def test_two_builds_for_different_gpus_at_once(toolkit: CudaToolkit, cache: Path
     assert len(build_cache.all_builds()) == 2
 
 
-def test_half_a_real_toolkit(toolkit: CudaToolkit, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_real_toolkit(
+    toolkit: CudaToolkit, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = part_of(toolkit, tmp_path / "cuda", ("cublas",))
     assert judge(root).missing == ("cuBLAS headers", "cuBLAS", "cuBLASLt")
     monkeypatch.setattr(cuda_toolkit, "_PLACES", ())

@@ -1,4 +1,6 @@
-"""sccache's distributed mode, on one machine: a scheduler and two servers, which compile C++ and CUDA for a build of ours."""
+"""sccache's distributed mode, on one machine: a scheduler and two servers, which compile C++ and CUDA for a build of
+ours.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def farm(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("the sccache of this environment comes without sccache-dist")
     if bwrap is None or os.geteuid():
         pytest.skip("a server of sccache-dist needs bubblewrap (bwrap) and root; this machine has not both")
-    client, secret = (run_tool([dist, "auth", kind]).lines[-1] for kind in ("generate-shared-token", "generate-jwt-hs256-key"))
+    client, secret = (
+        run_tool([dist, "auth", kind]).lines[-1] for kind in ("generate-shared-token", "generate-jwt-hs256-key")
+    )
     scheduler = f"{LOCAL}:{free_port()}"
     config = tmp_path / "scheduler.conf"
     config.write_text(
@@ -49,7 +53,9 @@ def farm(tmp_path: Path) -> Iterator[Path]:
     for number in (1, 2):
         address, folder = f"{LOCAL}:{free_port()}", tmp_path / f"server{number}"
         (folder / "build").mkdir(parents=True)
-        token = run_tool([dist, "auth", "generate-jwt-hs256-server-token", "--secret-key", secret, "--server", address]).lines[-1]
+        token = run_tool(
+            [dist, "auth", "generate-jwt-hs256-server-token", "--secret-key", secret, "--server", address]
+        ).lines[-1]
         config = folder / "server.conf"
         config.write_text(
             f'cache_dir = "{folder}/toolchains"\npublic_addr = "{address}"\nscheduler_url = "http://{scheduler}"\n'
@@ -66,7 +72,9 @@ def farm(tmp_path: Path) -> Iterator[Path]:
     try:
         for number, command in enumerate(commands):
             with (tmp_path / f"{number}.log").open("wb") as output:
-                children.append(start(command, cwd=tmp_path, env={"SCCACHE_NO_DAEMON": "1", "SCCACHE_LOG": "info"}, output=output))
+                children.append(
+                    start(command, cwd=tmp_path, env={"SCCACHE_NO_DAEMON": "1", "SCCACHE_LOG": "info"}, output=output)
+                )
             time.sleep(1)  # a server asks the scheduler once
         deadline = time.monotonic() + 30
         while (tmp_path / "0.log").read_text().count("Registered new server") < 2:
@@ -92,5 +100,8 @@ def test_a_build_on_two_servers(
 
 def test_a_configuration_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("APEX_SCCACHE_CONF", "nowhere.conf")
-    with pytest.raises(CompilerMissing, match=r"names 'nowhere\.conf', and there is no such file"), launcher(tmp_path, [tmp_path]):
+    with (
+        pytest.raises(CompilerMissing, match=r"names 'nowhere\.conf', and there is no such file"),
+        launcher(tmp_path, [tmp_path]),
+    ):
         pass

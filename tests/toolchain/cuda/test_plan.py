@@ -1,4 +1,6 @@
-"""Which toolkit a CUDA build is made with, what is refused before anything is fetched, and the options for each machine."""
+"""Which toolkit a CUDA build is made with, what is refused before anything is fetched, and the options for each
+machine.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.delenv("CUDAToolkit_ROOT", raising=False)
     monkeypatch.setenv(
-        "PATH", os.pathsep.join(place for place in os.environ["PATH"].split(os.pathsep) if not (Path(place) / "nvcc").exists())
+        "PATH",
+        os.pathsep.join(place for place in os.environ["PATH"].split(os.pathsep) if not (Path(place) / "nvcc").exists()),
     )
     return root
 
@@ -50,7 +53,9 @@ def test_a_complete_toolkit_of_the_machine_is_used(home: Path) -> None:
     assert plan.notes == ()
 
 
-def test_the_toolkit_in_path_even_if_a_script_leads_to_it(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_toolkit_in_path_even_if_a_script_leads_to_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     fake_toolkit(home)
     monkeypatch.delenv("CUDA_HOME")
     (tmp_path / "bin").mkdir()
@@ -65,7 +70,9 @@ def test_half_a_toolkit(home: Path) -> None:
     plan = plan_cuda([SPARK], GCC)
     assert plan.toolkit.origin == "pypi"
     (note,) = plan.notes
-    assert note.startswith(f"{home} is only a part of a CUDA toolkit (missing: cuBLAS headers, cuBLAS, cuBLASLt; there: nvcc, ")
+    assert note.startswith(
+        f"{home} is only a part of a CUDA toolkit (missing: cuBLAS headers, cuBLAS, cuBLASLt; there: nvcc, "
+    )
     with pytest.raises(ToolkitUnusable) as caught:
         plan_cuda([SPARK], GCC, "system")
     assert "no CUDA toolkit of this machine can build for dgx-spark" in caught.value.message
@@ -76,14 +83,17 @@ def test_half_a_toolkit(home: Path) -> None:
 def test_an_architecture_newer_than_the_toolkit(home: Path) -> None:
     fake_toolkit(home, version="12.4.131", codes="80 90")
     with pytest.raises(
-        ToolkitUnusable, match=r"dgx-spark \(121a-real\) needs CUDA 12\.9 or newer; .* is 12\.4\.131, which compiles for"
+        ToolkitUnusable,
+        match=r"dgx-spark \(121a-real\) needs CUDA 12\.9 or newer; .* is 12\.4\.131, which compiles for",
     ):
         plan_cuda([H100, SPARK], GCC, "system")
     assert plan_cuda([H100], GCC).toolkit.origin == "system"
     assert plan_cuda([H100, SPARK], GCC).toolkit.origin == "pypi"
 
 
-@pytest.mark.parametrize(("name", "needs"), [("sm_200", "a CUDA newer than 13.0.88"), ("sm_61", "a CUDA older than 13.0")])
+@pytest.mark.parametrize(
+    ("name", "needs"), [("sm_200", "a CUDA newer than 13.0.88"), ("sm_61", "a CUDA older than 13.0")]
+)
 def test_an_architecture_that_no_toolkit_here_knows(home: Path, cache: Path, name: str, needs: str) -> None:
     said = CliRunner().invoke(apex, ["build", "--gpu", name, "--dry-run"])
     if "would be fetched first" in said.output:
@@ -103,7 +113,9 @@ def test_a_host_compiler_that_is_too_new(home: Path, monkeypatch: pytest.MonkeyP
     assert re.search(r"CXX=g\+\+-\d+", str(caught.value.hint))
     assert plan_cuda([SPARK], GCC).toolkit.origin == "pypi"  # which takes more
     newer = replace(GCC, version=f"{pinned_wheels().newest_host['GNU'] + 1}.1.0")
-    with pytest.raises(ToolkitUnusable, match=r"nvcc 13\.0\.88 of the package index takes gcc up to 15; .* is gcc 16\.1\.0"):
+    with pytest.raises(
+        ToolkitUnusable, match=r"nvcc 13\.0\.88 of the package index takes gcc up to 15; .* is gcc 16\.1\.0"
+    ):
         plan_cuda([SPARK], newer, "pypi")
     clang = replace(GCC, kind="Clang", version="21.0.0", cxx=Path("/usr/bin/clang++"))
     with pytest.raises(ToolkitUnusable, match="takes clang up to 20"):
@@ -112,7 +124,9 @@ def test_a_host_compiler_that_is_too_new(home: Path, monkeypatch: pytest.MonkeyP
 
 def test_no_toolkit_at_all(home: Path) -> None:
     assert plan_cuda([SPARK], GCC).notes == ()
-    with pytest.raises(ToolkitUnusable, match="no CUDA toolkit of this machine can build for dgx-spark: none was found"):
+    with pytest.raises(
+        ToolkitUnusable, match="no CUDA toolkit of this machine can build for dgx-spark: none was found"
+    ):
         plan_cuda([SPARK], GCC, "system")
 
 
@@ -146,7 +160,9 @@ def test_options_that_matter() -> None:
 
 
 def test_aarch64() -> None:
-    """GCC 13, which a DGX Spark comes with, knows no SME: one CPU backend then, that any ARM machine with such a GPU can run."""
+    """GCC 13, which a DGX Spark comes with, knows no SME: one CPU backend then, that any ARM machine with such a GPU
+    can run.
+    """
 
     def of(gcc: int) -> dict[str, str]:
         def accepts(flag: str) -> bool:
@@ -168,7 +184,11 @@ def test_an_older_gcc_on_x86_64() -> None:
 
 @pytest.mark.parametrize(
     ("architectures", "ptx"),
-    [(("89-real", "90a-real"), "90-virtual"), (("121a-real",), "90-virtual"), (("100a-real", "121a-real"), "100-virtual")],
+    [
+        (("89-real", "90a-real"), "90-virtual"),
+        (("121a-real",), "90-virtual"),
+        (("100a-real", "121a-real"), "100-virtual"),
+    ],
 )
 def test_ptx_is_of_an_architecture_that_newer_gpus_can_use(architectures: tuple[str, ...], ptx: str) -> None:
     assert with_ptx(architectures) == (*architectures, ptx)
@@ -196,7 +216,9 @@ def test_gpu_and_cpu_do_not_go_together() -> None:
     assert "--backend cpu was asked for" in done.stderr
 
 
-def test_the_dry_run_names_gpus_toolkit_and_download(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dry_run_names_gpus_toolkit_and_download(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("apex_build.cli.build.require_tree", lambda *_: make_source(tmp_path / "source"))
     fake_toolkit(home, without="cublas")
     done = CliRunner().invoke(apex, ["build", "--gpu", "h100,dgx-spark", "--dry-run"])

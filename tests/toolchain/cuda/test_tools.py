@@ -1,4 +1,6 @@
-"""The tools of a CUDA folder on a machine without a GPU, against the CPU build's. Runs where such a build is in the cache."""
+"""The tools of a CUDA folder on a machine without a GPU, against the CPU build's. Runs where such a build is in the
+cache.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def cuda_tools(tools: Toolset) -> Toolset:
 
 
 def test_calibration_of_trunk_and_head(cuda_tools: Toolset, tools: Toolset, testbed: Path, tmp_path: Path) -> None:
-    """Other instructions of the CPU are used: sums differ in their last digits, and a token at a tie may go to another expert."""
+    """Other instructions of the CPU are used: sums differ in their last digits, and a token at a tie may go to another
+    expert.
+    """
     found = []
     for toolset, name in ((tools, "cpu"), (cuda_tools, "cuda")):
         out = tmp_path / f"{name}.imatrix.gguf"

@@ -30,7 +30,11 @@ PACKAGES = {
     "nvidia-nvvm": {"nvvm/bin/cicc": "", "nvvm/libdevice/libdevice.10.bc": "", "lib/libnvvm.so.4": ""},
     "nvidia-cuda-crt": {"include/crt/host_config.h": ""},
     "nvidia-cuda-cccl": {"include/cccl/cub/cub.cuh": "", ".metadata/provenance.txt": ""},
-    "nvidia-cuda-runtime": {"include/cuda_runtime.h": "", "include/cuda_runtime_api.h": HEADER, "lib/libcudart.so.13": ""},
+    "nvidia-cuda-runtime": {
+        "include/cuda_runtime.h": "",
+        "include/cuda_runtime_api.h": HEADER,
+        "lib/libcudart.so.13": "",
+    },
     "nvidia-cublas": {"include/cublas_v2.h": "", "lib/libcublas.so.13": "", "lib/libcublasLt.so.13": ""},
     "nvidia-cuda-cuobjdump": {"bin/cuobjdump": NVCC},
 }
@@ -47,7 +51,9 @@ def make_wheel(folder: Path, package: str, files: dict[str, str]) -> Path:
             member.external_attr = (0o755 if "/bin/" in f"/{inside}" else 0o644) << 16
             archive.writestr(member, text)
         archive.writestr(f"{name}-13.0.1.dist-info/licenses/License.txt", "terms\n")
-        archive.writestr(f"{name}-13.0.1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0.1\n")
+        archive.writestr(
+            f"{name}-13.0.1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0.1\n"
+        )
     return path
 
 
@@ -69,7 +75,9 @@ def pinned(offered: Path) -> Wheels:
     for package in PACKAGES:  # in which order they are fetched
         (path,) = offered.glob(f"{package.replace('-', '_')}-*.whl")
         name, version, *_ = parse_wheel_filename(path.name)
-        files[str(name)] = IndexFile(f"{name}=={version}", path.name, sha256_file(path), path.stat().st_size, "the pinned toolkit")
+        files[str(name)] = IndexFile(
+            f"{name}=={version}", path.name, sha256_file(path), path.stat().st_size, "the pinned toolkit"
+        )
     return Wheels("x86_64", "13.0.88", {"GNU": 15}, (90, 121), 1000, files, dict.fromkeys(files, "13.0.1"))
 
 
@@ -84,7 +92,11 @@ def test_the_layout(offered: Path, cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert toolkit.root.parent == cache / "toolchains"
     assert (toolkit.version, toolkit.missing, toolkit.origin) == ("13.0.88", (), "pypi")
     assert toolkit.packages["nvidia-cublas"] == {"version": "13.0.1", "sha256": wheels.files["nvidia-cublas"].sha256}
-    for folder in ("bin", "nvvm", "lib64"):  # nvcc finds its parts through bin/.., which a link to a folder would lead elsewhere
+    for folder in (
+        "bin",
+        "nvvm",
+        "lib64",
+    ):  # nvcc finds its parts through bin/.., which a link to a folder would lead elsewhere
         assert (toolkit.root / folder).is_dir()
         assert not (toolkit.root / folder).is_symlink()
     assert (toolkit.root / "lib64" / "libcublas.so").readlink() == Path("libcublas.so.13")
@@ -118,7 +130,9 @@ def test_another_wheel_of_the_same_name(offered: Path, cache: Path) -> None:
     wheels = pinned(offered)
     nvcc = offered / wheels.files["nvidia-cuda-nvcc"].file
     nvcc.write_bytes(b"x" * nvcc.stat().st_size)
-    with pytest.raises(HashMismatch, match=r"nvidia_cuda_nvcc.* is not the file that the pinned toolkit names: its sha256 is"):
+    with pytest.raises(
+        HashMismatch, match=r"nvidia_cuda_nvcc.* is not the file that the pinned toolkit names: its sha256 is"
+    ):
         install(wheels)
     assert left_behind(cache) == []
 
@@ -130,7 +144,9 @@ def test_a_wheel_that_lacks_a_part(offered: Path, cache: Path) -> None:
     assert left_behind(cache) == []
 
 
-@pytest.mark.parametrize("member", ["/etc/evil", "nvidia/cu13/bin/../../../evil.dist-info", "link.dist-info/licenses/x"])
+@pytest.mark.parametrize(
+    "member", ["/etc/evil", "nvidia/cu13/bin/../../../evil.dist-info", "link.dist-info/licenses/x"]
+)
 def test_a_wheel_that_reaches_out(offered: Path, cache: Path, member: str) -> None:
     path = make_wheel(offered, "nvidia-cublas", PACKAGES["nvidia-cublas"])
     with zipfile.ZipFile(path, "a") as archive:
@@ -159,8 +175,13 @@ def test_no_disk_for_it(offered: Path, cache: Path) -> None:
 
 
 def test_two_at_once(offered: Path, cache: Path) -> None:
-    code = "import pickle, sys; from apex_build.toolchain.cuda.wheels import *; print(install(pickle.load(sys.stdin.buffer)).root)"
-    children = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    code = (
+        "import pickle, sys; from apex_build.toolchain.cuda.wheels import *; "
+        "print(install(pickle.load(sys.stdin.buffer)).root)"
+    )
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)
+    ]
     answers = {child.communicate(pickle.dumps(pinned(offered)), timeout=120)[0].decode().strip() for child in children}
     assert [child.returncode for child in children] == [0, 0]
     assert answers == {str(pinned(offered).root)}
@@ -197,11 +218,16 @@ def test_the_index_offers_the_pinned_wheels() -> None:
     config = read_pip_config()
     with open_session(config) as session:
         finder = PackageFinder(
-            session, index_urls=[config.index_url] if config.index_url else [], ignore_compatibility=True, only_binary=[":all:"]
+            session,
+            index_urls=[config.index_url] if config.index_url else [],
+            ignore_compatibility=True,
+            only_binary=[":all:"],
         )
         for machine in ("x86_64", "aarch64"):
             for file in pinned_wheels(machine).files.values():
-                found = [match.link for match in finder.find_matches(file.requirement) if match.link.filename == file.file]
+                found = [
+                    match.link for match in finder.find_matches(file.requirement) if match.link.filename == file.file
+                ]
                 if not found:
                     pytest.skip(f"the package index has no {file.file}")
                 assert (found[0].hash_option or {}).get("sha256", [file.sha256]) == [file.sha256]

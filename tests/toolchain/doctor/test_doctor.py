@@ -114,7 +114,9 @@ def test_a_toolkit_that_is_too_old_for_the_gpu(tmp_path: Path, monkeypatch: pyte
 def test_gpus_with_an_old_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
     nvidia_smi(
-        tmp_path / "bin", monkeypatch, ["NVIDIA GeForce RTX 4090, 8.9, 24564, 550.54.14", "NVIDIA GB10, 12.1, [N/A], 550.54.14"]
+        tmp_path / "bin",
+        monkeypatch,
+        ["NVIDIA GeForce RTX 4090, 8.9, 24564, 550.54.14", "NVIDIA GB10, 12.1, [N/A], 550.54.14"],
     )
     told = doctor()
     assert [gpu["architecture"] for gpu in told["gpus"]] == ["89-real", "121a-real"]
@@ -133,7 +135,11 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["machine"]["compiler"] is None
     assert "no C++ compiler was found" in told["machine"]["compiler_error"]
     for item in told["could_be_built"]:
-        assert not item["possible"] and "no C++ compiler was found" in item["why_not"] and "apt-get install g++" in item["hint"]
+        assert (
+            not item["possible"]
+            and "no C++ compiler was found" in item["why_not"]
+            and "apt-get install g++" in item["hint"]
+        )
     assert "no C++ compiler was found" in said()
 
 

@@ -61,7 +61,8 @@ def test_cxx_that_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_a_compiler_that_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     old = script(
-        tmp_path / "g++", "echo '#define __GNUC__ 7'; echo '#define __GNUC_MINOR__ 5'; echo '#define __GNUC_PATCHLEVEL__ 0'"
+        tmp_path / "g++",
+        "echo '#define __GNUC__ 7'; echo '#define __GNUC_MINOR__ 5'; echo '#define __GNUC_PATCHLEVEL__ 0'",
     )
     monkeypatch.setenv("CC", str(old))
     monkeypatch.setenv("CXX", str(old))
@@ -71,7 +72,10 @@ def test_a_compiler_that_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_a_compiler_without_its_standard_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = shutil.which("c++")
-    body = f'case "$*" in *-dM*) exec {real} "$@";; esac\necho "trial.cpp:3:10: fatal error: filesystem: No such file"\nexit 1'
+    body = (
+        f'case "$*" in *-dM*) exec {real} "$@";; esac\necho "trial.cpp:3:10: fatal error: filesystem: No such '
+        'file"\nexit 1'
+    )
     monkeypatch.setenv("CXX", str(script(tmp_path / "g++", body)))
     monkeypatch.setenv("CC", str(shutil.which("cc")))
     with pytest.raises(CompilerMissing, match=r"(?s)cannot build even a small program.*fatal error: filesystem"):
@@ -110,7 +114,9 @@ def test_the_command_line_says_so_with_its_own_code(tmp_path: Path) -> None:
         "build.ensure_source = None  # never called\n"
         "cli.main(['build'])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 20
     assert "error: CXX names" in done.stderr
     assert "try:   unset CXX" in done.stderr

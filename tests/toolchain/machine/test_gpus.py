@@ -177,7 +177,9 @@ def test_what_runs_on_what(architecture: str, capability: str, runs: bool) -> No
 def test_a_plugins_own_gpu(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     text = "from apex_build.hookspecs import GpuTarget, hookimpl\n@hookimpl\ndef apex_gpu_targets(): return "
-    (tmp_path / "mine" / "plugin.py").write_text(text + "[GpuTarget('abacus', '89-real', 1, 'beads', '11.8', ('wooden',))]\n")
+    (tmp_path / "mine" / "plugin.py").write_text(
+        text + "[GpuTarget('abacus', '89-real', 1, 'beads', '11.8', ('wooden',))]\n"
+    )
     plugins = load_plugins([tmp_path / "mine"])
     assert (
         resolve(["abacus"], plugins)
@@ -207,7 +209,9 @@ def test_a_dgx_spark(plugins: Plugins, tmp_path: Path, monkeypatch: pytest.Monke
     assert (target.name, target.architecture, target.memory_gib) == ("dgx-spark", "121a-real", 128)
 
 
-def test_several_gpus_and_which_targets_serve_them(plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_gpus_and_which_targets_serve_them(
+    plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = (
         "NVIDIA GeForce RTX 4090",
         "NVIDIA L40",

@@ -160,7 +160,11 @@ def with_runtime(toolset: Toolset) -> Toolset:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text)
         manifest["files"][name] = {"sha256": hashlib.sha256(text).hexdigest(), "size": len(text), **more}
-    identity = {"origin": "pypi", "version": "13.0.88", "packages": {"nvidia-cublas": {"version": "13.1", "sha256": "0"}}}
+    identity = {
+        "origin": "pypi",
+        "version": "13.0.88",
+        "packages": {"nvidia-cublas": {"version": "13.1", "sha256": "0"}},
+    }
     manifest["cuda"] = identity | {"architectures": ["121a-real"], "gpus": ["dgx-spark"], "device_code": {}}
     manifest["from"]["cuda"] = identity
     manifest["key"] = key_of(manifest)
@@ -178,12 +182,16 @@ def test_with_nvidias_libraries_and_their_licence(
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "another machine"))
     nvidia_smi(tmp_path / "bin", monkeypatch, ["NVIDIA GB10, 12.1, [N/A], 580.1", "NVIDIA L4, 8.9, 23034, 580.1"])
     said = CliRunner().invoke(apex, ["build", "--import", str(whole.path)]).stdout
-    assert "it has code for GPUs of 121a-real\nand none for NVIDIA L4, which needs 89-real" in said and "GB10" not in said
+    assert (
+        "it has code for GPUs of 121a-real\nand none for NVIDIA L4, which needs 89-real" in said and "GB10" not in said
+    )
     taken = take_in(whole.path)
     assert taken.left_out == () and taken.toolset.manifest["files"]["bin/libcudart.so.13"]["part"] == "cuda-runtime"
 
 
-def test_without_nvidias_libraries(with_runtime: Toolset, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvidias_libraries(
+    with_runtime: Toolset, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is another build then: nobody may take it for the whole one."""
     small = pack(with_runtime, source, tmp_path / "small.tar.zst", cuda_runtime=False)
     assert small.left_out == ("libcudart.so.13",)
@@ -233,7 +241,9 @@ def test_the_command_line(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert run(apex, ["build", "--verify"]).stdout.startswith("5 files of ")
 
 
-@pytest.mark.parametrize("given", [("--list", "--verify"), ("--import", "x", "--export", "x.tar.zst"), ("--make-current",)])
+@pytest.mark.parametrize(
+    "given", [("--list", "--verify"), ("--import", "x", "--export", "x.tar.zst"), ("--make-current",)]
+)
 def test_options_that_do_not_go_together(given: tuple[str, ...]) -> None:
     assert CliRunner().invoke(apex, ["build", *given]).exit_code == 2
 
@@ -245,7 +255,10 @@ def test_the_real_tools_on_another_machine(tools: Toolset, cache: Path, tmp_path
     out = pack(tools, source, tmp_path / "tools.tar.zst").path
     texts = contents(out)
     assert b"MIT License" in texts["licenses/llama.cpp/LICENSE"]
-    assert b"Mozilla Foundation" in texts["licenses/llama.cpp/NOTICES"] and b"Sean Barrett" in texts["licenses/llama.cpp/NOTICES"]
+    assert (
+        b"Mozilla Foundation" in texts["licenses/llama.cpp/NOTICES"]
+        and b"Sean Barrett" in texts["licenses/llama.cpp/NOTICES"]
+    )
     assert "licenses/llama.cpp/vendor/cpp-httplib/LICENSE" in licence_texts(source)
     run_apex("build", "--import", out, "--make-current")  # into the cache of this test, which is empty
     run_apex("build", "--verify")

@@ -35,7 +35,12 @@ def test_a_changed_byte(name: str, packed: Path, elsewhere: Path) -> None:
     def flip(files: Files, _: list[tarfile.TarInfo]) -> None:
         files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
 
-    refused(edited(packed, flip, sums=False), HashMismatch, f"{name} has the sha256 [0-9a-f]{{64}}, its lists say", elsewhere)
+    refused(
+        edited(packed, flip, sums=False),
+        HashMismatch,
+        f"{name} has the sha256 [0-9a-f]{{64}}, its lists say",
+        elsewhere,
+    )
 
 
 def drop(name: str) -> Edit:
@@ -98,7 +103,12 @@ def moved(to: str) -> Edit:
             "its manifest.json was changed: it gives the key '[0-9a-f]{32}', its contents make",
         ),
         (manifested(key="../../x"), True, HashMismatch, r"was changed: it gives the key '\.\./\.\./x'"),
-        (member(tarfile.SYMTYPE, link="tool"), False, ArchiveUnsafe, "'top/bin/more' is a link to 'tool'; a packed build has none"),
+        (
+            member(tarfile.SYMTYPE, link="tool"),
+            False,
+            ArchiveUnsafe,
+            "'top/bin/more' is a link to 'tool'; a packed build has none",
+        ),
         (member(tarfile.LNKTYPE, link="top/bin/tool"), False, ArchiveUnsafe, "is a link to 'top/bin/tool'"),
         (member(tarfile.SYMTYPE, link="/etc/passwd"), False, ArchiveUnsafe, "points outside the archive"),
         (member(tarfile.FIFOTYPE), False, ArchiveUnsafe, "a device, a pipe or of an unknown kind"),
@@ -125,12 +135,27 @@ def moved(to: str) -> Edit:
         (manifested(files={"bin/tool": 3}), True, HashMismatch, "what it says of 'bin/tool'"),
         (manifested(files={"bin/tool": {"sha256": "x", "size": True}}), True, HashMismatch, "what it says of|differ"),
         (manifested(built="\x1b[2J"), True, HashMismatch, "control characters"),
-        (manifested(host="sparc64"), True, BuildForeign, f"was built for sparc64, this machine is {platform.machine()}"),
-        (manifested(cpu_flags=["avx9000"]), True, BuildForeign, "was built for a CPU with avx9000, which this machine's lacks"),
+        (
+            manifested(host="sparc64"),
+            True,
+            BuildForeign,
+            f"was built for sparc64, this machine is {platform.machine()}",
+        ),
+        (
+            manifested(cpu_flags=["avx9000"]),
+            True,
+            BuildForeign,
+            "was built for a CPU with avx9000, which this machine's lacks",
+        ),
         (manifested(recipe=99), True, BuildForeign, "another version of apex-build: its recipe is 99"),
         (lambda files, _: files.update({MANIFEST: b"[]"}), True, HashMismatch, "it is not an object"),
         (lambda files, _: files.update({MANIFEST: b"{}"}), True, HashMismatch, "'backend' is missing"),
-        (lambda files, _: files.update({MANIFEST: b"\xff\0"}), False, HashMismatch, "is not the one that its SHA256SUMS lists"),
+        (
+            lambda files, _: files.update({MANIFEST: b"\xff\0"}),
+            False,
+            HashMismatch,
+            "is not the one that its SHA256SUMS lists",
+        ),
     ],
 )
 def test_tampered(edit: Edit, sums: bool, error: type[ApexError], says: str, packed: Path, elsewhere: Path) -> None:
@@ -152,14 +177,19 @@ def test_a_tool_that_does_not_start(packed: Path, elsewhere: Path) -> None:
         files["bin/tool"] = b"#!/bin/sh\necho 'tool: /lib/libc.so.6: version GLIBC_2.99 not found' >&2\nexit 127\n"
 
     refused(
-        edited(packed, replace), BuildForeign, "(?s)tool does not run on this machine: it ended with 127.*GLIBC_2.99", elsewhere
+        edited(packed, replace),
+        BuildForeign,
+        "(?s)tool does not run on this machine: it ended with 127.*GLIBC_2.99",
+        elsewhere,
     )
 
 
 def trap(folder: Path) -> tuple[bytes, Path]:
     """A library that leaves a mark as soon as any program loads it."""
     mark, code = folder / "mark", folder / "trap.c"
-    code.write_text(f'#include <stdio.h>\n__attribute__((constructor)) void go(void) {{ fclose(fopen("{mark}", "w")); }}\n')
+    code.write_text(
+        f'#include <stdio.h>\n__attribute__((constructor)) void go(void) {{ fclose(fopen("{mark}", "w")); }}\n'
+    )
     subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "trap.so", code], check=True)
     ctypes.CDLL(str(folder / "trap.so"))
     assert mark.exists(), "it works"
@@ -167,11 +197,18 @@ def trap(folder: Path) -> tuple[bytes, Path]:
     return (folder / "trap.so").read_bytes(), mark
 
 
-@pytest.mark.parametrize("name", ["bin/libpart.so.1", "bin/libpart.so.1.2", "bin/libggml-blas.so", "bin/libc.so.6", "libpart.so.1"])
+@pytest.mark.parametrize(
+    "name", ["bin/libpart.so.1", "bin/libpart.so.1.2", "bin/libggml-blas.so", "bin/libc.so.6", "libpart.so.1"]
+)
 def test_a_library_that_runs_when_it_is_loaded(name: str, packed: Path, elsewhere: Path, tmp_path: Path) -> None:
     """One that the lists do not know, or know otherwise, is never near a program that is started."""
     code, mark = trap(tmp_path)
-    refused(edited(packed, lambda files, _: files.update({name: code}), sums=False), HashMismatch, "differ|sha256", elsewhere)
+    refused(
+        edited(packed, lambda files, _: files.update({name: code}), sums=False),
+        HashMismatch,
+        "differ|sha256",
+        elsewhere,
+    )
     assert not mark.exists()
 
 
