@@ -6,7 +6,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-TOOLS = ("llama-imatrix", "llama-quantize", "llama-perplexity", "llama-server", "llama-bench", "llama-gguf-split")
+TOOLS = (
+    "llama-imatrix",
+    "llama-quantize",
+    "llama-perplexity",
+    "llama-server",
+    "llama-bench",
+    "llama-gguf-split",
+    "llama-fit-params",
+)
 
 # Upstream can fetch things at configure or build time (web UI, sub-projects): all of that is off.
 _COMMON = {
