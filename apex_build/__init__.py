@@ -1,4 +1,4 @@
-"""apex-build: calibrate and quantize mixture-of-experts GGUF models, MTP draft head included, on a patched llama.cpp."""
+"""Calibrate and quantize mixture-of-experts GGUF models with their MTP draft head, on a patched llama.cpp."""
 
 from importlib.metadata import PackageNotFoundError, version
 

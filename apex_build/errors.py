@@ -23,7 +23,7 @@ class Terminated(SystemExit):
     """SIGTERM or SIGHUP: unwinds everything; not an error."""
 
 
-# --- source: pins, fetching, patches ------------------------------------------------------------------------------------
+# --- source: pins, fetching, patches ----------------------------------------------------------------------------------
 class PinUnknown(ApexError):
     """No pin of this name, or its file is not valid."""
 
@@ -85,7 +85,7 @@ class SeriesUnfit(ApexError):
     exit_code = 19
 
 
-# --- toolchain: compilers and builds ------------------------------------------------------------------------------------
+# --- toolchain: compilers and builds ----------------------------------------------------------------------------------
 class CompilerMissing(ApexError):
     """No usable C++ compiler or build tool."""
 
@@ -128,7 +128,7 @@ class UpstreamTestsFailed(ApexError):
     exit_code = 28
 
 
-# --- conversion: Hugging Face folders to GGUF ----------------------------------------------------------------------------
+# --- conversion: Hugging Face folders to GGUF -------------------------------------------------------------------------
 class EnvironmentUnusable(ApexError):
     """The converter's Python lacks packages, or its environment could not be made."""
 
@@ -141,7 +141,7 @@ class ConversionFailed(ApexError):
     exit_code = 24
 
 
-# --- native: running the tools ------------------------------------------------------------------------------------------
+# --- native: running the tools ----------------------------------------------------------------------------------------
 class ToolFailed(ApexError):
     """A native tool failed."""
 
@@ -160,7 +160,7 @@ class ToolTimeout(ApexError):
     exit_code = 32
 
 
-# --- files: models and imatrices ----------------------------------------------------------------------------------------
+# --- files: models and imatrices --------------------------------------------------------------------------------------
 class ModelMissing(ApexError):
     """No such model file."""
 
@@ -215,7 +215,7 @@ class ManifestMissing(ApexError):
     advice = "give an output of apex, its manifest (OUT.json), or a folder of the cache: apex cache list"
 
 
-# --- calibration --------------------------------------------------------------------------------------------------------
+# --- calibration ------------------------------------------------------------------------------------------------------
 class CalibrationSetInvalid(ApexError):
     """A calibration set, source or text that cannot be used."""
 
@@ -234,7 +234,7 @@ class HeadRowsDoubtful(ApexError):
     exit_code = 52
 
 
-# --- policy -------------------------------------------------------------------------------------------------------------
+# --- policy -----------------------------------------------------------------------------------------------------------
 class PolicyUnknown(ApexError):
     """No policy of this name."""
 
@@ -280,7 +280,7 @@ class PolicyUnfit(ApexError):
     exit_code = 66
 
 
-# --- quantization -------------------------------------------------------------------------------------------------------
+# --- quantization -----------------------------------------------------------------------------------------------------
 class DiskTooSmall(ApexError):
     """Not enough disk space for the output."""
 
@@ -317,7 +317,7 @@ class VerificationFailed(ApexError):
     exit_code = 75
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 class EvaluatorUnknown(ApexError):
     """No evaluator of this name."""
 
@@ -336,14 +336,14 @@ class VocabularyMismatch(ApexError):
     exit_code = 78
 
 
-# --- the command line's own file --------------------------------------------------------------------------------------------
+# --- the command line's own file --------------------------------------------------------------------------------------
 class ConfigInvalid(ApexError):
     """An apex.toml that is not TOML, or has unknown names."""
 
     exit_code = 3
 
 
-# --- plugins and the machine --------------------------------------------------------------------------------------------
+# --- plugins and the machine ------------------------------------------------------------------------------------------
 class PluginFailed(ApexError):
     """A plugin could not be loaded, or raised."""
 

@@ -41,7 +41,7 @@ OLDEST_API = 1
 
 @dataclass(frozen=True)
 class Role:
-    """What a tensor is for. Policies give types by role; `ROLES` has those that there are, `apex_roles` adds to them."""
+    """What a tensor is for. Policies assign types by role; `ROLES` lists the built-in ones, `apex_roles` adds more."""
 
     name: str
     description: str
@@ -166,7 +166,8 @@ class Service:
     head      the same, where the files differ in the         -
               draft head alone
     auto      a parameter at 'auto' (Parameter.measured)      agreement (in %), tokens (for each step of the trunk)
-    check     apex check                                      perplexity; or acceptance (in %), and perhaps same_text (in %),
+    check     apex check                                      perplexity; or acceptance (in %),
+    and perhaps same_text (in %),
                                                               drafted and accepted (tokens)
 
     `figures`: meaning -> name of the figure; `settings`: its parameters for the purpose. For 'auto', apex also sets the

@@ -22,7 +22,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def data_root() -> Path:
-    """Folder that holds `vendor/`, `patches/`, `plugins/` and `calibration_sets/`: a checkout, or the package's data."""
+    """Folder with `vendor/`, `patches/`, `plugins/` and `calibration_sets/`: a checkout, or the package's data."""
     packaged = _PACKAGE / "data"
     return packaged if packaged.is_dir() else _PACKAGE.parent
 

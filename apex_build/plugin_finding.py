@@ -127,7 +127,7 @@ def check_api(api: int, plugin: str, origin: str) -> None:
         return
     ours = f"{API_VERSION}" if OLDEST_API == API_VERSION else f"{OLDEST_API} to {API_VERSION}"
     raise PluginIncompatible(
-        f"plugin '{plugin}' ({origin}) was made for version {api} of the plugin API: this apex-build has version {ours}",
+        f"plugin '{plugin}' ({origin}) was made for plugin API version {api}: this apex-build has version {ours}",
         hint="a newer apex-build, or an older release of the plugin"
         if api > API_VERSION
         else "a newer release of the plugin",

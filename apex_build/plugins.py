@@ -1,4 +1,4 @@
-"""Finding and loading plugins: built-in folders, folders the user names, and installed packages, all in the same way."""
+"""Find and load plugins: built-in folders, folders that the user names, and installed packages, all in the same way."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Plugins:
-    """Loaded plugins. What they give is asked for when it is used; an error inside one raises PluginFailed naming it."""
+    """Loaded plugins. What they provide is asked for on use; an error inside one raises PluginFailed naming it."""
 
     manager: pluggy.PluginManager
     origins: Mapping[str, str]  # plugin name -> folder or distribution it came from
@@ -197,7 +197,7 @@ class Plugins:
         return self.origins[plugin].startswith(PACKAGE)
 
     def _leave_out(self, plugin: str, error: PluginFailed) -> None:
-        """What an installed plugin gives is done without where it is broken; what is ours, or asked for, must be whole."""
+        """A broken installed plugin is skipped; a built-in one, or one that was asked for, must work."""
         if not self._installed(plugin):
             raise error
         _warn_left_out(plugin, self.origins[plugin], error.message)

@@ -144,7 +144,7 @@ class Whole:
         return next((one for one in self.pieces if run in one.runs), piece) is not piece
 
     def _expected(self, piece: Piece) -> float:
-        """By work of its kind that was done just now; else as foreseen, scaled by how right that was for other kinds."""
+        """From work of its kind just done; else as estimated, scaled by how the other estimates turned out."""
         seconds, units = self.paces.get(piece.kind, (0.0, 0.0))
         current = self.pieces[self.current] if self.current is not None else None
         taken, done = self.clock() - self.began, self._done()

@@ -47,7 +47,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Hide the built tools from a test, and from fixtures that it is the first to use, where it does not ask for them."""
+    """Hide the built tools from a test that does not ask for them, and from fixtures that it is the first to use."""
     with pytest.MonkeyPatch.context() as patch:
         nowhere = item.config.stash[NOWHERE]
         if item.get_closest_marker("tools"):

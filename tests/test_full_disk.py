@@ -63,7 +63,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.check_room", lambda *_, **__: None)
 
 
-# --- before ---------------------------------------------------------------------------------------------------------------
+# --- before -----------------------------------------------------------------------------------------------------------
 def test_it_is_said_before_anything_is_run(
     disk: Disk, testbed: Path, calibrated: Path, heldout: Path, tools: Toolset, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +82,7 @@ def test_it_is_said_before_anything_is_run(
         assert not list(place.iterdir()), "nothing was begun"
 
 
-# --- in the middle --------------------------------------------------------------------------------------------------------
+# --- in the middle ----------------------------------------------------------------------------------------------------
 def test_llama_imatrix_without_room_for_its_file(
     disk: Disk, testbed: Path, heldout: Path, tools: Toolset, blind: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,7 +170,7 @@ def test_no_file_that_is_too_large_for_the_limit_of_the_shell(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-# --- the mechanism --------------------------------------------------------------------------------------------------------
+# --- the mechanism ----------------------------------------------------------------------------------------------------
 def test_a_file_is_on_the_disk_before_and_after_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

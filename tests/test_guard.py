@@ -55,7 +55,8 @@ DIALOGUE = {
 
 # Names of the inputs in the world below; two of them end as what is written beside an output does.
 FILES = (
-    "model.gguf", "reference.gguf", "imatrix.gguf", "imatrix2.json", "text.txt", "text.log", "chat.jinja", "set.toml", "data.jsonl",
+    "model.gguf", "reference.gguf", "imatrix.gguf", "imatrix2.json", "text.txt", "text.log", "chat.jinja", "set.toml",
+    "data.jsonl",
     "notes/one.txt", "prompts.jsonl", "winogrande.csv", "scales/plugin.py", "scales/mine.jinja", "scales/part.py",
     "types.txt",
 )  # fmt: skip
@@ -276,8 +277,8 @@ def test_a_sweep_writes_over_no_input(
 def test_every_option_that_writes_is_in_these_tests() -> None:
     """A new one belongs into COMMANDS, or beside the verb's own tests."""
     elsewhere = {  # verb, option -> where it is tried
-        ("build", "--export"), ("convert", "--output"), ("demo", "--output"), ("imatrix", "--output"), ("plugins", "--output"),
-        ("sweep", "--output"),
+        ("build", "--export"), ("convert", "--output"), ("demo", "--output"), ("imatrix", "--output"),
+        ("plugins", "--output"), ("sweep", "--output"),
     }  # fmt: skip
     here = {
         (name.split()[0], {"-o": "--output"}.get(word, word))

@@ -11,9 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the ground up: each imports only what stands before it.
 ROOMS = (
-    "errors", "near", "printable", "system", "progress", "places", "parameters", "hookspecs", "plugin_api", "loaded", "storage",
+    "errors", "near", "printable", "system", "progress", "places", "parameters", "hookspecs", "plugin_api", "loaded",
+    "storage",
     "fetching", "native", "gguf_model", "plugin_finding", "plugin_blame", "plugins", "source", "toolchain", "workshop",
-    "conversion", "calibration", "policy", "plugin_check", "quantization", "evaluation", "report", "sweep", "stages", "api",
+    "conversion", "calibration", "policy", "plugin_check", "quantization", "evaluation", "report", "sweep", "stages",
+    "api",
     "pruning", "cli", "__main__",
 )  # fmt: skip
 TOOLCHAIN = ("backends", "machine", "cuda", "build", "doctor", "packed")

@@ -1,4 +1,4 @@
-"""The core knows no plugin by name: built-in policies, evaluators and sources are found by what they say of themselves."""
+"""The core knows no plugin by name: built-in policies, evaluators and sources are found by what they declare."""
 
 from __future__ import annotations
 

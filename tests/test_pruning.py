@@ -30,9 +30,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "cache"
     monkeypatch.setenv("APEX_CACHE_DIR", str(root))
     for name, megabytes, days in (
-        (f"builds/{BUILD}/manifest.json", 1, 90), (f"builds/{OTHER}/manifest.json", 2, 40), (f"builds/{CPU}/manifest.json", 1, 95),
+        (f"builds/{BUILD}/manifest.json", 1, 90), (f"builds/{OTHER}/manifest.json", 2, 40),
+        (f"builds/{CPU}/manifest.json", 1, 95),
         ("work/0123/build.ninja", 3, 10), ("toolchains/cuda-13/nvcc", 4, 50), ("envs/convert-1/pyvenv.cfg", 5, 60),
-        ("evaluation/one/reference.logits", 9, 35), ("evaluation/two/draft-head.npz", 1, 2), ("downloads/ff/llama.tar.gz", 2, 20),
+        ("evaluation/one/reference.logits", 9, 35), ("evaluation/two/draft-head.npz", 1, 2),
+        ("downloads/ff/llama.tar.gz", 2, 20),
         ("sccache/a", 1, 3), ("locks/x.lock", 0, 99),
     ):  # fmt: skip
         file = root / name

@@ -28,7 +28,7 @@ class ChatTemplate:
 
 
 def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
-    """The template of the model's metadata, or of a file the user gives. Raises ChatTemplateFailed where there is none."""
+    """The template in the model's metadata or in the user's file. Raises ChatTemplateFailed without one."""
     variables = {f"{name}_token": _token(model, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     if file is not None:
         try:
@@ -95,7 +95,7 @@ def try_render(template: ChatTemplate, documents: Sequence[Document], *, answer_
 
 
 def without_system(document: Document) -> Document | None:
-    """The conversation with its system message put before what the user says first; None where it has none, or no user."""
+    """The conversation with its system message put into the user's first; None if it lacks one of them."""
     first, *rest = document.messages
     if first.get("role") != "system" or not rest or rest[0].get("role") != "user":
         return None

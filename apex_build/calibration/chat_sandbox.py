@@ -57,7 +57,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """For each conversation `text`, `refused` with the template's own words, or `failed`; or an error for all of them."""
+    """For each conversation `text`, `refused` with the template's words, or `failed`; or one error for all of them."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )

@@ -34,7 +34,7 @@ def check_disk(work: Path, model: Model, text: CalibrationText) -> None:
 
 
 def written(partial: Path, out: Path, model: Model) -> Imatrix:
-    """What the tool wrote: it ends with code 0 also where the disk had no room for it. Raises DiskTooSmall, ToolFailed."""
+    """What the tool wrote: it exits with code 0 even if the disk was full. Raises DiskTooSmall, ToolFailed."""
     try:
         return read_imatrix(partial)
     except ImatrixInvalid as error:

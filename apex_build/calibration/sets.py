@@ -292,7 +292,7 @@ def _cut(texts: Sequence[bytes], max_bytes: int) -> list[bytes]:
 
 
 def _in_turn(texts: Sequence[Sequence[bytes]]) -> Iterator[bytes]:
-    """Documents of all parts, always of the part of which the smallest share is out: they come to their ends together."""
+    """Documents of all parts, always from the part of which the smallest share was taken: all run out together."""
     totals = [sum(map(len, part)) for part in texts]
     out, given = [0] * len(texts), [0] * len(texts)
     for _ in range(sum(map(len, texts))):

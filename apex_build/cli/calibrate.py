@@ -72,7 +72,7 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     type=click.Choice([AUTO, *CHOICES]),
     default=AUTO,
     show_default=True,
-    help="Hidden rows that the draft head reads: before or after the final norm. auto: as its architecture was trained.",
+    help="Hidden rows that the draft head reads: before or after the final norm. auto: as its architecture needs.",
 )
 @click.option(
     "--rows-check/--no-rows-check",

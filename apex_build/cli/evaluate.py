@@ -120,7 +120,8 @@ def command(
     \b
     Examples:
       apex evaluate i-nano.gguf --reference F16.gguf --text chat.txt --text code.txt
-      apex evaluate Q8_0.gguf i-nano.gguf --reference F16.gguf --only draft-head --text wiki.txt --set draft-head.depth=1
+      apex evaluate Q8_0.gguf i-nano.gguf --reference F16.gguf --only draft-head --text wiki.txt \\
+          --set draft-head.depth=1
       apex evaluate i-nano.gguf --only draft-acceptance --prompts prompts.jsonl --json
       apex evaluate i-nano.gguf --only hellaswag --data hellaswag=hellaswag_val_full.txt
       apex evaluate --list
@@ -213,7 +214,8 @@ def _list(evaluators: Mapping[str, LoadedEvaluator], json_: bool) -> None:
     if json_:
         rows: list[dict[str, Any]] = [
             {
-                "name": one.name, "plugin": one.plugin, "description": one.description, "needs": one.needs, "uses": one.uses,
+                "name": one.name, "plugin": one.plugin, "description": one.description, "needs": one.needs,
+                "uses": one.uses,
                 "parameters": {name: {"default": p.default, "help": p.help} for name, p in one.parameters.items()},
             }
             for one in evaluators.values()

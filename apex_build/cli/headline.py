@@ -57,7 +57,7 @@ def value_of(figure: Figure | None, *, unit: bool = True) -> str:
 
 
 def _figures(evaluator: Evaluator, figures: Sequence[Figure]) -> dict[str, Figure]:
-    """Heading -> figure over all texts or prompts, as the evaluator wants it; its first figure where it wants nothing."""
+    """Heading -> figure over all texts or prompts, as the evaluator asks; its first figure if it asks for none."""
     whole = [figure for figure in figures if not figure.domain] or list(figures)
     found: dict[str, Figure] = {}
     for pattern, title in evaluator.headline:

@@ -80,7 +80,8 @@ def command(
     Examples:
       apex plan model-F16.gguf --policy i-nano
       apex plan model-F16.gguf --policy i-nano --set draft_head=IQ2_XXS --tensors
-      apex plan model-F16.gguf --policy i-mini --set draft_head.routed=IQ2_XXS --set draft_head.other=Q4_K --imatrix imatrix.gguf
+      apex plan model-F16.gguf --policy i-mini --set draft_head.routed=IQ2_XXS --set draft_head.other=Q4_K \\
+          --imatrix imatrix.gguf
       apex plan model-F16.gguf --policy quality --write-rules rules.txt
       apex plan model-F16.gguf --tensor-types recipe.txt --set base_type=Q4_K_M
       apex plan model-F16.gguf --policy mine --plugin my-plugin/ --json | jq .bytes

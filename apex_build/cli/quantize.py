@@ -139,10 +139,12 @@ def command(
     \b
     Examples:
       apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf -o model-i-nano.gguf
-      apex quantize model-F16.gguf --policy i-nano --set draft_head=IQ2_XXS --imatrix model-F16.imatrix.gguf -o small.gguf
+      apex quantize model-F16.gguf --policy i-nano --set draft_head=IQ2_XXS \\
+          --imatrix model-F16.imatrix.gguf -o small.gguf
       apex quantize model-F16.gguf --policy i-nano --set draft_head=auto --imatrix model-F16.imatrix.gguf --check
       apex quantize model-F16.gguf --policy quality --policy balanced --policy compact -o models/
-      apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf --meta quantized_by=me --name '{model}-{type}'
+      apex quantize model-F16.gguf --policy i-nano --imatrix model-F16.imatrix.gguf \\
+          --meta quantized_by=me --name '{model}-{type}'
       apex quantize model-F16.gguf --tensor-types recipe.txt --set base_type=Q4_K_M --imatrix model-F16.imatrix.gguf
       apex quantize model-F16.gguf --policy i-quality --imatrix model-F16.imatrix.gguf --split-size 40G
       apex quantize model-F16.gguf --policy compact --dry-run

@@ -113,12 +113,14 @@ def command(
 
     \b
     Examples:
-      apex sweep F16.gguf --over draft_head=Q8_0,Q4_K,IQ3_XXS,Q2_K,IQ2_XXS --imatrix F16.imatrix.gguf --text chat.txt -o sweep
+      apex sweep F16.gguf --over draft_head=Q8_0,Q4_K,IQ3_XXS,Q2_K,IQ2_XXS \\
+          --imatrix F16.imatrix.gguf --text chat.txt -o sweep
       apex sweep F16.gguf --over draft_head.routed=IQ2_XXS,IQ3_XXS --over draft_head.other=Q4_K,Q6_K --with-head \\
           --imatrix F16.imatrix.gguf --text chat.txt --text code.txt -o mixtures
-      apex sweep F16.gguf --policy i-nano --over draft_head=Q8_0,IQ2_XXS --imatrix F16.imatrix.gguf --text chat.txt -o nano
-      apex sweep F16.gguf --policy uniform --over type=Q6_K,Q4_K,Q3_K --reference F16.gguf --only kld --imatrix F16.imatrix.gguf \\
-          --text chat.txt -o trunk
+      apex sweep F16.gguf --policy i-nano --over draft_head=Q8_0,IQ2_XXS \\
+          --imatrix F16.imatrix.gguf --text chat.txt -o nano
+      apex sweep F16.gguf --policy uniform --over type=Q6_K,Q4_K,Q3_K --reference F16.gguf --only kld \\
+          --imatrix F16.imatrix.gguf --text chat.txt -o trunk
     """
     plugins = load_plugins(folders)
     evaluators = plugins.evaluators()

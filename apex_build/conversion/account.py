@@ -35,7 +35,7 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class Account:
-    """`written`: each tensor of the model with the tensors of the checkpoint that it is made of. `used`: all of these."""
+    """`written`: each tensor of the model, with the checkpoint tensors that it is made of. `used`: all of those."""
 
     written: Mapping[str, tuple[str, ...]]
     used: frozenset[str]
@@ -52,7 +52,7 @@ def read_account(path: Path) -> Account:
 
 
 def dropped(checkpoint: Checkpoint, patterns: Iterable[str]) -> frozenset[str]:
-    """Names that the patterns find (* and ? as in file names). Raises ParameterUnknown for a pattern that finds none."""
+    """Names that the patterns match (* and ? as in file names). Raises ParameterUnknown for one that matches none."""
     found: set[str] = set()
     for pattern in patterns:
         names = {name for name in checkpoint.tensors if fnmatchcase(name, pattern)}

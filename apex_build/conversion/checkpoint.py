@@ -41,7 +41,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointInvalid naming what is missing: the folder, its config, tokenizer, tensors, or an architecture."""
+    """Raises CheckpointInvalid naming what is missing: the folder, config, tokenizer, tensors or architecture."""
     refuse_other_kinds(path)
     if not (path / "config.json").is_file():
         raise CheckpointInvalid(

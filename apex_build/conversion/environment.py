@@ -56,7 +56,7 @@ class Python:
 
 
 def requirements() -> tuple[Requirement, ...]:
-    """The extra `convert` of this package, and gguf for what the vendored gguf-py imports. Raises EnvironmentUnusable."""
+    """This package's extra `convert`, and gguf for what the vendored gguf-py imports. Raises EnvironmentUnusable."""
     try:
         declared = [Requirement(text) for text in importlib.metadata.requires("apex-build") or []]
     except importlib.metadata.PackageNotFoundError:
@@ -112,7 +112,7 @@ def is_ready(python: Python) -> bool:
 
 
 def ensure(python: Python, log: Path, report: Report) -> Path:
-    """Make the environment if it is to be made and is not there. Returns the interpreter. Raises EnvironmentUnusable."""
+    """Make the environment if there is none yet. Returns its interpreter. Raises EnvironmentUnusable."""
     folder = python.executable.parent.parent
     if is_ready(python):
         return python.executable

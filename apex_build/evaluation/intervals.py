@@ -126,7 +126,7 @@ def share_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 0.001 from 6 degrees of freedom up (Abramowitz and Stegun, 1964, 26.7.5)."""
+    """97.5 % quantile of Student's t, to 0.001 from 6 degrees of freedom up (Abramowitz and Stegun, 1964, 26.7.5)."""
     x, v = NORMAL, float(freedom)
     terms = (
         (x**3 + x) / 4,

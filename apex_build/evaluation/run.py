@@ -1,4 +1,4 @@
-"""Evaluators over files: checked first, each result recorded as soon as it is there, and what is recorded not redone."""
+"""Run evaluators over files: check first, record each result as it arrives, do not redo what is recorded."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def plan_work(
     threads: int | None = None,
     report: Report = silent,
 ) -> Work:
-    """Raises ParameterUnknown, EvaluationRefused (a reference of another vocabulary), ModelInvalid (it cannot be run)."""
+    """Raises ParameterUnknown, EvaluationRefused (vocabularies differ), ModelInvalid (cannot be run)."""
     check_runnable(model)
     takes = {*evaluator.needs, *evaluator.uses}
     reference = inputs.reference if "reference" in takes else None
@@ -239,7 +239,7 @@ def _inputs(works: Sequence[Work], inputs: Inputs | None) -> Iterator[Path]:
 
 
 def recorded(path: Path) -> dict[str, dict[str, Any]]:
-    """Records of a results file by identity; none where there is no file. Raises OutputUnwritable for any other file."""
+    """Records of a results file by identity; empty if there is no file. Raises OutputUnwritable for any other file."""
     return _records(path)[0]
 
 
@@ -296,7 +296,7 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    """One line more, whole or not at all, whatever ends us. Runs may share the file: each adds to what is there then."""
+    """Append one line, whole or not at all, however the run ends. Several runs may append to the same file."""
     path = path.resolve()  # the file that a link leads to
     line = json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n"
     with locked_output(path, wait=True), whole_file(path) as part:

@@ -1,4 +1,4 @@
-"""Evaluators that apex takes by itself, by what they say that they are for (hookspecs.Service), never by their names."""
+"""Evaluators that apex picks by itself, by what they declare they are for (hookspecs.Service), never by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether two models share a vocabulary: without that, nothing about one can be compared with the other token by token."""
+"""Whether two models share a vocabulary: if not, they cannot be compared token by token."""
 
 from __future__ import annotations
 

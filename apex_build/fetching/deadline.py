@@ -1,4 +1,4 @@
-"""An end for work that waits on others: a server that sends a byte now and then passes every timeout of a single read."""
+"""A deadline for work that waits on servers: one that sends a byte now and then never exceeds a read timeout."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Coverage:
         return tuple(tensor.name for tensor in self.tensors if not tensor.has_data)
 
     def has_data(self, name: str) -> bool:
-        """Whether llama-quantize finds data for a tensor, also for one that no run records any for, such as token_embd."""
+        """Whether llama-quantize finds data for a tensor, even one that no run records, such as token_embd."""
         for tensor in self.tensors:
             if tensor.name == name:
                 return tensor.has_data

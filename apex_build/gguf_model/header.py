@@ -111,7 +111,7 @@ def _parse(cursor: Cursor) -> Header:
         raise ModelInvalid(
             f"{cursor.path}: a big-endian GGUF file (version {version:#010x}), which llama.cpp reads only on a "
             "big-endian machine",
-            hint="gguf-convert-endian FILE little  (comes with the Python package gguf; it works in place: keep a copy)",
+            hint="gguf-convert-endian FILE little  (from the Python package gguf; it works in place: keep a copy)",
         )
     if version not in (2, GGUF_VERSION):
         raise cursor.invalid(f"GGUF version {version}; versions 2 and {GGUF_VERSION} can be read")
@@ -235,7 +235,7 @@ def _listed_tensors(cursor: Cursor, n_tensors: int) -> dict[str, TensorEntry]:
 def _placed(
     cursor: Cursor, listed: Mapping[str, TensorEntry], alignment: int, data_offset: int
 ) -> tuple[TensorEntry, ...]:
-    """The tensors, once their data is seen to follow each other, padded to the alignment, and to lie within the file."""
+    """The tensors, after checking that their data is contiguous, padded to the alignment, and within the file."""
     expected = 0
     for tensor in listed.values():
         if tensor.offset != expected:

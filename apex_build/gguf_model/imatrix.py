@@ -90,7 +90,7 @@ def read_imatrix(path: Path) -> Imatrix:
 
 
 def check_values(imatrix: Imatrix) -> None:
-    """Read all values: none may be negative, infinite or not a number. Raises ImatrixInvalid naming the first that is."""
+    """Read all values: none may be negative, infinite or NaN. Raises ImatrixInvalid naming the first that is."""
     for entry in imatrix.entries.values():
         checked_values(entry)
 

@@ -1,4 +1,4 @@
-"""What a person may say of a model in its metadata: `general.*` keys, as gguf-py's and llama.cpp's readers know them."""
+"""Metadata that a person may set on a model: `general.*` keys, as the readers of gguf-py and llama.cpp know them."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ def file_types(lines: Sequence[str]) -> dict[str, int]:
 
 
 def unfit_row(lines: Sequence[str]) -> tuple[str, int, int, str] | None:
-    """The tensor that made llama-quantize give up, as no type that it knows fits its rows: name, columns, block, type."""
+    """The tensor that llama-quantize gave up on, because no type fits its rows: name, columns, block, type."""
     unfit = [found for line in lines if (found := _UNFIT.search(line))]
     if not unfit or not any(_NO_FALLBACK in line for line in lines):
         return None

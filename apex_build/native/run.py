@@ -159,7 +159,7 @@ def _folder(given: Path | None) -> Iterator[Path]:
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """End a child started by `start` with every process of its session, unless it has ended itself, and close its pipe."""
+    """End a child started by `start`, and every process of its session, unless it has exited; close its pipe."""
     running = child.poll() is None
     # a shell's background job has SIGINT ignored, and so has its child
     polite = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]

@@ -1,4 +1,4 @@
-"""What a program of ours is run in: an environment that adds no code and no options to it, and a bond to our own life."""
+"""What our child processes run in: an environment that injects no code or options, and a tie to our own lifetime."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _PLAIN = {"F32": "<f4", "F16": "<f2"}
 
 
 def validator(toolset: Toolset) -> Callable[[str, memoryview], bool]:
-    """A function (type name, whole rows of a tensor's data) -> whether every value and every block's scale is a number."""
+    """A function (type name, whole rows of a tensor's data) -> whether all values and block scales are numbers."""
     ffi, lib = open_library(toolset, "ggml-base", _DECLARATIONS)
 
     def is_valid(type_name: str, data: memoryview) -> bool:

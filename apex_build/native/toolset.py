@@ -65,7 +65,7 @@ class Toolset:
 
 @functools.lru_cache(maxsize=16)
 def _digest(folder: Path) -> str:
-    """Digest of what results depend on: backends are separate libraries, and tools may have been rebuilt without them."""
+    """Digest of what results depend on: backends are separate libraries, and tools may be rebuilt without them."""
     files = [*sorted(folder.glob("lib*.so")), *(folder / f"llama-{name}" for name in ("bench", "perplexity", "server"))]
     return sha256_json({path.name: sha256_file(path) for path in files if path.is_file()})
 

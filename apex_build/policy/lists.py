@@ -37,7 +37,7 @@ class TypeList:
 
 
 def own_types() -> PolicySpec:
-    """The policy for a list alone: what it does not name is of the base type, Q8_0 unless --set base_type says another."""
+    """The policy for a bare list: other tensors get the base type, Q8_0 unless --set base_type changes it."""
     description = "the types of a list (--tensor-types), and one base type for the rest"
     return PolicySpec("own-types", Path(__file__).with_name("own_types.jinja"), "Q8_0", description=description)
 

@@ -106,7 +106,7 @@ def _tried(policy: PolicySpec, values: Mapping[str, Any], names: Iterable[str], 
 
 
 def _others(kind: str, value: Any) -> tuple[Any, ...]:
-    """Values of which at least one gives other rules, if any does: a number of layers has its least and one over all."""
+    """Values of which at least one changes the rules, if any can: for a number of layers, minimum and maximum + 1."""
     if kind == "type":
         return ("F32" if value != "F32" else "Q8_0",)
     if kind == "flag":

@@ -39,7 +39,7 @@ _SECONDS = 1800.0  # where the file is loaded for real, from a slow disk
 
 
 def doubts(model: Model, tools: Toolset | None) -> list[str]:
-    """Why the model cannot be loaded, as far as its header tells; the tools are asked about an unknown pre-tokenizer."""
+    """Why the model cannot be loaded, as far as its header shows; the tools are asked about unknown pre-tokenizers."""
     found = unsound(model)
     pre = model.metadata.get(PRE_TOKENIZER)
     if found or tools is None or not isinstance(pre, str) or _in_library(pre, tools):
@@ -64,7 +64,7 @@ class _Loads(Exception):
 
 
 def check_input(model: Model, tools: Toolset) -> None:
-    """`check_loads` of a model that is about to be worked on for hours, once for each file as it is; its header first."""
+    """`check_loads` before hours of work on a model, once for each state of the file; its header first."""
     if reasons := unsound(model):
         raise LoadFailed(
             f"{model.path}: llama.cpp cannot load it: {reasons[0]}",

@@ -25,8 +25,8 @@ TEMPLATE = "{model}-{tag}"
 # llama.cpp's file types: what parsers look for. A tensor type that is not among them takes its usual mixture's name:
 # Q4_K is Q4_K_M.
 _NAMES = """
-F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q2_K_S Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ1_S IQ1_M IQ2_XXS
-IQ2_XS IQ2_S IQ2_M IQ3_XS IQ3_XXS IQ3_S IQ3_M IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4_MOE NVFP4 Q1_0 Q2_0
+F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q2_K_S Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ1_S IQ1_M
+IQ2_XXS IQ2_XS IQ2_S IQ2_M IQ3_XS IQ3_XXS IQ3_S IQ3_M IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4_MOE NVFP4 Q1_0 Q2_0
 """
 FILE_TYPES = tuple(_NAMES.split())
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}

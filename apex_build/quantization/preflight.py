@@ -31,7 +31,7 @@ _DATA_UNUSED = frozenset({"F32", "F16", "BF16", "Q8_0"})
 
 @dataclass(frozen=True)
 class Allowed:
-    """Risks explicitly accepted. `head_rows`: that the draft head was trained on these, whatever is known of its kind."""
+    """Risks explicitly accepted. `head_rows`: the rows that the head was trained on, whatever its architecture uses."""
 
     uncalibrated: bool = False
     fallback: bool = False
@@ -50,7 +50,7 @@ def check_policy(policy: PolicySpec, model: Model, imatrix: Path | None) -> None
 
 
 def check_data(covered: Coverage, borrowed: Sequence[str]) -> list[str]:
-    """What is odd about the calibration data, and what is done about it. `borrowed`: tensors that use data of others."""
+    """What is odd about the calibration data, and what is done about it. `borrowed`: tensors that use others' data."""
     words = covered.examined.lines()
     if borrowed:
         many = f" and {len(borrowed) - 1} others" if len(borrowed) > 1 else ""
@@ -71,7 +71,7 @@ def check_plan(
     for entry in changed:
         if ggml.type_traits(entry.from_type).quantized and not allowed.requantize:
             raise AlreadyQuantized(
-                f"{model.path} is quantized already: {entry.name} is {entry.from_type}, and the plan wants {entry.type}",
+                f"{model.path} is already quantized: {entry.name} is {entry.from_type}, the plan wants {entry.type}",
                 hint="start from the F16 or BF16 file, or accept the loss with --allow-requantize",
             )
     if plan.fallbacks and not (allowed.fallback or policy.fit):

@@ -1,4 +1,4 @@
-"""A finished file as shards of a bounded size, by llama-gguf-split: all of them in place, or the whole file as it was."""
+"""Split a finished file into shards with llama-gguf-split: all of them in place, or the whole file as it was."""
 
 from __future__ import annotations
 

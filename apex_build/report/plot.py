@@ -195,13 +195,14 @@ def _refused(chart: Chart, axes: Axes, colors: dict[str, str]) -> None:
         xs = [mark.x for mark in series.marks if mark.y is None]
         if xs:
             axes.plot(
-                xs, [at] * len(xs), linestyle="none", marker="x", markersize=7, markeredgewidth=1.8, color=colors[series.name],
+                xs, [at] * len(xs), linestyle="none", marker="x", markersize=7, markeredgewidth=1.8,
+                color=colors[series.name],
                 label=f"refused, {series.name}", zorder=5,
             )  # fmt: skip
 
 
 def _labels(chart: Chart, figure: Figure, axes: Axes, colors: dict[str, str]) -> None:
-    """Put each label where it covers least: near its mark, away from marks, bars, lines, the legend and other labels."""
+    """Put each label where it covers least: near its mark, away from marks, bars, lines, legend and other labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
@@ -244,7 +245,8 @@ def _labels(chart: Chart, figure: Figure, axes: Axes, colors: dict[str, str]) ->
         arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.7, "shrinkA": 0, "shrinkB": 4}
         placed = axes.annotate(
             mark.label, (mark.x, at_bottom if mark.y is None else mark.y), xycoords="data",
-            xytext=((box.x0 + box.width / 2 - x) / scale, (box.y0 + box.height / 2 - y) / scale), textcoords="offset points",
+            xytext=((box.x0 + box.width / 2 - x) / scale, (box.y0 + box.height / 2 - y) / scale),
+            textcoords="offset points",
             ha="center", va="center", fontsize=8, fontweight=weight, color=color, zorder=7,
             arrowprops=arrow if distance > _NEAR else None,
         )  # fmt: skip

@@ -58,7 +58,7 @@ class SeriesStatus:
 
 @dataclass(frozen=True)
 class Saved:
-    """What `save_series` did: names of the patches that are in the series now, and of the files that changed or went."""
+    """What `save_series` did: names of the patches now in the series, and of the files changed or removed."""
 
     folder: Path
     names: tuple[str, ...]
@@ -98,7 +98,7 @@ def series_digest(pin: Pin) -> str:
 
 
 def series_status(pin: Pin) -> SeriesStatus:
-    """How tree and series stand to each other. Raises SourceMissing, and TreeEdited for a tree that is not one of ours."""
+    """How tree and series compare. Raises SourceMissing, or TreeEdited for a tree that apex did not make."""
     path = require_tree(pin)
     series = read_series(pin)
     found = find_applied(path, series)

@@ -11,7 +11,7 @@ from apex_build.source.pins import Pin, all_pins
 
 
 def check_served(model: Model, tools: Toolset) -> None:
-    """Raises LoadFailed for a model that these tools cannot load. Says nothing of tools that are of none of our pins."""
+    """Raises LoadFailed for a model that these tools cannot load. Ignores tools not built from one of our pins."""
     pin = pin_of(tools)
     if pin is None or pin.serves is None:
         return

@@ -267,7 +267,7 @@ def under_way(path: Path) -> str | None:
 
 
 def refuse_under_way(path: Path) -> None:
-    """Raise TreeEdited while git is in the middle of something: HEAD is then neither what was there nor what will be."""
+    """Raise TreeEdited while git is in the middle of an operation: HEAD is then neither the old nor the new state."""
     if verb := under_way(path):
         raise TreeEdited(
             f"{path}: a git {verb} is under way",

@@ -43,7 +43,7 @@ def existing(folder: Path) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says about a full disk or a read-only folder into errors for a person, which name the file."""
+    """Turn the system's errors about a full disk or a read-only folder into readable ones that name the file."""
     try:
         yield
     except OSError as error:

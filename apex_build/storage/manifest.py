@@ -39,7 +39,8 @@ KINDS: Mapping[str, str] = {
 _HEAD = ("schema", "kind", "identity", "from", "provenance", "sha256", "bytes", "apex", REPLACES)
 # Schema 0: the first of these keys that a manifest has tells its kind.
 _KIND_OF_KEY = {
-    "policy": QUANTIZED, "text": IMATRIX, "merged": MERGED, "converter": CONVERTED, "backend": BUILD, "packages": TOOLKIT,
+    "policy": QUANTIZED, "text": IMATRIX, "merged": MERGED, "converter": CONVERTED, "backend": BUILD,
+    "packages": TOOLKIT,
     "requirements": ENVIRONMENT,
 }  # fmt: skip
 

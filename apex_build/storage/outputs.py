@@ -26,7 +26,7 @@ _LOG_START = re.compile(rb"\$ '?/")  # a command line of native/run.py
 _OTHER_NAME = "give another name with -o"
 
 
-# --- before anything is done --------------------------------------------------------------------------------------------
+# --- before anything is done ------------------------------------------------------------------------------------------
 def beside(out: Path, suffix: str) -> Path:
     """The file that goes with an output: `out` + .json, its manifest, or + .log."""
     return out.with_name(out.name + suffix)
@@ -75,12 +75,12 @@ def check_apart(written: Iterable[Path], inputs: Iterable[Path], hint: str = _OT
 
 
 def check_text_free(out: Path, text: bytes, *, force: bool = False) -> None:
-    """For an output without a manifest: raises OutputUnwritable where there is another file than the one to be written."""
+    """For an output without a manifest: raises OutputUnwritable if a different file is already there."""
     if not force and out.exists() and not (out.stat().st_size == len(text) and out.read_bytes() == text):
         refuse(out, "exists, and holds something else")
 
 
-# --- while it is written ------------------------------------------------------------------------------------------------
+# --- while it is written ----------------------------------------------------------------------------------------------
 @contextmanager
 def locked_output(out: Path, *, wait: bool = False) -> Iterator[None]:
     """The lock of `out`, for `whole_file`. Part files that a killed run left are removed. See `locked`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def folder_size(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:
-    """Bytes on the disk of all files below; those whose (device, inode) is in `seen` do not count, and are added to it."""
+    """Disk usage of all files below; skips those whose (device, inode) is in `seen`, adds the others to it."""
     seen = set() if seen is None else seen
     total = 0
     for where, _, names in os.walk(folder):

@@ -53,7 +53,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What 'auto' became, and what that rests on: candidates in the order in which they were tried, the largest first."""
+    """What 'auto' chose and why: the candidates in the order in which they were tried, largest first."""
 
     parameter: str
     value: str
@@ -114,7 +114,7 @@ def measure(question: Question, *, report: Report = silent, progress: Progress |
 
 
 def known_choice(question: Question) -> Choice | None:
-    """What was measured before, without measuring anything; None while something that would decide is not measured yet."""
+    """The choice, if earlier measurements decide it; None while one that is needed is missing."""
     if question.imatrix is None or not question.model.has_head:
         return None
     name, bound = _asked(question)

@@ -13,7 +13,7 @@ from apex_build.sweep.rows import Row, curve_name
 
 @dataclass(frozen=True)
 class Knee:
-    """Of one curve: the `smallest` by the estimate, and the smallest whose whole interval is under the bound, `firm`."""
+    """The `smallest` within the bound by the estimate, and `firm`, the smallest whose whole interval is within it."""
 
     head_data: bool
     bound: float

@@ -35,7 +35,7 @@ Progress = Callable[[], AbstractContextManager[Report]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A point's row. `reused`: it was measured before. `errors`: of evaluators that failed; such a row is not recorded."""
+    """A point's row. `reused`: measured before. `errors`: from evaluators that failed; such a row is not recorded."""
 
     row: Row
     reused: bool = False
@@ -124,7 +124,7 @@ def planned_row(point: Point, sweep: Sweep) -> Row:
 
 @dataclass
 class _Files:
-    """The files of a running sweep: the trunk that all are made from, the baseline, and the one that is being measured."""
+    """Files of a running sweep: the trunk that all are made from, the baseline, and the one being measured."""
 
     sweep: Sweep
     made: dict[str, Model] = field(default_factory=dict)

@@ -64,7 +64,7 @@ def head_job(job: Job, trunk: Model) -> Job:
 
 
 def _pinned(plan: Plan, entries: tuple[Entry, ...]) -> Plan:
-    """The plan with a rule for every tensor that llama-quantize would change, so that nothing is left to its mixture."""
+    """The plan with a rule for every tensor that llama-quantize would change, so its mixture decides nothing."""
     rules = "".join(f"{exactly(entry.name)}={entry.type}\n" for entry in entries if entry.source != KEPT)
     identity = sha256_json(
         {"base_type": plan.base_type, "rules": rules, "types": [[entry.name, entry.type] for entry in entries]}

@@ -25,7 +25,7 @@ from apex_build.workshop.standing import find_patch
 
 @dataclass(frozen=True)
 class Opened:
-    """The tree, ready to be worked in. `commits`: (commit, patch), oldest first; `at`: the patch whose commit HEAD is."""
+    """The tree, ready for work. `commits`: (commit, patch), oldest first; `at`: the patch whose commit HEAD is."""
 
     path: Path
     commits: tuple[tuple[str, str], ...]
@@ -62,7 +62,8 @@ from pathlib import Path
 todo = Path(sys.argv[1])
 lines = todo.read_text(encoding="utf-8", errors="surrogateescape").splitlines(True)
 steps = (line.split(" ", 2) for line in lines)
-found = ["edit " + line[5:] if step[0] == "pick" and {commit!r}.startswith(step[1]) else line for line, step in zip(lines, steps)]
+wanted = [step[0] == "pick" and {commit!r}.startswith(step[1]) for step in steps]
+found = ["edit " + line[5:] if edit else line for line, edit in zip(lines, wanted)]
 todo.write_text("".join(found), encoding="utf-8", errors="surrogateescape")
 """
 
@@ -155,7 +156,7 @@ def reorder(pin: Pin, given: Sequence[str], report: Report = silent) -> Saved:
 
 
 def _rebuild(pin: Pin, path: Path, patches: Sequence[Patch], how: str, *, same: bool = False) -> Saved:
-    """Make the tree these patches, by three-way merges (each patch's blobs are in the tree's repository), and save it."""
+    """Make the tree these patches by three-way merges (their blobs are in the tree's repository), and save it."""
     found = find_applied(path, read_series(pin))
     by_hand = f"{verb(pin, 'edit')}, then git -C {path} rebase -i apex-base"
     try:

@@ -1,4 +1,4 @@
-"""How the patches of a series go onto a pin's source, one on top of the other, whatever is in the tree at the moment."""
+"""How the patches of a series apply to a pin's source, one after the other, whatever the tree holds now."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def read_standard_library(options: Mapping[str, Any], _folder: Path) -> Iterator
 
 
 def read_datasets(options: Mapping[str, Any], _folder: Path) -> Iterator[Document]:
-    """`dataset`, `name`, `split`, `revision`, and `column`: a text column, or one of messages. Needs the extra `hub`."""
+    """`dataset`, `name`, `split`, `revision`, and `column`: of text, or of messages. Needs the extra `hub`."""
     try:
         from datasets import load_dataset
     except ImportError:

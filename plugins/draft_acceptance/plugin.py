@@ -1,4 +1,4 @@
-"""Draft acceptance as a user sees it: llama-server drafts with the model's own head, and the trunk accepts or does not."""
+"""Draft acceptance as a user sees it: llama-server drafts with the model's head, and the trunk accepts or rejects."""
 
 from __future__ import annotations
 

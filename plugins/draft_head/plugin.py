@@ -1,4 +1,4 @@
-"""How well the draft head predicts the trunk, at every scored position of a text: this build's llama-perplexity --mtp."""
+"""How well the draft head predicts the trunk at every scored position of a text: our llama-perplexity --mtp."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def rows_choice(task: Task) -> str:
 
 
 def check_same_positions(scores: HeadScores, reference: HeadScores, task: Task, domain: str) -> None:
-    """Raises EvaluationRefused where the two were not scored on the same tokens, so that nothing about them is paired."""
+    """Raises EvaluationRefused if the two were not scored on the same tokens, and so cannot be paired."""
     assert task.reference is not None
     for name in ("pos", "depth", "token"):
         ours, theirs = getattr(scores, name), getattr(reference, name)

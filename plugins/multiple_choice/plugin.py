@@ -82,7 +82,7 @@ def evaluate(mode: str, read: Reader, task: Task) -> list[Figure]:
 
 
 def _accuracy(task: Task, mode: str, wanted: int, arguments: Sequence[str | Path]) -> float:
-    """In percent, over all tasks that were wanted. The tool ends with code 0 also where it gave up. Raises ToolFailed."""
+    """In percent, over all tasks asked for. The tool exits with code 0 even if it gave up. Raises ToolFailed."""
     run = task.run("llama-perplexity", "--model", task.model.path, *arguments)
     done, accuracy = _score(run.lines)
     if done == wanted:

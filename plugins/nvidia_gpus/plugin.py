@@ -12,12 +12,13 @@ from apex_build.plugin_api import GpuTarget, hookimpl
 APEX_API = 2
 
 _COMMON = ("all-common",)  # one GPU of each architecture
+_THOR = ("thor", "agx-thor", "jetson-agx-thor")
+_ORIN = ("orin", "agx-orin", "jetson-agx-orin")
 
-# name, architecture, GiB of memory as the driver reports it, what it is, groups, further names (nvidia-smi's among
-# them)
+# name, architecture, GiB of memory as the driver reports it, description, groups, other names (nvidia-smi's too)
 _GPUS: tuple[tuple[str, str, float, str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("dgx-spark", "121a-real", 128, "DGX Spark and its kin: GB10, memory shared with the CPU", _COMMON, ("gb10", "spark")),
-    ("jetson-thor", "110a-real", 128, "Jetson AGX Thor, memory shared with the CPU", (), ("thor", "agx-thor", "jetson-agx-thor")),
+    ("dgx-spark", "121a-real", 128, "DGX Spark and other GB10: memory shared with the CPU", _COMMON, ("gb10", "spark")),
+    ("jetson-thor", "110a-real", 128, "Jetson AGX Thor, memory shared with the CPU", (), _THOR),
     ("rtx5090", "120a-real", 32, "GeForce RTX 5090", _COMMON, ()),
     ("rtx5080", "120a-real", 16, "GeForce RTX 5080", (), ()),
     ("rtx5070ti", "120a-real", 16, "GeForce RTX 5070 Ti", (), ()),
@@ -25,7 +26,7 @@ _GPUS: tuple[tuple[str, str, float, str, tuple[str, ...], tuple[str, ...]], ...]
     ("rtx5060ti", "120a-real", 16, "GeForce RTX 5060 Ti; another model has 8 GB", (), ()),
     ("rtx5060", "120a-real", 8, "GeForce RTX 5060", (), ("rtx5050",)),
     ("rtx-pro-6000", "120a-real", 96, "RTX PRO 6000 Blackwell, every edition", (), ("pro6000",)),
-    ("rtx-pro-4500", "120a-real", 32, "RTX PRO 4500 Blackwell, 4000 and 5000 likewise", (), ("rtx-pro-5000", "rtx-pro-4000")),
+    ("rtx-pro-4500", "120a-real", 32, "RTX PRO 4500 Blackwell; also 4000, 5000", (), ("rtx-pro-5000", "rtx-pro-4000")),
     ("b300", "103a-real", 268, "B300, sold as 288 GB", _COMMON, ()),
     ("gb300", "103a-real", 277, "GB300, each of its GPUs", (), ("dgx-station",)),
     ("b200", "100a-real", 180, "B200", _COMMON, ()),
@@ -42,7 +43,7 @@ _GPUS: tuple[tuple[str, str, float, str, tuple[str, ...], tuple[str, ...]], ...]
     ("rtx-6000-ada", "89-real", 48, "RTX 6000 Ada Generation", (), ("rtx-5000-ada", "rtx-4500-ada", "rtx-4000-ada")),
     ("l40s", "89-real", 48, "L40S; the L40 is the same to a compiler", (), ("l40",)),
     ("l4", "89-real", 24, "L4", (), ()),
-    ("jetson-orin", "87-real", 64, "Jetson Orin, its memory shared with the CPU", (), ("orin", "agx-orin", "jetson-agx-orin")),
+    ("jetson-orin", "87-real", 64, "Jetson Orin, memory shared with the CPU", (), _ORIN),
     ("rtx3090", "86-real", 24, "GeForce RTX 3090", _COMMON, ("rtx3090ti",)),
     ("rtx3080", "86-real", 10, "GeForce RTX 3080; a later model has 12 GB", (), ("rtx3080ti",)),
     ("rtx3070", "86-real", 8, "GeForce RTX 3070", (), ("rtx3070ti",)),

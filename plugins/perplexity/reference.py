@@ -35,7 +35,7 @@ def reference_logits(task: Task, domain: str) -> Path:
 
 
 def logits_bytes(chunks: int, context: int, vocabulary: int) -> int:
-    """Of the tool's file: for each scored position 16 bits a token of the vocabulary, made even in number, and 8 bytes."""
+    """Size of the tool's file: for each scored position 16 bits a token of the vocabulary (made even), and 8 bytes."""
     row = 2 * (2 * ((vocabulary + 1) // 2) + 4)
     return _HEAD.size + chunks * (4 * context + scored_positions(context) * row)
 

@@ -26,7 +26,7 @@ from apex_build.source.pins import load_pin
 
 @pytest.fixture(scope="module")
 def head_alone(testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the files that are called mtp-*.gguf: the head's block, embeddings and output, and the metadata of all of it."""
+    """Like the files called mtp-*.gguf: the head's block, embeddings and output, with the whole model's metadata."""
     out = tmp_path_factory.mktemp("head") / "mtp-testbed.gguf"
     reader, writer = gguf.GGUFReader(testbed), gguf.GGUFWriter(out, "qwen35moe")
     for name, field in reader.fields.items():

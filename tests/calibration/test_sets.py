@@ -149,8 +149,10 @@ def test_a_domain_is_no_path(model: Model, tmp_path: Path) -> None:
 
 
 # What fine-tunes of these families carry, in short.
-GEMMA = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
-{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}
+GEMMA = """{% for m in messages %}
+{%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate') }}{% endif %}
 <start_of_turn>{{ m.role }}
 {{ m.content | trim }}<end_of_turn>
 {% endfor %}"""

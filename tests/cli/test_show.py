@@ -85,7 +85,8 @@ from apex_build.progress import Step
 import time
 with show.progress() as report:
     for n in range(1, 6):
-        report(Step("draft-acceptance: Qwen3.6-35B-A3B-somebody-BF16-draft_head-IQ2_XXS-without-head-data.gguf", n, 100, "prompts"))
+        name = "draft-acceptance: Qwen3.6-35B-A3B-somebody-BF16-draft_head-IQ2_XXS-without-head-data.gguf"
+        report(Step(name, n, 100, "prompts"))
         time.sleep(.25)
 """
     said = on_a_terminal(code)

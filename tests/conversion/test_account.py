@@ -38,7 +38,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out" / "out.gguf"
 
 
-# --- before anything is started ---------------------------------------------------------------------------------------------
+# --- before anything is started ---------------------------------------------------------------------------------------
 def test_a_head_that_the_converter_drops(tmp_path: Path, source: Path, out: Path) -> None:
     """Qwen3-Next: the converter of this pin ignores mtp.*, so a third of the tensors was lost without a word."""
     folder = checkpoint(tmp_path / "hf", qwen3_next_shapes(), **QWEN3_NEXT)
@@ -151,7 +151,7 @@ def test_a_tied_output_is_lost_only_if_it_is_not_the_same(tmp_path: Path) -> Non
         left_out(read_checkpoint(folder), account, (), **options)  # type: ignore[arg-type]
 
 
-# --- with torch -----------------------------------------------------------------------------------------------------------------
+# --- with torch -------------------------------------------------------------------------------------------------------
 def converted(folder: Path, source: Path, python: Path, out: Path, **options: object) -> dict[str, object]:
     job = convert.prepare(folder, source, out, pre_tokenizer="qwen2", python=python, **options)  # type: ignore[arg-type]
     dry = convert.account_for(job)
@@ -267,7 +267,7 @@ def test_the_command_says_what_is_left_out(tmp_path: Path, source: Path, python:
         assert "note: 1 tensors are not in the model, left out by --drop: value_head.weight" in done.stderr
 
 
-# --- metadata ---------------------------------------------------------------------------------------------------------------------
+# --- metadata ---------------------------------------------------------------------------------------------------------
 def test_metadata_of_the_checkpoint_and_of_the_user(tmp_path: Path, source: Path, python: Path, out: Path) -> None:
     folder = make_checkpoint(tmp_path / "hf")
     front = "---\nlicense: apache-2.0\nbase_model:\n- Qwen/Qwen3.6-35B-A3B\ntags:\n- moe\n---\n# A model\n"

@@ -55,7 +55,7 @@ def left(folder: Path, *expected: str) -> bool:
     return sorted(path.name for path in folder.iterdir()) == sorted(expected)
 
 
-# --- with torch ---------------------------------------------------------------------------------------------------------
+# --- with torch -------------------------------------------------------------------------------------------------------
 def test_a_checkpoint_becomes_a_model_with_its_head(folder: Path, source: Path, python: Path, tmp_path: Path) -> None:
     out = tmp_path / "out {dir}" / "größer {ftype}.gguf"
     out.parent.mkdir()
@@ -204,7 +204,7 @@ def test_the_command(folder: Path, python: Path, tmp_path: Path, monkeypatch: py
     assert seen == ["1", None]
 
 
-# --- without ------------------------------------------------------------------------------------------------------------
+# --- without ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def anything() -> Path:
     """Stands for the converter's Python where it is never started."""

@@ -112,7 +112,7 @@ def test_settings_that_make_no_sense(work_of: WorkOf, prompts: Inputs, name: str
 
 
 def test_a_server_that_is_killed_while_it_writes(work_of: WorkOf, prompts: Inputs, tmp_path: Path) -> None:
-    """It is reported under its signal, nothing is recorded of it, no server stays, and the other evaluators still run."""
+    """It is reported with its signal, nothing is recorded, no server is left, and the other evaluators still run."""
     killed: list[int] = []
 
     def kill(step: Step) -> None:

@@ -1,4 +1,4 @@
-"""`apex check`: a good file passes, a dead head does not, and the built-in evaluation set is apart from calibration's."""
+"""`apex check`: a good file passes, a dead head does not; the built-in evaluation set is not calibration's."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def loss(
     run_apex(*quantize, "--set", "draft_head=Q2_K", "--imatrix", headless_imatrix, "--allow-uncalibrated", "-o", blind)
     texts = [word for path in sorted(heldout.glob("*.txt")) for word in ("--text", path)]
     ran = run_apex(
-        "evaluate", mixture, blind, seeing, "--reference", q8_0, "--only", "draft-head", *texts, "--set", "draft-head.depth=1",
+        "evaluate", mixture, blind, seeing, "--reference", q8_0, "--only", "draft-head", *texts,
+        "--set", "draft-head.depth=1",
         "--set", f"draft-head.chunks={CHUNKS}", "--threads", 1, "--results", folder / "results.jsonl", "--json",
     )  # fmt: skip
     found = {}

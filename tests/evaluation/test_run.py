@@ -264,8 +264,8 @@ def test_a_signal_ends_all_of_it_and_leaves_no_process(
 ) -> None:
     """Within an evaluator, whose other errors do not stop the next one."""
     command = [
-        sys.executable, "-m", "apex_build", "evaluate", str(place / "model.gguf"), "--plugin", str(place / "scales"), "--results",
-        str(place / "r.jsonl"), "--only", "perplexity,size", "--text", str(heldout / "chat.txt"),
+        sys.executable, "-m", "apex_build", "evaluate", str(place / "model.gguf"), "--plugin", str(place / "scales"),
+        "--results", str(place / "r.jsonl"), "--only", "perplexity,size", "--text", str(heldout / "chat.txt"),
     ]  # fmt: skip
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120

@@ -48,8 +48,8 @@ def test_they_reach_the_tool_and_are_part_of_the_identity(
     tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
     wanted = [
-        "evaluate", testbed, "--only", "perplexity", "--text", heldout / "chat.txt", "--set", "perplexity.chunks=2", "--set",
-        "perplexity.context=64", "--threads", 1, "--results", tmp_path / "r.jsonl", "--json",
+        "evaluate", testbed, "--only", "perplexity", "--text", heldout / "chat.txt", "--set", "perplexity.chunks=2",
+        "--set", "perplexity.context=64", "--threads", 1, "--results", tmp_path / "r.jsonl", "--json",
     ]  # fmt: skip
     plain = json.loads(run_apex(*wanted).stdout)[0]
     assert "gpu_layers" not in plain and "tool_arguments" not in plain

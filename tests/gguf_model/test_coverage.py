@@ -122,7 +122,7 @@ def test_the_stock_tool_leaves_the_head_out(tools: Toolset, testbed: Path, tmp_p
     assert found.head_calibrated is False
 
 
-# --- an imatrix of another model --------------------------------------------------------------------------------------------
+# --- an imatrix of another model --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

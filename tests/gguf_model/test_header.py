@@ -91,7 +91,7 @@ def test_71_gb_with_248320_tokens_cost_no_more_than_the_header(large: Path) -> N
     assert header.file_size - (header.data_offset + last.offset + last.n_bytes) in range(32)
 
 
-# --- files that are something else ------------------------------------------------------------------------------------------
+# --- files that are something else ------------------------------------------------------------------------------------
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_padding_of_the_last_tensor_may_be_missing(tmp_path: Path) -> None:
     assert read_header(path).tensors[-1].n_bytes == 6
 
 
-# --- headers that lie -------------------------------------------------------------------------------------------------------
+# --- headers that lie -------------------------------------------------------------------------------------------------
 
 KEY = struct.pack("<Q", 3) + b"a.b"
 U64_MAX = (1 << 64) - 1

@@ -124,7 +124,7 @@ def test_names_from_the_file_cannot_steer_the_terminal(tmp_path: Path) -> None:
     assert "blk.0.[bold]x[/nothing]" in out
 
 
-# --- imatrix ----------------------------------------------------------------------------------------------------------------
+# --- imatrix ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_imatrix_by_itself(tmp_path: Path, tiny_model: Model) -> None:
@@ -186,7 +186,7 @@ def test_a_legacy_imatrix(tmp_path: Path) -> None:
     assert "7 chunks; the format does not tell their size" in out
 
 
-# --- bad input: message, exit code, nothing left behind ----------------------------------------------------------------------
+# --- bad input: message, exit code, nothing left behind ---------------------------------------------------------------
 
 
 def cut(path: Path) -> Path:

@@ -84,7 +84,7 @@ def test_an_imatrix_is_no_model(tmp_path: Path) -> None:
     assert caught.value.hint == f"apex inspect {path}"
 
 
-# --- shards -----------------------------------------------------------------------------------------------------------------
+# --- shards -----------------------------------------------------------------------------------------------------------
 
 
 def split(
@@ -166,7 +166,7 @@ def test_a_tensor_that_two_shards_hold(tmp_path: Path) -> None:
         read(paths[0])
 
 
-# --- what llama-quantize converts -------------------------------------------------------------------------------------------
+# --- what llama-quantize converts -------------------------------------------------------------------------------------
 
 
 def dry_run(tools: Toolset, path: Path) -> dict[str, bool]:

@@ -10,7 +10,8 @@ import pytest
 from apex_build.plugins import load_plugins
 
 ROLES = {
-    "routed": "ffn_gate_exps ffn_up_exps ffn_down_exps ffn_gate_up_exps ffn_down_chexps ffn_gate.7 ffn_down.15 ffn_up.0",
+    "routed": "ffn_gate_exps ffn_up_exps ffn_down_exps ffn_gate_up_exps ffn_down_chexps ffn_gate.7 ffn_down.15 "
+    "ffn_up.0",
     "shared": "ffn_gate_shexp ffn_up_shexp ffn_down_shexp",
     "attention": "attn_q attn_k attn_v attn_qkv attn_output attn_gate attn_q_a attn_q_b attn_kv_a_mqa attn_kv_b "
     "attn_k_b attn_v_b",

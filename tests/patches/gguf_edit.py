@@ -74,7 +74,7 @@ def with_noise_head(source: Path, out: Path) -> Path:
 
 
 def with_foreign_head(source: Path, out: Path) -> Path:
-    """As if of another model: whole in itself, but what it reads and writes are the channels of another hidden state."""
+    """As if from another model: valid in itself, but reads and writes the channels of another hidden state."""
     order = np.random.default_rng(2)
 
     def other(name: str, values: Array) -> Array:

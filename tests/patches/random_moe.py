@@ -1,7 +1,7 @@
 """A Qwen3.5-MoE with its MTP head and random weights, of any size: for timings, and for shapes that the testbed does
 not have.
 
-    python tests/patches/random_moe.py OUT.gguf --layers 4 --type q8_0                # layers as those of the 35B-A3B, 256 experts
+    python tests/patches/random_moe.py OUT.gguf --layers 4 --type q8_0     # layers like the 35B-A3B's, 256 experts
     python tests/patches/random_moe.py OUT.gguf --hidden 256 --experts 128 --width 64 # small
 
 It needs NumPy and gguf-py (`pip install gguf`). The vocabulary is the testbed's: 2048 tokens.

@@ -27,7 +27,9 @@ from apex_build.native.toolset import Toolset
 _CLIENT = """
 #include "ggml-rpc.h"
 #include <cstdlib>
-extern "C" ggml_backend_reg_t ggml_backend_init(void) { return ggml_backend_rpc_add_server(std::getenv("TEST_DEVICE")); }
+extern "C" ggml_backend_reg_t ggml_backend_init(void) {
+    return ggml_backend_rpc_add_server(std::getenv("TEST_DEVICE"));
+}
 """
 
 _SERVER = """

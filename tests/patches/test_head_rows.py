@@ -1,4 +1,4 @@
-"""Hidden rows of the draft head in apex: what is known of an architecture, what an imatrix says, and what is refused."""
+"""Hidden rows of the draft head: what is known of an architecture, what an imatrix says, what is refused."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_split_runs_add_up(patched: Run, tools: Toolset, testbed: Path, tmp_path
 
 
 def test_a_snapshot_is_the_result_of_its_chunks(patched: Run) -> None:
-    """Unpatched, a snapshot holds the current batch in the tensors that the graph had come to, and not in the others."""
+    """Unpatched, a snapshot has the current batch only in the tensors that the graph had reached."""
     common = ["--mtp", "-c", 256, "-b", 256, "--no-ppl"]
     whole = patched(*common, "--chunks", 8, "--output-frequency", 1, "--save-frequency", 3)
     three = patched(*common, "--chunks", 3)

@@ -1,4 +1,4 @@
-"""The sums that llama-imatrix collects: as good as the stock tool's, the same with any number of threads, and finite."""
+"""The sums that llama-imatrix collects: as good as the stock tool's, the same with any number of threads, finite."""
 
 from __future__ import annotations
 

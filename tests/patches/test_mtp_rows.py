@@ -239,7 +239,8 @@ int main(int argc, char ** argv) { // model, out, trunk or head, pre or post, ma
         llama_memory_clear(llama_get_memory(ctx), true);
         if (llama_decode(ctx, batch)) return 1;
         for (int i = 0; i < n; ++i) {
-            if (!masked || batch.logits[i]) fwrite(llama_get_embeddings_pre_norm_ith(ctx, i), sizeof(float), n_embd, out);
+            if (masked && !batch.logits[i]) continue;
+            fwrite(llama_get_embeddings_pre_norm_ith(ctx, i), sizeof(float), n_embd, out);
         }
     }
     fclose(out);

@@ -154,7 +154,7 @@ def test_scores_agree_with_numpy(
 
 
 def drafts(reference: Reference, ids: list[int], hidden: Array, depth: int, rows: str, own: str = "") -> Array:
-    """Hidden states of the head at depth 1 or 2, one for each position of the text. `own`: the head's rows, if others."""
+    """The head's hidden states at depth 1 or 2, one for each position of the text. `own`: the head's own rows."""
     fed = reference.fed(hidden, rows)
     first = reference.head(ids, fed)
     if depth == 1:

@@ -161,7 +161,7 @@ def test_an_installed_plugin_for_another_version_is_left_out(tmp_path: Path) -> 
     (info / "entry_points.txt").write_text("[apex_build]\nlater = later\n")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     ran = run_apex("plugins", "list", "--json", env={**os.environ, "PYTHONPATH": path})
-    assert "was made for version 3 of the plugin API" in ran.stderr
+    assert "was made for plugin API version 3" in ran.stderr
     listed = json.loads(ran.stdout)
     assert [one["name"] for one in listed["left_out"]] == ["later"] and listed["api"] == API_VERSION
     assert {one["api"] for one in listed["plugins"]} == {API_VERSION}

@@ -107,7 +107,7 @@ def model_of(arch: str, tensors: list[Tensor]) -> Model:
 
 
 def unexplained(model: Model, policy: PolicySpec) -> tuple[float, list[str]]:
-    """The share of bytes, and the names, that no rule of the policy names and no tier leaves to the mixture on purpose."""
+    """The share of bytes, and the names, that no rule covers and no tier leaves to the mixture on purpose."""
     left: list[str] = []
     n_left, n_bytes = 0.0, 0.0
     types = _rules(model, policy)

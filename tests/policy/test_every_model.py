@@ -192,7 +192,7 @@ def test_rules_count_what_would_be_quantized(make_policy: MakePolicy, small: Mod
     assert any("decides for no tensor" in line for line in make_plan(small, make_policy(rules), {}, tools).warnings)
 
 
-# --- what needs data ----------------------------------------------------------------------------------------------------
+# --- what needs data --------------------------------------------------------------------------------------------------
 def test_output_and_embeddings_are_asked_of_ggml(testbed: Path, calibrated: Path, tmp_path: Path) -> None:
     """llama-quantize makes an exception of them, and its library aborts."""
     common = [

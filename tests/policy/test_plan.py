@@ -46,7 +46,7 @@ def write(plan: Plan, model: Model, tools: Toolset, out: Path, *arguments: str |
     return out
 
 
-# --- what the tool is asked ---------------------------------------------------------------------------------------------
+# --- what the tool is asked -------------------------------------------------------------------------------------------
 def test_what_is_quantizable_is_asked_of_the_tool(small: Model, big: Model, tools: Toolset) -> None:
     for model in (small, big):
         found = quantizable_tensors(model, tools)
@@ -68,7 +68,7 @@ def test_base_types_come_from_the_tools_own_help(tools: Toolset) -> None:
 
 
 def test_the_mixture_knows_whether_there_is_an_imatrix(small: Model, tools: Toolset, trunk_imatrix: Path) -> None:
-    """IQ3_XXS gives ffn_down more bits where there is none; an empty imatrix makes a dry run behave as with a real one."""
+    """IQ3_XXS gives ffn_down more bits without an imatrix; with an empty one a dry run behaves as with a real one."""
     without = dry_run(small, "IQ3_XXS", "", tools)
     empty = dry_run(small, "IQ3_XXS", "", tools, calibrated=True)
     command: list[str | Path] = [
@@ -118,7 +118,7 @@ def test_types_that_need_data(small: Model, tools: Toolset) -> None:
     assert {"token_embd.weight", "output.weight"} <= {entry.name for entry in uniform.needing_data}
 
 
-# --- built-in policies to compare with ----------------------------------------------------------------------------------
+# --- built-in policies to compare with --------------------------------------------------------------------------------
 def test_uniform(small: Model, tools: Toolset) -> None:
     plan = make_plan(small, load_plugins().policy("uniform"), {"type": "q3_k"}, tools)
     assert {entry.type for entry in plan.entries if entry.source != "kept"} == {"Q3_K"} and plan.base_type == "Q3_K"
@@ -133,7 +133,7 @@ def test_draft_head_only(small: Model, tools: Toolset) -> None:
             assert (entry.type, entry.fallback) == (expected, None)
 
 
-# --- shapes and rules that llama-quantize would not follow --------------------------------------------------------------
+# --- shapes and rules that llama-quantize would not follow ------------------------------------------------------------
 def odd_model(tmp_path: Path, **extra: tuple[int, ...]) -> Model:
     return model_of(
         write_header_only(
@@ -229,7 +229,7 @@ def test_an_architecture_the_build_does_not_know(make_policy: MakePolicy, tools:
         make_plan(model, make_policy(""), {}, tools)
 
 
-# --- the file as it is written ------------------------------------------------------------------------------------------
+# --- the file as it is written ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("tier", "parameters"), [("compact", {}), ("i-nano", {"draft_head": "Q8_0"}), ("uniform", {"type": "Q6_K"})]
 )

@@ -26,9 +26,11 @@ def refused(make_policy: MakePolicy, model: Model, text: str, error: type[ApexEr
 def test_what_a_template_sees(make_policy: MakePolicy, small: Model) -> None:
     text = """{{ model.architecture }} {{ model.trunk_layers }} {{ model.head_layers }}
 {{- ' %d %d' % (model.n_expert, model.n_expert_used) }}
-{% set shown = ("blk.0.attn_qkv.weight", "blk.4.ffn_up_exps.weight", "token_embd.weight", "blk.6.nextn.eh_proj.weight") %}
+{% set shown = ("blk.0.attn_qkv.weight", "blk.4.ffn_up_exps.weight",
+                "token_embd.weight", "blk.6.nextn.eh_proj.weight") %}
 {% for t in tensors if t.name in shown %}
-{{ t.name }} {{ t.layer }} {{ t.role }} {{ t.shape | join("x") }} {{ t.type }} {{ t.depth }} {{ t.draft_head }} {{ t.quantizable }}
+{{ t.name }} {{ t.layer }} {{ t.role }} {{ t.shape | join("x") }} {{ t.type }} {{ t.depth }} {{ t.draft_head }}
+{{- " " }}{{ t.quantizable }}
 {% endfor %}
 {% for layer in layers %}
 {{ layer.number }} {{ layer.depth }} {{ layer.draft_head }} {{ layer.tensors | length > 10 }}

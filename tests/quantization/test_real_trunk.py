@@ -65,8 +65,8 @@ def test_fewer_bits_cost_more_and_an_imatrix_is_worth_something(
         made.append(tmp_path / f"{kind}{'-im' if options else ''}.gguf")
         run_apex("quantize", trunk, "--policy", "uniform", "--set", f"type={kind}", *options, "-o", made[-1])
     found = figures(
-        *made, "--reference", trunk, "--only", "kld", "--text", heldout / "chat.txt", "--set", "kld.chunks=3", "--results",
-        tmp_path / "r.jsonl",
+        *made, "--reference", trunk, "--only", "kld", "--text", heldout / "chat.txt", "--set", "kld.chunks=3",
+        "--results", tmp_path / "r.jsonl",
     )  # fmt: skip
     kld = [found[path.name, "kld.mean"] for path in made]
     assert 0.001 < kld[0] < 0.03 and 0.03 < kld[1] < 0.3 and kld[2] > 5 * kld[1] and kld[3] < 0.8 * kld[2], kld

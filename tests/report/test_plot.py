@@ -30,7 +30,8 @@ def series(name: str, drop: float, refused: tuple[str, ...] = ()) -> Series:
 
 CHART = Chart(
     "testbed: depth1.agreement, n = 63,232", "bytes of the draft head (MB)", "depth1.agreement (%)",
-    (series("with head data", 0.2), series("without head data", 0.3, REFUSED)), ((72.8, "Q8_0 less 0.5 points"),), "knee",
+    (series("with head data", 0.2), series("without head data", 0.3, REFUSED)), ((72.8, "Q8_0 less 0.5 points"),),
+    "knee",
 )  # fmt: skip
 
 
@@ -70,10 +71,14 @@ def test_labels_keep_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "chart",
     [
-        Chart("chunks", "chunks of text", "agreement (%)", (Series("all", tuple(Mark(n, 70 + n / 99) for n in (5, 25, 50, 200))),)),
+        Chart(
+            "chunks", "chunks of text", "agreement (%)",
+            (Series("all", tuple(Mark(n, 70 + n / 99) for n in (5, 25, 50, 200))),),
+        ),
         Chart(
             "both intervals", "agreement (%)", "acceptance (%)",
-            (Series("types", (Mark(70, 60, "Q2_K", (69, 71), (58, 63)), Mark(73, 64, "Q8_0", (72, 74), (63, 66))), joined=False),),
+            (Series("types", (Mark(70, 60, "Q2_K", (69, 71), (58, 63)),
+                              Mark(73, 64, "Q8_0", (72, 74), (63, 66))), joined=False),),
         ),
         Chart("all refused", "MB", "score", (Series("none", (Mark(1.0, None, "IQ1_M"),)),)),
         Chart("nothing", "MB", "score", ()),

@@ -93,8 +93,8 @@ def test_global_headers_take_little_memory(tmp_path: Path) -> None:
         "from apex_build.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "build", "--import", str(archive)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path),
-                         "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == ArchiveUnsafe.exit_code, ran.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 22
 
@@ -144,6 +144,7 @@ def test_the_verb_shows_no_traceback(tmp_path: Path) -> None:
     archive = tmp_path / "bad.tar"
     archive.write_bytes(BAD["a chain of headers"]())
     said = run_apex("source", "fetch", "--archive", archive, "--force", code=HashMismatch.exit_code, env={
-        "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "APEX_SOURCE_DIR": str(tmp_path / "s")
+        "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path),
+        "APEX_SOURCE_DIR": str(tmp_path / "s")
     }).stderr  # fmt: skip
     assert "bad.tar is not a tar archive that can be read" in said

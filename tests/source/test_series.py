@@ -168,7 +168,7 @@ def test_status_of_an_amended_patch(series: World) -> None:
         save_series(series.pin)
 
 
-# --- patches that do not apply -------------------------------------------------------------------------------------------
+# --- patches that do not apply ----------------------------------------------------------------------------------------
 def conflict(world: World) -> None:
     """Patch 2 of the series touches lines 20, 35 and 50 of a file; the tree differs from what it expects at line 35."""
     patch = world.patches / "0002-imatrix-three-places.patch"

@@ -1,4 +1,4 @@
-"""A small stand-in for llama.cpp: its files, an sdist of them, an upstream repository, and a pin that names all three."""
+"""A small stand-in for llama.cpp: its files, an sdist, an upstream repository, and a pin that names all three."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mechanism that all files and folders are made by: a kill at any system call, another run, what is there already."""
+"""The mechanism that makes all files and folders: a kill at any system call, a concurrent run, existing outputs."""
 
 from __future__ import annotations
 
@@ -320,9 +320,8 @@ def test_work_is_kept_for_the_same_parts_alone(tmp_path: Path, monkeypatch: pyte
             raise ZeroDivisionError
         return found
 
-    assert [run("one", kept=True), run("one", kept=True), run("two", kept=True), run("two", kept=False), run("two", kept=True)] == [
-        "nothing", "one", "nothing", "two", "nothing",
-    ]  # fmt: skip
+    runs = [("one", True), ("one", True), ("two", True), ("two", False), ("two", True)]
+    assert [run(name, kept=kept) for name, kept in runs] == ["nothing", "one", "nothing", "two", "nothing"]
     remove_work(out)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"] and not list(
         (tmp_path / "cache" / "calibrations").iterdir()

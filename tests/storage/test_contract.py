@@ -1,4 +1,4 @@
-"""No verb writes a file by itself: what it makes goes through the artifact protocol, or through `outputs.write_text`."""
+"""No verb writes a file by itself: all go through the artifact protocol, or through `outputs.write_text`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def command(*words: object) -> list[str]:
 
 
 def kill_at_random(words: list[str], seed: int) -> tuple[int, float]:
-    """Run it once to its end for the time that it takes, then kill it again and again. Returns how often it was killed."""
+    """Run it once to time it, then kill it again and again. Returns how often it was killed."""
     chance, began = random.Random(seed), time.monotonic()
     subprocess.run(words, check=True, capture_output=True)
     takes, killed = time.monotonic() - began, 0

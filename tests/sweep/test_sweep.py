@@ -120,7 +120,8 @@ def test_both_curves_scored_and_shown(
     assert refused["head_bytes"] == found["IQ2_XXS", True]["head_bytes"] and refused["file_bytes"] is None
     assert [found[kind, False]["uncalibrated"] for kind in ("Q8_0", "Q4_K")] == [False, True]
     assert {path.name for path in out.iterdir()} == {
-        "results.jsonl", "sweep.json", "sweep.jsonl", "sweep.png", "sweep.svg", "table.md", "testbed.imatrix-without-head.gguf",
+        "results.jsonl", "sweep.json", "sweep.jsonl", "sweep.png", "sweep.svg", "table.md",
+        "testbed.imatrix-without-head.gguf",
     }  # fmt: skip
     for text in (done.stdout, (out / "table.md").read_text()):
         assert "baseline" in text and "refused" in text and "without calibration data for the head" in text

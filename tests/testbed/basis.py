@@ -52,16 +52,19 @@ DIALS = {
 # matrices that read a norm's output, by the norm before them (within a block)
 READERS = {
     "input_layernorm": (
-        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "linear_attn.in_proj_qkv.weight",
+        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
+        "linear_attn.in_proj_qkv.weight",
         "linear_attn.in_proj_z.weight", "linear_attn.in_proj_a.weight", "linear_attn.in_proj_b.weight",
     ),
     "post_attention_layernorm": (
-        "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight",
+        "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.shared_expert.gate_proj.weight",
+        "mlp.shared_expert.up_proj.weight",
         "mlp.shared_expert_gate.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
     ),
 }  # fmt: skip
 WRITERS = (
-    "self_attn.o_proj.weight", "linear_attn.out_proj.weight", "mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight",
+    "self_attn.o_proj.weight", "linear_attn.out_proj.weight", "mlp.experts.down_proj",
+    "mlp.shared_expert.down_proj.weight",
     "mlp.down_proj.weight",
 )  # fmt: skip
 SMALL = (

@@ -252,7 +252,7 @@ def tool_call(items: list[Documented], r: Random) -> Dialogue:
 
 
 def dialogues(seed: int) -> dict[str, list[Dialogue]]:
-    """Dialogues by domain, every documented thing once in each domain it is fit for, in an order drawn from the seed."""
+    """Dialogues by domain, each documented thing once in each domain it suits, in an order drawn from the seed."""
     items = documented()
     r = Random(f"documented/{seed}")
     r.shuffle(items)

@@ -51,8 +51,8 @@ def padded(name: str, values: Array) -> Array:
     rows, columns = values.shape
     sizes = {
         "attn_q": (HEADS[1] * HEAD, WIDE), "attn_k": (KV_HEADS[1] * HEAD, WIDE), "attn_v": (KV_HEADS[1] * HEAD, WIDE),
-        "attn_output": (WIDE, HEADS[1] * HEAD), "ffn_gate": (rows, WIDE), "ffn_up": (rows, WIDE), "ffn_down": (WIDE, columns),
-        "token_embd": (rows, WIDE), "output": (rows, WIDE),
+        "attn_output": (WIDE, HEADS[1] * HEAD), "ffn_gate": (rows, WIDE), "ffn_up": (rows, WIDE),
+        "ffn_down": (WIDE, columns), "token_embd": (rows, WIDE), "output": (rows, WIDE),
     }  # fmt: skip
     tall, wide = sizes[name.split(".")[-2]]
     return np.pad(values, ((0, tall - rows), (0, wide - columns)))
@@ -62,7 +62,8 @@ def write(source: Path, out: Path) -> None:
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, "llama")
     changed = {
-        "llama.embedding_length": WIDE, "llama.attention.head_count": HEADS[1], "llama.attention.head_count_kv": KV_HEADS[1],
+        "llama.embedding_length": WIDE, "llama.attention.head_count": HEADS[1],
+        "llama.attention.head_count_kv": KV_HEADS[1],
         "general.file_type": int(gguf.LlamaFileType.MOSTLY_F16),
     }  # fmt: skip
     for name, field in reader.fields.items():

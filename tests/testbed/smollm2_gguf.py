@@ -98,7 +98,8 @@ def keys(kind: str) -> dict[str, tuple[Any, gguf.GGUFValueType]]:
     }  # fmt: skip
     if kind == "moe":
         return found | {
-            "leading_dense_block_count": (LAYERS, whole), "expert_count": (EXPERTS, whole), "expert_used_count": (ACTIVE, whole),
+            "leading_dense_block_count": (LAYERS, whole), "expert_count": (EXPERTS, whole),
+            "expert_used_count": (ACTIVE, whole),
             "expert_shared_count": (1, whole), "expert_gating_func": (2, whole),
             "expert_weights_norm": (True, gguf.GGUFValueType.BOOL), "expert_weights_scale": (1.0, real),
         }  # fmt: skip

@@ -107,7 +107,8 @@ class Head(nn.Module):
         self.kind, self.routing = kind, torch.zeros(())
         narrow, wide = KV_HEADS * HEAD, HEADS * HEAD
         shapes: dict[str, tuple[int, ...]] = {
-            "nextn.eh_proj": (HIDDEN, 2 * HIDDEN), "attn_q": (wide, HIDDEN), "attn_k": (narrow, HIDDEN), "attn_v": (narrow, HIDDEN),
+            "nextn.eh_proj": (HIDDEN, 2 * HIDDEN), "attn_q": (wide, HIDDEN), "attn_k": (narrow, HIDDEN),
+            "attn_v": (narrow, HIDDEN),
             "attn_output": (HIDDEN, wide),
         }  # fmt: skip
         if kind == "moe":

@@ -60,7 +60,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     template = (HERE / "chat_template.jinja").read_text()
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": END_OF_TEXT,
-        "add_bos_token": False, "add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": 4096,
+        "add_bos_token": False, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
         "chat_template": template,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

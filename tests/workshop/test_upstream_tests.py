@@ -1,4 +1,4 @@
-"""`apex patch test`: the source's own tests on both sides of a series, on a tiny CMake project in place of llama.cpp."""
+"""`apex patch test`: the source's tests before and after a series, on a tiny CMake project instead of llama.cpp."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def build_cpu(source: Path, pin: Pin | None = None, *, report: Report = silent) 
 
 
 def ensure_tools(source: Path, pin: Pin, *, report: Report = silent) -> Toolset:
-    """The tools in use if they were made of this very source, or APEX_TOOLS names them; else the CPU tools of `source`."""
+    """The tools in use if built from this exact source, or named by APEX_TOOLS; else the CPU tools of `source`."""
     try:
         found = find_toolset()
     except BuildMissing:
@@ -109,7 +109,7 @@ def ensure_tools(source: Path, pin: Pin, *, report: Report = silent) -> Toolset:
 def plan_build(
     source: Path, backend: Backend, pin: Pin | None = None, *, native: bool = True, cuda: CudaPlan | None = None
 ) -> BuildPlan:
-    """Find the compiler and name all inputs. A CUDA build is never `native`: it may be carried. Raises CompilerMissing."""
+    """Find the compiler, name all inputs. A CUDA build is never `native`: it may be moved. Raises CompilerMissing."""
     native = native and cuda is None
     source = source.resolve()
     cmake.programs()

@@ -210,7 +210,7 @@ def _of_architecture(text: str, given: str = "") -> GpuTarget:
     if int(number) not in _FIRST_CUDA and int(number) < _NEWEST:  # a newer one may exist: its compiler knows
         near = sorted(_FIRST_CUDA, key=lambda known: abs(known - int(number)))[:3]
         raise GpuUnknown(
-            f"there is no CUDA architecture '{printable(given or text)}'; near it: {', '.join(f'sm_{n}' for n in near)}",
+            f"no CUDA architecture '{printable(given or text)}'; near it: {', '.join(f'sm_{n}' for n in near)}",
             hint="apex build --list-gpus",
         )
     if variant == "a" and int(number) < _HOPPER:

@@ -260,7 +260,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[IO[bytes
 
 
 def _share_copies(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """A library has several names (libllama.so, libllama.so.0): links again, as in the build, to the longest of them."""
+    """Make each library's other names (libllama.so, libllama.so.0) links to the longest again, as in the build."""
     names: dict[str, list[str]] = {}
     for name, about in files.items():
         if name.startswith("bin/") and ".so" in name:

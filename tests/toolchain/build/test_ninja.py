@@ -8,7 +8,7 @@ FAILED = """\
 [1/4] Building CXX object CMakeFiles/part.dir/part.cpp.o
 [2/4] Building CXX object CMakeFiles/tool.dir/tool.cpp.o
 FAILED: [code=1] CMakeFiles/tool.dir/tool.cpp.o
-/usr/bin/c++  -I/a/b -O3 -DNDEBUG -MD -MT CMakeFiles/tool.dir/tool.cpp.o -o CMakeFiles/tool.dir/tool.cpp.o -c /src/tool.cpp
+/usr/bin/c++  -I/a/b -O3 -DNDEBUG -MD -MT CMakeFiles/tool.dir/tool.cpp.o -o CMakeFiles/tool.dir/tool.cpp.o -c tool.cpp
 In file included from /src/tool.cpp:1:
 /src/tool.h:9:1: warning: something harmless
 /src/tool.cpp: In function 'int main()':

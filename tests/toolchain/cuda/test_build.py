@@ -35,7 +35,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_cuda import H100, SPARK, tiny_plan
 from apex_build.toolchain.build.run import build
-print(*build(tiny_plan(Path(sys.argv[2]), {"h100": H100, "dgx-spark": SPARK}[sys.argv[3]])).toolset.manifest["cuda"]["device_code"])
+plan = tiny_plan(Path(sys.argv[2]), {"h100": H100, "dgx-spark": SPARK}[sys.argv[3]])
+print(*build(plan).toolset.manifest["cuda"]["device_code"])
 """
 
 

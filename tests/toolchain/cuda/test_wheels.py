@@ -1,4 +1,4 @@
-"""The CUDA toolkit from wheels: small ones, from a folder that pip is told to look in, laid out as the real ones are."""
+"""The CUDA toolkit from wheels: small ones, from a folder that pip looks in, laid out like the real ones."""
 
 from __future__ import annotations
 
