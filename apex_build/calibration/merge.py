@@ -82,7 +82,8 @@ def plan_merge(paths: Sequence[Path], chunk_size: int | None = None) -> Merged:
     found = tuple(read_imatrix(path) for path in paths)
     for one in found:
         check_values(one)
-    _same_model(found)
+    check_same_model(found)
+    _heads_in_all(found)
     notes = list(_differences(found))
     sizes = [one.chunk_size for one in found if one.chunk_size]
     legacy = any(one.format == "legacy" for one in found)
@@ -169,7 +170,8 @@ def _as_sums(source: Imatrix, entry: Entry, chunk_size: int) -> tuple[Sums, Sums
     return entry.values().astype(np.float64) * scale, np.array(entry.counts, dtype=np.float64) * scale
 
 
-def _same_model(found: Sequence[Imatrix]) -> None:
+def check_same_model(found: Sequence[Imatrix]) -> None:
+    """Raises ImatrixMismatch, saying what tells the models apart."""
     first = found[0]
     models = {fingerprint: one.path for one in reversed(found) if (fingerprint := _model_of(one.path))}
     if len(models) > 1:
@@ -226,6 +228,18 @@ def merge(
         sources = tuple(SourceRecord(one.path.name, digests[one.path]) for one in merged.sources)
         record = MergedRecord(sources, form, merged.datasets, merged.chunk_count, merged.chunk_size, merged.head_tokens)
         return merged, draft.done(record), list(lost)
+
+
+def _heads_in_all(found: Sequence[Imatrix]) -> None:
+    """A head's data would stand on another text than the trunk's, and the file would not say so."""
+    with_head = [one for one in found if one.head_tokens]
+    without = [one for one in found if not one.head_tokens and one.format == "gguf"]
+    if with_head and without:
+        raise ImatrixMismatch(
+            f"{without[0].path} was made without the draft head, {with_head[0].path} with it, over "
+            f"{with_head[0].head_tokens} tokens: the head would have data of a part of the text alone",
+            hint="calibrate all parts alike: apex calibrate MODEL, or with --no-mtp",
+        )
 
 
 def _model_of(path: Path) -> str | None:

@@ -1,14 +1,20 @@
-"""`apex imatrix`: calibration data put together, or carried to the other format."""
+"""`apex imatrix`: calibration data put together, compared, or carried to the other format."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from apex_build.calibration.diff import Diff, PlaceOf, RoleDiff
+from apex_build.calibration.diff import diff as diff_files
 from apex_build.calibration.merge import merge as merge_files
 from apex_build.cli import show
-from apex_build.cli.options import json_option
+from apex_build.cli.options import PATH, json_option, plugin_option
+from apex_build.gguf_model.model import read_model
+from apex_build.hookspecs import Part
+from apex_build.plugins import Plugins, load_plugins
 
 _PATH = click.Path(path_type=Path)
 _FORMATS = ("gguf", "dat")
@@ -16,11 +22,12 @@ _FORMATS = ("gguf", "dat")
 
 @click.group()
 def command() -> None:
-    """Merge imatrix files of one model, or convert one to the other format.
+    """Merge or compare imatrix files of one model, or convert one to the other format.
 
     \b
     Examples:
       apex imatrix merge chat.imatrix.gguf code.imatrix.gguf -o both.imatrix.gguf
+      apex imatrix diff one.imatrix.gguf another.imatrix.gguf
       apex imatrix convert old.dat -o new.imatrix.gguf
       apex imatrix convert model.imatrix.gguf -o model.imatrix.dat
     """
@@ -35,8 +42,8 @@ def command() -> None:
 def merge(files: tuple[Path, ...], out: Path, chunk_size: int | None, force: bool, json_: bool) -> None:
     """Add up the data of imatrix files of one model, as if their texts had been run together.
 
-    Counts and sums of squares are added exactly. Files of different models are refused, and those whose draft heads
-    were run over other rows of the trunk.
+    Counts and sums of squares are added exactly. Files of different models are refused, those whose draft heads
+    were run over other rows of the trunk, and files without the draft head beside files with it.
 
     \b
     Examples:
@@ -69,6 +76,98 @@ def convert(file: Path, out: Path, form: str | None, chunk_size: int | None, for
       apex imatrix convert model.imatrix.gguf -o model.imatrix.dat
     """
     _write((file,), out, form or ("dat" if out.suffix == ".dat" else "gguf"), chunk_size, force=force, json_=json_)
+
+
+@command.command()
+@click.argument("one", metavar="A", type=_PATH)
+@click.argument("two", metavar="B", type=_PATH)
+@click.option("--model", "model_path", type=PATH, help="The model: says exactly which weights are the draft head's.")
+@plugin_option
+@json_option
+def diff(one: Path, two: Path, model_path: Path | None, folders: tuple[Path, ...], json_: bool) -> None:
+    """Show how far two imatrix files of one model are apart, by role.
+
+    The distance of two matrices is half the sum of the differences between the shares that their columns have of the
+    importance: 0 where both files weigh the columns alike, 1 where they have none in common. 'largest difference' is of
+    the sums themselves, which also grow with the text.
+
+    \b
+    Examples:
+      apex imatrix diff chat.imatrix.gguf code.imatrix.gguf
+      apex imatrix diff one-run.imatrix.gguf four-shards.imatrix.gguf --json
+    """
+    found = diff_files(one, two, _places(load_plugins(folders), model_path))
+    if json_:
+        show.as_json(_diff_json(found))
+        return
+    rows = [
+        (
+            "draft head" if role.draft_head else "trunk",
+            role.role,
+            role.matrices,
+            role.equal,
+            role.counts_equal,
+            f"{role.mean:.4f}",
+            f"{role.worst.distance:.4f} ({role.worst.tensor}{_expert(role)})" if role.worst else "-",
+            f"{role.relative:.1e}",
+            " / ".join(map(str, role.only)),
+        )
+        for role in found.roles
+    ]
+    columns = (
+        "part",
+        "role",
+        "matrices",
+        "equal",
+        "same counts",
+        "distance",
+        "farthest",
+        "largest difference",
+        "only in A / B",
+    )
+    show.table(f"{one} and {two}", columns, rows, right=columns[2:6] + columns[7:])
+    tokens = [(each.chunk_count or 0) * (each.chunk_size or 0) for each in (found.one, found.two)]
+    click.echo(f"over {tokens[0]} and {tokens[1]} tokens" + ("; all data is equal" if found.equal else ""))
+
+
+def _expert(role: RoleDiff) -> str:
+    return f", expert {role.worst.number}" if role.worst and role.role == "routed" else ""
+
+
+def _places(plugins: Plugins, model_path: Path | None) -> PlaceOf:
+    """By the model's own catalogue; without it by the names, which tell the heads' own parts alone from the trunk."""
+    known = {} if model_path is None else {one.name: one for one in read_model(model_path, plugins.role_of).tensors}
+
+    def place_of(name: str) -> tuple[str, bool]:
+        if name in known:
+            return known[name].role, known[name].draft_head
+        found = plugins.role_of("", name)
+        if isinstance(found, Part):
+            return found.role, found.draft_head
+        return found or "other", ".nextn." in name
+
+    return place_of
+
+
+def _diff_json(found: Diff) -> dict[str, Any]:
+    roles = [
+        {
+            **vars(role),
+            "worst": vars(role.worst) if role.worst else None,
+            "only": dict(zip("ab", role.only, strict=True)),
+        }
+        for role in found.roles
+    ]
+    files = [
+        {
+            "path": str(each.path),
+            "chunk_count": each.chunk_count,
+            "chunk_size": each.chunk_size,
+            "head_tokens": each.head_tokens,
+        }
+        for each in (found.one, found.two)
+    ]
+    return {"files": files, "equal": found.equal, "roles": roles}
 
 
 def _write(files: tuple[Path, ...], out: Path, form: str, chunk_size: int | None, *, force: bool, json_: bool) -> None:

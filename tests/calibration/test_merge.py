@@ -131,6 +131,46 @@ def test_what_does_not_belong_together(halves: list[Path], tools: Toolset, tmp_p
     assert not out.exists()
 
 
+def test_a_head_in_one_file_alone(
+    halves: list[Path], testbed: Path, heldout: Path, tools: Toolset, tmp_path: Path
+) -> None:
+    trunk, out = tmp_path / "trunk.gguf", tmp_path / "out.gguf"
+    run_apex("calibrate", testbed, "--text", heldout / "code.txt", "--chunks", 2, "--no-mtp", "-o", trunk)
+    ran = run_apex("imatrix", "merge", halves[0], trunk, "-o", out, code=43)
+    assert f"{trunk} was made without the draft head, {halves[0]} with it" in ran.stderr and not out.exists()
+
+
+def test_values_that_are_no_numbers(halves: list[Path], tools: Toolset, tmp_path: Path) -> None:
+    damaged, out = tmp_path / "nan.gguf", tmp_path / "out.gguf"
+    entry = next(iter(read_imatrix(halves[1]).entries.values()))
+    data = bytearray(halves[1].read_bytes())
+    data[entry.offset : entry.offset + 4] = np.float32(np.nan).tobytes()
+    damaged.write_bytes(data)
+    for verb in (["merge", "-o", out], ["diff"]):
+        ran = run_apex("imatrix", verb[0], halves[0], damaged, *verb[1:], code=42)
+        assert f"values of {entry.name} are no sums of squares" in ran.stderr and "is nan" in ran.stderr
+    assert not out.exists()
+
+
+def test_how_far_two_are_apart(halves: list[Path], testbed: Path, tools: Toolset, tmp_path: Path) -> None:
+    same = json.loads(run_apex("imatrix", "diff", halves[0], halves[0], "--model", testbed, "--json").stdout)
+    assert same["equal"] and {role["mean"] for role in same["roles"]} == {0}
+    apart = json.loads(run_apex("imatrix", "diff", *halves, "--model", testbed, "--json").stdout)
+    assert not apart["equal"] and {role["draft_head"] for role in apart["roles"]} == {True, False}
+    one, two = (read_imatrix(path).entries["blk.2.ffn_gate_exps.weight"] for path in halves)
+    shares = [
+        np.divide(*(f(entry.values()[3].astype(np.float64)) for f in (np.asarray, np.sum))) for entry in (one, two)
+    ]
+    routed = next(role for role in apart["roles"] if role["role"] == "routed" and not role["draft_head"])
+    assert routed["matrices"] + sum(routed["only"].values()) == 6 * 3 * 8
+    assert 0 < routed["mean"] <= routed["worst"]["distance"] <= 1
+    assert np.abs(shares[0] - shares[1]).sum() / 2 <= routed["worst"]["distance"]
+    ran = run_apex("imatrix", "diff", *halves)
+    assert "routed" in ran.stdout and "over 2048 and 2048 tokens" in ran.stdout
+    other = edited(halves[0], tmp_path / "other.gguf", rename="blk.1")
+    assert "belongs to another model" in run_apex("imatrix", "diff", halves[0], other, code=43).stderr
+
+
 def test_bad_input(halves: list[Path], tools: Toolset, testbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     run_apex("imatrix", "merge", halves[0], "-o", out, code=2)
