@@ -31,6 +31,9 @@ _NO_FALLBACK = "no tensor type fallback is defined"
 _PATTERN = re.compile(r"failed to quantize: (.*regular expression.*|.*regex.*)", re.IGNORECASE)
 _FILE_TYPE = re.compile(r"\s*(\d+)\s+or\s+(\w+)\s*:")
 _TOTAL = re.compile(r"quant size\s+=\s+(\d+\.\d+) MiB \((\d+\.\d+) BPW\)")
+_CACHE = re.compile(r"llama_kv_cache\w*: size =\s+(\d+\.\d+) MiB \(\s*\d+ cells,\s+(\d+) layers")
+_STATE = re.compile(r"llama_memory_recurrent: size =\s+(\d+\.\d+) MiB")
+_COMPUTE = re.compile(r"sched_reserve:\s+\S+ compute buffer size =\s+(\d+\.\d+) MiB")
 _MISSING_DATA = re.compile(r"Missing importance matrix for tensor (\S+) in|- offending tensor: (\S+)")
 
 # What a tool's failure means, first match wins: pattern, diagnosis (its groups filled in), hint.
@@ -149,6 +152,16 @@ class Fallback:
     taken: str
 
 
+@dataclass(frozen=True)
+class Allocations:
+    """Bytes that a context takes, rounded to a hundredth of a MiB. `kv_layers`: layers with a KV cache."""
+
+    kv_cache: int
+    kv_layers: int
+    recurrent_state: int
+    compute_buffers: int
+
+
 def planned(line: str) -> Planned | None:
     """llama-imatrix and llama-perplexity, before they start."""
     found = _PLANNED.search(line)
@@ -257,6 +270,21 @@ def tensor_without_data(lines: Sequence[str]) -> str | None:
         if found := _MISSING_DATA.search(line):
             return found[1] or found[2]
     return None
+
+
+def allocations(lines: Sequence[str]) -> Allocations:
+    """What llama.cpp says, at its debug level, that a context takes: all caches and devices together."""
+    caches = [found for line in lines if (found := _CACHE.search(line))]
+    return Allocations(
+        sum(_mib(found[1]) for found in caches),
+        sum(int(found[2]) for found in caches),
+        sum(_mib(found[1]) for line in lines if (found := _STATE.search(line))),
+        sum(_mib(found[1]) for line in lines if (found := _COMPUTE.search(line))),
+    )
+
+
+def _mib(text: str) -> int:
+    return round(float(text) * (1 << 20))
 
 
 HEAD_UNKNOWN = "the MTP head of this architecture can not be evaluated"

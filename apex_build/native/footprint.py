@@ -1,0 +1,71 @@
+"""What llama.cpp allocates beside a model's weights: KV cache, recurrent state, compute buffers.
+
+llama-fit-params is asked: it sets up a model and a context without allocating or reading weights, so it takes a second
+for a model of any size, and no formula of ours has to follow the architectures. It computes for the devices of this
+machine; buffers of a GPU that is not here may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from apex_build.errors import ToolFailed
+from apex_build.native import output
+from apex_build.native.run import run_tool
+from apex_build.native.toolset import Toolset
+
+# A tool's own pages: its libraries, and the vocabulary with its merges (seen: 18 MiB at 2,048 tokens, 94 at 248,320)
+_BASE = 18 << 20
+_A_TOKEN = 320
+_TIMEOUT = 300.0
+_DEBUG = "5"  # llama.cpp's level for the sizes of single buffers
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes beside the weights, for `sequences` of `context` tokens together. `base`: what the tool itself takes.
+
+    `kv_layers`: layers with a KV cache, 0 where there are none.
+    """
+
+    context: int
+    sequences: int
+    batch: int
+    kv_cache: int
+    kv_layers: int
+    recurrent_state: int
+    compute_buffers: int
+    base: int
+
+    @property
+    def n_bytes(self) -> int:
+        return self.kv_cache + self.recurrent_state + self.compute_buffers + self.base
+
+
+def footprint(
+    tools: Toolset, model: Path, *, context: int, vocabulary: int, batch: int = 512, sequences: int = 1
+) -> Footprint:
+    """Of `model`, any GGUF file of its shapes (its types do not matter), in a context of `context` tokens in all.
+
+    `batch`: tokens that are computed at once. Raises ToolFailed or ToolKilled, with the tool's words, for a model that
+    this llama.cpp cannot load; ToolFailed where it does not say what is asked.
+    """
+    program = tools.tool("llama-fit-params")
+    command: list[str | Path] = [program, "--model", model, "--ctx-size", str(context), "--batch-size", str(batch)]
+    command += ["--ubatch-size", str(min(batch, 512)), "--parallel", str(sequences)]
+    command += ["--fit-print", "on", "-lv", _DEBUG]
+    ran = run_tool(command, explain=output.explain, timeout=_TIMEOUT)
+    found = output.allocations(ran.lines)
+    if not found.compute_buffers:
+        raise ToolFailed(f"{model}: {program.name} did not say how much memory it would allocate")
+    return Footprint(
+        context,
+        sequences,
+        batch,
+        found.kv_cache,
+        found.kv_layers,
+        found.recurrent_state,
+        found.compute_buffers,
+        _BASE + _A_TOKEN * vocabulary,
+    )
