@@ -19,6 +19,7 @@ from apex_build.native.toolset import Toolset
 _BASE = 18 << 20
 _A_TOKEN = 320
 _TIMEOUT = 300.0
+_TRIES = 5  # it does not wait for its log, and now and then ends before the last lines are out
 _DEBUG = "5"  # llama.cpp's level for the sizes of single buffers
 
 
@@ -55,9 +56,11 @@ def footprint(
     command: list[str | Path] = [program, "--model", model, "--ctx-size", str(context), "--batch-size", str(batch)]
     command += ["--ubatch-size", str(min(batch, 512)), "--parallel", str(sequences)]
     command += ["--fit-print", "on", "-lv", _DEBUG]
-    ran = run_tool(command, explain=output.explain, timeout=_TIMEOUT)
-    found = output.allocations(ran.lines)
-    if not found.compute_buffers:
+    for _ in range(_TRIES):
+        found = output.allocations(run_tool(command, explain=output.explain, timeout=_TIMEOUT).lines)
+        if found.compute_buffers:
+            break
+    else:
         raise ToolFailed(f"{model}: {program.name} did not say how much memory it would allocate")
     return Footprint(
         context,

@@ -16,8 +16,8 @@ from apex_build.native.toolset import Toolset
 def test_as_a_run_allocates_it(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("def f(n):\n    return n + 1\n\n" * 300)
-    command = [tools.tool("llama-perplexity"), "-m", testbed, "-f", text, "-c", "512", "-b", "512", "--chunks", "2"]
-    seen = output.allocations(run_tool([*command, "-t", "1", "-fit", "off", "-lv", "5"]).lines)
+    command: list[str | Path] = [tools.tool("llama-perplexity"), "-m", testbed, "-f", text, "-c", "512", "-b", "512"]
+    seen = output.allocations(run_tool([*command, "--chunks", "2", "-t", "1", "-fit", "off", "-lv", "5"]).lines)
     asked = footprint(tools, testbed, context=512, vocabulary=2048)
     assert (asked.kv_cache, asked.kv_layers, asked.recurrent_state) == (
         seen.kv_cache,
