@@ -32,6 +32,7 @@ def in_checkout() -> bool:
 
 
 DEFAULT_PIN = "pr-22673"
+NEWEST_PIN = "latest"
 PIN_VARIABLE = "APEX_PIN"
 
 
@@ -52,6 +53,20 @@ def chosen_pin_name() -> str:
             return named[1]
     return chosen
 
+
+def newer_build() -> str:
+    """What to do where the tools in use know too little: for a hint."""
+    if chosen_pin_name() == NEWEST_PIN:
+        return _NEWER_STILL.format(command="apex build")
+    return f"apex build --pin {NEWEST_PIN}, then the same with {PIN_VARIABLE}={NEWEST_PIN} before it"
+
+
+def newer_converter(used: str) -> str:
+    """The same of the converter of the pin `used`."""
+    return _NEWER_STILL.format(command="apex convert") if used == NEWEST_PIN else f"apex convert --pin {NEWEST_PIN}"
+
+
+_NEWER_STILL = "apex pin add next --pypi VERSION, of a newer llama.cpp, then {command} --pin next"
 
 # A checkout has a Makefile, an installed package has none.
 BUILD_HINT = "make build, or: apex build" if in_checkout() else "apex build"

@@ -234,6 +234,12 @@ def _run(
 
 def _head_not_run(model: Model, tools: Toolset) -> VerificationFailed:
     alone = f"apex calibrate {shlex.quote(str(model.path))} --no-mtp, for an imatrix of the trunk alone"
+    if not any(tensor.draft_head for tensor in model.tensors):
+        return VerificationFailed(
+            f"{model.path}: its metadata say that it has a draft head ({model.architecture}.nextn_predict_layers is "
+            f"{model.head_layers}), but the file holds no tensors of one",
+            hint=f"{alone}; or convert it again, with its head",
+        )
     other = instead_of(tools, model, head=True)
     return VerificationFailed(
         f"{model.path}: the draft head was not run: this llama.cpp cannot evaluate it for {model.architecture}",

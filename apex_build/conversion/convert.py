@@ -29,6 +29,7 @@ from apex_build.gguf_model.header import Header, read_header
 from apex_build.gguf_model.metadata import Setting
 from apex_build.native.run import run_tool, unwinding_signals
 from apex_build.near import near
+from apex_build.places import newer_converter
 from apex_build.progress import Report, Step, silent
 from apex_build.source.tree import tree_identity
 from apex_build.storage.artifacts import Artifact, Replace, check_free, making
@@ -161,7 +162,7 @@ def prepare(
     known = architectures(source)
     if checkpoint.architecture not in known:
         found = near(checkpoint.architecture, known, cutoff=0.6)
-        hint = f"near it: {', '.join(found)}" if found else "apex convert --pin latest"
+        hint = f"near it: {', '.join(found)}" if found else newer_converter(source.name)
         raise CheckpointInvalid(
             f"the converter of {source.name} does not know the architecture {checkpoint.architecture}", hint=hint
         )
@@ -407,7 +408,7 @@ def _verify(job: Job, part: Path, account: Account) -> Header:
         )
         raise ConversionFailed(
             f"the converter left the draft head of {job.checkpoint.architecture} out: {what}",
-            hint="apex convert --pin latest may keep it; apex convert --no-head does without",
+            hint=f"{newer_converter(job.source.name)} may keep it; apex convert --no-head does without",
         )
     return header
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from apex_build.conversion.checkpoint import Checkpoint
 from apex_build.conversion.converter import HEAD_KEYS, Family
 from apex_build.errors import CheckpointInvalid
+from apex_build.places import newer_converter
 
 _QWEN, _APPENDED = HEAD_KEYS
 _QWEN_SHARED = ("mtp.fc.weight", "mtp.norm.weight", "mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight")
@@ -65,7 +66,7 @@ def unknown_head(checkpoint: Checkpoint, source: str, names: list[str]) -> Check
         f"{checkpoint.path} has a draft head of {len(names)} tensors, which the converter of {source} does not know "
         "under these "
         f"names for {checkpoint.architecture}, and would leave out: {', '.join(names[:_SHOWN])}{more}",
-        hint="a newer source may know it: apex convert --pin latest; or do without the head: apex convert --no-head",
+        hint=f"a newer source may know it: {newer_converter(source)}; or do without the head: apex convert --no-head",
     )
 
 

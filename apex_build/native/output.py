@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from apex_build.places import newer_build
+
 _PLANNED = re.compile(
     r"(?:computing|calculating perplexity) over (\d+) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)"
 )
@@ -36,7 +38,8 @@ _STATE = re.compile(r"llama_memory_recurrent: size =\s+(\d+\.\d+) MiB")
 _COMPUTE = re.compile(r"sched_reserve:\s+\S+ compute buffer size =\s+(\d+\.\d+) MiB")
 _MISSING_DATA = re.compile(r"Missing importance matrix for tensor (\S+) in|- offending tensor: (\S+)")
 
-# What a tool's failure means, first match wins: pattern, diagnosis (its groups filled in), hint.
+# What a tool's failure means, first match wins: pattern, diagnosis (its groups filled in), hint ({newer}: how to get
+# tools of a newer llama.cpp).
 _DIAGNOSES = tuple(
     (re.compile(pattern), diagnosis, hint)
     for pattern, diagnosis, hint in (
@@ -54,7 +57,7 @@ _DIAGNOSES = tuple(
         (
             r"unknown model architecture: '([^']*)'",
             "the pinned llama.cpp does not know the architecture {0!r}",
-            "apex build --pin latest",
+            "{newer}",
         ),
         (
             r"model is corrupted or incomplete",
@@ -75,7 +78,7 @@ _DIAGNOSES = tuple(
         (
             r"unknown pre-tokenizer type: '([^']*)'",
             "the pinned llama.cpp does not know the pre-tokenizer {0!r}",
-            "apex build --pin latest; or convert again with: apex convert FOLDER --pre-tokenizer NAME",
+            "{newer}; or convert again with: apex convert FOLDER --pre-tokenizer NAME",
         ),
         (r"couldn't bind HTTP server socket", "the server's port is taken", None),
         (r"error loading model: (.*)", "the model could not be loaded: {0}", None),
@@ -315,5 +318,5 @@ def explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
     for pattern, diagnosis, hint in _DIAGNOSES:
         for line in lines:
             if found := pattern.search(line):
-                return diagnosis.format(*found.groups()), hint
+                return diagnosis.format(*found.groups()), hint and hint.replace("{newer}", newer_build())
     return None

@@ -35,24 +35,32 @@ from apex_build.workshop.each_builds import compilers_words, workplace
 from apex_build.workshop.standing import stand
 
 State = Literal["passed", "failed", "timeout"]
-RECIPE = 1  # raise it when a test is run in another way
+RECIPE = 2  # raise it when a test is run in another way
 _FOLDERS = ("tests/", "models/ggml-vocab-")
 _LABELS = {"model": "needs a model that is downloaded", "python": "needs packages of Python"}
+# The operations that the series works with, not all of ggml's: those take hours on a CPU.
+_OPERATIONS = "MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,REPEAT,REPEAT_BACK,SQR,SUM_ROWS,ADD,SCALE,CPY,CONT,CONCAT,RMS_NORM"
 # What a test is given so that it tests something on a machine that has a CPU alone.
-_ARGUMENTS = {"test-backend-ops": ("test", "-b", "CPU")}
+_ARGUMENTS = {"test-backend-ops": ("test", "-b", "CPU", "-o", _OPERATIONS)}
+_UNLISTED = tuple(_ARGUMENTS)  # a pin's CMake may build them and not tell ctest of them
 # `name`, `"name"` or `[=[name]=]`, as the name needs it
 ADDED = re.compile(r'^add_test\((?:\[=*\[|")?(?P<name>[^\s"\]]+)(?:\]=*\]|")? "(?P<program>[^"]+)"', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class OwnTest:
-    """A test that CMake knows of. `command` is empty before its program is built; `why_not`: why it is left out."""
+    """A test that CMake knows of. `command` is empty before its program is built; `why_not`: why it is left out.
+
+    `makes`, `needs`: ctest's fixtures, such as models that one test writes for others.
+    """
 
     name: str
     command: tuple[str, ...]
     folder: str
     skip_code: int | None
     why_not: str | None
+    makes: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,10 @@ def _side(
     options = {**BACKENDS["cpu"].cmake_options(native=True), "LLAMA_BUILD_TESTS": "ON"}
     cmake.configure(bench.source, bench.work, options, bench.compiler, bench.front, _told(bench.report, which))
     tests = _list(bench)
-    todo = [test for test in tests if test.why_not is None and test.name not in known and _wanted(bench, test.name)]
+    todo = _with_fixtures(
+        tests,
+        [test for test in tests if test.why_not is None and test.name not in known and _wanted(bench, test.name)],
+    )
     reused = sum(test.name in known and _wanted(bench, test.name) for test in tests)
     if not todo:
         return known, reused, tests
@@ -203,14 +214,23 @@ def _side(
             f"llama.cpp's tests cannot be built {which}:\n{compilers_words(error)}", hint=error.hint
         ) from None
     tests = _list(bench)  # only now CMake says how each is run
-    names = {test.name for test in todo}
-    todo = [test for test in tests if test.name in names and test.why_not is None]
+    names = [test.name for test in todo]
+    todo = sorted((test for test in tests if test.name in names), key=lambda test: names.index(test.name))
     for number, test in enumerate(todo):
         bench.report(Step(f"testing {which}", number, len(todo), "tests", detail=test.name))
         known[test.name] = _run(bench, test)
         results.remember(identity, "upstream", {"key": bench.key, "outcomes": known})
     bench.report(Step(f"testing {which}", len(todo), len(todo), "tests"))
     return known, reused, tests
+
+
+def _with_fixtures(tests: Sequence[OwnTest], todo: Sequence[OwnTest]) -> list[OwnTest]:
+    """Those to do, in order, with the ones before them that make what they need, known or not: both sides share a
+    folder, and what is there may be the other's.
+    """
+    needed = frozenset().union(*(test.needs for test in todo))
+    makers = [test for test in tests if test.makes & needed]
+    return [*makers, *(test for test in todo if test not in makers)]
 
 
 def _told(report: Report, which: str) -> Report:
@@ -236,28 +256,39 @@ def _list(bench: _Bench) -> list[OwnTest]:
     program = cmake.programs()[0].with_name("ctest")
     said = run_tool([program, "--test-dir", bench.work, "--show-only=json-v1"], cwd=bench.work)
     text = "\n".join(said.lines)
-    found = json.loads(text[text.index("{") :])
-    return [_test(entry) for entry in found["tests"]]
+    programs = _programs(bench)
+    tests = [_test(entry, programs) for entry in json.loads(text[text.index("{") :])["tests"]]
+    names = {test.name for test in tests}
+    tests += [
+        OwnTest(name, (str(bench.work / "bin" / name),), ".", None, None)
+        for name in _UNLISTED
+        if name not in names and (bench.source / "tests" / f"{name}.cpp").is_file()
+    ]
+    lost = frozenset().union(*(test.makes for test in tests if test.why_not))
+    return [replace(test, why_not=test.why_not or _LABELS["model"]) if test.needs & lost else test for test in tests]
 
 
-def _test(entry: Mapping[str, Any]) -> OwnTest:
+def _test(entry: Mapping[str, Any], programs: Mapping[str, str]) -> OwnTest:
     properties = {one["name"]: one["value"] for one in entry.get("properties", ())}
     command = tuple(map(str, entry.get("command", ())))
     labels = properties.get("LABELS", ())
+    makes, needs = (frozenset(properties.get(f"FIXTURES_{what}", ())) for what in ("SETUP", "REQUIRED"))
     why_not = next((why for label, why in _LABELS.items() if label in labels), None)
-    if properties.get("FIXTURES_REQUIRED") or properties.get("FIXTURES_SETUP") or any("://" in one for one in command):
+    # what is made for other tests by a program of the tests is made here, by anything else it is downloaded
+    if (makes and entry["name"] not in programs) or any("://" in one for one in command):
         why_not = _LABELS["model"]
     if properties.get("DISABLED"):
         why_not = "disabled by upstream"
     code = properties.get("SKIP_RETURN_CODE")
-    return OwnTest(entry["name"], command, str(properties.get("WORKING_DIRECTORY", ".")), code, why_not)
+    return OwnTest(entry["name"], command, str(properties.get("WORKING_DIRECTORY", ".")), code, why_not, makes, needs)
 
 
 def _programs(bench: _Bench) -> dict[str, str]:
     """Test -> the target that makes its program. ctest does not tell before it is built, the files that it reads do."""
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in bench.work.rglob("CTestTestfile.cmake")]
     found = [match for text in texts for match in ADDED.finditer(text)]
-    return {match["name"]: Path(match["program"]).name for match in found if f"{bench.work}/" in match["program"]}
+    of_tests = {match["name"]: Path(match["program"]).name for match in found if f"{bench.work}/" in match["program"]}
+    return {**{name: name for name in _UNLISTED}, **of_tests}
 
 
 def _run(bench: _Bench, test: OwnTest) -> State:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from apex_build import places
 from apex_build.native import output
 
 CAPTURED = Path(__file__).parent / "captured"
@@ -117,6 +118,21 @@ def test_failures_are_explained(name: str, diagnosis: str) -> None:
     explained = output.explain(captured(name))
     assert explained
     assert diagnosis in explained[0]
+
+
+def test_the_hint_for_what_is_too_new_names_a_newer_pin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the one in use."""
+    for line in ("unknown model architecture: 'new'", "unknown pre-tokenizer type: 'new'"):
+        monkeypatch.delenv("APEX_PIN", raising=False)
+        assert str((output.explain([line]) or ("", ""))[1]).startswith(
+            "apex build --pin latest, then the same with APEX_PIN=latest before it"
+        )
+        monkeypatch.setenv("APEX_PIN", "latest")
+        hint = str((output.explain([line]) or ("", ""))[1])
+        assert hint.startswith("apex pin add next --pypi VERSION, of a newer llama.cpp, then apex build --pin next")
+        assert "--pin latest" not in hint
+    assert places.newer_converter("latest").endswith("then apex convert --pin next")
+    assert places.newer_converter("pr-22673") == "apex convert --pin latest"
 
 
 def test_a_good_run_is_not_explained() -> None:

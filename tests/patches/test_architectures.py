@@ -194,6 +194,31 @@ def test_a_later_head_is_fed_by_the_one_before_it(name: str, models: Callable[..
     assert all(0.01 < np.abs(fed[k] - fed[k + 1]).sum() / fed[k].sum() < 2 for k in range(2))
 
 
+@pytest.mark.parametrize("name", ["mimo2"] if "mimo2" in RUN else [])
+def test_a_head_may_have_its_queries_keys_and_values_apart(name: str, models: Callable[..., Path], run: Run) -> None:
+    """As the trunk may: llama.cpp takes either there, and aborted here."""
+    model = models(name, split=True)
+    found, wanted = run(model, "-b", CONTEXT, "--mtp"), head_matrices(name, model)
+    assert len(wanted) == 8 * ARCHITECTURES[name].heads, sorted(wanted)
+    assert {entry: tokens_of(entry, found) for entry in wanted} == dict.fromkeys(wanted, TOKENS)
+
+
+@pytest.mark.parametrize("name", [name for name in ("glm4moe", "mimo2", "deepseek2", "hy_v3") if name in RUN])
+def test_heads_that_the_file_only_says_it_has(
+    name: str, models: Callable[..., Path], run: Run, tools: Toolset, text: Path, tmp_path: Path
+) -> None:
+    """A warning and the trunk's data, never an abort."""
+    model = models(name, only_said=True)
+    plain, mtp = run(model, "-b", CONTEXT), run(model, "-b", CONTEXT, "--mtp")
+    assert same(plain, mtp) == [] and set(plain.entries) == set(mtp.entries) and not mtp.head_tokens
+    command = [tools.tool("llama-perplexity"), "-m", model, "-f", text, "-t", 1, "-c", CONTEXT, "--chunks", 2, "--mtp"]
+    ran = subprocess.run([*map(str, command)], capture_output=True, text=True, errors="replace")
+    assert ran.returncode == 1 and "MTP" in ran.stderr + ran.stdout, "an error, no signal"
+    common = ("calibrate", model, "--text", text, "-o", tmp_path / "x.gguf", "--chunks", 2, "--context", CONTEXT)
+    assert "the file holds no tensors of one" in run_apex(*common, code=75).stderr
+    run_apex(*common, "--no-mtp")
+
+
 def scores(tools: Toolset, model: Path, text: Path, out: Path, *arguments: object) -> tuple[list[dict[str, str]], str]:
     command = [tools.tool("llama-perplexity"), "-m", model, "-f", text, "-t", 1, "-c", CONTEXT, "--chunks", 2, "--mtp"]
     ran = subprocess.run(

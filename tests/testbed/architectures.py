@@ -43,10 +43,21 @@ class Architecture:
         return LAYERS + self.heads
 
 
-def write_model(name: str, vocabulary: Path, out: Path, *, heads: int | None = None, own: bool = False) -> Path:
+def write_model(
+    name: str,
+    vocabulary: Path,
+    out: Path,
+    *,
+    heads: int | None = None,
+    own: bool = False,
+    split: bool = False,
+    only_said: bool = False,
+) -> Path:
     """A model of that architecture, with the tokenizer of the model `vocabulary`.
 
-    `heads`: more or fewer than usual; `own`: each head has token embeddings and an output matrix of its own.
+    `heads`: more or fewer than usual; `own`: each head has token embeddings and an output matrix of its own; `split`:
+    a head has attn_q, attn_k and attn_v where it usually has attn_qkv; `only_said`: the metadata tell of heads that the
+    file has no tensors of.
     """
     base = ARCHITECTURES[name]
     arch = base if heads is None else build(name, heads)
@@ -70,7 +81,11 @@ def write_model(name: str, vocabulary: Path, out: Path, *, heads: int | None = N
     tensors += arch.extra
     for layer in range(arch.blocks):
         head = layer >= LAYERS
+        if head and only_said:
+            break
         parts = [*arch.block(layer, head)]
+        if head and split:
+            parts = [part for part in parts if part[0] != "attn_qkv.weight"] + list(_projections(Q, KV))
         if head and own:
             parts += [
                 ("nextn.embed_tokens.weight", (HIDDEN, tokens)),
@@ -136,14 +151,18 @@ def _values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> A
 def _attention(
     queries: int = Q, kv: int = KV, out: int = Q, *, norms: bool = True, bias: bool = False
 ) -> Iterator[Tensor]:
-    for part, size in (("q", queries), ("k", kv), ("v", kv)):
-        yield f"attn_{part}.weight", (HIDDEN, size)
-        if bias:
-            yield f"attn_{part}.bias", (size,)
+    yield from _projections(queries, kv, bias=bias)
     yield "attn_output.weight", (out, HIDDEN)
     if norms:
         yield "attn_q_norm.weight", (HEAD,)
         yield "attn_k_norm.weight", (HEAD,)
+
+
+def _projections(queries: int, kv: int, *, bias: bool = False) -> Iterator[Tensor]:
+    for part, size in (("q", queries), ("k", kv), ("v", kv)):
+        yield f"attn_{part}.weight", (HIDDEN, size)
+        if bias:
+            yield f"attn_{part}.bias", (size,)
 
 
 def _dense(suffix: str = "", width: int = WIDTH, parts: str = "gate up down") -> Iterator[Tensor]:
