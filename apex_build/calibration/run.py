@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 _LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left
 _NO_SAVES = 1_000_000_000
+SHARDS = "shards"  # folder of a run in parts, in its work folder
 Check = Callable[[Path], "DataclassInstance | None"]  # of the text, before the run: what the manifest is to say of it
+Parts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,30 @@ class Calibration:
     seconds: float
     resumed_at: int  # chunks that an interrupted run had done
     reused: bool  # the same work was done before: nothing was run
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be written: the imatrix of `text` to `part`. `work` is the folder for what is to outlive an
+    interruption; the text is in it.
+    """
+
+    model: Model
+    text: CalibrationText
+    tools: Toolset
+    out: Path
+    settings: Settings
+    work: Path
+    part: Path
+    report: Report
+
+
+@dataclass(frozen=True)
+class Made:
+    imatrix: Imatrix
+    perplexity: float | None
+    seconds: float
+    resumed_at: int
 
 
 def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
@@ -141,6 +167,8 @@ def calibrate(
     force: bool = False,
     replace: bool = False,
     check: Check | None = None,
+    make: Callable[[Job], Made] | None = None,
+    more: Parts | None = None,
     report: Report = silent,
 ) -> Calibration:
     """Write the imatrix of `model` over `text` to `out`, with a manifest beside it (`out` + .json) and a log (`out` +
@@ -149,6 +177,7 @@ def calibrate(
     An interrupted run resumes from its last snapshot, if model, text, settings and tools are the same; a finished one
     is reused. `force` does neither, and replaces what is there; `replace` replaces only what was made from something
     else. `check` is called with the text's file before a run, also where it resumes; what it raises ends the run.
+    `make`: how it is made, if not by one run of the tool, and `more` what that adds to what decides about the data.
     Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed (nothing is put in place then),
     CalibrationSetInvalid, ModelInvalid (it cannot be run).
     """
@@ -166,7 +195,7 @@ def calibrate(
             f"{settings.context} tokens",
             hint="give more text, or a smaller --context",
         )
-    artifact = Artifact(out, IMATRIX, identity(model, text, settings, tools))
+    artifact = Artifact(out, IMATRIX, {**identity(model, text, settings, tools), **(more or {})})
     may: Replace = "anything" if force else "own" if replace else "nothing"
     with making(artifact, inputs=inputs, reuse=not force, replace=may, intact=lambda one: _is_whole(out, one)) as draft:
         if draft.found:
@@ -175,13 +204,16 @@ def calibrate(
         check_work(out, force=force)
         check_disk(work_folder(out), model, text)
         place = {f"text/{text.name}": text.data}  # a folder of its own: a text may have any name
-        with unfinished_work(artifact, place, lambda work: bool(_snapshots(work)), fresh=force) as work:
+        with unfinished_work(artifact, place, _worth_keeping, fresh=force) as work:
             rows_check = _checked(work, text, check, model, tools)
-            made, ran, done = _run(model, text, tools, out, settings, work, draft.part, report)
-            draft.done(ImatrixRecord(text_record(text), rows_record(made, model, settings.rows), rows_check))
-    values = [] if done else [value for line in ran.lines if (value := output.perplexity(line))]
+            made = (make or _run)(Job(model, text, tools, out, settings, work, draft.part, report))
+            draft.done(ImatrixRecord(text_record(text), rows_record(made.imatrix, model, settings.rows), rows_check))
     covered = coverage(read_imatrix(out), model)
-    return Calibration(out, artifact.identity, covered, values[-1].value if values else None, ran.seconds, done, False)
+    return Calibration(out, artifact.identity, covered, made.perplexity, made.seconds, made.resumed_at, False)
+
+
+def _worth_keeping(work: Path) -> bool:
+    return bool(_snapshots(work)) or any((work / SHARDS).glob("*.gguf"))
 
 
 def _is_whole(out: Path, manifest: Manifest) -> bool:
@@ -203,33 +235,34 @@ def _checked(
         raise
 
 
-def _run(
-    model: Model,
-    text: CalibrationText,
-    tools: Toolset,
-    out: Path,
-    settings: Settings,
-    work: Path,
-    part: Path,
-    report: Report,
-) -> tuple[Imatrix, ToolRun, int]:
-    """Write `part`, verified. Returns what is in it, and the chunks that an earlier run had done."""
+def _run(job: Job) -> Made:
+    """By one run of the tool, from the last snapshot on."""
+    model, settings, work = job.model, job.settings, job.work
     snapshot, done = _snapshot(work)
     partial = work / "imatrix.gguf"
-    command = [*arguments(model, settings, tools), "--file", text.name, "--output", f"../{partial.name}"]
+    command = [*arguments(model, settings, job.tools), "--file", job.text.name, "--output", f"../{partial.name}"]
     if snapshot is not None:
         command += ["--in-file", f"../{snapshot.name}", "--chunk", str(done)]
     if settings.chunks is not None:
         command += ["--chunks", str(settings.chunks - done)]
-    watch = _Watch(model, tools, work, done, settings, report)
+    watch = Watch(model, job.tools, settings, job.report, done, work)
     partial.unlink(missing_ok=True)  # of a run that was ended before its last step
-    memory = settings.memory or memory_limit(sum(tensor.n_bytes for tensor in model.tensors))
-    log = beside(out, LOG)
+    log = beside(job.out, LOG)
+    memory = memory_for(model, settings)
     ran = run_tool(command, cwd=work / "text", log=log, on_line=watch.line, explain=output.explain, memory=memory)
-    made = written(partial, out, model)
-    _verify(made, model, settings, tools)
-    partial.replace(part)
-    return made, ran, done
+    made = written(partial, job.out, model)
+    verify(made, model, settings, job.tools)
+    partial.replace(job.part)
+    return Made(made, None if done else perplexity_of(ran), ran.seconds, done)
+
+
+def memory_for(model: Model, settings: Settings) -> int | None:
+    return settings.memory or memory_limit(sum(tensor.n_bytes for tensor in model.tensors))
+
+
+def perplexity_of(ran: ToolRun) -> float | None:
+    values = [value for line in ran.lines if (value := output.perplexity(line))]
+    return values[-1].value if values else None
 
 
 def _head_not_run(model: Model, tools: Toolset) -> VerificationFailed:
@@ -247,7 +280,7 @@ def _head_not_run(model: Model, tools: Toolset) -> VerificationFailed:
     )
 
 
-def _verify(found: Imatrix, model: Model, settings: Settings, tools: Toolset) -> None:
+def verify(found: Imatrix, model: Model, settings: Settings, tools: Toolset) -> None:
     check_values(found)
     covered = coverage(found, model)
     if settings.head and model.has_head and found.head_tokens is None:
@@ -271,15 +304,15 @@ def _verify(found: Imatrix, model: Model, settings: Settings, tools: Toolset) ->
 
 
 @dataclass
-class _Watch:
-    """Turns the tool's output into progress, and removes snapshots that a newer one has made useless."""
+class Watch:
+    """Turns the tool's output into progress, and removes snapshots in `work` that a newer one has made useless."""
 
     model: Model
     tools: Toolset
-    work: Path
-    before: int  # chunks done by earlier runs
     settings: Settings
     report: Report
+    before: int = 0  # chunks done by earlier runs
+    work: Path | None = None
     total: int | None = None
     seen: int = 0
     warn: Callable[[str], None] = field(init=False)
@@ -293,12 +326,13 @@ class _Watch:
         self.warn(line)
         if plan := output.planned(line):
             self.total = self.before + plan.chunks
-            write_json(self.work / "total.json", self.total)
+            if self.work is not None:
+                write_json(self.work / "total.json", self.total)
             self.report(Step("calibrating", self.before, self.total, "chunks"))
         if (mark := output.chunks_done(line)) is not None and mark > self.seen and self.total is not None:
             self.seen = mark
             self.report(Step("calibrating", self.before + mark, self.total, "chunks"))
-            if mark % self.settings.snapshot_every == 0:
+            if self.work is not None and mark % self.settings.snapshot_every == 0:
                 for path, _ in _snapshots(self.work)[:-2]:
                     path.unlink(missing_ok=True)
 

@@ -80,6 +80,14 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     show_default=True,
     help="With auto, score the head with both rows first, and stop if the other ones are clearly better.",
 )
+@click.option("--shards", type=click.IntRange(min=1), default=1, help="Run the text in so many parts, and add them up.")
+@click.option(
+    "--devices",
+    multiple=True,
+    metavar="GPUS",
+    help="GPUs for one shard, as CUDA_VISIBLE_DEVICES has them; several times for shards side by side.  "
+    "[default: each GPU that holds the model]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama-imatrix's own]")
 @click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: llama-imatrix's own]")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY)
@@ -107,6 +115,8 @@ def command(
     head: bool,
     rows: str,
     rows_check: bool,
+    shards: int,
+    devices: tuple[str, ...],
     threads: int | None,
     gpu_layers: int | None,
     memory: float | None,
@@ -129,11 +139,16 @@ def command(
       apex calibrate model-F16.gguf -o imatrix.gguf --calibration-set my-set.toml
       apex calibrate model-F16.gguf --text my-text.txt --chunks 200
       apex calibrate model-F16.gguf --domain code --domain chat --dry-run
+      apex calibrate model-F16.gguf --shards 4 --devices 0 --devices 1
     """
     plugins = load_plugins(folders)
     model = read_model(model_path, plugins.role_of)
     settings = Settings(context, chunks, head, rows, threads, gpu_layers, extra=extra, memory=bytes_of(memory))
-    options = CalibrateOptions(set_name, domains, text_path, template, settings, rows_check, force)
+    if devices and shards == 1:
+        raise click.UsageError("--devices goes with --shards: one shard for each set of GPUs")
+    options = CalibrateOptions(
+        set_name, domains, text_path, template, settings, rows_check, shards, tuple(devices), force
+    )
     text = text_of(model, options, plugins)
     for warning in text.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
@@ -167,7 +182,8 @@ def command(
                 model, out, options, place=place, text=text, on_check=lambda found: show.note(found.said())
             )
     except KeyboardInterrupt:
-        show.note("the last snapshot is kept: the same command resumes from there")
+        what = "what is done of it" if shards > 1 else "the last snapshot"
+        show.note(f"{what} is kept: the same command resumes from there")
         raise
     covered = done.coverage.imatrix
     if not done.reused and not done.resumed_at and covered.chunk_count and covered.chunk_size:

@@ -63,6 +63,7 @@ def run_tool(
     check: bool = True,
     memory: int | None = None,
     on_death: str = "KILL",
+    stopped: Callable[[], bool] | None = None,
 ) -> ToolRun:
     """Run a program to its end, in a new empty folder unless `cwd` is given: tools look for code in their current
     folder.
@@ -75,7 +76,8 @@ def run_tool(
 
     Whatever ends this function early (Ctrl-C, SIGTERM, an error in `on_line`) also ends the tool and every process it
     started: SIGINT, then SIGTERM, then SIGKILL. The tool runs in its own session, so the terminal's Ctrl-C reaches only
-    us. Where we are killed ourselves the kernel sends it the signal `on_death`.
+    us. Where we are killed ourselves the kernel sends it the signal `on_death`. In a thread, which no Ctrl-C reaches,
+    `stopped` is asked several times a second: where it says so the tool is ended, and Stopped raised.
 
     Raises ToolFailed (not startable; with `check` also a code other than 0), ToolKilled (with `check`: ended by a
     signal; more memory than it may have), ToolTimeout (`timeout` seconds are over); OutputUnwritable (the log).
@@ -90,7 +92,7 @@ def run_tool(
         guard = stack.enter_context(memory_guard(child.pid, memory))
         reader = Lines(lines.append, on_line)
         try:
-            for block in _output_of(child, None if timeout is None else began + timeout):
+            for block in _output_of(child, None if timeout is None else began + timeout, stopped):
                 write(block)
                 reader.feed(block)
             reader.close()
@@ -178,11 +180,17 @@ def stop(child: subprocess.Popen[bytes]) -> None:
             child.stdout.close()
 
 
+class Stopped(Exception):
+    """A tool was ended because `stopped` said so."""
+
+
 class _OutOfTime(Exception):
     """The deadline of a run passed."""
 
 
-def _output_of(child: subprocess.Popen[bytes], deadline: float | None) -> Iterator[bytes]:
+def _output_of(
+    child: subprocess.Popen[bytes], deadline: float | None, stopped: Callable[[], bool] | None
+) -> Iterator[bytes]:
     """Blocks of output as they come. Ends with the pipe, or soon after the child when a daemon it left keeps the pipe
     open.
     """
@@ -204,6 +212,8 @@ def _output_of(child: subprocess.Popen[bytes], deadline: float | None) -> Iterat
             return
         if deadline is not None and now > deadline and ended is None:
             raise _OutOfTime
+        if stopped is not None and ended is None and stopped():
+            raise Stopped
 
 
 def _wait_draining(child: subprocess.Popen[bytes], seconds: float) -> None:

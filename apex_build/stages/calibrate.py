@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from apex_build.calibration.run import Calibration, Check, Settings, without_own_arguments
 from apex_build.calibration.run import calibrate as run
 from apex_build.calibration.sets import CalibrationText, compose, load_set, text_of_file
+from apex_build.calibration.shards import in_shards, local_pool
 from apex_build.evaluation.rows_check import CHUNKS, RowsCheck, check_rows
 from apex_build.evaluation.task import ToolOptions
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.mtp_rows import AUTO
+from apex_build.native.toolset import Toolset
 from apex_build.places import model_stem
 from apex_build.plugins import Plugins
 from apex_build.stages.given import ModelFile, Workplace, workplace
 from apex_build.storage.outputs import check_apart, with_manifest_and_log
+from apex_build.toolchain.machine.gpus import survey_gpus
+
+_OF_GPU = 0.8  # of a GPU's memory: a model's share, beside its context and the sums
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
     """`text`: a file of your own instead of the set. `rows_check`: score the draft head with both kinds of hidden rows
     first.
+
+    `shards`: the text in so many parts, each a run of its own. `devices`: sets of GPUs, as CUDA_VISIBLE_DEVICES has
+    them, for a shard each at the same time; without, each GPU that holds the model.
 
     `force` starts afresh and replaces what is there; `replace` replaces only what was made from something else.
     """
@@ -33,6 +43,8 @@ class CalibrateOptions:
     chat_template: Path | None = None  # instead of the model's own
     settings: Settings = field(default_factory=Settings)
     rows_check: bool = True
+    shards: int = 1
+    devices: tuple[str, ...] = ()
     force: bool = False
     replace: bool = False
 
@@ -71,6 +83,11 @@ def calibrate(
     settings, check = options.settings, None
     if options.rows_check and settings.head and found.has_head and settings.rows == AUTO:
         check = _check(found, settings, place, on_check)
+    shards: dict[str, Any] = {}
+    if options.shards > 1:
+        devices = options.devices or devices_for(found, settings, place.tools)
+        pool = local_pool(found, place.tools, settings, devices)
+        shards = {"make": in_shards(options.shards, pool), "more": {"shards": options.shards}}
     return run(
         found,
         text or text_of(found, options, place.plugins),
@@ -81,7 +98,20 @@ def calibrate(
         replace=options.replace,
         check=check,
         report=place.report,
+        **shards,
     )
+
+
+def devices_for(model: Model, settings: Settings, tools: Toolset) -> tuple[str | None, ...]:
+    """Each GPU by itself, where there are several and each holds the model; else all that there is, together."""
+    if tools.manifest.get("backend") != "cuda" or settings.gpu_layers == 0:
+        return (None,)
+    found = survey_gpus().gpus
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(number) for number in range(len(found))]
+    needed = sum(tensor.n_bytes for tensor in model.tensors)
+    holds = all(gpu.memory_mib is not None and (gpu.memory_mib << 20) * _OF_GPU > needed for gpu in found)
+    return tuple(names) if holds and len(names) > 1 else (None,)
 
 
 def _check(model: Model, settings: Settings, place: Workplace, on_check: Callable[[RowsCheck], None]) -> Check:

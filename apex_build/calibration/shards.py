@@ -1,0 +1,310 @@
+"""A calibration in parts: each a run of llama-imatrix over some whole chunks of the text, and their sums added up.
+
+Every part is run over the same text, from its own first chunk on (`--chunk`), so that its chunks are those of one run.
+A run adds one sum of squares for each batch of up to 512 tokens to a weight's total, in single precision; the parts are
+added in double precision and rounded once. So counts are those of one run exactly; sums are, wherever no more than two
+batches or only one part reached a matrix, and are within (batches + 1) * 2^-24 of them elsewhere (`rounding`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from apex_build.calibration.disk import imatrix_bytes, written
+from apex_build.calibration.merge import plan_merge, write_gguf
+from apex_build.calibration.run import (
+    SHARDS,
+    Job,
+    Made,
+    Settings,
+    Watch,
+    arguments,
+    memory_for,
+    perplexity_of,
+    verify,
+)
+from apex_build.errors import ApexError, CalibrationSetInvalid, ToolKilled
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.fingerprint import fingerprint
+from apex_build.gguf_model.imatrix import read_imatrix
+from apex_build.native import output
+from apex_build.native.run import Stopped, run_tool, unwinding_signals
+from apex_build.native.toolset import Toolset
+from apex_build.progress import Report, Step, silent
+from apex_build.storage.artifacts import Artifact, making
+from apex_build.storage.digests import sha256_file
+from apex_build.storage.disk import check_room, writing
+from apex_build.storage.json_files import read_json, write_json
+from apex_build.storage.manifest import IMATRIX, Manifest
+from apex_build.storage.outputs import LOG, beside
+from apex_build.storage.scratch import scratch_folder
+
+_LEAST = 3  # chunks of a shard: llama-imatrix does not start where fewer are left
+_UBATCH = 512  # llama.cpp's default
+_TRIES = 2  # of a shard whose tool was killed
+
+
+@dataclass(frozen=True)
+class Shard:
+    first: int  # its first chunk
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard to be made: of the text in a file that is alone in its folder."""
+
+    text: Path
+    sha256: str  # of the text
+    shard: Shard
+    out: Path
+
+
+# Makes the file of each task. What is there already is kept; whatever ends it keeps what is done.
+Pool = Callable[[Sequence[Task], Report], None]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest of a shard says beyond its head. `device`: as in CUDA_VISIBLE_DEVICES."""
+
+    perplexity: float | None
+    seconds: float
+    device: str | None = None
+
+
+def split(total: int, count: int) -> tuple[Shard, ...]:
+    """`total` chunks in `count` parts, as even as can be. Raises CalibrationSetInvalid."""
+    if count > 1 and total < count * _LEAST:
+        raise CalibrationSetInvalid(
+            f"the text has {total} chunks: {count} shards need {count * _LEAST}, {_LEAST} each",
+            hint=f"--shards {max(1, total // _LEAST)}, or more text",
+        )
+    ends = [total * number // count for number in range(count + 1)]
+    return tuple(Shard(first, end - first) for first, end in itertools.pairwise(ends))
+
+
+def rounding(chunks: int, context: int) -> float:
+    """How far the sums of a calibration in parts may be from those of one run over so many chunks, as a part."""
+    return (chunks * math.ceil(context / _UBATCH) + 1) * 2.0**-24
+
+
+def count_chunks(model: Model, text: Path, tools: Toolset, settings: Settings, report: Report = silent) -> int:
+    """Whole chunks in a text, as llama-imatrix counts them before it begins."""
+
+    def line(said: str) -> None:
+        if plan := output.planned(said):
+            raise _Counted(plan.chunks)
+
+    report(Step("counting the text's chunks", 0))
+    trunk = replace(settings, head=False)
+    command = [*arguments(model, trunk, tools), "--file", text.name, "--output"]
+    memory = memory_for(model, settings)
+    with scratch_folder("count") as folder:
+        try:
+            run_tool(
+                [*command, str(folder / "x")], cwd=text.parent, on_line=line, explain=output.explain, memory=memory
+            )
+        except _Counted as counted:
+            return min(counted.chunks, settings.chunks or counted.chunks)
+    raise AssertionError("llama-imatrix ended without saying over how many chunks")
+
+
+class _Counted(Exception):
+    def __init__(self, chunks: int) -> None:
+        super().__init__(chunks)
+        self.chunks = chunks
+
+
+def parts_of(model: Model, task: Task, settings: Settings, tools: Toolset) -> dict[str, Any]:
+    """What decides about a shard's data."""
+    return {
+        "model": fingerprint(model),
+        "text": task.sha256,
+        "settings": settings.decisive(tools),
+        "tools": tools.manifest.get("key") or sha256_file(tools.tool("llama-imatrix")),
+        "chunks": [task.shard.first, task.shard.chunks],
+    }
+
+
+def make_shard(
+    model: Model,
+    task: Task,
+    tools: Toolset,
+    settings: Settings,
+    *,
+    device: str | None = None,
+    stopped: Callable[[], bool] | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Run the tool over one shard, unless its file is there. `device`: the GPUs that it sees.
+
+    Raises ToolFailed, ToolKilled, VerificationFailed; Stopped.
+    """
+    artifact = Artifact(task.out, IMATRIX, parts_of(model, task, settings, tools))
+    with making(artifact, replace="own", wait=f"another run that makes {task.out.name}", report=report) as draft:
+        if draft.found:
+            report(Step("calibrating", task.shard.chunks, task.shard.chunks, "chunks"))
+            return draft.found
+        command = arguments(model, replace(settings, snapshot_every=0), tools)
+        command += ["--file", task.text.name, "--output", str(draft.part.absolute())]
+        command += ["--chunks", str(task.shard.chunks)]
+        if task.shard.first:
+            command += ["--chunk", str(task.shard.first)]
+        ran = run_tool(
+            command,
+            cwd=task.text.parent,
+            log=beside(task.out, LOG),
+            on_line=Watch(model, tools, settings, report).line,
+            env=None if device is None else {"CUDA_VISIBLE_DEVICES": device},
+            explain=output.explain,
+            memory=memory_for(model, settings),
+            stopped=stopped,
+        )
+        verify(written(draft.part, task.out, model), model, settings, tools)
+        return draft.done(ShardRecord(perplexity_of(ran), round(ran.seconds, 3), device))
+
+
+@dataclass
+class Together:
+    """One bar for shards that are made side by side."""
+
+    report: Report
+    tasks: Sequence[Task]
+    done: dict[int, float] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def of(self, number: int) -> Report:
+        def take(step: Step) -> None:
+            with self.lock:
+                if step.said or not step.total:
+                    self.report(step)
+                    return
+                self.done[number] = step.done
+                total = sum(task.shard.chunks for task in self.tasks)
+                whole = sum(self.done.get(at, 0) >= task.shard.chunks for at, task in enumerate(self.tasks))
+                detail = f"{whole} of {len(self.tasks)} shards" if len(self.tasks) > 1 else ""
+                self.report(Step("calibrating", sum(self.done.values()), total, "chunks", detail=detail))
+
+        return take
+
+
+def local_pool(model: Model, tools: Toolset, settings: Settings, devices: Sequence[str | None] = (None,)) -> Pool:
+    """Shards on this machine: one at a time, or one for each of these sets of GPUs."""
+
+    def run(tasks: Sequence[Task], report: Report) -> None:
+        free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for device in devices:
+            free.put(device)
+        stop = threading.Event()
+        together = Together(report, tasks)
+
+        def one(number: int) -> None:
+            device = free.get()
+            try:
+                for tried in range(1, _TRIES + 1):
+                    try:
+                        if not stop.is_set():
+                            make_shard(
+                                model, tasks[number], tools, settings,
+                                device=device, stopped=stop.is_set, report=together.of(number),
+                            )  # fmt: skip
+                        return
+                    except ToolKilled as error:
+                        if tried == _TRIES:
+                            raise
+                        said = f"shard {number + 1} of {len(tasks)} is run again: {error.message.splitlines()[0]}"
+                        together.of(number)(Step(said, 0, said=True))
+            finally:
+                free.put(device)
+
+        with unwinding_signals(), ThreadPoolExecutor(len(devices)) as threads:
+            futures = [threads.submit(one, number) for number in range(len(tasks))]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                stop.set()
+        raise_first([future.exception() for future in futures], "shard")
+
+    return run
+
+
+def raise_first(errors: Sequence[BaseException | None], what: str) -> None:
+    """Of what ended some of several tasks the first that is no consequence of another, named."""
+    found = [(number, error) for number, error in enumerate(errors, 1) if error is not None]
+    for number, error in found:
+        if isinstance(error, ApexError):
+            error.message = f"{what} {number} of {len(errors)}: {error.message}"
+            raise error
+    for _, error in found:
+        if not isinstance(error, Stopped):
+            raise error
+
+
+def in_shards(count: int, pool: Pool) -> Callable[[Job], Made]:
+    """How `calibrate` makes an imatrix in `count` parts."""
+
+    def make(job: Job) -> Made:
+        text = job.work / "text" / job.text.name
+        folder = job.work / SHARDS
+        total = _total(job, text)
+        sha256 = job.text.sha256
+        tasks = [
+            Task(text, sha256, shard, folder / f"{number:04}.gguf")
+            for number, shard in enumerate(split(total, count), 1)
+        ]
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        missing = sum(not task.out.exists() for task in tasks)
+        check_room(folder, (missing + 1) * imatrix_bytes(job.model), f"the imatrices of {missing} shards")
+        pool(tasks, job.report)
+        return put_together(tasks, job.part, job)
+
+    return make
+
+
+def put_together(tasks: Sequence[Task], part: Path, job: Job) -> Made:
+    """The sum of the shards, verified, and their logs one after the other."""
+    write_gguf(plan_merge([task.out for task in tasks]), part)
+    made = read_imatrix(part)
+    verify(made, job.model, job.settings, job.tools)
+    log = beside(job.out, LOG)
+    with writing(log), log.open("wb") as file:
+        for task in tasks:
+            own = beside(task.out, LOG)
+            file.write(own.read_bytes() if own.exists() else b"")
+    records = [details(task.out) for task in tasks]
+    return Made(made, _perplexity(tasks, records), sum(float(one.get("seconds") or 0) for one in records), 0)
+
+
+def details(out: Path) -> Mapping[str, Any]:
+    found = read_json(beside(out, ".json"))
+    return found if isinstance(found, dict) else {}
+
+
+def _total(job: Job, text: Path) -> int:
+    try:
+        return int(read_json(job.work / "total.json"))
+    except (OSError, ValueError, TypeError):
+        total = count_chunks(job.model, text, job.tools, job.settings, job.report)
+        write_json(job.work / "total.json", total)
+        return total
+
+
+def _perplexity(tasks: Sequence[Task], records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of the whole text: each chunk scores as many tokens."""
+    values = [value for record in records if isinstance(value := record.get("perplexity"), float) and value > 0]
+    if len(values) < len(tasks):
+        return None
+    chunks = sum(task.shard.chunks for task in tasks)
+    return math.exp(
+        sum(math.log(value) * task.shard.chunks for value, task in zip(values, tasks, strict=True)) / chunks
+    )

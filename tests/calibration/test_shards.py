@@ -1,0 +1,173 @@
+"""`apex calibrate --shards`: the sums of one run, whatever happens to a shard."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from apex_runs import run_apex
+
+from apex_build.calibration.run import Settings
+from apex_build.calibration.shards import Shard, Task, make_shard, rounding, split
+from apex_build.errors import CalibrationSetInvalid
+from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
+from apex_build.gguf_model.model import read_model
+from apex_build.native.toolset import Toolset
+from apex_build.plugins import load_plugins
+
+CHUNKS = 24
+
+
+def tools_running(where: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The runs of llama-imatrix that write below a folder, with their environments."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+            environ = (entry / "environ").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if Path(os.fsdecode(command[0])).name == "llama-imatrix" and any(os.fsencode(where) in one for one in command):
+            yield int(entry.name), dict(item.partition("=")[::2] for item in environ.split("\0"))
+
+
+def started(testbed: Path, out: Path, *more: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "apex_build", "calibrate", testbed, "-o", out, "--chunks", CHUNKS, *more]
+    return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def until(what: object, child: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what() and child.poll() is None and time.monotonic() < deadline:  # type: ignore[operator]
+        time.sleep(0.01)
+
+
+def same_sums(one: Imatrix, parts: Imatrix, chunks: int = CHUNKS) -> None:
+    """Equal in what adds up exactly, and within the stated bound elsewhere."""
+    assert set(one.entries) == set(parts.entries)
+    for name, entry in one.entries.items():
+        other = parts.entries[name]
+        assert other.counts == entry.counts
+        np.testing.assert_allclose(other.values(), entry.values(), rtol=rounding(chunks, 512), atol=0)
+    assert (parts.chunk_count, parts.chunk_size) == (one.chunk_count, one.chunk_size)
+    assert (parts.head_tokens, parts.head_rows, parts.datasets) == (one.head_tokens, one.head_rows, one.datasets)
+
+
+@pytest.fixture(scope="module")
+def four(tools: Toolset, testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("four") / "four.gguf"
+    run_apex("calibrate", testbed, "-o", out, "--chunks", CHUNKS, "--shards", 4)
+    return out
+
+
+def test_whole_chunks_as_even_as_can_be() -> None:
+    assert split(24, 4) == (Shard(0, 6), Shard(6, 6), Shard(12, 6), Shard(18, 6))
+    assert [shard.chunks for shard in split(25, 4)] == [6, 6, 6, 7]
+    assert split(2, 1) == (Shard(0, 2),)
+    with pytest.raises(CalibrationSetInvalid, match="the text has 11 chunks: 4 shards need 12"):
+        split(11, 4)
+
+
+def test_the_sums_of_one_run(four: Path, calibrated: Path, testbed: Path) -> None:
+    same_sums(read_imatrix(calibrated), read_imatrix(four))
+    assert not list(four.parent.glob(".*")), "nothing is left of the work"
+    log = four.with_name("four.gguf.log").read_text()
+    assert log.count("--chunks 6") == 4 and "--chunk 18" in log
+    one = run_apex("calibrate", testbed, "-o", calibrated, "--chunks", CHUNKS, "--shards", 4, code=71)
+    assert "made from something else" in one.stderr
+
+
+def test_where_the_rounding_comes_from(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+    """A run adds each chunk's sums in single precision, in turn; shards are added in double precision, and rounded."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    text = folder / "chat.txt"
+    text.write_bytes((heldout / "chat.txt").read_bytes())
+    for count in (1, 2):
+        run_apex(
+            "calibrate", testbed, "-o", tmp_path / f"{count}.gguf", "--text", text, "--chunks", 6, "--shards", count
+        )
+    model = read_model(testbed, load_plugins().role_of)
+    chunks = []
+    for number in range(6):
+        task = Task(text, "", Shard(number, 1), tmp_path / f"chunk-{number}.gguf")
+        make_shard(model, task, tools, Settings(head=True))
+        chunks.append(read_imatrix(task.out))
+    one, two = read_imatrix(tmp_path / "1.gguf"), read_imatrix(tmp_path / "2.gguf")
+
+    def in_turn(name: str, some: list[Imatrix]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        total = np.zeros_like(some[0].entries[name].values())
+        for chunk in some:
+            total = total + chunk.entries[name].values()
+        return total
+
+    for name, entry in one.entries.items():
+        assert np.array_equal(in_turn(name, chunks), entry.values())
+        halves = [in_turn(name, chunks[:3]).astype(np.float64), in_turn(name, chunks[3:]).astype(np.float64)]
+        assert np.array_equal((halves[0] + halves[1]).astype(np.float32), two.entries[name].values())
+    same_sums(one, two, chunks=6)
+
+
+def test_a_killed_tool_is_run_again(four: Path, testbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    child = started(testbed, out, "--shards", 4, "--no-rows-check")
+    shards = tmp_path / ".out.gguf.work" / "shards"
+    until(lambda: (shards / "0002.gguf").exists() and any(tools_running(shards)), child)
+    for process, _ in tools_running(shards):
+        os.kill(process, signal.SIGKILL)
+    _, said = child.communicate(timeout=300)
+    assert child.returncode == 0, said.decode()
+    assert b"of 4 is run again: llama-imatrix was ended by SIGKILL" in said
+    assert out.read_bytes() == four.read_bytes()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_what_is_done_is_kept(how: signal.Signals, four: Path, testbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    child = started(testbed, out, "--shards", 4, "--no-rows-check")
+    shards = tmp_path / ".out.gguf.work" / "shards"
+    until(lambda: (shards / "0002.gguf").exists(), child)
+    child.send_signal(how)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode in (130, 143, -how), said.decode()
+    assert "Traceback" not in said.decode() and not out.exists()
+    until(lambda: not any(tools_running(shards)), child)
+    time.sleep(0.3)
+    assert not list(tools_running(shards)), "the tool ended with us"
+    kept = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.gguf")}
+    assert {"0001.gguf", "0002.gguf"} <= set(kept) and len(kept) < 4
+    resumed = started(testbed, out, "--shards", 4, "--no-rows-check")
+    until(lambda: (shards / "0004.gguf").exists(), resumed)
+    again = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.gguf")} or kept
+    resumed.communicate(timeout=300)
+    assert resumed.returncode == 0 and out.read_bytes() == four.read_bytes()
+    assert all(again[name] == time for name, time in kept.items()), "none was made twice"
+
+
+def test_each_set_of_gpus_has_a_shard(four: Path, testbed: Path, tmp_path: Path) -> None:
+    """The tools see the GPUs that they are given, two runs at a time."""
+    out = tmp_path / "out.gguf"
+    child = started(testbed, out, "--shards", 4, "--devices", "0", "--devices", "1,2", "--no-rows-check")
+    seen: set[frozenset[str]] = set()
+    while child.poll() is None:
+        seen.add(frozenset(env.get("CUDA_VISIBLE_DEVICES", "") for _, env in tools_running(tmp_path)))
+        time.sleep(0.005)
+    assert child.returncode == 0, child.communicate()[1].decode()
+    child.communicate()
+    assert frozenset({"0", "1,2"}) in seen and not any("" in one for one in seen)
+    assert out.read_bytes() == four.read_bytes()
+
+
+def test_bad_input(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+    common = ["calibrate", testbed, "-o", tmp_path / "x.gguf", "--text", heldout / "chat.txt", "--no-rows-check"]
+    ran = run_apex(*common, "--chunks", 8, "--shards", 3, code=50)
+    assert "the text has 8 chunks: 3 shards need 9" in ran.stderr and "--shards 2" in ran.stderr
+    assert "--shards" in run_apex(*common, "--devices", "0", code=2).stderr
+    assert not (tmp_path / "x.gguf").exists()
