@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_edit import changed
+from gguf_edit import changed, copy
 
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.native.toolset import Toolset
@@ -169,3 +169,25 @@ def test_the_scores_of_the_head_are_the_same(
     run(tool, *common, tmp_path / "host.csv")
     run(tool, *common, tmp_path / "device.csv", "-ngl", 99, "-v", device=device)
     assert (tmp_path / "host.csv").read_bytes() == (tmp_path / "device.csv").read_bytes()
+
+
+@pytest.mark.parametrize("layers", [99, 3], ids=["the whole model", "half of it"])
+def test_probed_tensors_are_quantized_and_put_back_there(
+    layers: int, device: dict[str, str], tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
+) -> None:
+    """With tied embeddings the table is on the host, and the output, a copy of it, on the device."""
+    tied = copy(testbed, tmp_path / "tied.gguf", keys={}, drop="output.weight")
+    tool, common = tools.tool("llama-perplexity"), ["-m", tied, "-c", 128]
+    run(tool, *common, "-f", heldout / "code.txt", "--chunks", 4, "--kl-divergence-base", tmp_path / "logits")
+    (tmp_path / "probes.txt").write_text(
+        "plain\nembeddings\ttoken_embd.weight=q2_K\nexperts\tblk.5.ffn_down_exps.weight=iq2_xxs\tblk.3.attn_q.weight=q3_K\n"
+        "plain\n"
+    )
+    common += ["--kl-divergence", "--kl-divergence-base", tmp_path / "logits", "--imatrix", calibrated]
+    common += ["--kl-divergence-probes", tmp_path / "probes.txt", "--kl-divergence-output"]
+    run(tool, *common, tmp_path / "host.tsv")
+    run(tool, *common, tmp_path / "device.tsv", "-ngl", layers, "-v", device=device)
+    found = (tmp_path / "device.tsv").read_text()
+    assert found == (tmp_path / "host.tsv").read_text()
+    lines = [line.partition("\t")[2] for line in found.splitlines()[1:]]
+    assert lines[:4] == lines[12:] and len(set(lines)) == 12
