@@ -37,6 +37,9 @@ from apex_build.hookspecs import (
 )
 
 if TYPE_CHECKING:
+    from apex_build.evaluation.chunked import check_context, scored_positions, text_arguments
+    from apex_build.evaluation.chunked import planned as total_chunks
+    from apex_build.evaluation.chunked import run as run_over_chunks
     from apex_build.evaluation.head_scores import Scores as HeadScores
     from apex_build.evaluation.head_scores import read_csv as read_head_scores
     from apex_build.evaluation.intervals import (
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
         student,
     )
     from apex_build.evaluation.pace import GENERATED, tokens_of
+    from apex_build.evaluation.probes import Probe, ProbeScore, probe_seconds, run_probes
+    from apex_build.evaluation.reference import reference_logits
     from apex_build.evaluation.task import Prompt, Server, Step, Task
     from apex_build.gguf_model.catalogue import Model, Tensor
     from apex_build.gguf_model.mtp_rows import AUTO as AUTO_ROWS
@@ -76,6 +81,8 @@ _LATER = {
             "student",
         )
     },
+    **{name: ("evaluation.chunked", name) for name in ("check_context", "scored_positions", "text_arguments")},
+    **{name: ("evaluation.probes", name) for name in ("Probe", "ProbeScore", "probe_seconds", "run_probes")},
     **{name: ("gguf_model.catalogue", name) for name in ("Model", "Tensor")},
     **{name: ("evaluation.pace", name) for name in ("GENERATED", "tokens_of")},
     "AUTO_ROWS": ("gguf_model.mtp_rows", "AUTO"),
@@ -88,7 +95,10 @@ _LATER = {
     "head_rows_arguments": ("gguf_model.mtp_rows", "tool_arguments"),
     "head_rows_used": ("native.output", "head_rows"),
     "read_head_scores": ("evaluation.head_scores", "read_csv"),
+    "reference_logits": ("evaluation.reference", "reference_logits"),
+    "run_over_chunks": ("evaluation.chunked", "run"),
     "scratch_folder": ("storage.scratch", "scratch_folder"),
+    "total_chunks": ("evaluation.chunked", "planned"),
 }
 
 __all__ = [
@@ -114,6 +124,8 @@ __all__ = [
     "ParameterUnknown",
     "Part",
     "PolicySpec",
+    "Probe",
+    "ProbeScore",
     "Prompt",
     "Role",
     "Server",
@@ -126,6 +138,7 @@ __all__ = [
     "ToolKilled",
     "ToolRun",
     "VocabularyMismatch",
+    "check_context",
     "check_plugin",
     "chunks_planned",
     "clustered_mean",
@@ -133,12 +146,19 @@ __all__ = [
     "head_rows_arguments",
     "head_rows_used",
     "hookimpl",
+    "probe_seconds",
     "ratio_interval",
     "read_head_scores",
+    "reference_logits",
+    "run_over_chunks",
+    "run_probes",
+    "scored_positions",
     "scratch_folder",
     "share_interval",
     "student",
+    "text_arguments",
     "tokens_of",
+    "total_chunks",
 ]
 
 

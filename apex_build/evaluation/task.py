@@ -303,5 +303,10 @@ def _chunks(task: str, report: Report) -> Callable[[str], None]:
             report(Step(task, 0, plan.chunks, "chunks"))
         elif total and (mark := output.chunks_done(line)) is not None:
             report(Step(task, mark, total[0], "chunks"))
+        elif (probes := output.probes_planned(line)) is not None:
+            total[:] = [probes]
+            report(Step(task, 0, probes, "probes"))
+        elif total and (done := output.probes_done(line)) is not None:
+            report(Step(task, done, total[0], "probes"))
 
     return watch

@@ -17,6 +17,8 @@ _PLANNED = re.compile(
 )
 _MARK = re.compile(r"\[(\d+)\]-?(?:\d+\.\d+|nan|inf),")
 _KLD_ROW = re.compile(r"\s*(\d+)\s+\d+\.\d+ ±\s+\S+\s+-?\d+\.\d+ ±")
+_PROBES_PLANNED = re.compile(r"kl_divergence_probes: (\d+) probes$")
+_PROBE = re.compile(r"kl_divergence_probes: (\d+)/\d+ ")
 _PERPLEXITY = re.compile(r"Final estimate: PPL = (\d+\.\d+) \+/- (\d+\.\d+)")
 
 _HEAD_ROWS = re.compile(r"MTP rows: ([a-z0-9_]+)$")
@@ -185,6 +187,15 @@ def chunks_done(line: str) -> int | None:
             return int(mark[1])
         last = line.rfind("[", 0, last)
     return None
+
+
+def probes_planned(line: str) -> int | None:
+    """How many probes llama-perplexity --kl-divergence-probes is about to score."""
+    return int(found[1]) if (found := _PROBES_PLANNED.search(line)) else None
+
+
+def probes_done(line: str) -> int | None:
+    return int(found[1]) if (found := _PROBE.search(line)) else None
 
 
 def perplexity(line: str) -> Perplexity | None:

@@ -11,10 +11,20 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from apex_build.plugin_api import NORMAL, Estimate, EvaluationRefused, Figure, Task, VocabularyMismatch, clustered_ratio
-
-from .chunked import check_context, planned, run, scored_positions
-from .reference import reference_logits
+from apex_build.plugin_api import (
+    NORMAL,
+    Estimate,
+    EvaluationRefused,
+    Figure,
+    Task,
+    VocabularyMismatch,
+    check_context,
+    clustered_ratio,
+    reference_logits,
+    run_over_chunks,
+    scored_positions,
+    total_chunks,
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -60,7 +70,7 @@ def kld(task: Task) -> list[Figure]:
             logits,
         ]
         what = f"{task.model.path.name} on {domain or text.name}"
-        found.append(run(task, task.model.path, text, arguments, what, lambda lines: _read(lines, task)))
+        found.append(run_over_chunks(task, task.model.path, text, arguments, what, lambda lines: _read(lines, task)))
     figures = _figures(found, "")
     if len(found) > 1:
         for domain, one in zip(task.texts, found, strict=True):
@@ -70,7 +80,7 @@ def kld(task: Task) -> list[Figure]:
 
 def read_divergence(lines: Sequence[str]) -> Divergence | None:
     """What the tool printed; None where a part of it is missing."""
-    plan = planned(lines)
+    plan = total_chunks(lines)
     rows = [[float(value) for value in row.groups()] for line in lines if (row := _ROW.match(line))]
     if plan is None or [row[0] for row in rows] != list(range(1, plan[0] + 1)):
         return None
@@ -98,7 +108,7 @@ def _read(lines: Sequence[str], task: Task) -> Divergence | None:
         raise VocabularyMismatch(
             f"{task.reference.path} cannot be the reference of {task.model.path}: another vocabulary"
         )
-    plan = planned(lines)
+    plan = total_chunks(lines)
     if plan is not None and 0 < (n := plan[0] * scored_positions(plan[1])) < _LEAST:
         raise EvaluationRefused(
             f"kld: {plan[0]} chunks of {plan[1]} tokens are {n} scored positions, expected at least {_LEAST}",

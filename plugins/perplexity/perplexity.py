@@ -8,9 +8,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from apex_build.plugin_api import Figure, Task, clustered_ratio
-
-from .chunked import check_context, planned, run, scored_positions, text_arguments
+from apex_build.plugin_api import (
+    Figure,
+    Task,
+    check_context,
+    clustered_ratio,
+    run_over_chunks,
+    scored_positions,
+    text_arguments,
+    total_chunks,
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,7 +31,9 @@ def perplexity(task: Task) -> list[Figure]:
     for domain, text in task.texts.items():
         what = f"{task.model.path.name} on {domain or text.name}"
         sums.append(
-            run(task, task.model.path, text, text_arguments(task, text), what, lambda lines: chunk_sums(lines, context))
+            run_over_chunks(
+                task, task.model.path, text, text_arguments(task, text), what, lambda lines: chunk_sums(lines, context)
+            )
         )
     figures = [_figure(sums, context, "")]
     if len(sums) > 1:
@@ -38,7 +47,7 @@ def chunk_sums(lines: Sequence[str], context: int) -> Floats | None:
     The tool prints the perplexity of all chunks so far, to four decimals: their differences are good to 0.01 nats a
     token for hundreds of chunks, which is what intervals are made of; their sum matches its final estimate.
     """
-    plan = planned(lines)
+    plan = total_chunks(lines)
     running = [(int(number), float(value)) for number, value in _RUNNING.findall("".join(lines))]
     if plan is None or [number for number, _ in running] != list(range(1, plan[0] + 1)):
         return None

@@ -22,6 +22,7 @@ from apex_build.errors import (
     VocabularyMismatch,
 )
 from apex_build.evaluation.intervals import clustered_mean
+from apex_build.evaluation.reference import logits_bytes, reference_logits
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Step
 
@@ -209,7 +210,7 @@ def test_settings_and_texts_that_measure_nothing(tools: Toolset, testbed: Path, 
 def test_a_disk_too_small_for_the_reference(
     tools: Toolset, testbed: Path, texts: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = plugin_module("perplexity", "reference").logits_bytes(11, CONTEXT, 2048)
+    needed = logits_bytes(11, CONTEXT, 2048)
     room = needed + (64 << 20) - 1
     monkeypatch.setattr("shutil.disk_usage", lambda _folder: type("Usage", (), {"free": room}))
     before = set(cache.glob("evaluation/*/*.logits*"))
@@ -223,7 +224,7 @@ def test_a_disk_too_small_for_the_reference(
 
 
 def test_the_bytes_of_a_large_vocabulary() -> None:
-    n_bytes = plugin_module("perplexity", "reference").logits_bytes(236, 512, 248320)
+    n_bytes = logits_bytes(236, 512, 248320)
     assert n_bytes == pytest.approx(29.9e9, rel=0.01), "60,180 positions"
 
 
@@ -232,7 +233,7 @@ def test_a_reference_of_another_vocabulary(
 ) -> None:
     """apex evaluate refuses it before anything runs; the evaluator does not take the tool's numbers for it either."""
     other = task_of("kld", tools, testbed, texts, testbed)
-    logits = plugin_module("perplexity", "reference").reference_logits(other, "code")
+    logits = reference_logits(other, "code")
     data = bytearray(logits.read_bytes())
     struct.pack_into("<i", data, 12, 2046)
     (tmp_path / "other.logits").write_bytes(data)

@@ -15,7 +15,8 @@ from gguf_edit import Array, changed, copy
 
 from apex_build.native.toolset import Toolset
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Ran = subprocess.CompletedProcess[str]
+Run = Callable[..., Ran]
 Rows = list[tuple[str, int, int, float, int]]
 
 CONTEXT, CHUNKS, SCORED = 128, 5, 63
@@ -53,12 +54,12 @@ def rows(path: Path) -> Rows:
 
 @pytest.fixture
 def run(tools: Toolset, testbed: Path, reference: Path, tmp_path: Path) -> Run:
-    def run(probes: str, *arguments: object, model: Path = testbed, out: str = "out.tsv") -> Run:
+    def run(probes: str, *arguments: object, model: Path = testbed, out: str = "out.tsv") -> Ran:
         (tmp_path / "probes.txt").write_text(probes)
         command = [tools.tool("llama-perplexity"), "-m", model, "-c", CONTEXT, "-t", 1, "--kl-divergence"]
         command += ["--kl-divergence-base", reference, "--kl-divergence-probes", tmp_path / "probes.txt"]
         command += ["--kl-divergence-output", tmp_path / out, *arguments]
-        return subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")  # type: ignore[return-value]
+        return subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
 
     return run
 

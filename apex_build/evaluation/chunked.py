@@ -1,4 +1,4 @@
-"""What both evaluators share: llama-perplexity over one text in chunks."""
+"""llama-perplexity over one text in chunks, part of the plugin API."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from apex_build.plugin_api import CalibrationSetInvalid, ParameterUnknown, Task, ToolFailed, chunks_planned
+from apex_build.errors import CalibrationSetInvalid, ParameterUnknown, ToolFailed
+from apex_build.evaluation.task import Task
+from apex_build.native.output import planned as chunks_planned
 
 T = TypeVar("T")
 

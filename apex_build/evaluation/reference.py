@@ -1,13 +1,16 @@
-"""The reference's log-probabilities at every scored position of a text: made once, and kept in the cache."""
+"""The reference's log-probabilities at every scored position of a text: made once, and kept in the cache. Part of the
+plugin API.
+"""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
 
-from apex_build.plugin_api import Model, Task, ToolFailed
-
-from .chunked import planned, run, scored_positions, text_arguments
+from apex_build.errors import ToolFailed
+from apex_build.evaluation.chunked import planned, run, scored_positions, text_arguments
+from apex_build.evaluation.task import Task
+from apex_build.gguf_model.catalogue import Model
 
 _HEAD = struct.Struct(
     "<8s3i"
@@ -38,6 +41,12 @@ def logits_bytes(chunks: int, context: int, vocabulary: int) -> int:
     """Size of the tool's file: for each scored position 16 bits a token of the vocabulary (made even), and 8 bytes."""
     row = 2 * (2 * ((vocabulary + 1) // 2) + 4)
     return _HEAD.size + chunks * (4 * context + scored_positions(context) * row)
+
+
+def chunks_in(logits: Path) -> int:
+    """Of a whole file."""
+    with logits.open("rb") as file:
+        return int(_HEAD.unpack(file.read(_HEAD.size))[3])
 
 
 def _with_room(task: Task, reference: Model, folder: Path) -> Task:

@@ -1,0 +1,248 @@
+"""What a model loses where some of its tensors are quantized: its KL divergence from a reference, for many choices of
+tensors and types in one run, without writing a file for any of them. Part of the plugin API.
+
+`llama-perplexity --kl-divergence-probes` of this project's build quantizes the tensors of the loaded model, scores the
+chunks, and puts the tensors back: a probe costs one evaluation of the chunks. It writes a line for each probe and
+chunk as soon as it has it. The files with these lines are kept in the cache as they are, beside each other, for each
+model, imatrix, text and build; what is in any of them is not measured again. A run that was killed left such a file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from apex_build.errors import EvaluationRefused, ToolFailed
+from apex_build.evaluation import pace
+from apex_build.evaluation.chunked import check_context
+from apex_build.evaluation.intervals import Estimate, clustered_ratio
+from apex_build.evaluation.reference import chunks_in, reference_logits
+from apex_build.evaluation.task import Task
+from apex_build.gguf_model.fingerprint import fingerprint
+from apex_build.gguf_model.imatrix import read_imatrix
+from apex_build.native.ggml import Ggml
+from apex_build.places import cache_folder, cache_root, in_use
+from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.locks import locked_in_thread
+from apex_build.storage.scratch import scratch_folder
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+_HEADER = "probe\tchunk\tn\tkld\tsame_top"
+_WIDE = ("F32", "F16", "BF16")  # types of a model whose tensors can be quantized in its memory
+_KIND = "probes"  # of pace
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tensors, and the type that each is quantized to; none: the model as it is. The name is for people."""
+
+    name: str
+    types: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def key(self) -> str:
+        """What the tool is given for a name, so that its lines say what they are of, whatever the probe is called."""
+        return sha256_json({name: kind.upper() for name, kind in self.types.items()})[:20]
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeScore:
+    """The chunks of all texts, one text after the other; sums over the scored positions of each."""
+
+    probe: Probe
+    n: Ints
+    kld: Floats  # nats
+    same_top: Ints  # positions where the most probable token is the reference's
+    text: Ints  # number of the text that the chunk is of
+
+    @property
+    def positions(self) -> int:
+        return int(self.n.sum())
+
+    @property
+    def mean(self) -> Estimate:
+        """Divergence at a position, in nats; chunks are independent, texts are strata."""
+        return clustered_ratio(self.kld, self.n, self.text)
+
+    @property
+    def top1(self) -> Estimate:
+        return clustered_ratio(self.same_top, self.n, self.text).within(0.0, 1.0)
+
+
+_Sums = dict[str, dict[int, tuple[int, float, int]]]  # key of a probe -> chunk -> positions, sum of KLD, same top
+
+
+def run_probes(task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chunks: int) -> tuple[ProbeScore, ...]:
+    """Score each probe on the first `chunks` chunks of each of the task's texts: what is not known of them yet.
+
+    The task has the settings `context`, `parse_special` and `chunks`: how many chunks of a text its reference is made
+    for, so that more of them can be scored later. Its reference is the model itself if it names none. Raises
+    EvaluationRefused, ParameterUnknown, DiskTooSmall, CalibrationSetInvalid, ToolFailed, ToolKilled.
+    """
+    check_context(task)
+    check_probes(task, probes, imatrix)
+    task = _with_reference(task)
+    found: list[tuple[_Sums, int]] = []
+    with in_use(cache_root() / "evaluation"):
+        for domain in task.texts:
+            logits = reference_logits(task, domain)
+            wanted = min(chunks, chunks_in(logits))
+            folder = _folder(task, domain, imatrix)
+            with locked_in_thread(folder / "probes", what="another run of the same probes", report=task.report):
+                for start, few in _missing(probes, _read(folder), wanted).items():
+                    _run(task, domain, few, imatrix, logits, folder, range(start, wanted))
+                found.append((_read(folder), wanted))
+    for sums, wanted in found:
+        if lost := [probe for probe in probes if len(_of(sums, probe, wanted)) < wanted]:
+            raise ToolFailed(
+                f"{task.model.path}: llama-perplexity ended without its scores of {lost[0].name}",
+                hint="df -h, and run again",
+            )
+    return tuple(_score(probe, found) for probe in probes)
+
+
+def probe_seconds(task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chunks: int) -> pace.Estimate:
+    """How long `run_probes` would take now, its references included; for texts of at least as many chunks."""
+    passes = 0
+    task = _with_reference(task)
+    for domain in task.texts:
+        folder = _folder(task, domain, imatrix)
+        known = _read(folder)
+        passes += sum((chunks - start) * len(few) for start, few in _missing(probes, known, chunks).items())
+        passes += 0 if known else task.number("chunks")
+    return pace.expect(_KIND, _work(task, passes))
+
+
+def check_probes(task: Task, probes: Sequence[Probe], imatrix: Path | None) -> None:
+    """Raises EvaluationRefused for a probe that the tool would refuse; TypeUnknown."""
+    ggml = Ggml(task.tools)
+    tensors = {tensor.name: tensor for tensor in task.model.tensors}
+    data = read_imatrix(imatrix).entries.keys() if imatrix else set()
+    for probe in probes:
+        for name, kind in probe.types.items():
+            traits = ggml.type_traits(kind)
+            if name not in tensors:
+                raise EvaluationRefused(
+                    f"{task.model.path} has no tensor {name} (probe {probe.name})",
+                    hint=f"apex inspect {task.model.path}",
+                )
+            tensor = tensors[name]
+            if tensor.type not in _WIDE:
+                raise EvaluationRefused(
+                    f"{task.model.path}: {name} is {tensor.type}, expected one of {', '.join(_WIDE)}: tensors that are "
+                    "quantized already cannot be probed",
+                    hint="give the model that the quantized file was made from",
+                )
+            ggml.row_bytes(traits.name, tensor.shape[0])
+            if traits.library_requires_imatrix and name not in data:
+                raise EvaluationRefused(
+                    f"{name} cannot be {traits.name} without data of it in the imatrix (probe {probe.name})",
+                    hint="give an imatrix that has it (apex calibrate), or another type",
+                )
+
+
+def _with_reference(task: Task) -> Task:
+    return task if task.reference else replace(task, reference=task.model)
+
+
+def _folder(task: Task, domain: str, imatrix: Path | None) -> Path:
+    assert task.reference is not None
+    parts: dict[str, Any] = {
+        "what": "probes",
+        "model": fingerprint(task.model),
+        "reference": fingerprint(task.reference),
+        "imatrix": sha256_file(imatrix) if imatrix else None,
+        "text": task.identity_of_text(domain),
+        "context": task.number("context"),
+        "parse_special": bool(task.settings["parse_special"]),
+        "tools": task.tools.identity,
+        **task.options.parts(task.tools),
+    }
+    return cache_folder("evaluation", sha256_json(parts)[:32])
+
+
+def _run(
+    task: Task,
+    domain: str,
+    probes: Sequence[Probe],
+    imatrix: Path | None,
+    logits: Path,
+    folder: Path,
+    chunks: range,
+) -> None:
+    """Score these probes on these chunks; the tool's lines are added to what the folder has."""
+    out = folder / f"probes-{len(list(folder.glob('probes-*.tsv'))):06}.tsv"
+    began = time.monotonic()
+    with scratch_folder("probes") as scratch:
+        (scratch / "probes.txt").write_text(
+            "".join(
+                "\t".join([probe.key, *(f"{name}={kind}" for name, kind in probe.types.items())]) + "\n"
+                for probe in probes
+            ),
+            encoding="utf-8",
+        )
+        task.run(
+            "llama-perplexity",
+            *("-m", task.model.path, "-c", str(task.number("context"))),
+            *("--kl-divergence", "--kl-divergence-base", logits),
+            *("--kl-divergence-probes", scratch / "probes.txt", "--kl-divergence-output", out),
+            *("--from-chunk", str(chunks.start), "--chunks", str(len(chunks))),
+            *(("--imatrix", imatrix) if imatrix else ()),
+            what=f"{task.model.path.name} on {domain or task.texts[domain].name}",
+        )
+    pace.remember(_KIND, _work(task, len(chunks) * len(probes)), time.monotonic() - began)
+
+
+def _work(task: Task, passes: int) -> float:
+    """In what `pace` counts, of evaluations of a chunk."""
+    return passes * task.number("context") * pace.active_parameters(task.model)
+
+
+def _missing(probes: Sequence[Probe], known: _Sums, chunks: int) -> dict[int, list[Probe]]:
+    """The first chunk that is not known -> the probes of which that is so; each kind of probe once."""
+    found: dict[int, list[Probe]] = {}
+    for probe in {probe.key: probe for probe in probes}.values():
+        if gaps := set(range(chunks)) - known.get(probe.key, {}).keys():
+            found.setdefault(min(gaps), []).append(probe)
+    return dict(sorted(found.items()))
+
+
+def _read(folder: Path) -> _Sums:
+    """All that the tool wrote in this and earlier runs; without a line that a kill cut short."""
+    found: _Sums = {}
+    for path in sorted(folder.glob("probes-*.tsv")):
+        header, *lines = path.read_text(encoding="ascii", errors="replace").split("\n")
+        if header != _HEADER:
+            continue
+        for line in lines[:-1]:  # the last one has no end, or is empty
+            try:
+                key, chunk, n, kld, same_top = line.split("\t")
+                found.setdefault(key, {})[int(chunk)] = int(n), float(kld), int(same_top)
+            except ValueError:
+                continue
+    return found
+
+
+def _of(sums: _Sums, probe: Probe, chunks: int) -> list[tuple[int, float, int]]:
+    known = sums.get(probe.key, {})
+    return [known[chunk] for chunk in range(chunks) if chunk in known]
+
+
+def _score(probe: Probe, found: Sequence[tuple[_Sums, int]]) -> ProbeScore:
+    rows = [(text, *row) for text, (sums, chunks) in enumerate(found) for row in _of(sums, probe, chunks)]
+    text, n, kld, same_top = zip(*rows, strict=True)
+    return ProbeScore(
+        probe,
+        np.array(n, dtype=np.int64),
+        np.array(kld, dtype=np.float64),
+        np.array(same_top, dtype=np.int64),
+        np.array(text, dtype=np.int64),
+    )

@@ -1,0 +1,158 @@
+"""Probes of a model: scored once, kept by what they are of, and continued where a run was cut short."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scoring import SCORED, task_of
+
+from apex_build.errors import EvaluationRefused, ShapeUnfit, TypeUnknown
+from apex_build.evaluation import probes as module
+from apex_build.evaluation.probes import Probe, check_probes, probe_seconds, run_probes
+from apex_build.evaluation.task import Task
+from apex_build.native.toolset import Toolset
+from apex_build.progress import Step
+
+PLAIN = Probe("as it is")
+LOW = Probe("experts", {"blk.2.ffn_down_exps.weight": "IQ2_XXS", "blk.2.ffn_up_exps.weight": "q3_K"})
+HIGH = Probe("output", {"output.weight": "Q8_0"})
+
+
+@pytest.fixture
+def task(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    """With a cache of its own: what is measured here is there for no other test."""
+    task = task_of("kld", tools, testbed, {"code": heldout / "code.txt", "chat": heldout / "chat.txt"})
+    monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
+    return task
+
+
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """(probes, first chunk, chunks) of each run of the tool from now on."""
+    found: list[tuple[int, int, int]] = []
+    run = module._run
+
+    def counted(*arguments: object) -> None:
+        probes, chunks = arguments[2], arguments[6]
+        assert isinstance(probes, list) and isinstance(chunks, range)
+        found.append((len(probes), chunks.start, len(chunks)))
+        run(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_run", counted)
+    return found
+
+
+def test_what_was_scored_is_not_scored_again(task: Task, calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a probe is called and in which order they come; with more chunks, only these are scored."""
+    runs = ran(monkeypatch)
+    steps: list[Step] = []
+    first = run_probes(replace(task, report=steps.append), [PLAIN, LOW], calibrated, chunks=4)
+    assert runs == [(2, 0, 4), (2, 0, 4)]
+    assert [(step.done, step.total) for step in steps if step.unit == "probes"][-3:] == [(0, 2), (1, 2), (2, 2)]
+    plain, low = first
+    assert plain.positions == 2 * 4 * SCORED and plain.text.tolist() == [0] * 4 + [1] * 4
+    assert plain.mean.value < 1e-4 < low.mean.value and low.top1.value < plain.top1.value <= 1.0
+    assert low.mean.low is None, "8 chunks of 2 texts are too few"
+    runs.clear()
+    renamed = Probe("other", {name: kind.lower() for name, kind in list(LOW.types.items())[::-1]})
+    second = run_probes(task, [HIGH, renamed, LOW], calibrated, chunks=4)
+    assert runs == [(1, 0, 4), (1, 0, 4)]
+    assert [score.probe.name for score in second] == ["output", "other", "experts"]
+    assert second[1].kld.tolist() == second[2].kld.tolist() == low.kld.tolist()
+    runs.clear()
+    third = run_probes(task, [LOW, HIGH], calibrated, chunks=6)
+    assert runs == [(2, 4, 2), (2, 4, 2)]
+    assert third[0].kld.tolist()[:4] == low.kld.tolist()[:4] and len(third[0].kld) == 12
+    assert (interval := third[0].mean).low is not None and 0 < interval.low < interval.value
+    runs.clear()
+    other = run_probes(task, [Probe("experts", {"blk.2.ffn_up_exps.weight": "q3_K"})], None, chunks=1)
+    assert runs == [(1, 0, 1), (1, 0, 1)] and other[0].mean.low is None, "without the imatrix nothing is known"
+
+
+def test_the_time_that_is_left_counts_what_is_missing(task: Task, calibrated: Path) -> None:
+    texts = {"code": task.texts["code"]}
+    one = replace(task, texts=texts)
+    before = probe_seconds(one, [PLAIN, LOW], calibrated, chunks=4)
+    reference = one.number("chunks")
+    run_probes(one, [PLAIN], calibrated, chunks=4)
+    after = probe_seconds(one, [PLAIN, LOW], calibrated, chunks=4)
+    if not after.measured:  # a run of less than a second is not remembered
+        assert after.seconds == pytest.approx(before.seconds * 4 / (8 + reference))
+    assert probe_seconds(one, [PLAIN], calibrated, chunks=4).seconds == 0
+
+
+_RUN = """
+import os, sys
+from pathlib import Path
+from scoring import task_of
+from apex_build.evaluation.probes import Probe, run_probes
+from apex_build.native.toolset import find_toolset
+root, testbed, text, cache = map(Path, sys.argv[1:])
+task = task_of("kld", find_toolset(root), testbed, {"code": text})
+os.environ["APEX_CACHE_DIR"] = str(cache)
+probes = [Probe(str(n), {f"blk.{n}.ffn_up_exps.weight": "Q2_K"}) for n in range(6)]
+run_probes(task, probes, None, chunks=10)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_is_continued(
+    how: signal.Signals, task: Task, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-c", _RUN, str(tools.root), str(testbed), str(heldout / "code.txt"), str(cache)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    run = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    lines = 0
+    while lines < 12:
+        assert run.poll() is None, run.communicate()[1]
+        lines = sum(path.read_text().count("\n") for path in cache.glob("evaluation/*/probes-*.tsv"))
+        time.sleep(0.02)
+    run.send_signal(how)
+    run.wait(30)
+    code = replace(task, texts={"code": task.texts["code"]})
+    probes = [Probe(str(n), {f"blk.{n}.ffn_up_exps.weight": "Q2_K"}) for n in range(6)]
+    found = run_probes(code, probes, None, chunks=10)
+    kept = min(cache.glob("evaluation/*/probes-*.tsv"))
+    first = [line.split("\t") for line in kept.read_text().splitlines()[1:] if line.startswith(probes[0].key)]
+    assert len(first) == 10
+    assert found[0].kld.tolist() == [float(row[3]) for row in first], "taken as the first run wrote it"
+    assert not list(cache.glob("evaluation/*/.*lock"))
+
+
+def test_what_the_tool_would_refuse_is_refused_before_it_is_run(
+    task: Task, tools: Toolset, quantized_testbed: Path, calibrated: Path
+) -> None:
+    for types, error, said in (
+        ({"blk.7.none.weight": "Q4_K"}, EvaluationRefused, "has no tensor blk.7.none.weight"),
+        ({"output.weight": "Q4_X"}, TypeUnknown, "'Q4_X' is not a tensor type"),
+        ({"blk.0.ssm_conv1d.weight": "Q4_0"}, ShapeUnfit, "a row of 4 values cannot be Q4_0"),
+        ({"output.weight": "IQ2_XS"}, EvaluationRefused, "output.weight cannot be IQ2_XS without data"),
+    ):
+        with pytest.raises(error, match=said):
+            run_probes(task, [PLAIN, Probe("bad", types)], calibrated, chunks=1)
+    quantized = task_of("kld", tools, quantized_testbed, task.texts)
+    with pytest.raises(EvaluationRefused, match=r"output\.weight is Q8_0, expected one of F32, F16, BF16"):
+        check_probes(quantized, [Probe("a", {"output.weight": "Q4_K"})], None)
+
+
+@pytest.fixture
+def quantized_testbed(tools: Toolset, testbed: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "q8.gguf"
+    command = [str(tools.tool("llama-quantize")), str(testbed), str(out), "Q8_0", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def test_a_line_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
+    header = "probe\tchunk\tn\tkld\tsame_top\n"
+    (tmp_path / "probes-000000.tsv").write_text(f"{header}a\t0\t63\t0.5\t60\na\t1\t63\t1.25\t6")
+    (tmp_path / "probes-000001.tsv").write_text(f"{header}a\t1\t63\t1.25\t61\nb\t0\t63\tspoilt\t1\n")
+    (tmp_path / "probes-000002.tsv").write_text("probe\tch")
+    assert module._read(tmp_path) == {"a": {0: (63, 0.5, 60), 1: (63, 1.25, 61)}}
