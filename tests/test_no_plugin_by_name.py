@@ -21,6 +21,7 @@ ORDINARY = {"files", "datasets", "perplexity", "jsonl"}
 MEANT = {
     "apex_build/stages/demo.py": {"i-nano"},  # the demo plays a user
     "apex_build/evaluation/head_scores.py": {"kld"},  # a column that the tool writes
+    "apex_build/evaluation/probes.py": {"kld"},  # likewise
 }
 
 
