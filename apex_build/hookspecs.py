@@ -216,6 +216,7 @@ class GpuTarget:
     where that is not known; `minimum_cuda` the first CUDA toolkit that knows the architecture (12.9), empty where that
     is not known. `groups`: further names, each of which stands for all targets that have it (all-common). `aliases`:
     what else it is called, such as nvidia-smi's name of it (GB10); 'NVIDIA', 'GeForce' and the like need not be in it.
+    `shares_memory`: its memory is the machine's.
     """
 
     name: str
@@ -225,6 +226,7 @@ class GpuTarget:
     minimum_cuda: str
     groups: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    shares_memory: bool = False
 
 
 @hookspec

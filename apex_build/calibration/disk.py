@@ -14,7 +14,7 @@ from apex_build.storage.disk import ROOM, amount, check_room
 from apex_build.storage.outputs import LOG, beside
 from apex_build.storage.work import files_in
 
-_COPIES = 4  # of the imatrix, on the disk together
+COPIES = 4  # of the imatrix, on the disk together
 
 
 def imatrix_bytes(model: Model) -> int:
@@ -28,7 +28,7 @@ def imatrix_bytes(model: Model) -> int:
 def check_disk(work: Path, model: Model, text: CalibrationText) -> None:
     """Up to three snapshots exist at once, besides the last one; what an earlier run left is subtracted."""
     there = sum(path.stat().st_size for path in files_in(work))
-    needed = _COPIES * imatrix_bytes(model) + len(text.data)
+    needed = COPIES * imatrix_bytes(model) + len(text.data)
     what = f"the imatrix of {model.path.name}, with its periodic copies,"
     check_room(work.parent, max(0, needed - there), what, spare=min(ROOM, needed))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import asdict
 
@@ -10,20 +9,7 @@ import click
 
 from apex_build import places, pruning
 from apex_build.cli import show
-from apex_build.cli.options import json_option
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
-    """Bytes of 20GB, 500M, 1.5GiB."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?)?b?", value.strip().lower())
-    if not found:
-        raise click.BadParameter(f"{value!r} is not a size; for example: 20GB, 500M, 1.5GiB")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
-
+from apex_build.cli.options import SIZE, json_option
 
 _KINDS = click.option(
     "--kind",
@@ -81,9 +67,9 @@ def list_(kinds: tuple[str, ...], json_: bool) -> None:
 @click.option(
     "--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only what was unused for this many days."
 )
-@click.option("--larger-than", callback=_size, metavar="SIZE", help="Only what is larger: 500MB, 20GB.")
+@click.option("--larger-than", type=SIZE, metavar="SIZE", help="Only what is larger: 500MB, 20GB.")
 @click.option(
-    "--keep-size", callback=_size, metavar="SIZE", help="Remove the longest unused until at most this much is left."
+    "--keep-size", type=SIZE, metavar="SIZE", help="Remove the longest unused until at most this much is left."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be removed.")
 @json_option

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, Rows
 
 PATH = click.Path(path_type=Path, readable=False)  # unreadable files are reported by the code that reads them
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+class _Size(click.ParamType):
+    """Bytes of 20GB, 500M, 1.5GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?)?b?", str(value).strip().lower())
+        if not found:
+            self.fail(f"{value!r} is not a size; for example: 20GB, 500M, 1.5GiB", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+SIZE = _Size()
 
 json_option = click.option("--json", "json_", is_flag=True, help="Print JSON.")
 plugin_option = click.option("--plugin", "folders", multiple=True, type=PATH, help="Load a plugin from this folder.")

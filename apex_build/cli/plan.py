@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from apex_build.cli import show, values
-from apex_build.cli.options import mtp_rows_option, plugin_option, rows_of, tools_option
+from apex_build.cli import plan_needs, show, values
+from apex_build.cli.options import SIZE, mtp_rows_option, plugin_option, rows_of, tools_option
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
 from apex_build.native.ggml import Ggml
@@ -19,6 +19,7 @@ from apex_build.policy.lists import TypeList, apply_list, own_types
 from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan
 from apex_build.policy.remarks import left_to_base_type, remarks
 from apex_build.stages.given import workplace
+from apex_build.stages.needs import needs
 from apex_build.stages.plan import PlanOptions
 from apex_build.stages.plan import plan as make_plan
 
@@ -54,6 +55,20 @@ _ANOTHER = "give another name with --write-rules"
 @click.option(
     "--tensors/--summary", default=False, help="List every tensor, or (the default) totals by role, type and layers."
 )
+@click.option(
+    "--hardware",
+    metavar="GPU|here",
+    help="Say what each step takes on a machine with this GPU, or on this one, and whether it fits.",
+)
+@click.option("--memory", type=SIZE, metavar="SIZE", help="--hardware: its memory.  [default: this machine's]")
+@click.option("--disk", type=SIZE, metavar="SIZE", help="--hardware: its free disk.  [default: this machine's]")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=32768,
+    show_default=True,
+    help="--hardware: tokens of context that the finished file is run with.",
+)
 @tools_option
 @plugin_option
 @click.option("--json", "json_", is_flag=True, help="Print JSON, every tensor in it.")
@@ -67,6 +82,10 @@ def command(
     write_rules: Path | None,
     force: bool,
     tensors: bool,
+    hardware: str | None,
+    memory: int | None,
+    disk: int | None,
+    context: int,
     tools_path: Path | None,
     folders: tuple[Path, ...],
     json_: bool,
@@ -85,6 +104,8 @@ def command(
       apex plan model-F16.gguf --policy quality --write-rules rules.txt
       apex plan model-F16.gguf --tensor-types recipe.txt --set base_type=Q4_K_M
       apex plan model-F16.gguf --policy mine --plugin my-plugin/ --json | jq .bytes
+      apex plan model-F16.gguf --policy i-mini --hardware dgx-spark --context 65536
+      apex plan model-F16.gguf --policy i-mini --memory 122GiB --disk 500GiB
     """
     check_policy(policy_name, tensor_types)
     place = workplace(tools_path, folders)
@@ -92,12 +113,17 @@ def command(
     options = PlanOptions(policy_name, dict(given), imatrix, tensor_types, rows, write_rules, force)
     done = make_plan(model_path, options, place=place)
     plan, covered, ggml = done.plan, done.covered, Ggml(place.tools)
+    asked = plan_needs.machine_of(hardware, memory, disk, model_path.parent, place.plugins)
+    needed = needs(plan, done.model, place, asked, context=context) if asked else ()
     if done.types is not None:
         tell_of_list(done.types, plan, done.model)
     if json_:
-        show.as_json(_json(plan, covered, ggml))
+        hardware_json = {"hardware": plan_needs.as_json(asked, needed, context)} if asked else {}
+        show.as_json({**_json(plan, covered, ggml), **hardware_json})
         return
     _print(plan, covered, ggml, tensors=tensors)
+    if asked:
+        plan_needs.show_needs(asked, needed, context)
     for warning in done.warnings:
         click.echo(f"warning: {warning}", err=True)
     if done.measured:

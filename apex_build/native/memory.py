@@ -22,7 +22,7 @@ from apex_build.errors import ToolKilled
 MEMORY = "Memory in GB that a tool may take beside the model's file.  [default: twice the model and 8.6]"
 
 _BASE = 8 << 30
-_SHARE = 0.95  # of the machine's memory, which the rest of the system needs some of
+SHARE = 0.95  # of the machine's memory, which the rest of the system needs some of
 _EVERY = 0.2  # seconds
 _OWN_PAGES = re.compile(r"^(?:RssAnon|VmSwap):\s*(\d+) kB", re.MULTILINE)
 
@@ -53,7 +53,7 @@ def memory_limit(n_bytes: int, context: int = 0, vocabulary: int = 0) -> int:
     copies, its probabilities for a context of so many tokens (float64 at most), and 8 GiB; but no more than the machine
     has.
     """
-    return min(_BASE + 2 * n_bytes + 16 * context * vocabulary, int(_SHARE * machine_memory()))
+    return min(_BASE + 2 * n_bytes + 16 * context * vocabulary, int(SHARE * machine_memory()))
 
 
 def machine_memory() -> int:

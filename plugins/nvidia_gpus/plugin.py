@@ -17,7 +17,7 @@ _ORIN = ("orin", "agx-orin", "jetson-agx-orin")
 
 # name, architecture, GiB of memory as the driver reports it, description, groups, other names (nvidia-smi's too)
 _GPUS: tuple[tuple[str, str, float, str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("dgx-spark", "121a-real", 128, "DGX Spark and other GB10: memory shared with the CPU", _COMMON, ("gb10", "spark")),
+    ("dgx-spark", "121a-real", 120, "DGX Spark and other GB10: memory shared with the CPU", _COMMON, ("gb10", "spark")),
     ("jetson-thor", "110a-real", 128, "Jetson AGX Thor, memory shared with the CPU", (), _THOR),
     ("rtx5090", "120a-real", 32, "GeForce RTX 5090", _COMMON, ()),
     ("rtx5080", "120a-real", 16, "GeForce RTX 5080", (), ()),
@@ -60,6 +60,8 @@ _GPUS: tuple[tuple[str, str, float, str, tuple[str, ...], tuple[str, ...]], ...]
     ("p100", "60-real", 16, "Tesla P100. CUDA 12 is the last for it", (), ()),
 )  # fmt: skip
 
+_SHARED = frozenset({"dgx-spark", "jetson-thor", "jetson-orin"})  # their memory is the machine's
+
 # the CUDA toolkit whose release notes name the architecture first; 90a came one version after 90
 _FIRST_CUDA = {
     "60-real": "8.0",
@@ -82,6 +84,15 @@ _FIRST_CUDA = {
 @hookimpl
 def apex_gpu_targets() -> list[GpuTarget]:
     return [
-        GpuTarget(name, architecture, memory, description, _FIRST_CUDA[architecture], groups, aliases)
+        GpuTarget(
+            name,
+            architecture,
+            memory,
+            description,
+            _FIRST_CUDA[architecture],
+            groups,
+            aliases,
+            shares_memory=name in _SHARED,
+        )
         for name, architecture, memory, description, groups, aliases in _GPUS
     ]

@@ -1,0 +1,54 @@
+"""The machine that a plan is made for: this one, a GPU by its name, or so many bytes of memory and disk."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from apex_build.native.memory import SHARE, machine_memory
+from apex_build.plugins import Plugins
+from apex_build.storage.disk import existing
+from apex_build.toolchain.machine.gpus import resolve, survey_gpus, targets_of
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`gpu`: bytes of its memory, 0 without one; `shared`: it is the machine's own (DGX Spark)."""
+
+    name: str
+    memory: int
+    disk: int
+    gpu: int = 0
+    shared: bool = False
+
+    @property
+    def usable(self) -> int:
+        """Of the memory: the rest of the system needs some of it."""
+        return int(SHARE * self.memory)
+
+
+def machine(
+    plugins: Plugins, folder: Path, *, gpu: str | None = None, memory: int | None = None, disk: int | None = None
+) -> Machine:
+    """A machine with that GPU, memory and disk; what is not said is as here, the disk as `folder` has it free.
+
+    Raises GpuUnknown.
+    """
+    disk = shutil.disk_usage(existing(folder)).free if disk is None else disk
+    if gpu is not None:
+        target = resolve([gpu], plugins)[0]
+        size = int(target.memory_gib * _GIB)
+        if target.shares_memory:
+            return Machine(target.name, memory or size, disk, memory or size, shared=True)
+        return Machine(target.name, memory or machine_memory(), disk, size)
+    if memory is not None:
+        return Machine("given", memory, disk)
+    found = survey_gpus().gpus
+    if not found:
+        return Machine("this machine", machine_memory(), disk)
+    shared = any(one.memory_mib is None for one in found)
+    largest = machine_memory() if shared else int(max(one.memory_gib for one in targets_of(found, plugins)) * _GIB)
+    return Machine("this machine", machine_memory(), disk, largest, shared)
