@@ -15,7 +15,7 @@ PATH = click.Path(path_type=Path, readable=False)  # unreadable files are report
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType[int]):
     """Bytes of 20GB, 500M, 1.5GiB."""
 
     name = "size"

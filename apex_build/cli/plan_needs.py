@@ -45,9 +45,9 @@ def show_needs(asked: Machine, found: Sequence[Need], context: int) -> None:
     columns = ("step", "memory", "mapped file", "writes", "fits")
     show.table(title, columns, rows, right=columns[1:4])
     for need in found:
-        if need.advice:
-            click.echo(f"{need.step}: {need.advice}")
+        for line in need.advice:
+            click.echo(f"{need.step}: {line}")
     click.echo(
-        f"run: the finished file with {context} tokens of context. Memory is a tool's own; the mapped file is read\n"
+        f"run: the finished file with {context} tokens of context. The mapped file is read\n"
         "from the disk where memory has no room for it."
     )

@@ -16,13 +16,17 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Machine:
-    """`gpu`: bytes of its memory, 0 without one; `shared`: it is the machine's own (DGX Spark)."""
+    """`gpu`: bytes of its memory, 0 without one; `shared`: it is the machine's own (DGX Spark).
+
+    `here`: the disk is that of the model's folder, so the model takes no more of it.
+    """
 
     name: str
     memory: int
     disk: int
     gpu: int = 0
     shared: bool = False
+    here: bool = False
 
     @property
     def usable(self) -> int:
@@ -37,18 +41,19 @@ def machine(
 
     Raises GpuUnknown.
     """
+    here = disk is None
     disk = shutil.disk_usage(existing(folder)).free if disk is None else disk
     if gpu is not None:
         target = resolve([gpu], plugins)[0]
         size = int(target.memory_gib * _GIB)
         if target.shares_memory:
-            return Machine(target.name, memory or size, disk, memory or size, shared=True)
-        return Machine(target.name, memory or machine_memory(), disk, size)
+            return Machine(target.name, memory or size, disk, memory or size, shared=True, here=here)
+        return Machine(target.name, memory or machine_memory(), disk, size, here=here)
     if memory is not None:
-        return Machine("given", memory, disk)
+        return Machine("a machine", memory, disk, here=here)
     found = survey_gpus().gpus
     if not found:
-        return Machine("this machine", machine_memory(), disk)
+        return Machine("this machine", machine_memory(), disk, here=here)
     shared = any(one.memory_mib is None for one in found)
     largest = machine_memory() if shared else int(max(one.memory_gib for one in targets_of(found, plugins)) * _GIB)
-    return Machine("this machine", machine_memory(), disk, largest, shared)
+    return Machine("this machine", machine_memory(), disk, largest, shared, here)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from apex_build.calibration.disk import COPIES, imatrix_bytes
 from apex_build.evaluation.reference import logits_bytes
@@ -25,6 +24,8 @@ CONTEXT = 512  # tokens of a chunk, in calibration and evaluation
 _TOGETHER = 2048  # tokens that llama-perplexity computes at once, in sequences of a chunk
 _LIBRARIES = 10 << 20  # mapped, beside the model
 _CONVERTER = 390 << 20  # Python with its libraries for tensors
+_QUANTIZER = 4 << 20  # it reads no vocabulary
+_GRAPH = 13 << 20  # a second context's graph and scheduler
 _A_TOKEN = 3.5  # bytes of text
 _LOGIT = 4  # bytes
 
@@ -40,7 +41,7 @@ class Need:
     mapped: int
     disk: int
     fits: bool
-    advice: str = ""
+    advice: tuple[str, ...] = ()
 
     @property
     def memory(self) -> int:
@@ -54,7 +55,7 @@ def needs(plan: Plan, model: Model, place: Workplace, machine: Machine, *, conte
     llama.cpp cannot load the model.
     """
     found: list[Need] = []
-    written = 0
+    written = 0 if machine.here else _bytes(model)
     for step in (
         _convert(model),
         _calibrate(model, place.tools),
@@ -63,31 +64,32 @@ def needs(plan: Plan, model: Model, place: Workplace, machine: Machine, *, conte
         _run(plan, model, place.tools, context),
     ):
         found.append(_judged(step, plan, model, machine, written))
-        written += step.disk if step.step != "convert" else 0  # the model is there already
+        written += step.disk if step.step != "convert" else 0  # counted above
     return tuple(found)
 
 
 def _judged(need: Need, plan: Plan, model: Model, machine: Machine, written: int) -> Need:
     problems = [*_memory_problems(need, plan, model, machine)]
-    no_room = written + need.disk > machine.disk
+    before = _bytes(model) if need.step == "convert" else written  # of a conversion the checkpoint, about as large
+    no_room = need.disk > 0 and before + need.disk > machine.disk
     if no_room:
         problems.append(_DISK[need.step])
     fits = not no_room and need.own <= machine.usable
-    return Need(need.step, need.own, need.mapped, need.disk, fits, "; ".join(problems))
+    return Need(need.step, need.own, need.mapped, need.disk, fits, tuple(problems))
 
 
 def _memory_problems(need: Need, plan: Plan, model: Model, machine: Machine) -> Iterator[str]:
     if need.own > machine.usable:
         yield _OWN[need.step]
-    elif need.memory > machine.usable and need.step != "convert":
-        yield f"slow: reads from the disk again and again; {_MAPPED[need.step]}"
-    elif machine.gpu and not machine.shared and need.step in ("calibrate", "evaluate", "run"):
+    elif need.memory > machine.usable and need.step in _MAPPED:
+        yield f"slow, since the file is read from the disk again and again; faster: {_MAPPED[need.step]}"
+    if machine.gpu and not machine.shared and need.step in ("calibrate", "evaluate", "run"):
         layers = model.trunk_layers + model.head_layers + 1
         weights = need.mapped - _LIBRARIES
         room = machine.gpu - need.own
         if room < weights:
             fit = max(0, math.floor(layers * room / weights))
-            yield f"--gpu-layers {fit}: the GPU has no room for all {layers}" if fit else "the GPU has no room: CPU only"
+            yield f"--gpu-layers {fit}: the GPU has no room for all {layers}"
 
 
 _OWN = {
@@ -97,9 +99,8 @@ _OWN = {
     "evaluate": "a smaller --set EVALUATOR.context",
     "run": "a shorter context, or a KV cache of Q8_0",
 }
-_MAPPED = {
+_MAPPED = {  # llama-quantize reads each tensor once
     "calibrate": "calibrate a Q8_0 file of the same model (--policy uniform --set type=Q8_0)",
-    "quantize": "it reads each tensor once, so this costs little",
     "evaluate": "evaluate with the Q8_0 file as --reference",
     "run": "a policy of fewer bytes",
 }
@@ -108,13 +109,12 @@ _DISK = {
     "calibrate": "no room for the imatrix with its copies: -o on another disk",
     "quantize": "no room for the file: -o on another disk",
     "evaluate": "no room for the reference's probabilities: APEX_CACHE_DIR on another disk, or --set kld.chunks=N",
-    "run": "",
 }
 
 
 def _convert(model: Model) -> Need:
     """The converter holds one tensor of the checkpoint at a time, as F32, twice; gate and up may be one there."""
-    return Need("convert", _CONVERTER + 16 * _largest(model), 0, 2 * _bytes(model), True)
+    return Need("convert", _CONVERTER + 16 * _largest(model), 0, _bytes(model), True)
 
 
 def _calibrate(model: Model, tools: Toolset) -> Need:
@@ -125,8 +125,9 @@ def _calibrate(model: Model, tools: Toolset) -> Need:
 
 
 def _quantize(plan: Plan, model: Model) -> Need:
-    """llama-quantize holds a tensor as F32, and as much again for what it becomes (src/llama-quant.cpp)."""
-    own = (18 << 20) + 8 * _largest(model) + imatrix_bytes(model)
+    """llama-quantize holds a tensor as F32, as many bytes to work in, and what it becomes (src/llama-quant.cpp)."""
+    written = max(entry.n_bytes for entry in plan.entries)
+    own = _QUANTIZER + 8 * _largest(model) + written + imatrix_bytes(model)
     return Need("quantize", own, _bytes(model) + _LIBRARIES, plan.n_bytes, True)
 
 
@@ -150,7 +151,7 @@ def _head(model: Model, taken: Footprint) -> int:
         return 0
     cache = taken.kv_cache * max(1, model.head_layers) // max(1, taken.kv_layers)
     outputs = CONTEXT * (_vocabulary(model) + 2 * int(model.metadata.get(f"{model.architecture}.embedding_length", 0)))
-    return cache + taken.compute_buffers + outputs * _LOGIT
+    return _GRAPH + cache + taken.compute_buffers + outputs * _LOGIT
 
 
 def _footprint(model: Model, tools: Toolset, context: int, batch: int, sequences: int = 1) -> Footprint:
@@ -169,5 +170,3 @@ def _bytes(model: Model) -> int:
 
 def _largest(model: Model) -> int:
     return max(math.prod(tensor.shape) for tensor in model.tensors)
-
-
