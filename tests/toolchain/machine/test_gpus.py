@@ -206,7 +206,7 @@ def test_a_dgx_spark(plugins: Plugins, tmp_path: Path, monkeypatch: pytest.Monke
     nvidia_smi(tmp_path / "bin", monkeypatch, ["NVIDIA GB10, 12.1, [N/A], 580.95.05"])
     assert survey_gpus().gpus == (FoundGpu("NVIDIA GB10", "12.1", None, "580.95.05"),)
     (target,) = targets_of(survey_gpus().gpus, plugins)
-    assert (target.name, target.architecture, target.memory_gib) == ("dgx-spark", "121a-real", 128)
+    assert (target.name, target.architecture, target.memory_gib) == ("dgx-spark", "121a-real", 120)
 
 
 def test_several_gpus_and_which_targets_serve_them(
