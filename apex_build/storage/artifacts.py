@@ -88,6 +88,17 @@ class Draft:
         artifact, is_file = self.artifact, self.part.is_file()
         sha256, n_bytes = (sha256_file(self.part), self.part.stat().st_size) if is_file else ("", None)
         made = Manifest(artifact.kind, artifact.identity, artifact.parts, sha256, n_bytes, details_of(details))
+        return self._put(made)
+
+    def adopted(self, manifest: Manifest) -> Manifest:
+        """As `done`, for a folder that was made elsewhere: it keeps what its own manifest says beyond the head."""
+        artifact = self.artifact
+        details = manifest.details
+        return self._put(
+            Manifest(artifact.kind, artifact.identity, artifact.parts, details=details, apex=manifest.apex)
+        )
+
+    def _put(self, made: Manifest) -> Manifest:
         self.put(self.part, self.artifact, made)
         self.made = made
         return made

@@ -13,6 +13,7 @@ from apex_build.storage.outputs import MANIFEST, beside
 
 # Names of manifests in folders: of builds, CUDA toolkits, environments and files that are kept for evaluations.
 _IN_FOLDERS = ("manifest.json", "apex-toolkit.json", "apex-complete.json", "made-from.json")
+_OF_SWEEP = ("sweep.json", "sweep.jsonl")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Located:
 def locate(path: Path) -> Located:
     """Raises ManifestMissing where there is none."""
     if path.is_dir():
-        candidates = [(path / name, path) for name in _IN_FOLDERS]
+        candidates = [*((path / name, path) for name in _IN_FOLDERS), (path / _OF_SWEEP[0], path / _OF_SWEEP[1])]
+    elif path.name in _OF_SWEEP:
+        candidates = [(path.with_name(_OF_SWEEP[0]), path.with_name(_OF_SWEEP[1]))]
     elif path.suffix == MANIFEST and read_manifest(path):
         folder = path.name in _IN_FOLDERS[:3]
         candidates = [

@@ -26,6 +26,7 @@ SCHEMA = 1
 REPLACES = "replaces"  # while a file is replaced: the manifest of the one before it, or null where that had none
 IMATRIX, MERGED, QUANTIZED, CONVERTED = "imatrix", "merged-imatrix", "quantized-model", "converted-model"
 BUILD, TOOLKIT, ENVIRONMENT, KEPT = "build", "cuda-toolkit", "converter-environment", "evaluation-data"
+PACKED, SWEEP = "packed-build", "sweep"
 KINDS: Mapping[str, str] = {
     IMATRIX: "imatrix",
     MERGED: "imatrix merged or converted from others",
@@ -35,11 +36,13 @@ KINDS: Mapping[str, str] = {
     TOOLKIT: "CUDA toolkit from the package index",
     ENVIRONMENT: "Python environment of the converter",
     KEPT: "file kept for evaluations",
+    PACKED: "build packed into a file",
+    SWEEP: "results of a sweep",
 }
 _HEAD = ("schema", "kind", "identity", "from", "provenance", "sha256", "bytes", "apex", REPLACES)
 # Schema 0: the first of these keys that a manifest has tells its kind.
 _KIND_OF_KEY = {
-    "policy": QUANTIZED, "text": IMATRIX, "merged": MERGED, "converter": CONVERTED, "backend": BUILD,
+    "over": SWEEP, "policy": QUANTIZED, "text": IMATRIX, "merged": MERGED, "converter": CONVERTED, "backend": BUILD,
     "packages": TOOLKIT,
     "requirements": ENVIRONMENT,
 }  # fmt: skip
@@ -107,7 +110,8 @@ def parse(value: object) -> Manifest | None:
         return None
     kind = value.get("kind", next((kind for name, kind in _KIND_OF_KEY.items() if name in value), None))
     schema, identity = value.get("schema", 0), value.get("identity", value.get("key", ""))
-    parts = value.get("from", value.get("provenance", {}))
+    old_sweep = kind == SWEEP and "from" not in value  # before schema 1 it was nothing but its parts
+    parts = value if old_sweep else value.get("from", value.get("provenance", {}))
     sha256, n_bytes = value.get("sha256", ""), value.get("bytes", value.get("size"))
     if (
         not isinstance(kind, str)
@@ -118,7 +122,7 @@ def parse(value: object) -> Manifest | None:
         return None
     if not isinstance(sha256, str) or (n_bytes is not None and type(n_bytes) is not int):
         return None
-    details = {name: one for name, one in value.items() if name not in _HEAD}
+    details = {} if old_sweep else {name: one for name, one in value.items() if name not in _HEAD}
     return Manifest(kind, identity, parts, sha256, n_bytes, details, str(value.get("apex", "")), schema)
 
 

@@ -25,15 +25,14 @@ from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, prepare
 from apex_build.storage.digests import sha256_file, sha256_json
 from apex_build.storage.disk import check_room
-from apex_build.storage.json_files import read_json
+from apex_build.storage.manifest import SWEEP, manifest_of
 from apex_build.storage.outputs import check_apart, check_place
 from apex_build.storage.scratch import scratch_folder
 from apex_build.sweep.request import Request as Request
 from apex_build.sweep.request import checked, curves_of, evaluators_of, headless_name, imatrices_of, varied
-from apex_build.sweep.rows import RESULTS, TABLE, Row, curve_name, point_name, read_rows
+from apex_build.sweep.rows import MANIFEST, RESULTS, TABLE, Row, curve_name, point_name, read_rows
 from apex_build.sweep.shared_trunk import only_head_differs, same_trunk, trunk_job
 
-MANIFEST = "sweep.json"
 MEASURED = "results.jsonl"  # of the evaluators
 FILES = "files"  # folder of the quantized files
 _LONGEST_NAME = 120
@@ -98,7 +97,7 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
         curves = curves_of(request, head_only=head_only)
         request, evaluators = evaluators_of(request, head_only=head_only)
         parts = _parts(request, evaluators, baseline)
-        _check_folder(request.folder, parts)
+        check_folder(request.folder, parts)
         imatrices, derived = imatrices_of(request, curves, scratch)
         wanted = [(values, curve) for curve in curves for values in combinations]
         if paired:
@@ -223,7 +222,7 @@ def _parts(request: Request, evaluators: Sequence[Evaluator], baseline: Mapping[
     return same
 
 
-def _check_folder(folder: Path, parts: Mapping[str, Any]) -> None:
+def check_folder(folder: Path, parts: Mapping[str, Any]) -> None:
     """Raises OutputUnwritable unless the folder is new, empty, or of the same sweep."""
     if not folder.exists():
         return
@@ -231,21 +230,15 @@ def _check_folder(folder: Path, parts: Mapping[str, Any]) -> None:
         raise OutputUnwritable(f"{folder} is not a folder", hint=_ELSEWHERE)
     manifest = folder / MANIFEST
     if not manifest.exists():
-        if any(folder.iterdir()):
+        left_over = (f".{RESULTS}.", f".{MANIFEST}.")  # of a run that was killed before its first row
+        if any(not path.name.startswith(left_over) for path in folder.iterdir()):
             raise OutputUnwritable(f"{folder} is not empty, and holds no sweep", hint=_ELSEWHERE)
         return
-    try:
-        before = read_json(manifest)
-        other = [name for name in parts if before.get(name) != parts[name]]
-    except (OSError, ValueError, AttributeError) as error:
-        raise OutputUnwritable(f"{manifest} is damaged: {error}", hint=_ELSEWHERE) from None
-    if other:
+    before = manifest_of(folder / RESULTS, manifest)
+    if before is None or before.kind != SWEEP or not before.usable:
+        raise OutputUnwritable(f"{manifest} is damaged: it is not the manifest of a sweep", hint=_ELSEWHERE)
+    if other := [name for name in parts if before.parts.get(name) != parts[name]]:
         raise OutputUnwritable(f"{folder} holds another sweep, which differs in: {', '.join(other)}", hint=_ELSEWHERE)
-
-
-def check_folder(sweep: Sweep) -> None:
-    """Raises OutputUnwritable where the folder is no longer new, empty, or of this sweep."""
-    _check_folder(sweep.request.folder, sweep.parts)
 
 
 def _written(request: Request) -> Iterator[Path]:

@@ -1,18 +1,19 @@
-"""The results of a sweep: one row a point, in FOLDER/sweep.jsonl."""
+"""The results of a sweep: one row a point, in FOLDER/sweep.jsonl; sweep.json, its manifest, has what all share."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from apex_build.errors import OutputUnwritable
 from apex_build.hookspecs import Figure
-from apex_build.storage.outputs import whole_file
+from apex_build.storage.artifacts import Artifact, making
+from apex_build.storage.manifest import SWEEP, Parts
 
-RESULTS = "sweep.jsonl"
+RESULTS, MANIFEST = "sweep.jsonl", "sweep.json"
 TABLE = "table.md"
 
 
@@ -54,6 +55,19 @@ class Row:
         return next((figure for figure in named if not figure.domain), named[0] if len(named) == 1 else None)
 
 
+@dataclass(frozen=True)
+class SweepRecord:
+    """What the manifest says beyond its head: how many rows there are, and how many of them were measured."""
+
+    points: int
+    measured: int
+
+
+def results_of(folder: Path, parts: Parts) -> Artifact:
+    """`parts`: what every point's result depends on."""
+    return Artifact(folder / RESULTS, SWEEP, parts, folder / MANIFEST)
+
+
 def point_name(values: Mapping[str, str], head_data: bool) -> str:
     return f"{' '.join(f'{name}={value}' for name, value in values.items())}, {curve_name(head_data)}"
 
@@ -84,9 +98,12 @@ def read_rows(folder: Path) -> dict[str, Row]:
     return {row.identity: row for row in rows if row.measured}
 
 
-def write_rows(folder: Path, rows: Iterable[Row]) -> None:
-    with whole_file(folder / RESULTS) as part:
-        part.write_text("".join(f"{json.dumps(as_data(row), ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+def write_rows(results: Artifact, rows: Sequence[Row]) -> None:
+    """Replace the rows, with their manifest. That the folder is this sweep's has been checked by its caller."""
+    with making(results, reuse=False, replace="anything") as draft:
+        text = "".join(f"{json.dumps(as_data(row), ensure_ascii=False)}\n" for row in rows)
+        draft.part.write_text(text, encoding="utf-8")
+        draft.done(SweepRecord(len(rows), sum(bool(row.measured) for row in rows)))
 
 
 def _says_better(data: dict[str, Any]) -> bool:

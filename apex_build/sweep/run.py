@@ -21,12 +21,11 @@ from apex_build.quantization.preflight import without_data
 from apex_build.quantization.provenance import identity as file_identity
 from apex_build.quantization.run import Job, run
 from apex_build.storage.disk import writing
-from apex_build.storage.json_files import write_json
 from apex_build.storage.locks import locked
 from apex_build.storage.outputs import with_manifest_and_log
-from apex_build.sweep.plan import FILES, MANIFEST, MEASURED, Point, Sweep, check_folder
+from apex_build.sweep.plan import FILES, MEASURED, Point, Sweep, check_folder
 from apex_build.sweep.request import headless_name
-from apex_build.sweep.rows import Row, curve_name, write_rows
+from apex_build.sweep.rows import Row, curve_name, results_of, write_rows
 from apex_build.sweep.shared_trunk import head_job, trunk_job
 from apex_build.sweep.without_head import write_without_head
 
@@ -53,11 +52,12 @@ def run_sweep(
     """
     folder = sweep.request.folder
     with locked(folder), unwinding_signals():
-        check_folder(sweep)  # once more: another sweep may have been there since
+        check_folder(folder, sweep.parts)  # once more: another sweep may have been there since
         with writing(folder):
             folder.mkdir(exist_ok=True)
-        write_json(folder / MANIFEST, sweep.parts)
+        results = results_of(folder, sweep.parts)
         done = dict.fromkeys((point.identity for point in sweep.points), None) | dict(sweep.known)
+        write_rows(results, [row for row in done.values() if row])  # from now on the folder is this sweep's
         todo = {point.identity for point in sweep.points if point.job and point.identity not in sweep.known}
         files = _Files(sweep) if todo else None
         for point in sweep.points:
@@ -74,7 +74,7 @@ def run_sweep(
                 )
             if not outcome.errors:
                 done[point.identity] = outcome.row
-                write_rows(folder, (row for row in done.values() if row))
+                write_rows(results, [row for row in done.values() if row])
             yield outcome
         if files:
             files.clear(keep)

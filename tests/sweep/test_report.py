@@ -14,7 +14,7 @@ from apex_build.hookspecs import Figure
 from apex_build.sweep.knee import find_knees
 from apex_build.sweep.loss import Loss, loss_of
 from apex_build.sweep.report import check_scores, default_score, report_sweep
-from apex_build.sweep.rows import Row, read_rows, write_rows
+from apex_build.sweep.rows import Row, read_rows, results_of, write_rows
 from apex_build.sweep.table import markdown
 
 SCORE = "depth1.agreement"
@@ -123,7 +123,7 @@ def test_which_direction_is_better_is_what_the_figure_says(name: str) -> None:
 
 
 def test_rows_from_before_figures_said_so_are_measured_again(tmp_path: Path) -> None:
-    write_rows(tmp_path, ROWS[:2])
+    write_rows(results_of(tmp_path, {}), ROWS[:2])
     path = tmp_path / "sweep.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for figure in lines[0]["figures"]["draft-head"]:
@@ -198,5 +198,5 @@ def test_scores_that_were_not_measured() -> None:
 def test_rows_come_back_whatever_a_note_holds(tmp_path: Path) -> None:
     """JSON lets other line breaks than the line feed stand in a text."""
     odd = replace(ROWS[0], figures={"mine": (Figure("score", 1.0, note="two\u2028lines\x85and more"),)})
-    write_rows(tmp_path, [odd, ROWS[1]])
+    write_rows(results_of(tmp_path, {}), [odd, ROWS[1]])
     assert read_rows(tmp_path) == {row.identity: row for row in (odd, ROWS[1])}

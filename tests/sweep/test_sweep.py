@@ -13,6 +13,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import gguf_edit
@@ -36,7 +37,9 @@ from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
 from apex_build.storage.digests import sha256_file
 from apex_build.storage.locks import locked
+from apex_build.storage.manifest import manifest_of
 from apex_build.sweep.plan import Request, plan_sweep
+from apex_build.sweep.rows import MANIFEST, RESULTS
 
 # An evaluator that costs nothing: the sweep's own doings are what is looked at.
 PLUGIN = """
@@ -223,6 +226,27 @@ def test_an_interrupted_sweep_goes_on(how: signal.Signals, command: list[object]
     assert again.stderr.count("(measured before)") == len(done)
     assert [row["values"]["draft_head"] for row in rows(out)] == ["Q8_0", "Q4_K", "Q3_K"]
     assert len(ran(scales)) == 3 and not (out / "files").exists()
+
+
+def test_a_sweep_that_is_killed_resumes(command: list[object], scales: Path, tmp_path: Path) -> None:
+    wanted, out, chance = [*command, "--over", "draft_head=Q8_0,Q4_K,Q3_K", "--with-head"], tmp_path / "out", Random(7)
+    whole = [sys.executable, "-m", "apex_build", *map(str, wanted)]
+    killed = 0
+    for _ in range(4):
+        child = subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            child.wait(chance.uniform(2, 6))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            killed += 1
+        if (out / RESULTS).exists():
+            found = manifest_of(out / RESULTS, out / MANIFEST)
+            assert found is not None and found.describes(out / RESULTS)
+    run_apex(*wanted)
+    assert [row["values"]["draft_head"] for row in rows(out)] == ["Q8_0", "Q4_K", "Q3_K"] and killed
+    assert not (out / "files").exists() and not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert "results of a sweep" in run_apex("show", out, "--check").stdout
 
 
 def test_a_point_that_failed_is_named_and_measured_when_asked_again(

@@ -21,9 +21,12 @@ import zstandard
 from apex_build.errors import BuildMissing, OutputUnwritable
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, Step, silent
-from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.artifacts import Artifact, making
+from apex_build.storage.digests import sha256_json
 from apex_build.storage.disk import check_room
-from apex_build.storage.outputs import check_apart, check_place, locked_output, whole_file
+from apex_build.storage.manifest import PACKED, Parts, read_manifest
+from apex_build.storage.outputs import MANIFEST as BESIDE
+from apex_build.storage.outputs import beside, check_apart, check_place, with_manifest_and_log
 from apex_build.toolchain.build import cache
 from apex_build.toolchain.machine.cpu import cpu_flags
 from apex_build.toolchain.packed.licences import licence_texts
@@ -40,6 +43,17 @@ _RECORDED = frozenset(
 )
 _OF_KEY = {"compiler": ("kind", "target", "version"), "cuda": ("origin", "packages", "version")}
 _RUNTIME = "cuda-runtime"  # the `part` of files that are NVIDIA's
+
+
+@dataclass(frozen=True)
+class PackedRecord:
+    """What the manifest beside a packed build says beyond its head: which build it is, and what it is for."""
+
+    key: str
+    backend: str
+    host: str
+    files: int
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True
     BuildMissing (damaged, or without NVIDIA's licence), OutputUnwritable, DiskTooSmall.
     """
     check_out(out)
-    check_apart([out], toolset.files(), _OTHER_NAME)
+    check_apart(with_manifest_and_log(out), toolset.files(), _OTHER_NAME)
     check_room(
         out.parent, sum(path.stat().st_size for path in toolset.files()), f"the build {toolset.root.name}, unpacked,"
     )
@@ -77,25 +91,26 @@ def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True
         MANIFEST: hashlib.sha256(listing).hexdigest()
     }
     text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
-    with locked_output(out), whole_file(out) as part:
-        _write(
-            part,
-            f"apex-build-{manifest['key'][:12]}",
-            {SUMS: text, MANIFEST: listing, **dict(sorted(files.items()))},
-            report,
-        )
-    return Packed(out, sha256_file(out), out.stat().st_size, manifest, left_out)
+    went_in = {"build": manifest["key"], "manifest": sums[MANIFEST], "zstd": {"level": _LEVEL, "window": _WINDOW}}
+    with making(Artifact(out, PACKED, went_in), inputs=toolset.files(), replace="anything", report=report) as draft:
+        if not (made := draft.found):
+            contents = {SUMS: text, MANIFEST: listing, **dict(sorted(files.items()))}
+            _write(draft.part, f"apex-build-{manifest['key'][:12]}", contents, report)
+            record = PackedRecord(manifest["key"], manifest["backend"], manifest["host"], len(files), left_out)
+            made = draft.done(record)
+    return Packed(out, made.sha256, out.stat().st_size, manifest, left_out)
 
 
 def check_out(out: Path) -> None:
-    """Raises OutputUnwritable where a build could not be packed to this file: another file than a packed build is not
-    replaced.
-    """
+    """Raises OutputUnwritable where a build could not be packed to this file. Only packed builds are replaced."""
     if not out.name.endswith(SUFFIX):
         raise OutputUnwritable(f"{out}: expected a name that ends with {SUFFIX}", hint=f"--export {out.name}{SUFFIX}")
     check_place(out, _OTHER_NAME)
     if out.exists() and not _is_packed(out):
         raise OutputUnwritable(f"{out} exists and is not a packed build", hint=_OTHER_NAME)
+    at = beside(out, BESIDE)
+    if at.exists() and ((found := read_manifest(at)) is None or found.kind != PACKED):
+        raise OutputUnwritable(f"{at} exists and is not the manifest of a packed build", hint=_OTHER_NAME)
 
 
 def _is_packed(path: Path) -> bool:
@@ -114,11 +129,20 @@ def _is_packed(path: Path) -> bool:
 
 def key_of(manifest: Mapping[str, Any]) -> str:
     """The build's key, recomputed from the inputs that the manifest lists."""
+    return cache.key_of(_ingredients(manifest))
+
+
+def parts_of(manifest: Mapping[str, Any]) -> Parts:
+    """What the build's identity is made of: builds from before there was a schema do not say it themselves."""
+    return manifest["from"] if "from" in manifest else cache.parts_of(_ingredients(manifest))
+
+
+def _ingredients(manifest: Mapping[str, Any]) -> dict[str, Any]:
     ingredients = {name: value for name, value in manifest.items() if name not in _RECORDED}
     for name, fields in _OF_KEY.items():
         if ingredients.get(name) is not None:
             ingredients[name] = {field: ingredients[name][field] for field in fields}
-    return cache.key_of(ingredients)
+    return ingredients
 
 
 def _manifest_for(toolset: Toolset, cuda_runtime: bool) -> tuple[dict[str, Any], tuple[str, ...]]:

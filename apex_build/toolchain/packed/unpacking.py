@@ -20,14 +20,13 @@ from apex_build.fetching.archive import MAX_MEMBERS, MAX_TOTAL, member_path, mem
 from apex_build.native.run import run_tool, tail
 from apex_build.native.toolset import Toolset, misshapen, open_build
 from apex_build.progress import Report, Step, silent
+from apex_build.storage.artifacts import Artifact, making_folder
 from apex_build.storage.digests import sha256_json
 from apex_build.storage.disk import check_room, writing
-from apex_build.storage.folders import new_folder, put_in_place, remove_left_over
-from apex_build.storage.json_files import write_json
-from apex_build.storage.locks import locked
+from apex_build.storage.manifest import BUILD, parse
 from apex_build.toolchain.build import cache
 from apex_build.toolchain.machine.cpu import cpu_flags
-from apex_build.toolchain.packed.packing import MANIFEST, SUMS, key_of
+from apex_build.toolchain.packed.packing import MANIFEST, SUMS, key_of, parts_of
 
 _MAX_TEXT = 16 << 20  # bytes of the manifest, and of the list of sums
 _NAME = re.compile(r"bin/[\w.+-]+|licenses(/[\w.+ -]+)+", re.ASCII)
@@ -58,26 +57,24 @@ def take_in(archive: Path, *, make_current: bool = False, report: Report = silen
     that escapes, absurd sizes), HashMismatch (a file that is not what the lists say, or no packed build), BuildForeign
     (not for this machine), DownloadFailed (missing, or cut short), DiskTooSmall.
     """
-    root = cache.builds_root()
-    with locked(root / "import", wait=True, report=report), new_folder(root / "import") as part:
-        part.mkdir(parents=True)
-        report(Step("unpacking", 0))
-        with open_tar(archive) as tar:
-            members = _members(archive, tar)
-            manifest = _manifest(archive, tar, members)
-            _check_machine(archive, manifest)
-            _check_disk(root, manifest)
-            _extract(archive, tar, members, manifest["files"], part, report)
-        _share_copies(part, manifest["files"])
-        write_json(part / MANIFEST, manifest)
-        _try(archive, part, manifest["targets"])
-        final = root / manifest["key"]
-        with locked(final, wait=True, report=report):
-            remove_left_over(final)
-            reused = cache.look_up(final.name) is not None
-            if not reused:
-                put_in_place(part, final)
-    toolset = open_build(final)
+    report(Step("unpacking", 0))
+    with open_tar(archive) as tar:
+        members = _members(archive, tar)
+        manifest = _manifest(archive, tar, members)
+        _check_machine(archive, manifest)
+        root = cache.builds_root() / manifest["key"]
+        artifact = Artifact(root, BUILD, parts_of(manifest), root / MANIFEST)
+        with making_folder(artifact, intact=lambda _: cache.look_up(root.name) is not None, report=report) as draft:
+            if not (reused := draft.found is not None):
+                _check_disk(root.parent, manifest)
+                draft.part.mkdir(parents=True)
+                _extract(archive, tar, members, manifest["files"], draft.part, report)
+                _share_copies(draft.part, manifest["files"])
+                _try(archive, draft.part, manifest["targets"])
+                of_maker = parse(manifest)
+                assert of_maker is not None  # its shape was checked
+                draft.adopted(of_maker)
+    toolset = open_build(root)
     if make_current:
         cache.make_current(toolset)
     return TakenIn(toolset, reused, tuple(manifest.get("left_out", ())))
