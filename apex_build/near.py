@@ -21,6 +21,12 @@ def nearby(name: str, known: Iterable[str]) -> str:
     return f"; near it: {', '.join(found)}" if found else ""
 
 
+def near_hint(name: str, known: Iterable[str], otherwise: str, *, n: int = 3, cutoff: float = 0.5) -> str:
+    """'near it: i-nano, i-mini', for a hint; `otherwise` where nothing is near."""
+    found = near(name, known, n=n, cutoff=cutoff)
+    return f"near it: {', '.join(found)}" if found else otherwise
+
+
 def no_such(kind: str, name: str, known: Iterable[str]) -> str:
     """there is no policy 'i-nan'; near it: i-nano. There are: i-mini, i-nano"""
     listed = list(known)

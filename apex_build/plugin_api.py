@@ -37,7 +37,7 @@ from apex_build.hookspecs import (
 )
 
 if TYPE_CHECKING:
-    from apex_build.evaluation.chunked import check_context, scored_positions, text_arguments
+    from apex_build.evaluation.chunked import check_context, refuse_short, scored_positions, text_arguments
     from apex_build.evaluation.chunked import planned as total_chunks
     from apex_build.evaluation.chunked import run as run_over_chunks
     from apex_build.evaluation.head_scores import Scores as HeadScores
@@ -62,6 +62,14 @@ if TYPE_CHECKING:
     from apex_build.native.output import head_rows as head_rows_used
     from apex_build.native.output import planned as chunks_planned
     from apex_build.native.run import ToolRun
+    from apex_build.native.scores import (
+        divergence_rows,
+        divergence_statistic,
+        logged_error,
+        running_perplexities,
+        tasks_scored,
+        vocabulary_differs,
+    )
     from apex_build.native.server import Draft
     from apex_build.plugin_check import check_plugin
     from apex_build.storage.scratch import scratch_folder
@@ -81,10 +89,24 @@ _LATER = {
             "student",
         )
     },
-    **{name: ("evaluation.chunked", name) for name in ("check_context", "scored_positions", "text_arguments")},
+    **{
+        name: ("evaluation.chunked", name)
+        for name in ("check_context", "refuse_short", "scored_positions", "text_arguments")
+    },
     **{name: ("evaluation.probes", name) for name in ("Probe", "ProbeScore", "probe_seconds", "run_probes")},
     **{name: ("gguf_model.catalogue", name) for name in ("Model", "Tensor")},
     **{name: ("evaluation.pace", name) for name in ("GENERATED", "tokens_of")},
+    **{
+        name: ("native.scores", name)
+        for name in (
+            "divergence_rows",
+            "divergence_statistic",
+            "logged_error",
+            "running_perplexities",
+            "tasks_scored",
+            "vocabulary_differs",
+        )
+    },
     "AUTO_ROWS": ("gguf_model.mtp_rows", "AUTO"),
     "Draft": ("native.server", "Draft"),
     "HEAD_ROWS": ("gguf_model.mtp_rows", "CHOICES"),
@@ -143,22 +165,29 @@ __all__ = [
     "chunks_planned",
     "clustered_mean",
     "clustered_ratio",
+    "divergence_rows",
+    "divergence_statistic",
     "head_rows_arguments",
     "head_rows_used",
     "hookimpl",
+    "logged_error",
     "probe_seconds",
     "ratio_interval",
     "read_head_scores",
     "reference_logits",
+    "refuse_short",
     "run_over_chunks",
     "run_probes",
+    "running_perplexities",
     "scored_positions",
     "scratch_folder",
     "share_interval",
     "student",
+    "tasks_scored",
     "text_arguments",
     "tokens_of",
     "total_chunks",
+    "vocabulary_differs",
 ]
 
 

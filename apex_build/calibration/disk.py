@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 from apex_build.calibration.sets import CalibrationText
 from apex_build.errors import DiskTooSmall, ImatrixInvalid, ToolFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
-from apex_build.storage.disk import ROOM, amount, check_room
+from apex_build.storage.disk import ROOM, amount, check_room, free_bytes
 from apex_build.storage.outputs import LOG, beside
 from apex_build.storage.work import files_in
 
@@ -38,7 +37,7 @@ def written(partial: Path, out: Path, model: Model) -> Imatrix:
     try:
         return read_imatrix(partial)
     except ImatrixInvalid as error:
-        free = shutil.disk_usage(partial.parent).free
+        free = free_bytes(partial.parent)
         size = partial.stat().st_size if partial.exists() else 0
         said = (
             f"llama-imatrix ended with code 0, but wrote {size} bytes of its imatrix, expected about "

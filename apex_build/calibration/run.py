@@ -147,7 +147,7 @@ def without_own_arguments(extra: Sequence[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def identity(model: Model, text: CalibrationText, settings: Settings, tools: Toolset) -> dict[str, Any]:
+def parts_of(model: Model, text: CalibrationText, settings: Settings, tools: Toolset) -> Parts:
     """What goes into an imatrix."""
     return {
         "model": fingerprint(model),
@@ -195,7 +195,7 @@ def calibrate(
             f"{settings.context} tokens",
             hint="give more text, or a smaller --context",
         )
-    artifact = Artifact(out, IMATRIX, {**identity(model, text, settings, tools), **(more or {})})
+    artifact = Artifact(out, IMATRIX, {**parts_of(model, text, settings, tools), **(more or {})})
     may: Replace = "anything" if force else "own" if replace else "nothing"
     with making(artifact, inputs=inputs, reuse=not force, replace=may, intact=lambda one: _is_whole(out, one)) as draft:
         if draft.found:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from apex_build.cli import show
-from apex_build.cli.evaluate import figure_text
+from apex_build.cli.headline import figure_text
 from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
 from apex_build.evaluation.check import Checked
 from apex_build.evaluation.task import ToolOptions

@@ -10,7 +10,7 @@ import click
 
 from apex_build.cli import show, values
 from apex_build.cli.groups import VERBOSE, verbosity
-from apex_build.cli.headline import labels_of, print_headline
+from apex_build.cli.headline import figure_text, labels_of, print_headline
 from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
 from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
 from apex_build.evaluation.pace import Estimate
@@ -268,31 +268,6 @@ def _print(evaluator: str, results: Sequence[Result]) -> None:
 
 def _order(item: tuple[tuple[str, str], Any]) -> str:
     return item[0][0]  # the whole first, then by domain; figures as the evaluator gives them
-
-
-def figure_text(figure: Figure | None) -> str:
-    """A figure for a person: value, interval, unit."""
-    if figure is None:
-        return ""
-    if figure.value is None:
-        return figure.note or "-"
-    digits = _digits(figure)
-    text = f"{figure.value:.{digits}f}"
-    if figure.low is not None and figure.high is not None:
-        text += f" [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
-    return f"{text} {figure.unit}".rstrip() + (f" ({figure.note})" if figure.note else "")
-
-
-def _digits(figure: Figure) -> int:
-    """Enough digits to see the interval, and no more."""
-    value = abs(figure.value or 0.0)
-    if value == int(value) and figure.low is None:
-        return 0
-    width = (figure.high - figure.low) if figure.low is not None and figure.high is not None else value / 100
-    digits = 2
-    while digits < 6 and 0 < width < 10**-digits * 10:
-        digits += 1
-    return digits
 
 
 def _summed_up(failed: Sequence[ApexError], total: int) -> ApexError:

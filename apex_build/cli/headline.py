@@ -38,22 +38,40 @@ def labels_of(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def value_of(figure: Figure | None, *, unit: bool = True) -> str:
-    """The value alone, to as many digits as its interval bears."""
+    """The value alone, for a table: to as many digits as its interval bears."""
     if figure is None:
         return ""
     if figure.value is None:
         return "-"
-    if figure.value == int(figure.value) and figure.low is None:
-        text = f"{figure.value:.0f}"
-    else:
-        width = (
-            (figure.high - figure.low) if figure.low is not None and figure.high is not None else abs(figure.value) / 20
-        )
-        digits = 1
-        while digits < 5 and 0 < width < 10**-digits * 5:
-            digits += 1
-        text = f"{figure.value:.{digits}f}"
+    text = f"{figure.value:.{_digits(figure, 1, 5, of_interval=5, of_value=100)}f}"
     return f"{text} {figure.unit}".rstrip() if unit else text
+
+
+def figure_text(figure: Figure | None) -> str:
+    """Value, interval, unit and note: one digit more than in a table, so that the interval can be read."""
+    if figure is None:
+        return ""
+    if figure.value is None:
+        return figure.note or "-"
+    digits = _digits(figure, 2, 6, of_interval=10, of_value=1000)
+    text = f"{figure.value:.{digits}f}"
+    if figure.low is not None and figure.high is not None:
+        text += f" [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+    return f"{text} {figure.unit}".rstrip() + (f" ({figure.note})" if figure.note else "")
+
+
+def _digits(figure: Figure, least: int, most: int, *, of_interval: int, of_value: int) -> int:
+    """Decimals, so that the interval, or without one the value, is so many units of the last; none for a count."""
+    value = abs(figure.value or 0.0)
+    if value == int(value) and figure.low is None:
+        return 0
+    size, units = value, of_value
+    if figure.low is not None and figure.high is not None:
+        size, units = figure.high - figure.low, of_interval
+    digits = least
+    while digits < most and 0 < size < 10**-digits * units:
+        digits += 1
+    return digits
 
 
 def _figures(evaluator: Evaluator, figures: Sequence[Figure]) -> dict[str, Figure]:

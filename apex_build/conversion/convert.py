@@ -28,7 +28,7 @@ from apex_build.errors import (
 from apex_build.gguf_model.header import Header, read_header
 from apex_build.gguf_model.metadata import Setting
 from apex_build.native.run import run_tool, unwinding_signals
-from apex_build.near import near
+from apex_build.near import near_hint
 from apex_build.places import newer_converter
 from apex_build.progress import Report, Step, silent
 from apex_build.source.tree import tree_identity
@@ -161,8 +161,7 @@ def prepare(
     checkpoint = read_checkpoint(folder)
     known = architectures(source)
     if checkpoint.architecture not in known:
-        found = near(checkpoint.architecture, known, cutoff=0.6)
-        hint = f"near it: {', '.join(found)}" if found else newer_converter(source.name)
+        hint = near_hint(checkpoint.architecture, known, newer_converter(source.name), cutoff=0.6)
         raise CheckpointInvalid(
             f"the converter of {source.name} does not know the architecture {checkpoint.architecture}", hint=hint
         )
@@ -173,10 +172,8 @@ def prepare(
     if head:
         require_head(kept, code, source.name)
     if pre_tokenizer is not None and pre_tokenizer not in (names := pre_tokenizers(source)):
-        found = near(pre_tokenizer, names, n=5, cutoff=0.4)
-        raise ParameterUnknown(
-            f"llama.cpp has no pre-tokenizer {pre_tokenizer!r}", hint=f"one of: {', '.join(found or names)}"
-        )
+        hint = near_hint(pre_tokenizer, names, f"one of: {', '.join(names)}", n=5, cutoff=0.4)
+        raise ParameterUnknown(f"llama.cpp has no pre-tokenizer {pre_tokenizer!r}", hint=hint)
     n_bytes = int(checkpoint.n_elements * _BYTES.get(outtype, 2.0))
     check_place(out)
     check_apart(with_manifest_and_log(out), _files_of(checkpoint.path))

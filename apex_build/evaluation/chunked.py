@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -10,12 +9,11 @@ from typing import TypeVar
 from apex_build.errors import CalibrationSetInvalid, ParameterUnknown, ToolFailed
 from apex_build.evaluation.task import Task
 from apex_build.native.output import planned as chunks_planned
+from apex_build.native.scores import text_too_short
 
 T = TypeVar("T")
 
 LEAST_CONTEXT = 8
-_TOO_SHORT = re.compile(r"you need at least (\d+) tokens")
-_FOUND = re.compile(r"tokenizes to only (\d+) tokens")
 _SHOWN = 5  # lines
 
 
@@ -54,7 +52,7 @@ def run(
         ran = task.run("llama-perplexity", "-m", model, *arguments, what=what)
     except ToolFailed as error:
         raise ToolFailed(f"{model}: {error.message}", hint=error.hint) from None
-    _refuse_short(ran.lines, text)
+    refuse_short(ran.lines, text)
     if (found := read(ran.lines)) is not None:
         return found
     said = "".join(f"\n  | {line[:200]}" for line in [line for line in ran.lines if line.strip()][-_SHOWN:])
@@ -70,11 +68,11 @@ def planned(lines: Sequence[str]) -> tuple[int, int] | None:
     return (found.chunks, found.context) if found else None
 
 
-def _refuse_short(lines: Sequence[str], text: Path) -> None:
-    for line in lines:
-        if needed := _TOO_SHORT.search(line):
-            has = next((found[1] for line in lines if (found := _FOUND.search(line))), "fewer")
-            raise CalibrationSetInvalid(
-                f"{text}: the text is too short: expected at least {needed[1]} tokens, two chunks; found {has}",
-                hint="give more text, or a smaller context",
-            )
+def refuse_short(lines: Sequence[str], text: Path) -> None:
+    """Raises CalibrationSetInvalid where the tool says that the text is too short: it does not name it."""
+    if found := text_too_short(lines):
+        needed, has = found
+        raise CalibrationSetInvalid(
+            f"{text}: the text is too short: expected at least {needed} tokens, two chunks; found {has or 'fewer'}",
+            hint="give more text, or a smaller context",
+        )

@@ -11,7 +11,7 @@ from typing import Any
 from gguf.constants import Keys
 
 from apex_build.errors import ParameterUnknown
-from apex_build.near import near
+from apex_build.near import near_hint
 
 QUANTIZED_BY = "APEX_QUANTIZED_BY"  # variable of the environment: who quantizes here
 _TEXT, _COUNT, _NUMBER, _LIST = "STRING", "UINT32", "FLOAT32", "ARRAY"
@@ -91,12 +91,11 @@ def _setting(name: str, value: str) -> Setting:
             raise ParameterUnknown(f"--meta {name}: this key says what the file is, and is not for you to set")
         if _OWN.fullmatch(name) and not _KEPT.match(name) and not _of_an_architecture(name):
             return Setting(name, _TEXT, value)
-        words = near(pattern.removeprefix("general."), [one.removeprefix("general.") for one in known], n=3)
+        otherwise = "name, license, author, ...; or a key in your own name space: my.key"
+        words = [one.removeprefix("general.") for one in known]
         raise ParameterUnknown(
             f"--meta {name}: no reader of GGUF files knows this key",
-            hint=f"near it: {', '.join(words)}"
-            if words
-            else "name, license, author, ...; or a key in your own name space: my.key",
+            hint=near_hint(pattern.removeprefix("general."), words, otherwise),
         )
     kind = known[re.sub(r"(?<=\.)\d+(?=\.)", "{id}", key)]
     return Setting(key, kind, _value(key, kind, value))

@@ -14,7 +14,7 @@ import gguf
 from apex_build.errors import BuildMissing, ShapeUnfit, TypeUnknown
 from apex_build.native.library import open_library
 from apex_build.native.toolset import Toolset
-from apex_build.near import near
+from apex_build.near import near_hint
 from apex_build.places import BUILD_HINT
 
 # From ggml/include/ggml.h
@@ -75,8 +75,7 @@ class Ggml:
                 for one, traits in self._types.items()
                 if one not in ("Q8_1", "Q8_K") and (traits.quantized or "F" in one)
             ]
-            found = near(name, writable, n=4)
-            hint = f"near it: {', '.join(found)}" if found else f"known: {', '.join(self._types)}"
+            hint = near_hint(name, writable, f"known: {', '.join(self._types)}", n=4)
             raise TypeUnknown(f"{name!r} is not a tensor type of this build's ggml", hint=hint)
         return traits
 

@@ -38,6 +38,9 @@ _TOTAL = re.compile(r"quant size\s+=\s+(\d+\.\d+) MiB \((\d+\.\d+) BPW\)")
 _CACHE = re.compile(r"llama_kv_cache\w*: size =\s+(\d+\.\d+) MiB \(\s*\d+ cells,\s+(\d+) layers")
 _STATE = re.compile(r"llama_memory_recurrent: size =\s+(\d+\.\d+) MiB")
 _COMPUTE = re.compile(r"sched_reserve:\s+\S+ compute buffer size =\s+(\d+\.\d+) MiB")
+_LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
+_DRAFT = re.compile(r"\| accepted +(\d+)/ *(\d+) draft tokens( \(restore checkpoint\))?")
+_LOADS = re.compile(r"projected to use \d+ MiB|you need at least \d+ tokens")
 _MISSING_DATA = re.compile(r"Missing importance matrix for tensor (\S+) in|- offending tensor: (\S+)")
 
 # What a tool's failure means, first match wins: pattern, diagnosis (its groups filled in), hint ({newer}: how to get
@@ -299,6 +302,25 @@ def allocations(lines: Sequence[str]) -> Allocations:
 
 def _mib(text: str) -> int:
     return round(float(text) * (1 << 20))
+
+
+def loads(line: str) -> bool:
+    """Whether llama-perplexity, given a text that is too short, has understood the model's header by this line."""
+    return _LOADS.search(line) is not None
+
+
+def server_address(lines: Sequence[str]) -> str | None:
+    """Where llama-server listens."""
+    found = next((found for line in reversed(lines) if (found := _LISTENING.search(line))), None)
+    return found[1] if found else None
+
+
+def draft(line: str) -> tuple[int, int, bool] | None:
+    """A draft that llama-server prints under LLAMA_TRACE (update_slots in server-context.cpp): tokens accepted and
+    drafted, and whether a line about the same draft follows, cut to what was accepted.
+    """
+    found = _DRAFT.search(line)
+    return (int(found[1]), int(found[2]), found[3] is not None) if found else None
 
 
 HEAD_UNKNOWN = "the MTP head of this architecture can not be evaluated"

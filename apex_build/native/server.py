@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import socket
 import subprocess
 import threading
@@ -20,13 +19,11 @@ from typing import Any
 from apex_build.errors import EvaluationRefused, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.native.lines import Lines
 from apex_build.native.memory import memory_guard
-from apex_build.native.output import explain
+from apex_build.native.output import draft, explain, server_address
 from apex_build.native.run import failure, start, stop, tail, unwinding_signals, where
 from apex_build.native.toolset import Toolset
 from apex_build.storage.scratch import scratch_folder
 
-_LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
-_DRAFT = re.compile(r"\| accepted +(\d+)/ *(\d+) draft tokens( \(restore checkpoint\))?")
 _LARGEST_ANSWER = 64 << 20
 _LOG_READ = 4 << 20
 _LOG_WAIT = 10.0  # seconds that lines of the log, written by a thread of the server's own, may come after the answer
@@ -267,20 +264,17 @@ def request(address: str, method: str, path: str, body: bytes | None, timeout: f
 
 
 def drafts_printed(lines: Iterable[str]) -> tuple[Draft, ...]:
-    """Drafts in what llama-server prints under LLAMA_TRACE: `accepted 1/2 draft tokens` (update_slots in
-    server-context.cpp).
-
-    A line with `(restore checkpoint)` is followed by one about the same draft, cut to what was accepted.
-    """
+    """All drafts in what llama-server prints under LLAMA_TRACE."""
     drafts: list[Draft] = []
     again = False
     for line in lines:
-        if found := _DRAFT.search(line):
+        if found := draft(line):
+            accepted, drafted, follows = found
             if again:
                 drafts[-1] = replace(drafts[-1], evaluations=drafts[-1].evaluations + 1)
             else:
-                drafts.append(Draft(int(found[1]), int(found[2])))
-            again = found[3] is not None
+                drafts.append(Draft(accepted, drafted))
+            again = follows
     return tuple(drafts)
 
 
@@ -292,8 +286,7 @@ def _wait_ready(process: subprocess.Popen[bytes], output: Path, log: Path | None
             raise failure(
                 "llama-server", process.returncode, _lines(output), log, explain
             )  # a code of 0 too: it was to stay
-        if address is None and (found := _LISTENING.findall("\n".join(_lines(output)))):
-            address = str(found[-1])
+        address = address or server_address(_lines(output))
         if address is not None and _healthy(address):
             return address
         time.sleep(0.05)

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import functools
 import mmap
-import re
 from pathlib import Path
 
 from apex_build.errors import LoadFailed, ModelMissing, ToolFailed, ToolKilled
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.runnable import trunk_blocks
 from apex_build.gguf_model.soundness import PRE_TOKENIZER, unsound
-from apex_build.native.output import explain
+from apex_build.native.output import explain, loads
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 from apex_build.storage.scratch import scratch_folder
 
-_KNOWN_TO_LOAD = re.compile(r"projected to use \d+ MiB|you need at least \d+ tokens")
 _OPTIONS = (
     "--ctx-size",
     "64",
@@ -91,7 +89,7 @@ def check_loads(model: Path, tools: Toolset, what: str = "") -> None:
 
     def watch(line: str) -> None:
         lines.append(line)
-        if _KNOWN_TO_LOAD.search(line):
+        if loads(line):
             raise _Loads
 
     with scratch_folder("load") as scratch:

@@ -22,7 +22,7 @@ def check_room(
     folder: Path, n_bytes: int, what: str, *, before: int = 0, hint: str | None = None, spare: int = ROOM
 ) -> None:
     """Raises DiskTooSmall where `folder` has no room for `n_bytes` of `what`, after `before` bytes of other files."""
-    free, needed = shutil.disk_usage(existing(folder)).free, before + n_bytes + spare
+    free, needed = free_bytes(folder), before + n_bytes + spare
     if free < needed:
         after = f" after {amount(before)} of other files" if before else ""
         raise DiskTooSmall(
@@ -30,6 +30,15 @@ def check_room(
             + (f", and {amount(spare)} are to stay free" if spare else ""),
             hint=hint or "free some space, or write to another disk with -o",
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that the folder is on, or would be."""
+    return shutil.disk_usage(existing(folder)).free
+
+
+def disk_size(folder: Path) -> int:
+    return shutil.disk_usage(existing(folder)).total
 
 
 def amount(n_bytes: float) -> str:
@@ -75,7 +84,7 @@ def tool_writing(part: Path, out: Path, n_bytes: int) -> Iterator[None]:
         yield
     except (ConversionFailed, ToolFailed, ToolKilled) as error:
         written = sum(path.stat().st_size for path in (part, of_tool(part)) if path.exists())
-        if written + (free := shutil.disk_usage(out.parent).free) >= n_bytes:
+        if written + (free := free_bytes(out.parent)) >= n_bytes:
             raise
         raise DiskTooSmall(
             f"{out}: the disk is full: {amount(free)} free in {out.parent}, after {amount(written)} of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from apex_build.plugin_api import (
     head_rows_arguments,
     head_rows_used,
     read_head_scores,
+    refuse_short,
 )
 
 # bytes of the tool's CSV for a position and depth: 46 on the test model, and long positions and tokens have more digits
@@ -133,11 +133,8 @@ def _load(path: Path) -> HeadScores:
 
 def _named(error: ToolFailed, model: Path, text: Path) -> ApexError:
     """The tool says neither which file nor which text it was."""
-    if needed := re.search(r"you need at least (\d+) tokens", error.message):
-        has = re.search(r"tokenizes to only (\d+) tokens", error.message)
-        return CalibrationSetInvalid(
-            f"{text}: the text is too short: expected at least {needed[1]} tokens, two chunks; found "
-            f"{has[1] if has else 'fewer'}",
-            hint="give more text, or a smaller context",
-        )
+    try:
+        refuse_short(error.message.split("\n"), text)
+    except CalibrationSetInvalid as short:
+        return short
     return ToolFailed(f"{model}: {error.message}", hint=error.hint)

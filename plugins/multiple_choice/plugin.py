@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,17 +15,16 @@ from apex_build.plugin_api import (
     Task,
     ToolFailed,
     hookimpl,
+    logged_error,
     scratch_folder,
     share_interval,
+    tasks_scored,
 )
 
 from .tasks import Reader, read_hellaswag, read_multiple_choice, read_winogrande
 
 APEX_API = 2
 
-# `12\t33.33333333%\t[...]`, `12\t33.3333\t-4.5 ...` or `12\t33.33333333`: tasks so far, and their accuracy
-_PROGRESS = re.compile(r"(\d+)\t(\d+\.\d+)(?:%?\t.*)?\s*")
-_ERROR = re.compile(r"[\d.]+ E (.*)")  # the tools' log: time, level, text
 _PARALLEL = 16  # sequences at once; each costs memory in models with a recurrent part
 
 _EVALUATORS: tuple[tuple[str, str, Reader, str], ...] = (
@@ -84,7 +82,7 @@ def evaluate(mode: str, read: Reader, task: Task) -> list[Figure]:
 def _accuracy(task: Task, mode: str, wanted: int, arguments: Sequence[str | Path]) -> float:
     """In percent, over all tasks asked for. The tool exits with code 0 even if it gave up. Raises ToolFailed."""
     run = task.run("llama-perplexity", "--model", task.model.path, *arguments)
-    done, accuracy = _score(run.lines)
+    done, accuracy = tasks_scored(run.lines)
     if done == wanted:
         return accuracy
     _refuse_errors(task, run.lines)
@@ -92,18 +90,9 @@ def _accuracy(task: Task, mode: str, wanted: int, arguments: Sequence[str | Path
     raise ToolFailed(f"llama-perplexity {mode} printed scores of {done} of {wanted} tasks{tail}")
 
 
-def _score(lines: Sequence[str]) -> tuple[int, float]:
-    """Tasks done and their accuracy in percent, as the last line says that the tool printed of them."""
-    for line in reversed(lines):
-        if found := _PROGRESS.fullmatch(line):
-            return int(found[1]), float(found[2])
-    return 0, 0.0
-
-
 def _refuse_errors(task: Task, lines: Sequence[str]) -> None:
-    """The tool ends with code 0 also where it gave up."""
-    for line in lines:
-        if found := _ERROR.match(line):
-            fits = "does not fit in the context" in found[1]
-            hint = f"--set {task.evaluator}.context={4 * task.number('context')}" if fits else None
-            raise ToolFailed(f"llama-perplexity gave up: {found[1]}", hint=hint)
+    """The tool exits with code 0 even if it gave up."""
+    if (said := logged_error(lines)) is not None:
+        fits = "does not fit in the context" in said
+        hint = f"--set {task.evaluator}.context={4 * task.number('context')}" if fits else None
+        raise ToolFailed(f"llama-perplexity gave up: {said}", hint=hint)

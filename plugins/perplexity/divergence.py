@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,19 +19,18 @@ from apex_build.plugin_api import (
     VocabularyMismatch,
     check_context,
     clustered_ratio,
+    divergence_rows,
+    divergence_statistic,
     reference_logits,
     run_over_chunks,
     scored_positions,
     total_chunks,
+    vocabulary_differs,
 )
 
 Floats = npt.NDArray[np.float64]
 
 _LEAST = 100  # positions: with fewer the tool prints no statistics
-_NUMBER = r"(-?(?:\d+\.\d+|nan|inf))"
-# a row of the table, over all chunks so far: PPL, ln(PPL(Q)/PPL(base)), KL divergence, Δp RMS, same top p, each with
-# its error
-_ROW = re.compile(rf"\s*(\d+)\s+{_NUMBER} ±\s+{_NUMBER}" + rf"\s+{_NUMBER} ±\s+{_NUMBER}(?: %)?" * 4)
 _HALF = 5e-6  # the rows are rounded to five decimals
 
 
@@ -81,13 +79,14 @@ def kld(task: Task) -> list[Figure]:
 def read_divergence(lines: Sequence[str]) -> Divergence | None:
     """What the tool printed; None where a part of it is missing."""
     plan = total_chunks(lines)
-    rows = [[float(value) for value in row.groups()] for line in lines if (row := _ROW.match(line))]
+    rows = divergence_rows(lines)
     if plan is None or [row[0] for row in rows] != list(range(1, plan[0] + 1)):
         return None
     table, positions = np.array(rows), scored_positions(plan[1])
     divergence, same_top = (np.diff(table[:, 0] * table[:, column], prepend=0.0) * positions for column in (5, 9))
     mean_kld, median, p99_9, maximum, last = (
-        _statistic(lines, label) for label in ("Mean +KLD", "Median +KLD", r"99\.9% +KLD", "Maximum KLD", "Same top p")
+        divergence_statistic(lines, name)
+        for name in ("Mean KLD", "Median KLD", "99.9% KLD", "Maximum KLD", "Same top p")
     )
     if not (mean_kld and median and p99_9 and maximum and last):
         return None
@@ -95,16 +94,9 @@ def read_divergence(lines: Sequence[str]) -> Divergence | None:
     return Divergence(positions, divergence, exact, mean_kld, median[0], p99_9[0], maximum[0])
 
 
-def _statistic(lines: Sequence[str], label: str) -> tuple[float, float] | None:
-    """A line of the statistics at the end: the value and its standard error, NaN where none is printed."""
-    pattern = re.compile(rf"{label}\s*:\s*{_NUMBER}(?:\s+±\s+{_NUMBER})?")
-    found = next((found for line in lines if (found := pattern.match(line))), None)
-    return (float(found[1]), float(found[2] or "nan")) if found else None
-
-
 def _read(lines: Sequence[str], task: Task) -> Divergence | None:
     assert task.reference is not None
-    if any("inconsistent vocabulary" in line for line in lines):  # the tool continues
+    if vocabulary_differs(lines):
         raise VocabularyMismatch(
             f"{task.reference.path} cannot be the reference of {task.model.path}: another vocabulary"
         )

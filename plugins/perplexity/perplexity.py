@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,14 +13,13 @@ from apex_build.plugin_api import (
     check_context,
     clustered_ratio,
     run_over_chunks,
+    running_perplexities,
     scored_positions,
     text_arguments,
     total_chunks,
 )
 
 Floats = npt.NDArray[np.float64]
-
-_RUNNING = re.compile(r"\[(\d+)\](-?(?:\d+\.\d+|nan|inf)),")
 
 
 def perplexity(task: Task) -> list[Figure]:
@@ -48,7 +46,7 @@ def chunk_sums(lines: Sequence[str], context: int) -> Floats | None:
     token for hundreds of chunks, which is what intervals are made of; their sum matches its final estimate.
     """
     plan = total_chunks(lines)
-    running = [(int(number), float(value)) for number, value in _RUNNING.findall("".join(lines))]
+    running = running_perplexities(lines)
     if plan is None or [number for number, _ in running] != list(range(1, plan[0] + 1)):
         return None
     so_far = np.array([value for _, value in running])

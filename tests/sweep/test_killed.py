@@ -10,12 +10,12 @@ import pytest
 from apex_runs import run_apex
 from kill_points import run_until, traceable
 
-from apex_build.storage.manifest import SWEEP, manifest_of
+from apex_build.storage.manifest import SWEEP, Parts, manifest_of
 from apex_build.sweep.plan import check_folder
 from apex_build.sweep.rows import MANIFEST, RESULTS, Row, read_rows, results_of, write_rows
 
 EACH = 5  # every fifth stop: storage/test_artifacts.py kills the mechanism itself at each of them
-PARTS = {"model": "m", "policy": "p", "over": ["draft_head"], "baseline": {"draft_head": "Q8_0"}}
+PARTS: Parts = {"model": "m", "policy": "p", "over": ["draft_head"], "baseline": {"draft_head": "Q8_0"}}
 
 
 def rows(*kinds: str) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from apex_build.hookspecs import GpuTarget
 from apex_build.plugins import Plugins
 from apex_build.source.pins import Pin
 from apex_build.source.tree import require_tree
+from apex_build.storage.disk import free_bytes
 from apex_build.toolchain.backends import BACKENDS
 from apex_build.toolchain.build import cache
 from apex_build.toolchain.build.cmake import default_jobs
@@ -116,7 +116,7 @@ def _disk_reason(cuda: CudaPlan | None) -> tuple[str, str]:
         wheels = pinned_wheels()
         needed += wheels.size + wheels.unpacked
     root = places.cache_root()
-    free = shutil.disk_usage(next(parent for parent in (root, *root.parents) if parent.exists())).free
+    free = free_bytes(root)
     if free >= needed:
         return "", ""
     said = f"about {needed / 1e9:.1f} GB are needed in {root}, {free / 1e9:.1f} GB are free"

@@ -16,6 +16,7 @@ from apex_build import places
 from apex_build.errors import ApexError, ToolFailed, ToolKilled, ToolTimeout
 from apex_build.native.run import run_tool
 from apex_build.printable import printable
+from apex_build.storage.disk import disk_size, free_bytes
 from apex_build.storage.sizes import folder_size
 from apex_build.system import cpus
 from apex_build.toolchain.build import cache, cmake
@@ -145,9 +146,7 @@ def cache_sizes() -> dict[str, int]:
 
 
 def _disk(what: str, path: Path) -> Disk:
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    usage = shutil.disk_usage(there)
-    return Disk(what, path, usage.free, usage.total)
+    return Disk(what, path, free_bytes(path), disk_size(path))
 
 
 def _tools() -> dict[str, str | None]:
