@@ -95,7 +95,7 @@ def check(folder: Path, json_: bool) -> None:
             click.echo(f"{kind}: {', '.join(names)}")
     if checked.plugins.has_hook(checked.name, "apex_tensor_roles"):
         click.echo("gives roles to tensors")
-    click.echo(f"{checked.folder}: good, made for version {checked.api} of the plugin API")
+    click.echo(f"{checked.folder}: good, made for plugin API version {checked.api}")
 
 
 @command.command()

@@ -67,7 +67,7 @@ def test_the_test_of_a_new_plugin_passes(projects: dict[str, Path], kind: str) -
     )
     assert ran.returncode == 0 and "1 passed" in ran.stdout, ran.stdout
     checked = run_apex("plugins", "check", projects[kind]).stdout
-    assert f"good, made for plugin API version {API_VERSION} of the plugin API" in checked
+    assert f"good, made for plugin API version {API_VERSION}" in checked
 
 
 def test_the_policy_is_planned(projects: dict[str, Path], testbed: Path, tools: Toolset) -> None:
@@ -139,7 +139,7 @@ def plugin(where: Path, text: str, name: str = "mine") -> Path:
     [
         (
             "APEX_API = 3\nfrom apex_build.plugin_api import of_the_future\n",
-            "made for plugin API version 3 .* this apex-build has version 1 to 2",
+            "made for plugin API version 3: this apex-build has version 1 to 2",
         ),
         ("APEX_API = 0  # long ago\n", "made for plugin API version 0"),
         ("APEX_API = int('7')\n", "made for plugin API version 7"),

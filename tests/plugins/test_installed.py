@@ -52,7 +52,7 @@ def test_each_kind_is_made_tested_installed_and_used(installed: Installed) -> No
     name = {kind: f"my-{kind}" for kind in KINDS}
     for kind in KINDS:
         installed.apex("plugins", "new", kind, name[kind])
-        assert "good, made for version" in installed.apex("plugins", "check", name[kind])
+        assert "good, made for plugin API version" in installed.apex("plugins", "check", name[kind])
         assert "1 passed" in installed.run("pytest", "-q", name[kind])
         package = name[kind].replace("-", "_")
         listed = json.loads(
