@@ -8,7 +8,7 @@ export APEX_PIN=latest # the default pin runs no heads of glm4moe and mimo2
 apex build
 mkdir -p "$1"
 cd "$1"
-set -- --threads 1 --only draft-head --set draft-head.chunks=${CHUNKS:-2} --set draft-head.depth=2
+set -- --threads 1 --only draft-head --set draft-head.chunks=${CHUNKS:-6} --set draft-head.depth=1
 for domain in chat code reasoning tool-calling; do
     set -- "$@" --text "$TESTBED/heldout/$domain.txt"
 done
