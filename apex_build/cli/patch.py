@@ -9,6 +9,7 @@ import click
 
 from apex_build.cli import show, values
 from apex_build.cli.groups import Group
+from apex_build.cli.options import json_option
 from apex_build.cli.patch_changes import drop, edit, new, port, reorder, tell
 from apex_build.cli.patch_upstream import export, test
 from apex_build.cli.source import pin_option
@@ -30,7 +31,8 @@ def command() -> None:
 
 @command.command()
 @pin_option
-def apply(pin_name: str) -> None:
+@json_option
+def apply(pin_name: str, json_: bool) -> None:
     """Bring the tree to the base and the whole series.
 
     A patch that does not apply is named with its file and hunk, and the tree stays as it was. Uncommitted edits and
@@ -41,8 +43,12 @@ def apply(pin_name: str) -> None:
       apex patch apply
       apex patch apply --pin latest
     """
+    pin = load_pin(pin_name)
     with show.progress() as report:
-        names = series.apply_series(load_pin(pin_name), report)
+        names = series.apply_series(pin, report)
+    if json_:
+        show.as_json({"pin": pin.name, "applied": list(names)})
+        return
     for name in names:
         click.echo(f"applied {name}")
     if not names:
@@ -172,7 +178,8 @@ def _tests(found: dict[str, Any] | None) -> str:
 @command.command()
 @pin_option
 @click.option("--force", is_flag=True, help="Overwrite patch files that were changed since they were applied.")
-def save(pin_name: str, force: bool) -> None:
+@json_option
+def save(pin_name: str, force: bool, json_: bool) -> None:
     """Write the tree's commits, from apex-base on, back as the series.
 
     The same commits always give the same bytes: applying a saved series and saving it again changes nothing.
@@ -187,7 +194,7 @@ def save(pin_name: str, force: bool) -> None:
     pin = load_pin(pin_name)
     with show.progress() as report:
         saved = series.save_series(pin, report, force=force)
-    tell(saved)
+    tell(pin, saved, json_)
     for name in series.series_status(pin).edited:
         click.echo(f"warning: {name} has uncommitted edits, which are not saved", err=True)
 

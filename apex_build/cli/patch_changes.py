@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from apex_build.cli import show, values
+from apex_build.cli.options import json_option
 from apex_build.cli.source import pin_option
 from apex_build.source.pins import DEFAULT_PIN, Pin, load_pin
 from apex_build.source.series import Saved, verb
@@ -16,7 +18,8 @@ from apex_build.workshop import changing, porting
 @click.command()
 @click.argument("patch", required=False)
 @pin_option
-def edit(patch: str | None, pin_name: str) -> None:
+@json_option
+def edit(patch: str | None, pin_name: str, json_: bool) -> None:
     """Open the tree for work: one commit a patch, on top of apex-base.
 
     With PATCH (a number, a name or a word of its subject) an interactive rebase stops at that patch. Change files
@@ -30,6 +33,10 @@ def edit(patch: str | None, pin_name: str) -> None:
     pin = load_pin(pin_name)
     with show.progress() as report:
         opened = changing.edit(pin, patch, report)
+    if json_:
+        commits = [{"commit": commit, "patch": name} for commit, name in opened.commits]
+        show.as_json({"pin": pin.name, "tree": str(opened.path), "at": opened.at, "commits": commits})
+        return
     git = f"git -C {opened.path}"
     for commit, name in opened.commits:
         click.echo(f"{'->' if name == opened.at else '  '} {commit[:9]} {name}")
@@ -53,7 +60,10 @@ def edit(patch: str | None, pin_name: str) -> None:
     help="The same, from a file.",
 )
 @pin_option
-def new(subject: str, files: tuple[str, ...], message: str, message_file: Path | None, pin_name: str) -> None:
+@json_option
+def new(
+    subject: str, files: tuple[str, ...], message: str, message_file: Path | None, pin_name: str, json_: bool
+) -> None:
     """Make a patch from the tree's edits, and save it.
 
     It comes last in the series. FILES, relative to the tree, are what goes into it; by default all edits and new files.
@@ -67,15 +77,17 @@ def new(subject: str, files: tuple[str, ...], message: str, message_file: Path |
     if message and message_file:
         raise click.UsageError("--message and --message-file exclude each other")
     text = message_file.read_text(encoding="utf-8") if message_file else message
+    pin = load_pin(pin_name)
     with show.progress() as report:
-        saved = changing.new_patch(load_pin(pin_name), subject, text, files, report)
-    tell(saved)
+        saved = changing.new_patch(pin, subject, text, files, report)
+    tell(pin, saved, json_)
 
 
 @click.command()
 @click.argument("patch")
 @pin_option
-def drop(patch: str, pin_name: str) -> None:
+@json_option
+def drop(patch: str, pin_name: str, json_: bool) -> None:
     """Take a patch out of the series and the tree, and save the rest.
 
     Refused, changing nothing, if a later patch depends on it.
@@ -85,16 +97,20 @@ def drop(patch: str, pin_name: str) -> None:
       apex patch drop 4
       apex patch drop parse-special --pin latest
     """
+    pin = load_pin(pin_name)
     with show.progress() as report:
-        dropped, commit, saved = changing.drop(load_pin(pin_name), patch, report)
-    tell(saved)
+        dropped, commit, saved = changing.drop(pin, patch, report)
+    tell(pin, saved, json_, dropped={"patch": dropped.name, "commit": commit})
+    if json_:
+        return
     click.echo(f"dropped {dropped.name}; its commit was {commit[:9]}")
 
 
 @click.command()
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
 @pin_option
-def reorder(patches: tuple[str, ...], pin_name: str) -> None:
+@json_option
+def reorder(patches: tuple[str, ...], pin_name: str, json_: bool) -> None:
     """Put these patches first, in this order, and save.
 
     The others follow as they were. Refused where a patch does not go where it is put, or the files in the end would
@@ -105,12 +121,19 @@ def reorder(patches: tuple[str, ...], pin_name: str) -> None:
       apex patch reorder 6               # the sixth becomes the first
       apex patch reorder 1 6 2
     """
+    pin = load_pin(pin_name)
     with show.progress() as report:
-        saved = changing.reorder(load_pin(pin_name), patches, report)
-    tell(saved)
+        saved = changing.reorder(pin, patches, report)
+    tell(pin, saved, json_)
 
 
-def tell(saved: Saved) -> None:
+def tell(pin: Pin, saved: Saved, json_: bool = False, **more: Any) -> None:
+    """What a verb wrote into the series, for people or as JSON, `more` in it."""
+    if json_:
+        lists = {"patches": saved.names, "written": saved.written, "removed": saved.removed}
+        folder = {"pin": pin.name, "folder": str(saved.folder)}
+        show.as_json({**folder, **{key: list(names) for key, names in lists.items()}, **more})
+        return
     for name in saved.written:
         click.echo(f"wrote {saved.folder / name}")
     for name in saved.removed:
@@ -136,7 +159,7 @@ def tell(saved: Saved) -> None:
 @click.option("--continue", "continue_", is_flag=True, help="Continue after resolving the conflict (and git add).")
 @click.option("--skip", is_flag=True, help="Continue without the conflicting patch.")
 @click.option("--abort", is_flag=True, help="Restore the tree's previous state.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def port(
     patches: tuple[str, ...],
     onto_name: str,
@@ -145,7 +168,7 @@ def port(
     continue_: bool,
     skip: bool,
     abort: bool,
-    as_json: bool,
+    json_: bool,
 ) -> None:
     """Port patches to another pin, and save them in its series. The series they come from stays.
 
@@ -170,31 +193,31 @@ def port(
     with show.progress() as report:
         if abort:
             kept = porting.abort_port(onto, report)
-            if as_json:
+            if json_:
                 show.as_json({"pin": onto.name, "kept": kept})
                 return
             click.echo(f"{onto.name} is restored; the port's progress: git show {kept[:9]} there, or {porting.ABORTED}")
             return
         if continue_ or skip:
-            _tell_port(onto, porting.continue_port(onto, report, skip=skip), as_json)
+            _tell_port(onto, porting.continue_port(onto, report, skip=skip), json_)
             return
         origin = load_pin(from_name)
         if origin == onto:
             raise click.UsageError("--onto and --from name the same pin")
         if not dry_run:
-            _tell_port(onto, porting.port(onto, origin, patches, report), as_json)
+            _tell_port(onto, porting.port(onto, origin, patches, report), json_)
             return
     found = porting.preview(onto, origin, patches)
-    if as_json:
+    if json_:
         show.as_json([{"patch": one.patch.name, "applies": one.applies, "detail": one.detail} for one in found])
         return
     for one in found:
         click.echo(f"{one.applies:<9} {one.patch.name}{f': {one.detail}' if one.detail else ''}")
 
 
-def _tell_port(onto: Pin, ported: porting.Ported, as_json: bool) -> None:
+def _tell_port(onto: Pin, ported: porting.Ported, json_: bool) -> None:
     port = ported.port
-    if as_json:
+    if json_:
         written = [str(ported.saved.folder / name) for name in ported.saved.written] if ported.saved else []
         lists = {"ported": port.done, "upstream": port.upstream, "skipped": port.skipped, "written": written}
         show.as_json({"pin": onto.name, "from": port.origin, **{key: list(names) for key, names in lists.items()}})
@@ -209,5 +232,5 @@ def _tell_port(onto: Pin, ported: porting.Ported, as_json: bool) -> None:
     if ported.saved is None:
         click.echo(f"nothing to port: {onto.name} has a patch of each subject of {port.origin}")
         return
-    tell(ported.saved)
+    tell(onto, ported.saved)
     click.echo(f"next: apex build{onto.option}, apex patch test{onto.option}")

@@ -8,6 +8,7 @@ import click
 
 from apex_build.cli import show, values
 from apex_build.cli.groups import Group
+from apex_build.cli.options import json_option
 from apex_build.source.pins import all_pins
 from apex_build.source.series import read_series
 from apex_build.source.tree import tree_path
@@ -67,8 +68,15 @@ def list_(as_json: bool) -> None:
     metavar="FILE",
     help="[default: NAME.toml among the pins]",
 )
+@json_option
 def add(
-    name: str, version: str | None, commit: str | None, of: str | None, repository: str | None, out: Path | None
+    name: str,
+    version: str | None,
+    commit: str | None,
+    of: str | None,
+    repository: str | None,
+    out: Path | None,
+    json_: bool,
 ) -> None:
     """Pin a release of llama-cpp-python, or a commit.
 
@@ -90,6 +98,17 @@ def add(
             new = pinning.add_release(name, version, path, commit=of, report=report)
         else:
             new = pinning.add_commit(name, str(commit), path, repository=repository, report=report)
+    if json_:
+        show.as_json(
+            {
+                "pin": new.name,
+                "file": str(path),
+                "commit": new.commit,
+                "carrier": new.carrier,
+                "tree_digest": new.tree_digest,
+            }
+        )
+        return
     click.echo(f"wrote {path}: {new.commit[:12]}, tree digest {new.tree_digest}")
     click.echo(
         f"next: apex source fetch --pin {new.own_file or new.name}, apex patch port --onto {new.own_file or new.name}"
@@ -105,7 +124,8 @@ def add(
     shell_complete=values.pins,
     help="The pin that it becomes: green, see `apex patch status`.",
 )
-def bump(name: str, to: str) -> None:
+@json_option
+def bump(name: str, to: str, json_: bool) -> None:
     """Let a pin be what another one is: its commit, and its series.
 
     Refused unless the other one is green: its patches apply, it builds, and breaks none of llama.cpp's tests.
@@ -116,5 +136,9 @@ def bump(name: str, to: str) -> None:
     """
     with show.progress() as report:
         old, new = pinning.bump(name, to, report)
+    if json_:
+        patches = [patch.name for patch in read_series(new)]
+        show.as_json({"pin": new.name, "from": old.commit, "commit": new.commit, "patches": patches})
+        return
     click.echo(f"{new.name}: {old.commit[:12]} -> {new.commit[:12]}, {len(read_series(new))} patches")
     click.echo(f"next: apex source fetch{new.option}")

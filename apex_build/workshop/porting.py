@@ -209,7 +209,7 @@ def _conclude(onto: Pin, path: Path, name: str) -> bool:
 def _stopped(onto: Pin, path: Path, state: Port, conflicts: Mapping[str, int]) -> PatchConflict:
     files = some([f"{name} ({count} places)" if count > 1 else name for name, count in conflicts.items()])
     return PatchConflict(
-        f"{state.todo[0][1]} conflicts with {onto.name} in {files}; {len(state.todo) - 1} patches after it",
+        f"{state.todo[0][1]} conflicts with {onto.name} in {files}; patches after it: {len(state.todo) - 1}",
         hint=f"edit them in {path}, git -C {path} add them, then {_onward(onto)}",
     )
 

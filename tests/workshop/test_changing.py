@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from source.tiny import IMATRIX, LINES, Apex, World, commit, edited, folder, git
 
@@ -25,6 +28,37 @@ def test_edit_names_the_commits(series: World, apex: Apex) -> None:
     assert [line.split()[-1] for line in said.out.splitlines()[:2]] == [patch.name for patch in read_series(series.pin)]
     assert f"git -C {series.tree} rebase -i apex-base" in said.out
     assert verify(series.pin), "the tree is the series"
+
+
+def test_each_verb_answers_in_json(series: World, apex: Apex) -> None:
+    def said(*arguments: str) -> dict[str, Any]:
+        ran = apex("patch", *arguments, "--json")
+        assert ran.code == 0, ran.err
+        return dict(json.loads(ran.out))
+
+    names = [patch.name for patch in read_series(series.pin)]
+    git(series.tree, "reset", "--quiet", "--hard", "apex-base")
+    assert said("apply") == {"pin": "tiny", "applied": names}
+    opened = said("edit")
+    assert [one["patch"] for one in opened["commits"]] == names and opened["at"] is None
+    assert opened["tree"] == str(series.tree)
+    saved = said("save")
+    assert saved == {
+        "pin": "tiny",
+        "folder": str(series.patches),
+        "patches": names,
+        "written": [],
+        "removed": [],
+    }
+    (series.tree / IMATRIX).write_bytes(edited(10, "TEN"))
+    new = said("new", "imatrix: ten")
+    assert new["written"] == ["0003-imatrix-ten.patch"] and new["patches"] == [*names, *new["written"]]
+    commit = git(series.tree, "rev-parse", "HEAD")
+    dropped = said("drop", "3")
+    assert dropped["dropped"] == {"patch": "0003-imatrix-ten.patch", "commit": commit}
+    assert dropped["removed"] == ["0003-imatrix-ten.patch"] and dropped["patches"] == names
+    put_first = said("reorder", "2")
+    assert [name[5:] for name in put_first["patches"]] == [name[5:] for name in reversed(names)]
 
 
 def test_edit_a_patch_with_gits_own_tools(series: World, apex: Apex) -> None:

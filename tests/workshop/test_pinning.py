@@ -37,9 +37,16 @@ def release(world: World, name: str = "llama_cpp_python-9.1.tar.gz", commit: str
 def test_a_release(world: World, run: Run, tmp_path: Path) -> None:
     sdist = release(world)
     out = tmp_path / "next.toml"
-    said = run("pin", "add", "next", "--pypi", "9.1", "-o", out)
+    said = run("pin", "add", "next", "--pypi", "9.1", "-o", out, "--json")
     assert said.code == 0, said.err
     pin = load_pin(str(out))
+    assert json.loads(said.out) == {
+        "pin": "next",
+        "file": str(out),
+        "commit": pin.commit,
+        "carrier": "llama-cpp-python==9.1",
+        "tree_digest": pin.tree_digest,
+    }
     assert (pin.name, pin.commit, pin.tree_digest) == ("next", world.pin.commit, world.pin.tree_digest)
     assert (pin.requirement, pin.file, pin.size) == ("llama-cpp-python==9.1", sdist.name, sdist.stat().st_size)
     assert pin.patches_folder == tmp_path / "next-patches"
@@ -130,8 +137,15 @@ def test_bump_only_to_what_is_green(series: World, make_later: MakeLater, run: R
     assert (series.toml.read_bytes(), folder(series.patches)) == (toml, patches)
     git(series.tree, "reset", "--quiet", "--hard", f"{mine}~1")
 
-    said = run(*bump)
+    said = run(*bump, "--json")
     assert said.code == 0, said.err
+    names = [patch.name for patch in read_series(later.pin)]
+    assert json.loads(said.out) == {
+        "pin": "tiny",
+        "from": series.pin.commit,
+        "commit": later.pin.commit,
+        "patches": names,
+    }
     pin = load_pin(str(series.toml))
     assert pin.serves and pin.serves.architectures == {"tiny"}, "what it said it serves, it says still"
     assert pin == dataclasses.replace(

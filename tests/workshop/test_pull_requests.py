@@ -16,6 +16,11 @@ def test_facts_are_about_patches_of_a_series() -> None:
     assert all(entry["tested"] for entry in facts.values())
 
 
+def test_each_patch_says_how_it_was_tested() -> None:
+    facts = export_facts()
+    assert [patch.name for pin in all_pins() for patch in read_series(pin) if patch.subject not in facts] == []
+
+
 def test_our_series_have_one_author() -> None:
     for pin in all_pins():
         check_author(pin, read_series(pin))

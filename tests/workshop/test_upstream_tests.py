@@ -15,7 +15,7 @@ from apex_build.source.series import save_series
 from apex_build.workshop import upstream_tests
 
 CMAKE = b"""cmake_minimum_required(VERSION 3.14...3.28)
-project(tiny C)
+project(tiny C CXX)
 set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 add_executable(llama-imatrix src/tool.c)
 if (LLAMA_BUILD_TESTS)
@@ -35,6 +35,14 @@ of(test-value test-value-40 main 40 ${PROJECT_SOURCE_DIR}/models/ggml-vocab-tiny
 of(test-value test-of-a-value-fails main 1 ${PROJECT_SOURCE_DIR}/models/ggml-vocab-tiny.gguf)
 of(test-slow test-slow main)
 of(test-never test-with-a-model model)
+add_executable(test-make make.c)
+add_executable(test-backend-ops test-backend-ops.cpp)
+of(test-value test-a-made main 40 made)
+of(test-make test-make main)
+of(test-never test-with-the-download main)
+set_tests_properties(test-a-made PROPERTIES FIXTURES_REQUIRED made)
+set_tests_properties(test-make PROPERTIES FIXTURES_SETUP made)
+set_tests_properties(test-with-the-download PROPERTIES FIXTURES_REQUIRED model)
 add_test(NAME test-url COMMAND ${CMAKE_COMMAND} -E echo https://models.example)
 add_test(NAME test-download COMMAND ${CMAKE_COMMAND} -E false)
 set_tests_properties(test-download PROPERTIES FIXTURES_SETUP model)
@@ -52,6 +60,12 @@ SLOW = """#include <unistd.h>
 #include "value.h"
 int main(void) { sleep(VALUE == 42 ? 60 : 0); return 0; }
 """
+MAKE = """#include <stdio.h>
+int main(void) { return fclose(fopen("made", "w")); }
+"""
+OPERATIONS = """#include <cstring>
+int main(int argc, char ** argv) { return argc != 8 || std::strcmp(argv[3], "CPU"); }
+"""
 
 
 @pytest.fixture
@@ -65,6 +79,8 @@ def later(make_later: MakeLater) -> World:
             "tests/CMakeLists.txt": TESTS,
             "tests/value.c": VALUE.encode(),
             "tests/slow.c": SLOW.encode(),
+            "tests/make.c": MAKE.encode(),
+            "tests/test-backend-ops.cpp": OPERATIONS.encode(),
             "tests/never.c": b"#error this is never built\n",
         }
     )
@@ -82,14 +98,14 @@ def test_both_sides(later: World, run: Run) -> None:
     said = run("patch", "test", "--pin", later.toml)
     assert said.code == 0, said.err
     assert said.out.splitlines() == [
-        "without the series: 3 run, 2 passed",
-        "with the series: 3 run, 2 passed",
+        "without the series: 6 run, 5 passed",
+        "with the series: 6 run, 5 passed",
         "  test-of-a-value-fails: failed; without the series: failed",
-        "left out: 3, needs a model that is downloaded",
-        "later: no test passes without the series and fails with it (3 of 3 run)",
+        "left out: 4, needs a model that is downloaded",
+        "later: no test passes without the series and fails with it (6 of 6 run)",
     ]
     status = json.loads(run("patch", "status", "--pin", later.toml, "--json").out)
-    assert status["tests"]["ran"] == 3 and status["tests"]["failed_without_too"] == ["test-of-a-value-fails"]
+    assert status["tests"]["ran"] == 6 and status["tests"]["failed_without_too"] == ["test-of-a-value-fails"]
     assert status["lacking"] == ["nobody built it yet"]
     assert not (later.tree / "tests").exists(), "the tree is what it was"
 
@@ -97,11 +113,11 @@ def test_both_sides(later: World, run: Run) -> None:
     change(later, "#define VALUE 41\n", "value: one more")
     said = run("patch", "test", "--pin", later.toml)
     assert said.code == UpstreamTestsFailed.exit_code
-    assert "without the series: 3 run, 3 of them before, 2 passed\nwith the series: 3 run, 1 passed\n" in said.out
-    assert "1 of llama.cpp's tests pass without the series and fail with it: test-value-40" in said.err
+    assert "without the series: 6 run, 6 of them before, 5 passed\nwith the series: 6 run, 3 passed\n" in said.out
+    assert "2 of llama.cpp's tests pass without the series and fail with it: test-a-made, test-value-40" in said.err
     log = Path(said.err.split("what they said: ")[1].split(";")[0]) / "test-value-40.log"
     assert "the value is 41" in log.read_text()
-    assert "1 broken" in run("patch", "status", "--pin", later.toml).out
+    assert "2 broken" in run("patch", "status", "--pin", later.toml).out
 
     change(later, "#define VALUE 42\n", "value: too slow")
     said = run("patch", "test", "--pin", later.toml, "--only", "slow", "--timeout", "2", "--json")
@@ -121,11 +137,24 @@ def test_the_program_of_a_test(name: str) -> None:
 def test_a_part_of_the_tests_is_no_whole(later: World, run: Run) -> None:
     change(later, "#define VALUE (40)\n", "value: in brackets")
     said = run("patch", "test", "--pin", later.toml, "--only", "value-40")
-    assert "with the series: 1 run, 1 passed" in said.out and "(1 of 3 run)" in said.out
-    assert "only 1 of 3 of llama.cpp's tests were run" in run("patch", "status", "--pin", later.toml).out
+    assert "with the series: 1 run, 1 passed" in said.out and "(1 of 6 run)" in said.out
+    assert "only 1 of 6 of llama.cpp's tests were run" in run("patch", "status", "--pin", later.toml).out
     assert run("patch", "test", "--pin", later.toml, "--only", "(").code == 2
     assert run("patch", "test", "--pin", later.toml, "--only", "slow").code == 0
-    assert "only 2 of 3" in run("patch", "status", "--pin", later.toml).out, "parts add up"
+    assert "only 2 of 6" in run("patch", "status", "--pin", later.toml).out, "parts add up"
+
+
+def test_what_a_test_makes_for_another_is_made_first(later: World, run: Run) -> None:
+    """Also where it alone is asked for, and where its maker ran before, for the other side."""
+    change(later, "#define VALUE (40)\n", "value: in brackets")
+    said = run("patch", "test", "--pin", later.toml, "--only", "a-made", "--json")
+    found = json.loads(said.out)
+    assert found["with"] == found["without"] == {"test-a-made": "passed"}
+    work = upstream_tests.workplace(later.pin) / "build"
+    (work / "made").unlink()
+    change(later, "#define VALUE 40 // forty\n", "value: say it")
+    said = run("patch", "test", "--pin", later.toml, "--only", "made")
+    assert "with the series: 1 run, 1 passed" in said.out
 
 
 def test_what_does_not_compile(later: World, run: Run) -> None:
