@@ -26,6 +26,7 @@ from apex_build.evaluation.reference import chunks_in, reference_logits
 from apex_build.evaluation.task import Task
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import read_imatrix
+from apex_build.gguf_model.mtp_rows import AUTO, tool_arguments
 from apex_build.native.ggml import Ggml
 from apex_build.places import cache_folder, cache_root, in_use
 from apex_build.storage.digests import sha256_file, sha256_json
@@ -35,7 +36,8 @@ from apex_build.storage.scratch import scratch_folder
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-_HEADER = "probe\tchunk\tn\tkld\tsame_top"
+_HEADER = ("probe", "chunk", "n", "kld", "same_top")
+_HEAD = ("n", "agree", "p", "kld", "tokens", "tokens_p")  # of each depth: the columns mtp1_n, mtp1_agree, ...
 _WIDE = ("F32", "F16", "BF16")  # types of a model whose tensors can be quantized in its memory
 _KIND = "probes"  # of pace
 
@@ -62,6 +64,8 @@ class ProbeScore:
     kld: Floats  # nats
     same_top: Ints  # positions where the most probable token is the reference's
     text: Ints  # number of the text that the chunk is of
+    # [chunk, depth - 1, _HEAD]: sums over the drafts of the draft head, where it is scored
+    head: Floats = field(default_factory=lambda: np.zeros((0, 0, len(_HEAD))))
 
     @property
     def positions(self) -> int:
@@ -76,12 +80,23 @@ class ProbeScore:
     def top1(self) -> Estimate:
         return clustered_ratio(self.same_top, self.n, self.text).within(0.0, 1.0)
 
+    def of_head(self, what: str, depth: int) -> Estimate:
+        """For each draft up to `depth` tokens: `agree` (its last token is the trunk's first choice), `p` (the trunk's
+        probability of it), `kld` (of the head from the trunk), `tokens` and `tokens_p` (a step, greedy and sampled).
+        """
+        sums = self.head[:, depth - 1]
+        return clustered_ratio(sums[:, _HEAD.index(what)], sums[:, 0], self.text)
 
-_Sums = dict[str, dict[int, tuple[int, float, int]]]  # key of a probe -> chunk -> positions, sum of KLD, same top
+
+_Sums = dict[str, dict[int, tuple[float, ...]]]  # key of a probe -> chunk -> the other columns
 
 
-def run_probes(task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chunks: int) -> tuple[ProbeScore, ...]:
+def run_probes(
+    task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chunks: int, head_depth: int = 0
+) -> tuple[ProbeScore, ...]:
     """Score each probe on the first `chunks` chunks of each of the task's texts: what is not known of them yet.
+
+    With `head_depth` the draft head too, with drafts of up to so many tokens; only then may it be among the tensors.
 
     The task has the settings `context`, `parse_special` and `chunks`: how many chunks of a text its reference is made
     for, so that more of them can be scored later. Its reference is the model itself if it names none. Raises
@@ -95,10 +110,10 @@ def run_probes(task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chu
         for domain in task.texts:
             logits = reference_logits(task, domain)
             wanted = min(chunks, chunks_in(logits))
-            folder = _folder(task, domain, imatrix)
+            folder = _folder(task, domain, imatrix, head_depth)
             with locked_in_thread(folder / "probes", what="another run of the same probes", report=task.report):
                 for start, few in _missing(probes, _read(folder), wanted).items():
-                    _run(task, domain, few, imatrix, logits, folder, range(start, wanted))
+                    _run(task, domain, few, imatrix, logits, folder, range(start, wanted), head_depth)
                 found.append((_read(folder), wanted))
     for sums, wanted in found:
         if lost := [probe for probe in probes if len(_of(sums, probe, wanted)) < wanted]:
@@ -109,13 +124,14 @@ def run_probes(task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chu
     return tuple(_score(probe, found) for probe in probes)
 
 
-def probe_seconds(task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chunks: int) -> pace.Estimate:
+def probe_seconds(
+    task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chunks: int, head_depth: int = 0
+) -> pace.Estimate:
     """How long `run_probes` would take now, its references included; for texts of at least as many chunks."""
     passes = 0
     task = _with_reference(task)
     for domain in task.texts:
-        folder = _folder(task, domain, imatrix)
-        known = _read(folder)
+        known = _read(_folder(task, domain, imatrix, head_depth))
         passes += sum((chunks - start) * len(few) for start, few in _missing(probes, known, chunks).items())
         passes += 0 if known else task.number("chunks")
     return pace.expect(_KIND, _work(task, passes))
@@ -153,7 +169,12 @@ def _with_reference(task: Task) -> Task:
     return task if task.reference else replace(task, reference=task.model)
 
 
-def _folder(task: Task, domain: str, imatrix: Path | None) -> Path:
+def _rows(task: Task) -> list[str]:
+    """Which hidden rows the head is fed with."""
+    return tool_arguments(AUTO, task.model.architecture, task.tools.tool("llama-perplexity"))
+
+
+def _folder(task: Task, domain: str, imatrix: Path | None, head_depth: int) -> Path:
     assert task.reference is not None
     parts: dict[str, Any] = {
         "what": "probes",
@@ -166,6 +187,8 @@ def _folder(task: Task, domain: str, imatrix: Path | None) -> Path:
         "tools": task.tools.identity,
         **task.options.parts(task.tools),
     }
+    if head_depth:
+        parts |= {"head_depth": head_depth, "rows": _rows(task)}
     return cache_folder("evaluation", sha256_json(parts)[:32])
 
 
@@ -177,6 +200,7 @@ def _run(
     logits: Path,
     folder: Path,
     chunks: range,
+    head_depth: int,
 ) -> None:
     """Score these probes on these chunks; the tool's lines are added to what the folder has."""
     out = folder / f"probes-{len(list(folder.glob('probes-*.tsv'))):06}.tsv"
@@ -196,6 +220,7 @@ def _run(
             *("--kl-divergence-probes", scratch / "probes.txt", "--kl-divergence-output", out),
             *("--from-chunk", str(chunks.start), "--chunks", str(len(chunks))),
             *(("--imatrix", imatrix) if imatrix else ()),
+            *(("--mtp", "--mtp-depth", str(head_depth), *_rows(task)) if head_depth else ()),
             what=f"{task.model.path.name} on {domain or task.texts[domain].name}",
         )
     pace.remember(_KIND, _work(task, len(chunks) * len(probes)), time.monotonic() - began)
@@ -220,29 +245,26 @@ def _read(folder: Path) -> _Sums:
     found: _Sums = {}
     for path in sorted(folder.glob("probes-*.tsv")):
         header, *lines = path.read_text(encoding="ascii", errors="replace").split("\n")
-        if header != _HEADER:
+        columns = header.split("\t")
+        if tuple(columns[: len(_HEADER)]) != _HEADER:
             continue
         for line in lines[:-1]:  # the last one has no end, or is empty
             try:
-                key, chunk, n, kld, same_top = line.split("\t")
-                found.setdefault(key, {})[int(chunk)] = int(n), float(kld), int(same_top)
+                key, chunk, *numbers = line.split("\t")
+                if len(numbers) == len(columns) - 2:
+                    found.setdefault(key, {})[int(chunk)] = tuple(map(float, numbers))
             except ValueError:
                 continue
     return found
 
 
-def _of(sums: _Sums, probe: Probe, chunks: int) -> list[tuple[int, float, int]]:
+def _of(sums: _Sums, probe: Probe, chunks: int) -> list[tuple[float, ...]]:
     known = sums.get(probe.key, {})
     return [known[chunk] for chunk in range(chunks) if chunk in known]
 
 
 def _score(probe: Probe, found: Sequence[tuple[_Sums, int]]) -> ProbeScore:
     rows = [(text, *row) for text, (sums, chunks) in enumerate(found) for row in _of(sums, probe, chunks)]
-    text, n, kld, same_top = zip(*rows, strict=True)
-    return ProbeScore(
-        probe,
-        np.array(n, dtype=np.int64),
-        np.array(kld, dtype=np.float64),
-        np.array(same_top, dtype=np.int64),
-        np.array(text, dtype=np.int64),
-    )
+    table = np.array(rows, dtype=np.float64)
+    text, n, same_top = (table[:, column].astype(np.int64) for column in (0, 1, 3))
+    return ProbeScore(probe, n, table[:, 2], same_top, text, table[:, 4:].reshape(len(table), -1, len(_HEAD)))

@@ -156,3 +156,19 @@ def test_a_line_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "probes-000001.tsv").write_text(f"{header}a\t1\t63\t1.25\t61\nb\t0\t63\tspoilt\t1\n")
     (tmp_path / "probes-000002.tsv").write_text("probe\tch")
     assert module._read(tmp_path) == {"a": {0: (63, 0.5, 60), 1: (63, 1.25, 61)}}
+
+
+def test_the_head_is_scored_where_it_is_asked_for(task: Task, calibrated: Path) -> None:
+    one = replace(task, texts={"code": task.texts["code"]})
+    head = Probe("head", {"blk.6.ffn_down_exps.weight": "IQ2_XXS", "blk.6.nextn.eh_proj.weight": "Q2_K"})
+    plain, probed = run_probes(one, [PLAIN, head], calibrated, chunks=8, head_depth=2)
+    assert plain.head.shape == probed.head.shape == (8, 2, 6)
+    assert plain.kld.tolist() == probed.kld.tolist(), "the trunk is the same"
+    for depth in (1, 2):
+        assert 0 < plain.of_head("kld", depth).value < probed.of_head("kld", depth).value
+        assert 0 < probed.of_head("agree", depth).value < 1
+    tokens = probed.of_head("tokens", 2)
+    assert tokens.low is not None and 1 < tokens.low < tokens.value < 3
+    assert probed.of_head("tokens", 1).value == pytest.approx(1 + probed.of_head("agree", 1).value)
+    (trunk,) = run_probes(one, [PLAIN], calibrated, chunks=8)
+    assert trunk.head.shape == (8, 0, 6)

@@ -68,21 +68,7 @@ def test_a_probe_is_what_llama_quantize_makes_of_these_tensors(
     run: Run, tools: Toolset, testbed: Path, calibrated: Path, tmp_path: Path
 ) -> None:
     """The values that llama-quantize's file has, written back to a file of the model's own type, score the same."""
-    (tmp_path / "types.txt").write_text("".join(f"^{name}$={kind}\n" for name, kind in TYPES.items()))
-    command = [tools.tool("llama-quantize"), "--imatrix", calibrated, "--tensor-type-file", tmp_path / "types.txt"]
-    command += [testbed, tmp_path / "quantized.gguf", "Q8_0", 1]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    values = {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        for tensor in gguf.GGUFReader(tmp_path / "quantized.gguf").tensors
-        if tensor.name in TYPES and tensor.tensor_type.name.lower() == TYPES[tensor.name].lower()
-    }
-    assert values.keys() == TYPES.keys()
-
-    def restored(name: str, own: Array) -> Array:
-        return values[name].reshape(own.shape).astype(own.dtype) if name in values else own
-
-    edited = changed(testbed, tmp_path / "edited.gguf", restored)
+    edited = restored_from_quantized(tools, testbed, calibrated, TYPES, tmp_path)
     ran = run(probe("low", TYPES), "--imatrix", calibrated)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = rows(tmp_path / "out.tsv")
@@ -93,6 +79,62 @@ def test_a_probe_is_what_llama_quantize_makes_of_these_tensors(
     assert sum(row[3] for row in found) / SCORED / CHUNKS > 1e-3
     assert run(probe("low", TYPES | {"blk.2.ffn_down_exps.weight": "q2_K"}), out="without.tsv").returncode == 0
     assert rows(tmp_path / "without.tsv") != found, "the imatrix counts"
+
+
+def restored_from_quantized(tools: Toolset, model: Path, imatrix: Path, types: dict[str, str], folder: Path) -> Path:
+    """The model with the values that these tensors have in llama-quantize's file, in their own types."""
+    (folder / "types.txt").write_text("".join(f"^{name}$={kind}\n" for name, kind in types.items()))
+    command = [tools.tool("llama-quantize"), "--imatrix", imatrix, "--tensor-type-file", folder / "types.txt"]
+    command += [model, folder / "quantized.gguf", "Q8_0", 1]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    values = {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(folder / "quantized.gguf").tensors
+        if tensor.name in types and tensor.tensor_type.name.lower() == types[tensor.name].lower()
+    }
+    assert values.keys() == types.keys()
+
+    def restored(name: str, own: Array) -> Array:
+        return values[name].reshape(own.shape).astype(own.dtype) if name in values else own
+
+    return changed(model, folder / "edited.gguf", restored)
+
+
+def test_the_head_is_scored_as_well(
+    run: Run, tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
+) -> None:
+    """As --mtp scores a file with these types. The trunk is not touched by what is done to the head."""
+    types = {
+        "blk.6.ffn_down_exps.weight": "iq2_xxs",
+        "blk.6.attn_q.weight": "q3_K",
+        "blk.6.nextn.eh_proj.weight": "q2_K",
+    }
+    ran = run("plain\n" + probe("head", types) + "plain\n", "--imatrix", calibrated, "--mtp", "--mtp-depth", 2)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    table = np.genfromtxt(tmp_path / "out.tsv", delimiter="\t", names=True, dtype=None, encoding="ascii")
+    assert [name for name in table.dtype.names or () if name.startswith("mtp2")] == [
+        f"mtp2_{column}" for column in ("n", "agree", "p", "kld", "tokens", "tokens_p")
+    ]
+    plain, head, again = (table[start : start + CHUNKS] for start in (0, CHUNKS, 2 * CHUNKS))
+    assert plain.tolist() == again.tolist() and head["kld"].tolist() == plain["kld"].tolist()
+    assert head["mtp1_kld"].sum() > 1.01 * plain["mtp1_kld"].sum()
+
+    edited = restored_from_quantized(tools, testbed, calibrated, types, tmp_path)
+    command = [tools.tool("llama-perplexity"), "-m", edited, "-f", heldout / "code.txt", "-c", CONTEXT, "-t", 1]
+    command += ["--chunks", CHUNKS, "--mtp", "--mtp-depth", 2, "--mtp-output-file", tmp_path / "scores.csv"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    scores = np.genfromtxt(tmp_path / "scores.csv", delimiter=",", names=True)
+    for depth in (1, 2):
+        for chunk in range(CHUNKS):
+            own = scores[(scores["depth"] == depth) & (scores["pos"] // CONTEXT == chunk)]
+            row = head[chunk]
+            assert len(own) == row[f"mtp{depth}_n"] == SCORED + 1 - depth
+            assert own["agree"].sum() == row[f"mtp{depth}_agree"]
+            assert own["p"].sum() == pytest.approx(row[f"mtp{depth}_p"], rel=1e-5)
+            assert own["kld"].sum() == pytest.approx(row[f"mtp{depth}_kld"], rel=1e-5)
+    assert (head["mtp1_tokens"] == head["mtp1_n"] + head["mtp1_agree"]).all()
+    assert np.allclose(head["mtp1_tokens_p"], head["mtp1_n"] + head["mtp1_p"])
+    assert (head["mtp2_tokens"] <= head["mtp2_n"] + head["mtp1_agree"] + head["mtp2_agree"]).all()
 
 
 def test_the_tensors_are_put_back_bit_for_bit(run: Run, calibrated: Path, tmp_path: Path) -> None:
@@ -136,7 +178,9 @@ def test_batches_of_any_size(arguments: str, run: Run, calibrated: Path, tmp_pat
     assert ran.returncode == 0, ran.stderr[-3000:]
     usual, found = rows(tmp_path / "usual.tsv"), rows(tmp_path / "out.tsv")
     assert [row[:3] for row in found] == [row[:3] for row in usual]
-    assert np.allclose([row[3] for row in found], [row[3] for row in usual], rtol=0.02, atol=0.01)
+    assert np.allclose(
+        [row[3] for row in found], [row[3] for row in usual], rtol=0.02, atol=0.05
+    )  # a token of 63 may go to another expert
 
 
 def test_some_of_the_chunks(run: Run, tmp_path: Path) -> None:
@@ -215,11 +259,10 @@ def test_values_that_cannot_be_quantized_are_refused(run: Run, testbed: Path, tm
     model = changed(
         testbed,
         tmp_path / "spoilt.gguf",
-        lambda name, values: values * np.nan if name == "blk.6.attn_q.weight" else values,
+        lambda name, values: values * np.nan if name == "blk.5.ffn_up_exps.weight" else values,
     )
-    if "no tensor" in (ran := run(probe("a", {"blk.6.attn_q.weight": "q8_0"}), model=model)).stdout + ran.stderr:
-        pytest.skip("this pin does not load the head for the trunk's scores")
-    assert ran.returncode == 1 and "values of blk.6.attn_q.weight can not be quantized" in ran.stdout + ran.stderr
+    ran = run(probe("a", {"blk.5.ffn_up_exps.weight": "q8_0"}), model=model)
+    assert ran.returncode == 1 and "values of blk.5.ffn_up_exps.weight can not be quantized" in ran.stdout + ran.stderr
 
 
 def test_an_imatrix_that_does_not_fit(run: Run, calibrated: Path, tmp_path: Path) -> None:
@@ -257,6 +300,8 @@ def test_options_that_go_together(
         (["--multiple-choice"], "--kl-divergence-probes works only with --kl-divergence"),
         (["--from-chunk", CHUNKS], f"there is no chunk {CHUNKS} in"),
         (["--from-chunk", -1], "there is no chunk -1 in"),
+        (["--mtp", "-c", 2 * CONTEXT], "has been computed with 128, the scores of the MTP head need the same context"),
+        (["--mtp", "--mtp-output-file", tmp_path / "x"], "--mtp-output-file does not work with --kl-divergence-probes"),
         (["--kl-divergence-base", tmp_path / "none"], "failed to open"),
         (["--kl-divergence-probes", tmp_path / "none"], "failed to open"),
         (["--kl-divergence-output", tmp_path / "no" / "folder"], "for writing"),
