@@ -280,6 +280,18 @@ class PolicyUnfit(ApexError):
     exit_code = 66
 
 
+class MeasurementUnfit(ApexError):
+    """A measurement of a model that cannot be used: damaged, or of another model or build."""
+
+    exit_code = 67
+
+
+class BudgetUnfit(ApexError):
+    """No file of this size can be made: smaller than the smallest possible one, or larger than the largest."""
+
+    exit_code = 68
+
+
 # --- quantization -----------------------------------------------------------------------------------------------------
 class DiskTooSmall(ApexError):
     """Not enough disk space for the output."""

@@ -15,7 +15,7 @@ be reported under its plugin's name; pluggy's wrappers have no effect. docs/plug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,14 +28,17 @@ if TYPE_CHECKING:
     import click
 
     from apex_build.evaluation.task import Task
+    from apex_build.gguf_model.catalogue import Model, Tensor
+    from apex_build.native.ggml import Ggml
+    from apex_build.parameters import Value
 
 hookspec = pluggy.HookspecMarker("apex_build")
 hookimpl = pluggy.HookimplMarker("apex_build")
 
-# The version of this API. A plugin says which it was made for with a line `APEX_API = 2`; without one it was made for
+# The version of this API. A plugin says which it was made for with a line `APEX_API = 3`; without one it was made for
 # 1. It grows with each addition that a plugin may rely on; OLDEST_API is raised where something that plugins rely on is
 # taken away.
-API_VERSION = 2
+API_VERSION = 3
 OLDEST_API = 1
 
 
@@ -78,20 +81,58 @@ class Part:
 
 
 @dataclass(frozen=True)
-class PolicySpec:
-    """A named way to give each tensor a type.
+class PolicyTask:
+    """What a policy that computes is given. `parameters`: all of them, with their values; `quantizable`: the names of
+    the tensors that llama-quantize converts, all others stay as they are; `calibrated`: there will be an imatrix;
+    `other_bytes`: what the file takes beside its tensors' data, at most (header, metadata, vocabulary).
+    """
 
-    The template renders `pattern=type`, one a line; `base_type` is llama-quantize's own type argument, whose mixture
-    decides for every tensor that no line names (`{name}` stands for the value of a parameter); `calibrated` says that
-    the policy is meant for use with an imatrix; `fit` that a tensor whose rows cannot hold its type gets the nearest
-    that they can, instead of a refusal; `needs` what a model must have: 'head'; `otherwise` the policy to take for a
-    model without it. `sweeps`: apex sweep takes this policy where no other is asked for.
+    policy: str
+    model: Model
+    parameters: Mapping[str, Value]
+    quantizable: Collection[str]
+    ggml: Ggml
+    calibrated: bool = True
+    other_bytes: int = 0
+    build: str = ""  # the identity of the tools
+
+    def n_bytes(self, tensor: Tensor, type_name: str) -> int:
+        """Bytes of the tensor's data in this type. Raises ShapeUnfit."""
+        if type_name == tensor.type:
+            return tensor.n_bytes
+        return tensor.n_elements // tensor.shape[0] * self.ggml.row_bytes(type_name, tensor.shape[0])
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a policy computed: a type for each tensor by its name; those that are not named are left to the base type.
+
+    `warnings` are for the user; `predicted` has figures that the file is expected to have, by the names that
+    evaluators give them (kld.mean), shown with the plan.
+    """
+
+    types: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    predicted: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A named way to give each tensor a type, by a template or by a function.
+
+    The template renders `pattern=type`, one a line; `compute` gives the types itself. `base_type` is llama-quantize's
+    own type argument, whose mixture decides for every tensor that is not named (`{name}` stands for the value of a
+    parameter); `calibrated` says that the policy is meant for use with an imatrix; `fit` that a tensor whose rows
+    cannot hold its type gets the nearest that they can, instead of a refusal; `needs` what a model must have: 'head';
+    `otherwise` the policy to take for a model without it. `sweeps`: apex sweep takes this policy where no other is
+    asked for. `predict`: what the policy expects of a file with these types, whoever chose them; apex plan --compare
+    shows it of all plans.
 
     A line `# warning: TEXT` of the rendered rules is shown to the user.
     """
 
     name: str
-    template: Path
+    template: Path | None
     base_type: str
     calibrated: bool = False
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
@@ -100,6 +141,8 @@ class PolicySpec:
     needs: tuple[str, ...] = ()
     otherwise: str = ""
     sweeps: bool = False
+    compute: Callable[[PolicyTask], Computed] | None = None
+    predict: Callable[[PolicyTask, Mapping[str, str]], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from apex_build.errors import ParameterUnknown, TypeUnknown
@@ -28,16 +29,16 @@ _YES = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": 
 class Parameter:
     """What a user may set with `--set name=value`. A template sees it as a variable, with `_` for each dot of its name.
 
-    kind 'type' takes a GGUF tensor type (Q4_K), 'int' a whole number >= 0, 'number' a decimal one >= 0, 'flag' yes or
-    no, 'text' anything. `words` are further values of a 'type' parameter, to which the template gives its own meaning;
-    with `mixtures` it also takes two types, A+B. One that has `measured` takes the word 'auto': the smallest of these
-    values whose loss, measured on the user's model against the first of them, is under a bound, the value of the
-    parameter that `bound` names (without one 0.5 points). They stand in the order in which they are tried: the largest
-    first.
+    kind 'type' takes a GGUF tensor type (Q4_K), 'int' a whole number >= 0, 'number' a decimal one >= 0, 'flag' yes
+    or no, 'text' anything, 'file' the path of a file that is there (of which a quantized file records the name).
+    `words` are further values of a 'type' parameter, to which the template gives its own meaning; with `mixtures`
+    it also takes two types, A+B. One that has `measured` takes the word 'auto': the smallest of these values whose
+    loss, measured on the user's model against the first of them, is under a bound, the value of the parameter that
+    `bound` names (without one 0.5 points). They stand in the order in which they are tried: the largest first.
     """
 
     default: str | int | float | bool
-    kind: Literal["type", "int", "number", "flag", "text"] = "type"
+    kind: Literal["type", "int", "number", "flag", "text", "file"] = "type"
     help: str = ""
     words: tuple[str, ...] = ()
     mixtures: bool = False
@@ -100,6 +101,10 @@ def _value(about: str, parameter: Parameter, value: Value, ggml: Ggml) -> Value:
         if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
             raise ParameterUnknown(f"{about} takes a number from 0, such as 0.8, not '{value}'")
         return float(text)
+    if parameter.kind == "file":
+        if text and not Path(text).is_file():
+            raise ParameterUnknown(f"{about}: {text}: no such file")
+        return text
     if parameter.kind == "flag":
         if text.lower() not in _YES:
             raise ParameterUnknown(f"{about} takes yes or no, not '{value}'")

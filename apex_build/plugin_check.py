@@ -12,7 +12,7 @@ from typing import cast, get_args, get_type_hints
 
 import gguf
 
-from apex_build.errors import PluginFailed, TypeUnknown
+from apex_build.errors import ParameterUnknown, PluginFailed, PolicyUnfit, ShapeUnfit, TypeUnknown
 from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.gguf_model.quantizable import quantizable
 from apex_build.hookspecs import Evaluator, GpuTarget, Part, PolicySpec, Service
@@ -21,6 +21,7 @@ from apex_build.native.ggml import Ggml, TypeTraits
 from apex_build.near import nearby
 from apex_build.parameters import resolve, values_of
 from apex_build.plugins import Plugins, load_plugins
+from apex_build.policy.computed import compute, task_of
 from apex_build.policy.render import render
 from apex_build.policy.rules import apply_rules, parse_rules
 
@@ -98,7 +99,14 @@ def _check_policy(plugin: str, policy: LoadedPolicy, plugins: Plugins) -> dict[s
     wanted: dict[str, str] = {}
     for model in (_sample(plugins, experts=True, head=True), *_others(policy, plugins)):
         quantized = [tensor.name for tensor in model.tensors if quantizable(tensor.name, tensor.shape)]
-        rules = parse_rules(render(policy, values, model, quantized), types)
+        if policy.compute is None:
+            lines = render(policy, values, model, quantized)
+        else:
+            try:
+                lines = compute(policy, task_of(policy, values, model, quantized, types, calibrated=True))[0].lines
+            except (ParameterUnknown, PolicyUnfit):  # one that needs a setting, or a file: it says so
+                return {}
+        rules = parse_rules(lines, types)
         deciding = apply_rules(rules, model.tensors, quantized)
         wanted = wanted or {tensor: rule.type for tensor, rule in deciding.items()}
     return wanted
@@ -202,6 +210,15 @@ class _Types:
             raise TypeUnknown(f"{name!r} is not a tensor type of GGUF{nearby(name.upper(), known)}") from None
         block, size = gguf.GGML_QUANT_SIZES[found]
         return TypeTraits(found.name, block, size, block > 1, False, False)
+
+    def row_bytes(self, name: str, ne0: int) -> int:
+        traits = self.type_traits(name)
+        if ne0 % traits.block_size:
+            raise ShapeUnfit(f"a row of {ne0} values cannot be {traits.name}: its blocks hold {traits.block_size}")
+        return ne0 // traits.block_size * traits.type_size
+
+    def needs_imatrix(self, name: str, tensor: str, file_type: str = "") -> bool:
+        return self.type_traits(name).requires_imatrix
 
 
 def _types() -> Ggml:

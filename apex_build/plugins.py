@@ -71,6 +71,8 @@ class Plugins:
                 self._leave_out(plugin, error)
                 del found[name]
                 continue
+            if policy.template is None:
+                continue
             folder = policy.template.resolve().parent
             library[plugin] = (*(f for f in library.get(plugin, ()) if f != folder), folder)
         return {name: loaded_policy(policy, plugin, library) for name, (plugin, policy) in sorted(found.items())}
@@ -372,7 +374,10 @@ def _roles(plugins: Plugins) -> Mapping[str, Role]:
 
 
 def _refuse_unusable(plugin: str, policy: PolicySpec) -> None:
-    if policy.template.suffix != ".jinja" or not policy.template.is_file():
+    if (policy.template is None) == (policy.compute is None):
+        has = "both a template and a function" if policy.compute else "neither a template nor a function"
+        raise PluginFailed(f"plugin '{plugin}': its policy '{policy.name}' has {has} that gives the types")
+    if policy.template is not None and (policy.template.suffix != ".jinja" or not policy.template.is_file()):
         wrong = "does not exist" if policy.template.suffix == ".jinja" else "is not named *.jinja"
         raise PluginFailed(f"plugin '{plugin}': the template of its policy '{policy.name}' {wrong}: {policy.template}")
     _refuse_ambiguous(plugin, policy)

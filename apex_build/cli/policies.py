@@ -55,7 +55,7 @@ def _json(policy: LoadedPolicy) -> dict[str, Any]:
         "base_type": policy.base_type,
         "calibrated": policy.calibrated,
         "description": policy.description,
-        "template": str(policy.template),
+        "template": str(policy.template) if policy.template else None,
         "parameters": {
             name: {"default": p.default, "kind": p.kind, "words": list(p.words), "help": p.help}
             for name, p in policy.parameters.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apex_build.errors import PlanMismatch, PolicyUnfit, ShapeUnfit
@@ -13,6 +13,7 @@ from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
 from apex_build.parameters import BASE_TYPE, Value, resolve
+from apex_build.policy.computed import compute, task_of
 from apex_build.policy.dry_run import DryRun, dry_run, quantizable_tensors
 from apex_build.policy.lists import TypeList, apply_list
 from apex_build.policy.render import Places, Rendered, find, render_each
@@ -67,6 +68,7 @@ class Plan:
     entries: tuple[Entry, ...]
     identity: str
     warnings: tuple[str, ...] = ()  # of the policy itself, and of settings that touch nothing
+    predicted: Mapping[str, float] = field(default_factory=dict, hash=False)  # figures that a policy expects
 
     @property
     def n_bytes(self) -> int:
@@ -145,8 +147,25 @@ def make_plans(
     values = [resolve(policy, one.parameters, ggml) for one in wanted]
     check_suits(policy, model)
     quantizable = quantizable_tensors(model, tools)
-    given = [(each, one.parameters) for each, one in zip(values, wanted, strict=True)]
-    rendered = render_each(policy, given, model, quantizable)
+    predicted: list[Mapping[str, float]] = [{} for _ in wanted]
+    if policy.compute is not None:
+        tasks = [
+            task_of(
+                policy,
+                each,
+                model,
+                quantizable,
+                ggml,
+                calibrated=one.imatrix or policy.calibrated,
+                build=tools.identity,
+            )
+            for each, one in zip(values, wanted, strict=True)
+        ]
+        computed = [compute(policy, task) for task in tasks]
+        rendered, predicted = [lines for lines, _ in computed], [found.predicted for _, found in computed]
+    else:
+        given = [(each, one.parameters) for each, one in zip(values, wanted, strict=True)]
+        rendered = render_each(policy, given, model, quantizable)
     rules = [parse_rules(one.lines, ggml) for one in rendered]
     every = [*(types.rules if types else ()), *(rule for some in rules for rule in some)]
     places = find((rule.pattern for rule in every), [tensor.name for tensor in model.tensors])
@@ -155,7 +174,9 @@ def make_plans(
     for number, one in enumerate(wanted):
         report(Step("planning", number, len(wanted), "files"))
         try:
-            plans.append(asked.plan(values[number], rendered[number], rules[number], one))
+            made = asked.plan(values[number], rendered[number], rules[number], one)
+            # with a list of the user's own before it, the file is another one than the policy spoke of
+            plans.append(made if types else replace(made, predicted=predicted[number]))
         except ShapeUnfit as error:
             plans.append(error)
     return plans

@@ -45,6 +45,7 @@ def render_each(
     In one child process, however many there are. Raises TemplateFailed and TemplateUnsafe, naming the template's file
     and line.
     """
+    assert policy.template is not None, "a policy that computes has nothing to render"
     source = "".join(file.read_text("utf-8") for file in template_files(policy))
     tried = [_tried(policy, values, names, source) for values, names in wanted]
     renders = [
@@ -84,7 +85,8 @@ def render(
 
 def template_files(policy: PolicySpec) -> Iterator[Path]:
     """A policy's template, and those that it may include."""
-    yield policy.template
+    if policy.template is not None:
+        yield policy.template
     for folders in library_of(policy)[1].values():
         for folder in folders:
             yield from folder.glob("*.jinja")
@@ -115,6 +117,7 @@ def _others(kind: str, value: Any) -> tuple[Any, ...]:
 
 
 def _request(policy: PolicySpec, model: Model, quantizable: Collection[str]) -> dict[str, Any]:
+    assert policy.template is not None
     folder = policy.template.resolve().parent
     own, folders = library_of(policy)
     library = {plugin: [str(path) for path in paths] for plugin, paths in folders.items()}

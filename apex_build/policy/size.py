@@ -6,8 +6,9 @@ Follows gguf_get_meta_size (ggml/src/gguf.cpp) and the writing loop of llama_mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
@@ -15,12 +16,34 @@ from apex_build.errors import ModelInvalid
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import Imatrix
 from apex_build.gguf_model.quantizable import n_dims
-from apex_build.policy.plan import Plan
+
+if TYPE_CHECKING:
+    from apex_build.policy.plan import Plan
 
 _COUNTS_END = 4 + 4 + 8 + 8  # magic, version, number of tensors, number of keys
 _REMOVED = ("split.no", "split.count", "split.tensors.count")
 _SET = ("general.quantization_version", "general.file_type")  # set in every output, as UINT32
 _LONGEST_TEXT = 127  # of a --override-kv value: llama_model_kv_override.val_str
+
+
+# what a run adds to the metadata: the keys of quantization.provenance and of the imatrix, with texts of at most
+# _LONGEST_TEXT; with some room for --meta
+_ADDED = 3 << 10
+
+
+def other_bytes(model: Model) -> int:
+    """Bytes that a file quantized of this model takes beside the data of its tensors: an upper bound, known before
+    their types are. 0 for a model without a file.
+    """
+    if not model.headers:
+        return 0
+    keys = dict(model.headers[0].key_bytes)
+    return _padded(_COUNTS_END + sum(keys.values()) + _infos((t.name, t.shape) for t in model.tensors) + _ADDED)
+
+
+def padded_bytes(n_bytes: int) -> int:
+    """Bytes that data of a tensor takes in a file, up to where the next one begins."""
+    return _padded(n_bytes)
 
 
 def file_size(plan: Plan, model: Model, added: Mapping[str, str | int | float | bool]) -> int:
@@ -41,7 +64,7 @@ def file_size(plan: Plan, model: Model, added: Mapping[str, str | int | float | 
         keys.pop(key, None)
     for key, value in {**dict.fromkeys(_SET, 0), **added}.items():
         keys[key] = 8 + len(key.encode()) + 4 + _value_bytes(value)
-    tensors = sum(8 + len(entry.name.encode()) + 4 + 8 * n_dims(entry.shape) + 4 + 8 for entry in plan.entries)
+    tensors = _infos((entry.name, entry.shape) for entry in plan.entries)
     return _padded(_COUNTS_END + sum(keys.values()) + tensors) + sum(_padded(entry.n_bytes) for entry in plan.entries)
 
 
@@ -56,6 +79,10 @@ def imatrix_keys(path: Path, imatrix: Imatrix) -> dict[str, str | int]:
     if imatrix.chunk_count:
         keys["quantize.imatrix.chunks_count"] = imatrix.chunk_count
     return keys
+
+
+def _infos(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+    return sum(8 + len(name.encode()) + 4 + 8 * n_dims(shape) + 4 + 8 for name, shape in tensors)
 
 
 def _value_bytes(value: str | int | float | bool) -> int:

@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-import mmap
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -18,6 +15,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.examine import weights
 from apex_build.gguf_model.header import Header
 from apex_build.gguf_model.imatrix import Imatrix
+from apex_build.gguf_model.rows import TensorRows, mapped_rows
 from apex_build.native.tensor_data import Bytes, Codec, Floats, codec
 from apex_build.native.toolset import Toolset
 from apex_build.policy.plan import Entry, Plan
@@ -28,14 +26,6 @@ COMPARED = 1 << 28  # weights: all of a model up to this size; of a larger one a
 _AT_ONCE = 1 << 22  # weights
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor's data, mapped, as rows of bytes."""
-
-    type: str
-    rows: Bytes
-
-
 def check_against(
     header: Header, plan: Plan, source: Model, imatrix: Imatrix | None, tools: Toolset, report: Report = silent
 ) -> None:
@@ -43,7 +33,7 @@ def check_against(
     reading = codec(tools)
     share = COMPARED / max(1, plan.n_elements)
     done, total = 0, plan.n_elements
-    with _mapped([header]) as written, _mapped(source.headers) as given:
+    with mapped_rows([header]) as written, mapped_rows(source.headers) as given:
         for entry in plan.entries:
             new, old = written[entry.name], given[entry.name]
             if fault := _fault(entry, new, old, share, imatrix, reading):
@@ -78,7 +68,7 @@ def not_compared(plan: Plan, reading: Codec) -> list[str]:
 
 
 def _fault(
-    entry: Entry, new: _Tensor, old: _Tensor, share: float, imatrix: Imatrix | None, reading: Codec
+    entry: Entry, new: TensorRows, old: TensorRows, share: float, imatrix: Imatrix | None, reading: Codec
 ) -> Fault | None:
     matrices = entry.n_elements // math.prod(entry.shape[:2])
     of_matrix = len(new.rows) // matrices
@@ -142,19 +132,3 @@ def _place(entry: Entry, row: int) -> str:
     if len(entry.shape) < 3:
         return f"row {row}"
     return f"matrix {row // of_matrix} of {entry.n_elements // math.prod(entry.shape[:2])}, row {row % of_matrix}"
-
-
-@contextmanager
-def _mapped(headers: Sequence[Header]) -> Iterator[dict[str, _Tensor]]:
-    found = {}
-    with ExitStack() as stack:
-        for header in headers:
-            file = stack.enter_context(header.path.open("rb"))
-            # not closed by hand: arrays refer to it, and it goes with the last of them
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            view = np.frombuffer(data, dtype=np.uint8)
-            for tensor in header.tensors:
-                start = header.data_offset + tensor.offset
-                rows = math.prod(tensor.shape[1:])
-                found[tensor.name] = _Tensor(tensor.type, view[start : start + tensor.n_bytes].reshape(rows, -1))
-        yield found

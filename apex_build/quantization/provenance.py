@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from gguf.utility import size_label
 
@@ -35,7 +36,12 @@ def provenance(
     head.
     """
     given = {name: value for name, value in plan.parameters.items() if name in policy.parameters}
-    changed = " ".join(f"{name}={value}" for name, value in given.items() if value != policy.parameters[name].default)
+    shown = {
+        name: Path(str(value)).name if policy.parameters[name].kind == "file" else value
+        for name, value in given.items()
+        if value != policy.parameters[name].default
+    }
+    changed = " ".join(f"{name}={value}" for name, value in shown.items())
     keys = {
         "apex.version": __version__,
         "apex.policy": plan.policy,

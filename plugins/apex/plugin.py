@@ -9,7 +9,7 @@ from pathlib import Path
 
 from apex_build.plugin_api import Parameter, PolicySpec, hookimpl
 
-APEX_API = 2
+APEX_API = 3
 
 _HERE = Path(__file__).parent
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from apex_build.plugin_api import CalibrationSetInvalid, Document, Source, hookimpl
 
-APEX_API = 2
+APEX_API = 3
 
 _PIECE = 6000  # characters of a long file in one piece, so that domains take turns often
 

@@ -27,7 +27,7 @@ from apex_build.plugin_api import (
     tokens_of,
 )
 
-APEX_API = 2
+APEX_API = 3
 
 # for apex check: drafts of two tokens are what mixture-of-experts models do best with
 _CHECKED = {name: f"greedy.n2.{name}" for name in ("acceptance", "same_text", "drafted", "accepted")}

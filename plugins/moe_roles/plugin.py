@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from apex_build.plugin_api import hookimpl
 
-APEX_API = 2
+APEX_API = 3
 
 _BLOCK = re.compile(r"^(?:dec\.|enc\.)?blk\.\d+\.")
 # parts of a file that see or hear: towers (mmproj files, some models' own), projectors, the vocoder's parts

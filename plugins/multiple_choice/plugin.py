@@ -23,7 +23,7 @@ from apex_build.plugin_api import (
 
 from .tasks import Reader, read_hellaswag, read_multiple_choice, read_winogrande
 
-APEX_API = 2
+APEX_API = 3
 
 _PARALLEL = 16  # sequences at once; each costs memory in models with a recurrent part
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from apex_build.plugin_api import GpuTarget, hookimpl
 
-APEX_API = 2
+APEX_API = 3
 
 _COMMON = ("all-common",)  # one GPU of each architecture
 _THOR = ("thor", "agx-thor", "jetson-agx-thor")

@@ -10,7 +10,7 @@ from apex_build.plugin_api import Evaluator, Figure, Parameter, Service, hookimp
 if TYPE_CHECKING:
     from apex_build.plugin_api import Task
 
-APEX_API = 2
+APEX_API = 3
 
 _PARAMETERS = {
     "context": Parameter(512, "int", "tokens in a chunk; its second half is scored"),

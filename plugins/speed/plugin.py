@@ -29,7 +29,7 @@ from apex_build.plugin_api import (
     tokens_of,
 )
 
-APEX_API = 2
+APEX_API = 3
 
 _UNIT = "tokens/s"
 

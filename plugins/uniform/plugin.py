@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apex_build.plugin_api import Parameter, PolicySpec, hookimpl
 
-APEX_API = 2
+APEX_API = 3
 
 _EXCEPT = ("inherit", "keep")
 

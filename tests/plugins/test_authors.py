@@ -139,7 +139,7 @@ def plugin(where: Path, text: str, name: str = "mine") -> Path:
     [
         (
             "APEX_API = 3\nfrom apex_build.plugin_api import of_the_future\n",
-            "made for plugin API version 3: this apex-build has version 1 to 2",
+            "made for plugin API version 4: this apex-build has version 1 to 3",
         ),
         ("APEX_API = 0  # long ago\n", "made for plugin API version 0"),
         ("APEX_API = int('7')\n", "made for plugin API version 7"),
@@ -154,14 +154,14 @@ def test_a_plugin_for_another_version_of_the_api(tmp_path: Path, text: str, says
 
 
 def test_an_installed_plugin_for_another_version_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "later.py").write_text("APEX_API = 3\nfrom apex_build.plugin_api import of_the_future\n")
+    (tmp_path / "later.py").write_text("APEX_API = 4\nfrom apex_build.plugin_api import of_the_future\n")
     info = tmp_path / "later-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: later\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[apex_build]\nlater = later\n")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     ran = run_apex("plugins", "list", "--json", env={**os.environ, "PYTHONPATH": path})
-    assert "was made for plugin API version 3" in ran.stderr
+    assert "was made for plugin API version 4" in ran.stderr
     listed = json.loads(ran.stdout)
     assert [one["name"] for one in listed["left_out"]] == ["later"] and listed["api"] == API_VERSION
     assert {one["api"] for one in listed["plugins"]} == {API_VERSION}
@@ -174,7 +174,7 @@ def test_the_list_says_what_each_plugin_gives() -> None:
 
 
 HEAD = (
-    "from pathlib import Path\nfrom apex_build.plugin_api import *\nAPEX_API = 2\nT = "
+    "from pathlib import Path\nfrom apex_build.plugin_api import *\nAPEX_API = 3\nT = "
     "Path(__file__).with_name('t.jinja')\n"
 )
 
@@ -252,7 +252,7 @@ def test_a_plugin_of_version_1_may_still_name_roles_of_its_own(tmp_path: Path) -
     text += "@hookimpl\ndef apex_tensor_roles(architecture):\n    return lambda name: 'mine'\n"
     assert load_plugins([plugin(tmp_path, text, "old")]).role_of("any", "x") == "mine"
     with pytest.raises(PluginFailed, match="its role of x is 'mine', and there is no such role"):
-        load_plugins([plugin(tmp_path, f"APEX_API = 2\n{text}", "new")]).role_of("any", "x")
+        load_plugins([plugin(tmp_path, f"APEX_API = 3\n{text}", "new")]).role_of("any", "x")
 
 
 def test_a_head_that_lies_outside_the_blocks(testbed: Path) -> None:

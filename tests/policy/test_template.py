@@ -102,6 +102,7 @@ def test_changing_what_the_template_was_given_is_refused(make_policy: MakePolicy
 
 def test_a_link_out_of_the_plugin_is_refused(make_policy: MakePolicy, small: Model) -> None:
     policy = make_policy("{% include 'out.jinja' %}")
+    assert policy.template is not None
     (policy.template.parent / "out.jinja").symlink_to("/etc/passwd")
     with pytest.raises(TemplateUnsafe, match=r"mine\.jinja:1: .*link that leads out"):
         render(policy, {}, small, ())

@@ -4,7 +4,7 @@ import click
 
 from apex_build.plugin_api import hookimpl
 
-APEX_API = 2
+APEX_API = 3
 
 
 @click.command("my-name")

@@ -2,7 +2,7 @@
 
 from apex_build.plugin_api import Evaluator, Figure, Parameter, Task, hookimpl
 
-APEX_API = 2
+APEX_API = 3
 PARAMETERS = {"n_predict": Parameter(64, "int", "tokens written after each prompt")}
 
 

@@ -2,7 +2,7 @@
 
 from apex_build.plugin_api import GpuTarget, hookimpl
 
-APEX_API = 2
+APEX_API = 3
 
 
 @hookimpl

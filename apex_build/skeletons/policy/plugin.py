@@ -4,7 +4,7 @@ from pathlib import Path
 
 from apex_build.plugin_api import Parameter, PolicySpec, hookimpl
 
-APEX_API = 2
+APEX_API = 3
 TEMPLATE = Path(__file__).with_name("my-name.jinja")
 PARAMETERS = {"routed_head": Parameter("IQ2_XXS", "type", "the routed experts of the draft head")}
 

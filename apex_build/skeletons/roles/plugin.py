@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from apex_build.plugin_api import Part, Role, hookimpl
 
-APEX_API = 2
+APEX_API = 3
 ROLES: dict[str, str | Part] = {"mem_k": "memory", "mem_v": "memory", "mtp_proj": Part("nextn", draft_head=True)}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from apex_build.plugin_api import Document, Source, hookimpl
 
-APEX_API = 2
+APEX_API = 3
 
 
 def read(options: Mapping[str, Any], folder: Path) -> Iterator[Document]:
