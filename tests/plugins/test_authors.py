@@ -138,7 +138,7 @@ def plugin(where: Path, text: str, name: str = "mine") -> Path:
     ("text", "says"),
     [
         (
-            "APEX_API = 3\nfrom apex_build.plugin_api import of_the_future\n",
+            "APEX_API = 4\nfrom apex_build.plugin_api import of_the_future\n",
             "made for plugin API version 4: this apex-build has version 1 to 3",
         ),
         ("APEX_API = 0  # long ago\n", "made for plugin API version 0"),

@@ -1,0 +1,82 @@
+"""What a user says of a file's size: bytes, bits per weight, and which types tensors may or must have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from apex_build.plugin_api import Ggml, Model, ParameterUnknown, Tensor, TypeUnknown
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+HEAD = "draft_head"
+
+
+def size_of(text: str) -> int:
+    """Bytes of 12.5GiB, 800MB or 123456. Raises ParameterUnknown."""
+    found = _SIZE.fullmatch(text)
+    if found is None or not float(found[1]):
+        raise ParameterUnknown(f"'{text}' is not a size", hint="for example 12.5GiB, 800MB or 12500000000")
+    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+
+
+def shown(n_bytes: float) -> str:
+    unit, name = (2**30, "GiB") if n_bytes >= 2**30 else (2**20, "MiB")
+    return f"{n_bytes / unit:.3f} {name}"
+
+
+def bytes_for(bits: float, model: Model) -> int:
+    """Of a file whose tensors have so many bits a weight on average, its header aside."""
+    return int(bits * sum(tensor.n_elements for tensor in model.tensors) / 8)
+
+
+def pairs_of(text: str, what: str, ggml: Ggml, also: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """`A=TYPE,B=TYPE`. Raises ParameterUnknown, TypeUnknown."""
+    found = []
+    for one in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, type_name = one.rpartition("=")
+        if not equals or not name:
+            raise ParameterUnknown(f"{what} '{one}' is not of the form {what.upper()}=TYPE")
+        kind = type_name.strip()
+        found.append((name.strip(), kind.lower() if kind.lower() in also else ggml.type_traits(kind).name))
+    return found
+
+
+def types_of(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The candidate types that a user leaves: a list, or with a minus those to leave out. Raises TypeUnknown."""
+    names = [one.strip().upper() for one in text.split(",") if one.strip()]
+    if not names:
+        return tuple(known)
+    for name in names:
+        if name.lstrip("-") not in known:
+            raise TypeUnknown(
+                f"--types: '{name.lstrip('-')}' is none of the candidates: {', '.join(known)}",
+                hint="--types Q8_0,Q6_K,Q5_K,Q4_K,Q3_K,Q2_K, or --types=-IQ3_XXS,-IQ2_S to leave some out",
+            )
+    out = {name[1:] for name in names if name.startswith("-")}
+    wanted = [name for name in names if not name.startswith("-")] or known
+    return tuple(name for name in known if name in wanted and name not in out)
+
+
+def kept(tensor: Tensor, patterns: Sequence[tuple[re.Pattern[str], str]]) -> str | None:
+    """The type that the first pattern found in the tensor's name asks for."""
+    return next((type_name for pattern, type_name in patterns if pattern.search(tensor.name)), None)
+
+
+def compiled(pairs: Sequence[tuple[str, str]], model: Model) -> list[tuple[re.Pattern[str], str]]:
+    """Raises ParameterUnknown for a pattern that is none, or is found in no tensor."""
+    found = []
+    for pattern, type_name in pairs:
+        try:
+            made = re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ParameterUnknown(f"keep: '{pattern}' is not a regular expression: {error}") from None
+        if not any(made.search(tensor.name) for tensor in model.tensors):
+            raise ParameterUnknown(f"keep: '{pattern}' is found in no tensor of {model.path.name}")
+        found.append((made, type_name))
+    return found
+
+
+def least_bits(tensor: Tensor, least: Mapping[str, float]) -> float:
+    """Of --min: by the draft head, if it is of that, or by its role."""
+    return max(least.get(HEAD, 0.0) if tensor.draft_head else 0.0, least.get(tensor.role, 0.0))

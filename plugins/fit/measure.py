@@ -1,0 +1,191 @@
+"""Parts 1 and 2 together: all that a measurement holds, each piece kept as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from apex_build.plugin_api import (
+    CalibrationSetInvalid,
+    Model,
+    PolicyTask,
+    Probe,
+    ProbeScore,
+    Task,
+    Workplace,
+    cache_folder,
+    fingerprint,
+    probe_seconds,
+    run_probes,
+    sha256_file,
+    sha256_json,
+    whole_file,
+)
+
+from . import allocate, errors, measurement, policy, sensitivity
+from .errors import Errors
+from .measurement import Anchor, Measurement, Score, Sensitivity
+
+CONTEXT = 512
+CHUNKS = 4  # of each text, for the probes
+_LEAST_TEXT = 2 * 4 * CONTEXT  # bytes of half a text: two chunks of it at four bytes a token
+_ANCHORS = (2.1, 2.5, 3.0, 3.6, 4.3, 5.2, 6.2)  # bits a weight of the trunk
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Each text in two halves: what the probes see, and what they do not."""
+
+    probed: Mapping[str, Path]
+    unseen: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured, and on what. `budget`: evaluations of a chunk by which probes that noise hides may be
+    scored on more of them.
+    """
+
+    work: errors.Work
+    texts: Texts
+    chunks: int = CHUNKS
+    budget: int = 0
+    threads: int | None = None
+    cores: int = 1
+    head_score: bool = False
+    policy_task: PolicyTask | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Model:
+        return self.work.model
+
+    @property
+    def imatrix(self) -> Path | None:
+        return self.work.data.path if self.work.data else None
+
+    @property
+    def parts(self) -> dict[str, object]:
+        """What a measurement is made of."""
+        return {
+            "errors": self.work.identity,
+            "model": fingerprint(self.model),
+            "imatrix": self.work.data.sha256 if self.work.data else None,
+            "tools": self.work.tools.identity,
+            "texts": {name: sha256_file(path) for name, path in self.texts.probed.items()},
+            "chunks": self.chunks,
+            "context": CONTEXT,
+            "budget": self.budget,
+        }
+
+
+def split(texts: Mapping[str, Path]) -> Texts:
+    """Each text cut in the middle, at the end of a line. Raises CalibrationSetInvalid for one that is too short."""
+    probed: dict[str, Path] = {}
+    unseen: dict[str, Path] = {}
+    for name, path in texts.items():
+        content = path.read_bytes()
+        cut = content.rfind(b"\n", 0, len(content) // 2 + 1) + 1 or len(content) // 2
+        if min(cut, len(content) - cut) < _LEAST_TEXT:
+            raise CalibrationSetInvalid(
+                f"{path}: {len(content)} bytes are too short a text for the probes: expected at least "
+                f"{2 * _LEAST_TEXT}, one half for them and one for the check",
+                hint="give a longer text, or several joined into one",
+            )
+        folder = cache_folder("fit", "texts", sha256_json([path.name, sha256_file(path)])[:32])
+        for halves, part, half in ((probed, content[:cut], "probed"), (unseen, content[cut:], "unseen")):
+            halves[name] = folder / half / f"{name}.txt"
+            if not halves[name].is_file() or halves[name].stat().st_size != len(part):
+                halves[name].parent.mkdir(exist_ok=True)
+                with whole_file(halves[name]) as written:
+                    written.write_bytes(part)
+    return Texts(probed, unseen)
+
+
+def task_for(model: Model, place: Workplace, texts: Mapping[str, Path], chunks: int, threads: int | None) -> Task:
+    settings = {"context": CONTEXT, "parse_special": True, "chunks": chunks}
+    return Task("probes", model, place.tools, None, texts, (), None, settings, threads, place.report)
+
+
+def first(plan: Plan, found: Errors) -> tuple[tuple[sensitivity.Group, ...], tuple[Probe, ...]]:
+    """The groups of the trunk, and their probes."""
+    heads = {tensor.name for tensor in plan.model.tensors if tensor.draft_head}
+    groups = sensitivity.groups_of(plan.model, [name for name in plan.work.types if name not in heads])
+    return groups, sensitivity.first_probes(groups, plain(found))
+
+
+def plain(found: Errors) -> dict[tuple[str, str], float]:
+    return {(name, kind): one.error for name, types in found.items() for kind, one in types.items()}
+
+
+def expected(plan: Plan, place: Workplace) -> tuple[str, str, int]:
+    """How long the errors and the probes will take, in words (empty: nothing to be done), and how many probes."""
+    some = {name: {kind: errors.TypeLoss(0.1, 0.0) for kind in types} for name, types in plan.work.types.items()}
+    _, probes = first(plan, some)
+    task = task_for(plan.model, place, plan.texts.probed, _most(plan), plan.threads)
+    estimate = probe_seconds(task, probes, plan.imatrix, chunks=plan.chunks)
+    return errors.seconds(plan.work, plan.cores), str(estimate) if estimate.seconds else "", len(probes)
+
+
+def measure(plan: Plan, place: Workplace) -> Measurement:
+    """What is measured before is not measured again; a run that is cut short is resumed by the same call."""
+    found = errors.measure(plan.work, threads=plan.cores, report=place.report)
+    groups, probes = first(plan, found)
+    task = task_for(plan.model, place, plan.texts.probed, _most(plan), plan.threads)
+    scores = run_probes(task, probes, plan.imatrix, chunks=plan.chunks)
+    known = plain(found)
+    if plan.budget and (again := sensitivity.more_chunks(groups, scores, known, plan.budget)):
+        longer = run_probes(task, again, plan.imatrix, chunks=2 * plan.chunks)
+        better = {score.probe.key: score for score in longer}
+        scores = tuple(better.get(score.probe.key, score) for score in scores)
+    sensitivities = {
+        name: Sensitivity(
+            one.s.value / len(one.group.tensors),
+            None if one.s.low is None else one.s.low / len(one.group.tensors),
+            None if one.s.high is None else one.s.high / len(one.group.tensors),
+            one.p,
+            one.group.name,
+        )
+        for one in sensitivity.sensitivities(groups, scores, known)
+        for name in one.group.tensors
+    }
+    listed = tuple(
+        Score(score.probe.name, score.mean.value, score.mean.low, score.mean.high, score.positions) for score in scores
+    )
+    made = Measurement(
+        plan.model.path.name, measurement.shapes_of(plan.model), plan.parts, found, sensitivities, (), listed, ()
+    )
+    return _anchored(made, plan, task, scores)
+
+
+def _anchored(made: Measurement, plan: Plan, task: Task, scores: Sequence[ProbeScore]) -> Measurement:
+    """With whole files of several sizes, as they would be allocated, measured: how the tensors' losses add up."""
+    assert plan.policy_task is not None
+    choices = policy.choices_of(plan.policy_task, made)
+    tensors = {tensor.name: tensor for tensor in plan.model.tensors}
+    weights = sum(tensors[item.name].n_elements for item in choices.trunk)
+    least, most = allocate.smallest(choices.trunk), allocate.largest(choices.trunk)
+    probes: list[Probe] = []
+    totals: list[float] = []
+    for bits in _ANCHORS:
+        size = int(bits * weights / 8)
+        if not least <= size <= most:
+            continue
+        found = allocate.allocate(choices.trunk, size)
+        types = {name: kind for name, kind in found.types.items() if kind != tensors[name].type}
+        probes.append(Probe(f"whole, {bits:g} bits", types))
+        totals.append(found.loss)
+    if not probes:
+        return made
+    base = next(score for score in scores if not score.probe.types)
+    measured = run_probes(task, probes, plan.imatrix, chunks=plan.chunks)
+    anchors = []
+    for total, score in zip(totals, measured, strict=True):
+        cost = sensitivity.difference(score, base)
+        anchors.append(Anchor(total, cost.value, cost.low, cost.high))
+    return replace(made, anchors=tuple(anchors))
+
+
+def _most(plan: Plan) -> int:
+    """Chunks that the reference is made for."""
+    return 2 * plan.chunks if plan.budget else plan.chunks
