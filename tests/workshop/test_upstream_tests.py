@@ -13,6 +13,7 @@ from apex_build.errors import BuildFailed, SeriesUnfit, UpstreamTestsFailed
 from apex_build.source.fetch import fetch
 from apex_build.source.series import save_series
 from apex_build.workshop import upstream_tests
+from apex_build.workshop.each_builds import workplace
 
 CMAKE = b"""cmake_minimum_required(VERSION 3.14...3.28)
 project(tiny C CXX)
@@ -150,7 +151,7 @@ def test_what_a_test_makes_for_another_is_made_first(later: World, run: Run) -> 
     said = run("patch", "test", "--pin", later.toml, "--only", "a-made", "--json")
     found = json.loads(said.out)
     assert found["with"] == found["without"] == {"test-a-made": "passed"}
-    work = upstream_tests.workplace(later.pin) / "build"
+    work = workplace(later.pin) / "build"
     (work / "made").unlink()
     change(later, "#define VALUE 40 // forty\n", "value: say it")
     said = run("patch", "test", "--pin", later.toml, "--only", "made")
