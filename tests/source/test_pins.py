@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from architectures import ARCHITECTURES
 from source.tiny import Apex, World
 
 from apex_build.errors import PinUnknown
@@ -100,3 +101,30 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, world: World) 
     )
     monkeypatch.setenv("APEX_PIN", str(world.toml))
     assert load_pin() == world.pin and chosen_pin_name() == world.pin.name and load_pin().option == ""
+
+
+def test_the_table_of_heads_is_what_the_pins_say() -> None:
+    """docs/patches.md, 'What each pin serves'. tests/patches/test_architectures.py sees it of the tools."""
+    text = (Path(__file__).parents[2] / "docs" / "patches.md").read_text(encoding="utf-8")
+    header, _, *lines = text[text.index("| architecture | ") :].split("\n\n")[0].splitlines()
+    pins = [load_pin(name.strip()) for name in header.split("|")[2:4]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    told = {name: row[1:] for row in rows for name in row[0].split(" (")[0].split(", ")}
+    assert set(told) == set(ARCHITECTURES)
+    for name, (*said, heads, matrices, fed) in told.items():
+        assert said == [how_served(pin, name) for pin in pins], name
+        assert int(heads) == ARCHITECTURES[name].heads, name
+        assert (fed or "none") == (ROWS[ARCHITECTURES[name].rows] if "runs" in said else "none"), (name, matrices)
+
+
+ROWS = {"post_norm": "after the norm", "pre_norm": "before the norm", "streams": "streams"}
+
+
+def how_served(pin: Pin, architecture: str) -> str:
+    serves = pin.serves
+    assert serves
+    if architecture in serves.heads:
+        return "runs"
+    if architecture in serves.heads_idle:
+        return "loaded"
+    return "refused" if architecture in serves.architectures else "unknown"
