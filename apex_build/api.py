@@ -3,8 +3,8 @@ returns one.
 
     source  ->  build  ->  convert  ->  calibrate  ->  plan  ->  quantize  ->  evaluate, check, sweep
 
-A `Workplace` holds what they share: the built tools, the plugins, and whom they tell how far they are; without one, the
-tools in use and the installed plugins are taken. Nothing is printed; every error is an `ApexError` with the verb's own
+A `Workplace` holds what they share: the built tools, the plugins, and a function for progress reports; without one, the
+current tools and the installed plugins are used. Nothing is printed; every error is an `ApexError` with the verb's own
 exit code.
 """
 

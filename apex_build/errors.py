@@ -1,4 +1,4 @@
-"""Every error that a user can meet: one class each, with its own exit code.
+"""All errors that a user can meet: one class each, with its own exit code.
 
 The message names the file or tensor, what was expected and what was found; `hint` is the next command to try.
 Exit codes 0 to 2 are success, an internal error and a wrong command line (click's); 130 is Ctrl-C.
@@ -46,7 +46,7 @@ class ArchiveUnsafe(ApexError):
     """An archive contains something unsafe to extract: a link, a device, a path that escapes."""
 
     exit_code = 13
-    advice = "get the archive again from where it comes from, and compare its sha256; apex source fetch needs none"
+    advice = "download the archive again and compare its sha256; apex source fetch needs no archive"
 
 
 class TreeEdited(ApexError):
@@ -80,7 +80,7 @@ class PatchUnknown(ApexError):
 
 
 class SeriesUnfit(ApexError):
-    """A series, or a pin, is not fit for what was asked: several authors to export, or a status that is not green."""
+    """A series or pin cannot be used for this: a series to export has several authors, or a status is not green."""
 
     exit_code = 19
 
@@ -193,8 +193,8 @@ class CheckpointInvalid(ApexError):
 
 
 class HeadRowsMismatch(ApexError):
-    """The imatrix's data for the draft head is of other hidden rows than the head was trained on, or does not say of
-    which.
+    """The imatrix's data for the draft head is from other hidden rows than the head was trained on, or does not name
+    them.
     """
 
     exit_code = 45
@@ -209,7 +209,7 @@ class LoadFailed(ApexError):
 
 
 class ManifestMissing(ApexError):
-    """No manifest of apex there, and none beside it."""
+    """No apex manifest there, and none beside it."""
 
     exit_code = 47
     advice = "give an output of apex, its manifest (OUT.json), or a folder of the cache: apex cache list"
@@ -263,9 +263,7 @@ class TemplateUnsafe(ApexError):
     """A policy's template tried what the sandbox forbids."""
 
     exit_code = 64
-    advice = (
-        "a template sees data alone, no files and no Python: docs/policies.md; apex policies lists those that are there"
-    )
+    advice = "a template sees only data, no files and no Python: docs/policies.md; apex policies lists the policies"
 
 
 class PlanMismatch(ApexError):

@@ -9,7 +9,7 @@ writes a function of a hook's name, marked with `@hookimpl`:
     def apex_policies() -> list[PolicySpec]:
         return [PolicySpec(name="mine", template=Path(__file__).with_name("mine.jinja"), base_type="Q4_K_M")]
 
-Hooks give data and do no work until they are asked. Each hook function is called on its own, so that an error in it can
+Hooks return data and do no work until it is used. Each hook function is called on its own, so that an error in it can
 be reported under its plugin's name; pluggy's wrappers have no effect. docs/plugins.md has an example of each hook.
 """
 
@@ -36,8 +36,8 @@ hookspec = pluggy.HookspecMarker("apex_build")
 hookimpl = pluggy.HookimplMarker("apex_build")
 
 # The version of this API. A plugin says which it was made for with a line `APEX_API = 3`; without one it was made for
-# 1. It grows with each addition that a plugin may rely on; OLDEST_API is raised where something that plugins rely on is
-# taken away.
+# 1. It grows with each addition that a plugin may rely on; OLDEST_API grows when something that plugins rely on is
+# removed.
 API_VERSION = 3
 OLDEST_API = 1
 
@@ -70,7 +70,7 @@ ROLES = (
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor's role, and whether it belongs to the draft head, where its block does not tell.
+    """A tensor's role, and whether it belongs to the draft head, if its block does not show that.
 
     Without this, the draft head is the blocks after the trunk's (`nextn_predict_layers` of them), as llama.cpp lays it
     out.
@@ -82,9 +82,9 @@ class Part:
 
 @dataclass(frozen=True)
 class PolicyTask:
-    """What a policy that computes is given. `parameters`: all of them, with their values; `quantizable`: the names of
-    the tensors that llama-quantize converts, all others stay as they are; `calibrated`: there will be an imatrix;
-    `other_bytes`: what the file takes beside its tensors' data, at most (header, metadata, vocabulary).
+    """Input of a policy that computes. `parameters`: all of them, with their values; `quantizable`: names of the
+    tensors that llama-quantize converts, all others are copied; `calibrated`: there will be an imatrix;
+    `other_bytes`: an upper bound of the file's bytes besides tensor data (header, metadata, vocabulary).
     """
 
     policy: str
@@ -105,10 +105,10 @@ class PolicyTask:
 
 @dataclass(frozen=True)
 class Computed:
-    """What a policy computed: a type for each tensor by its name; those that are not named are left to the base type.
+    """Output of a policy that computes: a type for each tensor by name; tensors not named get the base type.
 
-    `warnings` are for the user; `predicted` has figures that the file is expected to have, by the names that
-    evaluators give them (kld.mean), shown with the plan.
+    `warnings` are for the user; `predicted`: figures expected of the file, by the evaluators' names (kld.mean),
+    shown with the plan.
     """
 
     types: Mapping[str, str]
@@ -118,15 +118,14 @@ class Computed:
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """A named way to give each tensor a type, by a template or by a function.
+    """A named way to assign each tensor a type, by a template or a function.
 
     The template renders `pattern=type`, one a line; `compute` gives the types itself. `base_type` is llama-quantize's
     own type argument, whose mixture decides for every tensor that is not named (`{name}` stands for the value of a
-    parameter); `calibrated` says that the policy is meant for use with an imatrix; `fit` that a tensor whose rows
-    cannot hold its type gets the nearest that they can, instead of a refusal; `needs` what a model must have: 'head';
-    `otherwise` the policy to take for a model without it. `sweeps`: apex sweep takes this policy where no other is
-    asked for. `predict`: what the policy expects of a file with these types, whoever chose them; apex plan --compare
-    shows it of all plans.
+    parameter); `calibrated`: the policy is meant for use with an imatrix; `fit`: a tensor whose rows cannot hold its
+    type gets the nearest type that they can, instead of being refused; `needs`: what a model must have: 'head';
+    `otherwise`: the policy to use for a model without it. `sweeps`: the default policy of apex sweep. `predict`: what
+    the policy expects of a file with any given types; apex plan --compare shows it for all plans.
 
     A line `# warning: TEXT` of the rendered rules is shown to the user.
     """
@@ -160,10 +159,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from. `read` gets the options that a calibration set gives it and the folder of that set's
-    file.
+    """A source of documents. `read` gets the options from the calibration set and the folder of the set's file.
 
-    `options`: their names, so that others are refused; None for a source that takes any.
+    `options`: the names it accepts, others are refused; None accepts any.
     """
 
     name: str
@@ -176,11 +174,10 @@ class Figure:
     """One number about a model file. `low` and `high` bound its 95 % interval, in the unit of `value`.
 
     `name` is for scripts, dotted and stable: `depth1.agreement`. `domain` is the domain of its text or prompts, empty
-    for all of them. `n` counts what it was taken over: positions, prompts, tasks. Where `value` is None, `note` says
-    why.
+    for all of them. `n` counts the positions, prompts or tasks that it is over. If `value` is None, `note` says why.
 
-    `better` says whether a lower or a higher value is the better one; without it nothing is called a gain or a loss,
-    and a sweep has no knee. `paired` names the figure that is this one's paired difference from the reference (file
+    `better` says whether lower or higher values are better; without it nothing counts as a gain or a loss, and a
+    sweep has no knee. `paired` names the figure that is this one's paired difference from the reference (file
     minus reference, on the same positions), by custom `NAME.difference`; a figure that is such a difference itself, as
     a divergence is, names itself. `label` is the figure in words, for a plot; of an evaluator's figures a sweep shows
     the first one with `plot`.
@@ -202,11 +199,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Service:
-    """What apex takes an evaluator for by itself, without its being asked for by name.
+    """What apex uses an evaluator for by default, without being asked for it by name.
 
-    purpose   taken by                                        figures that it must name
-    sweep     apex sweep, where no evaluator is asked for     -
-    head      the same, where the files differ in the         -
+    purpose   used by                                         figures that it must name
+    sweep     apex sweep, if no evaluator is asked for        -
+    head      the same, if the files differ in the            -
               draft head alone
     auto      a parameter at 'auto' (Parameter.measured)      agreement (in %), tokens (for each step of the trunk)
     check     apex check                                      perplexity; or acceptance (in %),
@@ -226,8 +223,8 @@ class Service:
 class Evaluator:
     """A named way to measure a model file.
 
-    `needs` is what it cannot go without, of 'text', 'prompts', 'reference', 'head' and 'data' (a file that the user
-    gives under the evaluator's name); `uses` what it takes where it is given. `timed`: its figures are times, so it
+    `needs` lists required inputs, of 'text', 'prompts', 'reference', 'head' and 'data' (a file that the user gives
+    under the evaluator's name); `uses` lists optional ones. `timed`: its figures are times, so it
     never shares the machine and its results hold for one machine only. Parameters are set with `--set
     NAME.parameter=value`.
     """
@@ -239,27 +236,28 @@ class Evaluator:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     timed: bool = False
     description: str = ""
-    # what stands for it in a table of a line a file: the name of a figure, or a pattern (greedy.n*.acceptance), and its
-    # heading; of those with one heading the first that is there counts. Without any it is the evaluator's first figure
+    # its columns in the table of one line a file: the name of a figure, or a pattern (greedy.n*.acceptance), and a
+    # heading; of those with the same heading the first that exists is shown. Empty: the evaluator's first figure
     headline: tuple[tuple[str, str], ...] = ()
     # for the time left: the tasks that it will report (Step.task), in order, and about how many tokens the model reads
     # in each (one that it writes counts as GENERATED of them)
     runs: Callable[[Task], Mapping[str, float]] | None = None
     version: int = (
-        1  # to be raised when it gives other figures for the same: what an earlier one recorded is measured again
+        # raise it when the figures for the same input change: results recorded by an earlier version are measured again
+        1
     )
     serves: tuple[Service, ...] = ()
 
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """A GPU, by a name that people know it under, and what the CUDA compiler is asked for.
+    """A GPU, by a common name, and what to ask the CUDA compiler for.
 
-    `architecture` is a value of CMAKE_CUDA_ARCHITECTURES (121a-real); `memory_gib` what its driver reports, rounded, 0
-    where that is not known; `minimum_cuda` the first CUDA toolkit that knows the architecture (12.9), empty where that
-    is not known. `groups`: further names, each of which stands for all targets that have it (all-common). `aliases`:
-    what else it is called, such as nvidia-smi's name of it (GB10); 'NVIDIA', 'GeForce' and the like need not be in it.
-    `shares_memory`: its memory is the machine's.
+    `architecture` is a value of CMAKE_CUDA_ARCHITECTURES (121a-real); `memory_gib` what its driver reports, rounded, or
+    0 if unknown; `minimum_cuda` the first CUDA toolkit that knows the architecture (12.9), or empty if unknown.
+    `groups`: further names, each of which stands for all targets that have it (all-common). `aliases`: other names,
+    such as nvidia-smi's (GB10); 'NVIDIA', 'GeForce' and the like can be left out. `shares_memory`: its memory is the
+    machine's.
     """
 
     name: str
@@ -279,8 +277,8 @@ def apex_policies() -> list[PolicySpec]:  # type: ignore[empty-body]
 
 @hookspec
 def apex_roles() -> list[Role]:  # type: ignore[empty-body]
-    """Roles beside `ROLES`, for policies that know them; every other policy leaves their tensors to its base type's
-    mixture.
+    """Roles in addition to `ROLES`, for policies that know them; other policies leave their tensors to the base
+    type's mixture.
     """
 
 
@@ -310,4 +308,4 @@ def apex_commands() -> list[click.Command]:  # type: ignore[empty-body]
 
 @hookspec
 def apex_evaluators() -> list[Evaluator]:  # type: ignore[empty-body]
-    """Evaluators, by name. What they are given is a `Task`."""
+    """Evaluators, by name. They get a `Task`."""

@@ -1,4 +1,4 @@
-"""What plugins gave, with what loading adds: the plugin that each came from, and what tells its code from another's.
+"""What plugins provide, with what loading adds: the plugin that each comes from, and a digest of its code.
 
 Authors of plugins never see these fields: they write a `PolicySpec` or an `Evaluator`.
 """
@@ -23,7 +23,7 @@ class LoadedPolicy(PolicySpec):
 
 @dataclass(frozen=True)
 class LoadedEvaluator(Evaluator):
-    """`code` tells the plugin's code from another version of it; empty for a built-in one."""
+    """`code` identifies the plugin's code; empty for a built-in one."""
 
     plugin: str = ""
     code: str = ""
@@ -38,14 +38,14 @@ def loaded_evaluator(evaluator: Evaluator, plugin: str, code: str, **changed: An
 
 
 def library_of(policy: PolicySpec) -> tuple[str, Mapping[str, tuple[Path, ...]]]:
-    """The plugin, and the templates of all; of a policy that no plugin gave, 'policy' and none."""
+    """The plugin, and the templates of all plugins; for a policy from no plugin, 'policy' and no templates."""
     if isinstance(policy, LoadedPolicy):
         return policy.plugin, policy.library
     return "policy", {}
 
 
 def origin_of(evaluator: Evaluator) -> tuple[str, str]:
-    """The plugin and its code; nothing of an evaluator that no plugin gave."""
+    """The plugin and its code; empty for an evaluator from no plugin."""
     return (evaluator.plugin, evaluator.code) if isinstance(evaluator, LoadedEvaluator) else ("", "")
 
 

@@ -62,7 +62,7 @@ def newer_build() -> str:
 
 
 def newer_converter(used: str) -> str:
-    """The same of the converter of the pin `used`."""
+    """The same for the converter of the pin `used`."""
     return _NEWER_STILL.format(command="apex convert") if used == NEWEST_PIN else f"apex convert --pin {NEWEST_PIN}"
 
 
@@ -73,7 +73,7 @@ BUILD_HINT = "make build, or: apex build" if in_checkout() else "apex build"
 
 
 def cache_root() -> Path:
-    """The user's cache: everything in it can be deleted and will be made again."""
+    """The user's cache: everything in it can be deleted and recreated."""
     given = os.environ.get("APEX_CACHE_DIR")
     return Path(given).absolute() if given else platformdirs.user_cache_path("apex-build")  # tools run in other folders
 
@@ -104,7 +104,7 @@ def patches_root() -> Path:
 
 
 def model_stem(path: Path) -> str:
-    """What files made from a model are named after: its name, of a shard without the number."""
+    """The stem for names of files made from a model: its name, without a shard's number."""
     return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
 
 
@@ -115,7 +115,7 @@ def unfinished() -> Path:
 
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """While something in a folder of the cache is used, `apex cache prune` leaves it alone."""
+    """Keep `apex cache prune` from removing a folder of the cache while it is used."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

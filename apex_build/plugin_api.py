@@ -1,5 +1,4 @@
-"""What a plugin imports, and nothing else of apex_build: the hooks' data, what evaluators work with, errors for the
-user.
+"""All that a plugin imports from apex_build: the hooks' data, what evaluators work with, errors for the user.
 
 Names that need NumPy or the tools are loaded when they are first used, so that importing a plugin costs little.
 docs/plugins.md teaches each hook by an example; `apex plugins new` writes a plugin to start from.

@@ -51,7 +51,7 @@ def blame(plugin: str, origin: str = "") -> Iterator[None]:
 
 
 def _where(error: BaseException) -> str:
-    """', at FILE:LINE' of the innermost frame that is neither ours nor a library's."""
+    """', at FILE:LINE' of the innermost frame in the plugin's code."""
     if isinstance(error, SyntaxError) and error.filename:
         return f", at {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

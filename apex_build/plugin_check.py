@@ -1,6 +1,4 @@
-"""Is a plugin whole? Everything that can be seen without a model and without the native tools; for authors and their
-tests.
-"""
+"""Check a plugin as far as possible without a model and the native tools; for authors and their tests."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ _LAYERS = 40  # of the sample models, so that tiers by depth have a middle
 
 @dataclass(frozen=True)
 class CheckedPlugin:
-    """A plugin without fault. `given`: what it gives by kind (policies, roles, sources, evaluators, gpus, commands);
+    """A valid plugin. `given`: what it provides by kind (policies, roles, sources, evaluators, gpus, commands);
     `rules`: of each policy, tensor -> type in a sample model, a mixture of experts of 40 layers with a draft head in
     block 40.
     """
@@ -52,7 +50,7 @@ class CheckedPlugin:
     plugins: Plugins = field(repr=False)
 
     def role_of(self, architecture: str, tensor: str) -> str | Part | None:
-        """As a model of this architecture would be read with the plugin."""
+        """The roles that the plugin gives to tensors of this architecture."""
         return self.plugins.role_of(architecture, tensor)
 
 
@@ -73,7 +71,7 @@ def check_plugin(folder: Path) -> CheckedPlugin:
     given = plugins.given(name)
     if not any(given.values()) and not plugins.has_hook(name, "apex_tensor_roles"):
         raise PluginFailed(
-            f"plugin '{name}' ({folder}) gives nothing: it has no function of a hook's name marked with @hookimpl"
+            f"plugin '{name}' ({folder}) provides nothing: it has no function with a hook's name and the mark @hookimpl"
         )
     _check_roles(plugins)
     policies = plugins.policies()
@@ -88,12 +86,12 @@ def check_plugin(folder: Path) -> CheckedPlugin:
 
 
 def _check_policy(plugin: str, policy: LoadedPolicy, plugins: Plugins) -> dict[str, str]:
-    """The rules for the sample with experts and a head; other samples only have to render."""
+    """The rules for the sample with experts and a head; the other samples must only render."""
     types = _types()
     values = resolve(policy, {}, types)
     if policy.otherwise and policy.otherwise not in plugins.policies():
         raise PluginFailed(
-            f"plugin '{plugin}': policy '{policy.name}' names another, '{policy.otherwise}', that does not exist"
+            f"plugin '{plugin}': policy '{policy.name}' names the policy '{policy.otherwise}', which does not exist"
         )
     _check_parameters(plugin, policy)
     wanted: dict[str, str] = {}
@@ -151,8 +149,8 @@ def _check_evaluator(plugin: str, evaluator: Evaluator) -> None:
 def _check_gpu(plugin: str, gpu: GpuTarget) -> None:
     if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", gpu.architecture):
         raise PluginFailed(
-            f"plugin '{plugin}': GPU '{gpu.name}' has the architecture '{gpu.architecture}': CMake's are such as "
-            "89-real"
+            f"plugin '{plugin}': GPU '{gpu.name}' has the architecture '{gpu.architecture}': expected one of "
+            "CMake's, such as 89-real"
         )
     if gpu.memory_gib < 0:
         raise PluginFailed(f"plugin '{plugin}': GPU '{gpu.name}' has {gpu.memory_gib} GiB of memory")
@@ -166,7 +164,7 @@ def _check_roles(plugins: Plugins) -> None:
 
 
 def _sample(plugins: Plugins, *, experts: bool, head: bool) -> Model:
-    """A model that never was: names and shapes of a usual one, without weights."""
+    """A made-up model: names and shapes of a typical one, without weights."""
     width, rows = 512, 1024
     block = {"attn_norm": (width,), "attn_q": (width, rows), "attn_k": (width, width), "attn_v": (width, width)}
     block |= {"attn_output": (rows, width), "ffn_norm": (width,)}
@@ -200,7 +198,7 @@ def _tensor(name: str, shape: Sequence[int], architecture: str, plugins: Plugins
 
 
 class _Types:
-    """The tensor types that gguf-py knows, in the place of a build's libggml, which an author need not have."""
+    """The tensor types of gguf-py, instead of a build's libggml, which an author may not have."""
 
     def type_traits(self, name: str) -> TypeTraits:
         try:

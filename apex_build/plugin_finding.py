@@ -1,4 +1,4 @@
-"""Where plugins are: folders, built in or named by the user, and packages that are installed; and importing them."""
+"""Find and import plugins: folders, built in or named by the user, and installed packages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def package_of(entry: importlib.metadata.EntryPoint) -> str:
 
 
 def state_of(entry: importlib.metadata.EntryPoint) -> list[Any]:
-    """What changes with the code of an installed plugin, as far as that is seen without importing it."""
+    """What changes with an installed plugin's code, as far as can be seen without importing it."""
     try:
         spec = importlib.util.find_spec(entry.module.partition(".")[0])
         changed = Path(spec.origin).stat().st_mtime_ns if spec and spec.origin else None
@@ -53,9 +53,7 @@ def spelt(name: str) -> str:
 
 
 def module_of(folder: Path) -> ModuleType:
-    """Import `folder/plugin.py` as a package of a name of its own, so that its relative imports find the files beside
-    it.
-    """
+    """Import `folder/plugin.py` as a package with a unique name, so that its relative imports work."""
     name = f"_apex_plugin_{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, folder / "plugin.py", submodule_search_locations=[str(folder)])
     if spec is None or spec.loader is None:
@@ -71,9 +69,9 @@ def module_of(folder: Path) -> ModuleType:
 
 
 def code_of(origin: str) -> str:
-    """What tells a plugin's code from what it was before: digest of its Python files, or version of its package.
+    """Identifies a plugin's code: the digest of its Python files, or the version of its package. Empty for a
 
-    Empty for a built-in one, whose evaluators have versions of their own.
+    built-in one, whose evaluators have their own versions.
     """
     if origin.startswith(PACKAGE):
         package = origin.removeprefix(PACKAGE)
@@ -92,9 +90,7 @@ def code_of(origin: str) -> str:
 
 
 def api_in_source(path: Path) -> int | None:
-    """The version of the API that a file says it was made for, without importing it: with another one its imports may
-    fail.
-    """
+    """The API version that a file declares, without importing it: with another version its imports may fail."""
     try:
         found = _API_LINE.search(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -103,7 +99,7 @@ def api_in_source(path: Path) -> int | None:
 
 
 def entry_source(entry: importlib.metadata.EntryPoint) -> Path | None:
-    """The file of an installed plugin's module, where that can be found without importing it."""
+    """The file of an installed plugin's module, if it can be found without importing it."""
     try:
         spec = importlib.util.find_spec(entry.module)
         return Path(spec.origin) if spec and spec.origin else None
@@ -112,7 +108,7 @@ def entry_source(entry: importlib.metadata.EntryPoint) -> Path | None:
 
 
 def api_of(module: Any, plugin: str, origin: str) -> int:
-    """The version of the API that a loaded plugin was made for: 1 where it does not say. Raises PluginFailed."""
+    """The API version that a loaded plugin was made for: 1 if it does not say. Raises PluginFailed."""
     declared = getattr(module, _API, 1)
     if not isinstance(declared, int) or isinstance(declared, bool):
         raise PluginFailed(

@@ -56,9 +56,7 @@ class Plugins:
     manager: pluggy.PluginManager
     origins: Mapping[str, str]  # plugin name -> folder or distribution it came from
     apis: Mapping[str, int]  # plugin name -> version of the API that it was made for
-    broken: Mapping[str, str] = field(
-        default_factory=dict
-    )  # installed plugins that were left out: name -> what is wrong with each
+    broken: Mapping[str, str] = field(default_factory=dict)  # installed plugins that were left out: name -> the reason
 
     def policies(self) -> dict[str, LoadedPolicy]:
         """Policies by name, sorted; two plugins with a policy of the same name are refused."""
@@ -81,7 +79,7 @@ class Plugins:
         """The policy of this name. Raises PolicyUnknown with names that are near."""
         known = self.policies()
         if name not in known:
-            lost = f". Left out, and not looked into: {', '.join(self.broken)}" if self.broken else ""
+            lost = f". Plugins that were left out: {', '.join(self.broken)}" if self.broken else ""
             raise PolicyUnknown(
                 no_such("policy", name, known) + lost,
                 hint=_policy_hint(name, known),
@@ -117,7 +115,7 @@ class Plugins:
         return {name: command for name, (_, command) in sorted(self._named("apex_commands", click.Command).items())}
 
     def roles(self) -> dict[str, Role]:
-        """Roles by name: those of every apex-build, and what plugins add."""
+        """Roles by name: the built-in ones and those that plugins add."""
         return dict(_roles(self))
 
     def role_of(self, architecture: str, tensor: str) -> str | Part | None:
@@ -144,8 +142,8 @@ class Plugins:
         )
 
     def given(self, plugin: str) -> dict[str, tuple[str, ...]]:
-        """What a plugin gives: kind -> names. Roles are those that it adds; `has_hook` tells whether it gives roles to
-        tensors.
+        """What a plugin provides: kind -> names. Roles are those that it adds; `has_hook` tells whether it assigns
+        roles.
         """
         return {
             kind: tuple(sorted(name for name, (owner, _) in self._named(hook, of).items() if owner == plugin))
@@ -156,7 +154,7 @@ class Plugins:
         return any(one.plugin_name == plugin for one in getattr(self.manager.hook, hook).get_hookimpls())
 
     def files(self) -> Iterator[Path]:
-        """Code, templates and data of the plugins that are folders: what no output may replace."""
+        """Code, templates and data of plugins in folders: no output may replace them."""
         for origin in self.origins.values():
             if not origin.startswith(PACKAGE):
                 for pattern in ("*.py", "*.jinja", "*.toml", "*.jsonl"):
@@ -171,7 +169,7 @@ class Plugins:
 
     def _named(self, hook: str, kind: type[T]) -> dict[str, tuple[str, T]]:
         found: dict[str, tuple[str, T]] = {}
-        # installed ones last: where a name is taken, it is they that are left out
+        # installed ones last: if a name is taken, they are left out
         hooks = list(reversed(getattr(self.manager.hook, hook).get_hookimpls()))
         for implementation in sorted(hooks, key=lambda one: self._installed(one.plugin_name)):
             plugin = implementation.plugin_name
@@ -208,10 +206,10 @@ class Plugins:
 def load_plugins(folders: Sequence[Path] = ()) -> Plugins:
     """Built-in plugins, installed ones (entry points), then the folders given; each folder holds a `plugin.py`.
 
-    The same folders give the same object. An installed plugin that is broken is left out with a warning, and so is,
-    without one, what APEX_PLUGINS_OFF names: plugins or packages, with commas between them. Raises PluginFailed for any
-    other, naming the plugin and the line of its code, and PluginIncompatible for one that was made for another version
-    of the API.
+    The same folders give the same object. A broken installed plugin is left out with a warning; plugins or packages
+    that APEX_PLUGINS_OFF names (separated by commas) are left out without one. For other broken plugins raises
+    PluginFailed naming the plugin and the line of its code, or PluginIncompatible for one made for another version of
+    the API.
     """
     return _load(tuple(dict.fromkeys(Path(folder).resolve() for folder in folders)), data_root(), switched_off())
 
@@ -241,18 +239,14 @@ def _load(folders: tuple[Path, ...], data: Path, off: frozenset[str]) -> Plugins
             _warn_left_out(entry.name, origin, error.message)
     for folder in folders:
         if not (folder / "plugin.py").is_file():
-            raise PluginFailed(
-                f"no plugin in {folder}: a plugin folder holds a file plugin.py", hint="apex plugins new"
-            )
+            raise PluginFailed(f"no plugin in {folder}: a plugin folder has a file plugin.py", hint="apex plugins new")
         if str(folder) not in origins.values():  # a built-in one, named once more
             from_folder(folder)
     return Plugins(manager, origins, apis, broken)
 
 
 def command_summaries() -> dict[str, str]:
-    """Further verbs that plugins give, with what they say of themselves, without importing plugins that were looked
-    into before.
-    """
+    """Verbs that plugins add, with their summaries, without importing plugins that were imported before."""
     built_in, entries = _with_commands()
     if not built_in and not entries:
         return {}
@@ -273,12 +267,12 @@ def command_summaries() -> dict[str, str]:
 
 
 def may_have_commands() -> bool:
-    """Whether there is any plugin that could give further verbs, without importing one."""
+    """Whether any plugin may add verbs, without importing one."""
     return any(_with_commands())
 
 
 def _with_commands() -> tuple[list[Path], list[importlib.metadata.EntryPoint]]:
-    """Built-in plugins that name the hook, and all that are installed and not switched off."""
+    """Built-in plugins that name the hook, and all installed ones that are not switched off."""
     folders = sorted((data_root() / "plugins").glob("*/plugin.py"))
     off = switched_off()
     entries = [entry for entry in installed() if not off & {spelt(entry.name), spelt(package_of(entry))}]
@@ -299,7 +293,7 @@ def _register(
     load: Callable[[], Any],
     source: Path | None,
 ) -> int:
-    """Load a plugin; gives the version of the API that it was made for."""
+    """Load a plugin; returns the API version that it was made for."""
     if name in origins:
         raise PluginFailed(f"two plugins are named '{name}': {origins[name]} and {origin}", hint="rename one of them")
     if source is not None and (declared := api_in_source(source)) is not None:
@@ -310,7 +304,7 @@ def _register(
             api = api_of(module, name, origin)
             check_api(api, name, origin)
             manager.register(module, name=name)
-            # a function marked as a hook whose name is not one: misspelt, or made for another version
+            # a function marked as a hook with an unknown name: misspelt, or made for another version
             manager.check_pending()
     except BaseException:
         if manager.has_plugin(name):
@@ -321,7 +315,7 @@ def _register(
 
 
 def _policy_hint(name: str, known: Mapping[str, PolicySpec]) -> str:
-    """A type in place of a policy is what llama-quantize would take: a policy of one type has it as a parameter."""
+    """llama-quantize takes a type where a policy is expected: a policy with one type has it as a parameter."""
     if given := _type_like(name):
         for policy in known.values():
             parameter = re.fullmatch(r"\{([\w.]+)\}", policy.base_type)
@@ -350,7 +344,7 @@ def _role_functions(plugins: Plugins, architecture: str) -> tuple[tuple[str, Cal
 
 
 def _kinds() -> dict[str, tuple[str, type[Any]]]:
-    """What plugins give by name: kind -> its hook, and what that gives a list of."""
+    """What plugins provide by name: kind -> its hook, and the class of its items."""
     import click
 
     return {
@@ -368,7 +362,7 @@ def _roles(plugins: Plugins) -> Mapping[str, Role]:
     known = {role.name: role for role in ROLES}
     for name, (plugin, role) in plugins._named("apex_roles", Role).items():
         if name in known:
-            raise PluginFailed(f"plugin '{plugin}': apex_roles() gives '{name}', a role that every apex-build has")
+            raise PluginFailed(f"plugin '{plugin}': apex_roles() returns '{name}', which is a built-in role")
         known[name] = role
     return known
 
@@ -384,7 +378,7 @@ def _refuse_unusable(plugin: str, policy: PolicySpec) -> None:
 
 
 def _refuse_ambiguous(plugin: str, policy: PolicySpec) -> None:
-    """A parameter is a variable of the template: no two may be the same one, nor hide what every template is given."""
+    """Parameters are variables of the template: none may collide with another, or with what every template gets."""
     taken = {"model", "layers", "tensors", "base_type"}
     for name in policy.parameters:
         variable = name.replace(".", "_")

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 class Step:
     """The progress of a long task. `total` is None while it is not known; `unit` names what is counted.
 
-    `said`: no work, but a warning to be shown at once and to stay. `detail`: what is being done just now, where the
-    task is made of several pieces; `left`: seconds to its end, where whoever reports it knows better than a straight
-    line does.
+    `said`: not work, but a warning to show at once and keep. `detail`: the current piece of a task made of several;
+    `left`: seconds to its end, if the reporter knows better than linear extrapolation.
     """
 
     task: str
@@ -32,15 +31,14 @@ def silent(_step: Step) -> None:
     """A `Report` that shows nothing."""
 
 
-_TELLING = 0.02  # of a piece: less says nothing of its pace
+_TELLING = 0.02  # share of a piece: with less its pace is unknown
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a whole. `runs`: the tasks that it will report, one after the other, and the work in each, in units of
-    `kind`.
+    """A part of a whole. `runs`: the tasks that it will report, in order, and the work in each, in units of `kind`.
 
-    Work of one kind takes time in proportion; `expected` is the seconds for all of it, as far as that is known before.
+    Work of one kind takes proportional time; `expected` is the estimate for all of it, in seconds.
     """
 
     kind: str
@@ -54,7 +52,7 @@ class Piece:
 
 @dataclass
 class Whole:
-    """One bar for several pieces of work: from what each says of itself, how far the whole is and when it will end."""
+    """One bar for several pieces of work: computes from their reports how far the whole is and when it will end."""
 
     task: str
     report: Report
@@ -62,11 +60,12 @@ class Whole:
     clock: Callable[[], float] = time.monotonic
     finished: dict[int, float] = field(
         default_factory=dict
-    )  # piece -> seconds that it took, 0 where its result was there already
+    )  # piece -> seconds that it took, 0 if its result was already there
     current: int | None = None
     began: float = 0.0
     seen: dict[str, float] = field(default_factory=dict)  # of the current piece: run -> share done
-    over: set[str] = field(default_factory=set)  # runs of finished pieces: what another names too is in a cache by then
+    # runs of finished pieces: for others that name them too, the result is cached
+    over: set[str] = field(default_factory=set)
     paces: dict[str, tuple[float, float]] = field(default_factory=dict)  # kind -> seconds and units of finished pieces
 
     def of(self, number: int) -> Report:
@@ -85,9 +84,9 @@ class Whole:
         return take
 
     def finish(self, number: int, *, reused: bool = False) -> tuple[float, float]:
-        """The piece is done. `reused`: its result was there before, so it says nothing of how long others take.
+        """The piece is done. `reused`: its result was already there, so it says nothing about how long others take.
 
-        Gives the share of it that had to be done, and the seconds.
+        Returns the share of it that had to be done, and the seconds.
         """
         taken = self.clock() - self.began if self.current == number else 0.0
         self.finished[number] = 0.0 if reused else taken
@@ -112,13 +111,13 @@ class Whole:
         return max(0.0, rest - self._expected(piece) + self._rest_of(piece))
 
     def _rest_of(self, piece: Piece) -> float:
-        """Of the current piece: from its own pace as soon as that tells something."""
+        """Seconds left of the current piece: from its own pace as soon as that is known."""
         units, done = self._to_do(piece, self.seen), self._done()
         taken = self.clock() - self.began
         before = max(0.0, self._expected(piece) * units / self._to_do(piece, {}) - taken)
         if done / units < _TELLING:
             return before
-        trust = min(1.0, done / units * 10)  # from a tenth of it on, nothing else counts
+        trust = min(1.0, done / units * 10)  # after a tenth of it, only its own pace counts
         return trust * taken / done * (units - done) + (1 - trust) * before
 
     def _done(self) -> float:
@@ -129,16 +128,14 @@ class Whole:
         return sum(share * runs.get(run, 0.0) for run, share in self.seen.items())
 
     def _to_do(self, piece: Piece, seen: Mapping[str, float]) -> float:
-        """Units of the runs that are not passed over: one before the last that was seen, and itself not seen, was not
-        needed.
-        """
+        """Units of the runs that are needed: an unseen one before the last seen one was not needed."""
         names = list(piece.runs)
         last = max((names.index(run) for run in seen if run in piece.runs), default=-1)
         wanted = (run in seen or (at > last and not self._elsewhere(run, piece)) for at, run in enumerate(names))
         return sum(piece.runs[run] for run, needed in zip(names, wanted, strict=True) if needed) or piece.units
 
     def _elsewhere(self, run: str, piece: Piece) -> bool:
-        """Whether another piece does it before: the reference's scores are made once for all files."""
+        """Whether another piece does it earlier: the reference's scores are made once for all files."""
         if run in self.over:
             return True
         return next((one for one in self.pieces if run in one.runs), piece) is not piece

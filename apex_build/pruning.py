@@ -1,4 +1,6 @@
-"""What the cache holds, by kind and last use, and what may be removed: never anything in use or saved nowhere else."""
+"""What the cache holds, by kind and last use, and what may be removed: never anything that is in use or exists nowhere
+else.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,15 @@ KINDS = {
     "sources": "trees of llama.cpp",
     **{kind: said for kind, (_, said) in _FOLDERS.items()},
     "compiler-cache": "sccache's",
-    "calibrations": "periodic copies of runs that did not end, beside their outputs",
+    "calibrations": "periodic copies of unfinished runs, beside their outputs",
 }
 _ARRIVING = 600.0  # seconds without change after which a partial download counts as abandoned
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that can go as a whole. `used`: when it was last read or written, as far as the file system tells;
-    `kept`: why it stays whatever is asked.
+    """One thing that can be removed as a whole. `used`: when it was last read or written, as far as the file system
+    shows; `kept`: why it is never removed.
     """
 
     kind: str
@@ -55,7 +57,7 @@ class Item:
 
 
 def items(kinds: Collection[str] = ()) -> list[Item]:
-    """All of these kinds (or of all), those longest unused first. A file that two share counts once."""
+    """All of these kinds (or of all), longest unused first. A shared file counts once."""
     busy, seen = _busy_paths(), set[tuple[int, int]]()
     found = []
     for kind, path in _paths():
@@ -75,7 +77,7 @@ def choose(
     keep_size: int | None = None,
 ) -> list[Item]:
     """Those to be removed. `older_than`: unused for this many days; `larger_than`: bytes; `keep_size`: the longest
-    unused go until all that stays has no more bytes than that.
+    unused are removed until at most this many bytes are left.
     """
     now = time.time()
     wanted = [
@@ -97,7 +99,7 @@ def choose(
 
 
 def remove(item: Item) -> Item:
-    """Remove it, unless it is in use by now or holds unsaved work: then it is returned with `kept` saying why."""
+    """Remove it, unless it is now in use or holds unsaved work: then it is returned, with the reason in `kept`."""
     try:
         with _alone(item):
             if why := _kept(item.kind, item.path) or (_unsaved(item.path) if item.kind == "sources" else ""):
@@ -128,7 +130,7 @@ def _paths() -> Iterator[tuple[str, Path]]:
 
 
 def _unfinished() -> Iterator[tuple[Path, Path]]:
-    """Notes of calibrations that did not end, and their outputs."""
+    """Notes of unfinished calibrations, and their outputs."""
     for note in sorted(unfinished().glob("*.json")):
         with suppress(OSError, ValueError, TypeError):
             out = Path(json.loads(note.read_text(encoding="utf-8")))
@@ -164,7 +166,7 @@ def _last_used(path: Path) -> float:
 
 
 def _busy_paths() -> set[str]:
-    """Programs that are running, and what their command lines name."""
+    """Running programs, and the paths on their command lines."""
     found: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -182,7 +184,7 @@ def _inside(path: Path, busy: Collection[str]) -> bool:
 
 @contextmanager
 def _alone(item: Item) -> Iterator[None]:
-    """With the lock of those who make or use it. Raises BlockingIOError, Busy where one does."""
+    """Hold the lock of its makers and users. Raises BlockingIOError, Busy if another run has it."""
     if item.kind == "calibrations":
         with outputs.locked_output(_output_of(item.path)):
             yield
@@ -203,8 +205,8 @@ def _output_of(work: Path) -> Path:
 
 
 def _delete(item: Item) -> None:
-    """Out of sight first: half of it is never taken for the whole, and what a killed run leaves is cleared away by the
-    next.
+    """Rename it first: a half-deleted item is never taken for a whole one, and the next run removes what a killed
+    one leaves.
     """
     aside = item.path.with_name(f".{item.path.name.removeprefix('.')}.part")
     shutil.rmtree(aside, ignore_errors=True)

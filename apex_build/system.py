@@ -1,4 +1,4 @@
-"""What we need of the operating system, which is Linux, and the error elsewhere."""
+"""What we need from the operating system, which is Linux; an error elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cpus() -> int:
 
 
 def require_linux(what: str) -> None:
-    """Raises SystemUnsupported. `what`: what cannot be done elsewhere."""
+    """Raises SystemUnsupported. `what`: what needs Linux."""
     if sys.platform != "linux":
         raise unsupported(f"{what} needs Linux, and this is {platform.system()}")
 

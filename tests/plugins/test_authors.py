@@ -186,7 +186,7 @@ def giving(hook: str, items: str) -> str:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("x = 1\n", "gives nothing"),
+        ("x = 1\n", "provides nothing"),
         ("APEX_API = 'two'\n", "APEX_API is 'two', expected a whole number"),
         (
             giving("apex_evaluators", "Evaluator('e', lambda task: [], needs=('texts',))"),
@@ -201,13 +201,16 @@ def giving(hook: str, items: str) -> str:
             "with figures for speed: expected perplexity or acceptance",
         ),
         (giving("apex_evaluators", "Evaluator('e', lambda task: [], parameters={'p': Parameter('Q4KM')})"), "Q4KM"),
-        (giving("apex_policies", "PolicySpec('p', T, 'Q8_0', otherwise='gone')"), "names another, 'gone'"),
+        (
+            giving("apex_policies", "PolicySpec('p', T, 'Q8_0', otherwise='gone')"),
+            "names the policy 'gone', which does not exist",
+        ),
         (
             giving("apex_policies", "PolicySpec('p', T, 'Q8_0', parameters={'a': Parameter('Q4_K', bound='b')})"),
             "bound 'b'",
         ),
-        (giving("apex_gpu_targets", "GpuTarget('g', 'sm_89', 24, '', '')"), "CMake's are such as 89-real"),
-        (giving("apex_roles", "Role('routed', '')"), "a role that every apex-build has"),
+        (giving("apex_gpu_targets", "GpuTarget('g', 'sm_89', 24, '', '')"), "expected one of CMake's, such as 89-real"),
+        (giving("apex_roles", "Role('routed', '')"), "which is a built-in role"),
         (
             f"{HEAD}@hookimpl\ndef apex_tensor_roles(architecture):\n    return {{'blk.0.ffn_gate_inp.weight': "
             f"'router_'}}.get\n",

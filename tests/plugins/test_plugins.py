@@ -189,7 +189,7 @@ def test_two_policies_of_one_name_and_two_plugins_of_one_name(tmp_path: Path) ->
         load_plugins([again]).policies()
     with pytest.raises(PluginFailed, match="two plugins are named 'apex'"):
         load_plugins([folder(tmp_path, "apex")])
-    with pytest.raises(PluginFailed, match=r"no plugin in .*empty: a plugin folder holds a file plugin\.py"):
+    with pytest.raises(PluginFailed, match=r"no plugin in .*empty: a plugin folder has a file plugin\.py"):
         load_plugins([tmp_path / "empty"])
 
 
