@@ -58,14 +58,8 @@ def test_a_conflict_resolved_and_continued(pair: tuple[World, World], run: Run) 
     head, mine = git(tiny.tree, "rev-parse", "HEAD"), git(tiny.tree, "for-each-ref")
     said = run("patch", "port", "--onto", later.toml, "--from", tiny.toml)
     assert said.code == PatchConflict.exit_code
-<<<<<<< HEAD
     assert f"0001-imatrix-record-the-draft-head.patch conflicts with later in {IMATRIX}; " in said.err
     assert "; patches after it: 3\n" in said.err
-=======
-    assert (
-        f"0001-imatrix-record-the-draft-head.patch conflicts with later in {IMATRIX}; patches after it: 3" in said.err
-    )
->>>>>>> d0b804a (Plain words: docs, plugin API and the ground floor)
     assert f"apex patch port --onto {later.toml} --continue" in said.err
     text = (later.tree / IMATRIX).read_text()
     assert "<<<<<<< HEAD\nline ten\n||||||| " in text and "line 10\n=======\nten\n>>>>>>> " in text
