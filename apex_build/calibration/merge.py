@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,8 +108,8 @@ def plan_merge(paths: Sequence[Path], chunk_size: int | None = None) -> Merged:
     return Merged(found, size, chunks, datasets, tokens, rows, tuple(notes))
 
 
-def write_gguf(merged: Merged, part: Path) -> None:
-    """As llama-imatrix writes it: entries by name."""
+def write_gguf(merged: Merged, part: Path, keys: Mapping[str, int] | None = None) -> None:
+    """As llama-imatrix writes it: entries by name. `keys`: further numbers of ours."""
     writer = gguf.GGUFWriter(part, "")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", list(merged.datasets))
@@ -120,6 +120,8 @@ def write_gguf(merged: Merged, part: Path) -> None:
     if merged.head_rows is not None:
         writer.add_string(HEAD_ROWS, str(merged.head_rows))
     writer.add_key_value("apex.imatrix.merged", len(merged.sources), gguf.GGUFValueType.UINT32)
+    for key, number in (keys or {}).items():
+        writer.add_uint32(key, number)
     for name in merged.names:
         sums, counts = merged.sums(name)
         if counts.max() > _MAX_COUNT:

@@ -40,11 +40,14 @@ class RowsRecord:
 
 @dataclass(frozen=True)
 class ImatrixRecord:
-    """`head_rows`: of a run with the draft head; `rows_check`: what was measured of them before the run."""
+    """`head_rows`: of a run with the draft head; `rows_check`: what was measured of them before the run; `goal`: what
+    was asked for of the text that was drawn, and reached.
+    """
 
     text: TextRecord
     head_rows: RowsRecord | None
     rows_check: DataclassInstance | None
+    goal: DataclassInstance | None = None
 
 
 def text_record(text: CalibrationText) -> TextRecord:

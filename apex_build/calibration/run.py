@@ -106,6 +106,7 @@ class Made:
     perplexity: float | None
     seconds: float
     resumed_at: int
+    goal: DataclassInstance | None = None  # what was reached, where there was one
 
 
 def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:
@@ -207,13 +208,14 @@ def calibrate(
         with unfinished_work(artifact, place, _worth_keeping, fresh=force) as work:
             rows_check = _checked(work, text, check, model, tools)
             made = (make or _run)(Job(model, text, tools, out, settings, work, draft.part, report))
-            draft.done(ImatrixRecord(text_record(text), rows_record(made.imatrix, model, settings.rows), rows_check))
+            head_rows = rows_record(made.imatrix, model, settings.rows)
+            draft.done(ImatrixRecord(text_record(text), head_rows, rows_check, made.goal))
     covered = coverage(read_imatrix(out), model)
     return Calibration(out, artifact.identity, covered, made.perplexity, made.seconds, made.resumed_at, False)
 
 
 def _worth_keeping(work: Path) -> bool:
-    return bool(_snapshots(work)) or any((work / SHARDS).glob("*.gguf"))
+    return bool(_snapshots(work)) or any((work / SHARDS).rglob("*.gguf"))
 
 
 def _is_whole(out: Path, manifest: Manifest) -> bool:

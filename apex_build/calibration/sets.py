@@ -7,7 +7,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class CalibrationText:
     path: Path | None = None
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
+    documents: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)  # (domain, text), in the text's order
 
     @property
     def sha256(self) -> str:
@@ -126,7 +127,14 @@ def text_of_file(path: Path) -> CalibrationText:
         raise CalibrationSetInvalid(f"{path}: not UTF-8: byte {error.start} is {data[error.start]:#04x}") from None
     if not data.strip():
         raise CalibrationSetInvalid(f"{path}: the text is empty")
-    return CalibrationText(path.name, data, (PartText("text", path.name, 1, len(data), 0),), path, (path,))
+    return CalibrationText(
+        path.name,
+        data,
+        (PartText("text", path.name, 1, len(data), 0),),
+        path,
+        (path,),
+        documents=(("text", data),),
+    )
 
 
 def compose(
@@ -203,9 +211,16 @@ def compose(
         others = " ".join(f"--domain {one.domain}" for one in summaries)
         warnings.append(f"{message}. The part {domain} is left out; {others} does that without this warning")
     name = re.sub(r"[^\w.-]", "_", "-".join((chosen.name, *sorted(domains))))[:50]
+    domains_of = [one.domain for one in summaries]
+    ordered = tuple((domains_of[part], text) for part, text in _in_turn(texts))
     files = (chosen.path, *([template_file] if template_file else []), *_data_files(parts, chosen.path.parent))
     return CalibrationText(
-        f"{name}.txt", b"".join(_in_turn(texts)), tuple(summaries), files=files, warnings=tuple(warnings)
+        f"{name}.txt",
+        b"".join(text for _, text in ordered),
+        tuple(summaries),
+        files=files,
+        warnings=tuple(warnings),
+        documents=ordered,
     )
 
 
@@ -291,13 +306,15 @@ def _cut(texts: Sequence[bytes], max_bytes: int) -> list[bytes]:
     return kept
 
 
-def _in_turn(texts: Sequence[Sequence[bytes]]) -> Iterator[bytes]:
-    """Documents of all parts, always from the part of which the smallest share was taken: all run out together."""
+def _in_turn(texts: Sequence[Sequence[bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Documents of all parts with their parts' numbers, always from the part of which the smallest share was taken: all
+    run out together.
+    """
     totals = [sum(map(len, part)) for part in texts]
     out, given = [0] * len(texts), [0] * len(texts)
     for _ in range(sum(map(len, texts))):
         part = min((p for p in range(len(texts)) if given[p] < len(texts[p])), key=lambda p: out[p] / totals[p])
         text = texts[part][given[part]]
-        yield text
+        yield part, text
         out[part] += len(text)
         given[part] += 1

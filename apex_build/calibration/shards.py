@@ -18,6 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from apex_build.calibration.disk import imatrix_bytes, written
 from apex_build.calibration.merge import plan_merge, write_gguf
 from apex_build.calibration.run import (
@@ -32,9 +35,9 @@ from apex_build.calibration.run import (
     verify,
 )
 from apex_build.errors import ApexError, CalibrationSetInvalid, ToolKilled
-from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.gguf_model.fingerprint import fingerprint
-from apex_build.gguf_model.imatrix import read_imatrix
+from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
 from apex_build.native import output
 from apex_build.native.run import Stopped, run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
@@ -44,7 +47,7 @@ from apex_build.storage.digests import sha256_file
 from apex_build.storage.disk import check_room, writing
 from apex_build.storage.json_files import read_json, write_json
 from apex_build.storage.manifest import IMATRIX, Manifest
-from apex_build.storage.outputs import LOG, beside
+from apex_build.storage.outputs import LOG, beside, whole_file
 from apex_build.storage.scratch import scratch_folder
 
 _LEAST = 3  # chunks of a shard: llama-imatrix does not start where fewer are left
@@ -66,6 +69,7 @@ class Task:
     sha256: str  # of the text
     shard: Shard
     out: Path
+    every: int = 0  # chunks: how often to note the tokens of each routed expert, beside `out` (`counts_file`)
 
 
 # Makes the file of each task. What is there already is kept; whatever ends it keeps what is done.
@@ -132,6 +136,7 @@ def parts_of(model: Model, task: Task, settings: Settings, tools: Toolset) -> di
         "settings": settings.decisive(tools),
         "tools": tools.manifest.get("key") or sha256_file(tools.tool("llama-imatrix")),
         "chunks": [task.shard.first, task.shard.chunks],
+        **({"every": task.every} if task.every else {}),
     }
 
 
@@ -151,26 +156,93 @@ def make_shard(
     """
     artifact = Artifact(task.out, IMATRIX, parts_of(model, task, settings, tools))
     with making(artifact, replace="own", wait=f"another run that makes {task.out.name}", report=report) as draft:
-        if draft.found:
+        noted = _Noted(model, draft.part, task.every)
+        if draft.found and (not task.every or counts_file(task.out).is_file()):
             report(Step("calibrating", task.shard.chunks, task.shard.chunks, "chunks"))
             return draft.found
-        command = arguments(model, replace(settings, snapshot_every=0), tools)
+        command = arguments(model, replace(settings, snapshot_every=task.every), tools)
         command += ["--file", task.text.name, "--output", str(draft.part.absolute())]
         command += ["--chunks", str(task.shard.chunks)]
         if task.shard.first:
             command += ["--chunk", str(task.shard.first)]
+        watch = Watch(model, tools, settings, report)
+
+        def line(said: str) -> None:
+            watch.line(said)
+            if watch.seen > noted.seen:
+                noted.look(watch.seen)
+
         ran = run_tool(
             command,
             cwd=task.text.parent,
             log=beside(task.out, LOG),
-            on_line=Watch(model, tools, settings, report).line,
+            on_line=line,
             env=None if device is None else {"CUDA_VISIBLE_DEVICES": device},
             explain=output.explain,
             memory=memory_for(model, settings),
             stopped=stopped,
         )
-        verify(written(draft.part, task.out, model), model, settings, tools)
+        made = written(draft.part, task.out, model)
+        verify(made, model, settings, tools)
+        if task.every:
+            noted.write(made, counts_file(task.out))
         return draft.done(ShardRecord(perplexity_of(ran), round(ran.seconds, 3), device))
+
+
+def routed_of(model: Model, *, head: bool = True) -> tuple[Tensor, ...]:
+    """For each layer one tensor of its routed experts: the others of the layer see the same tokens."""
+    found: dict[int, Tensor] = {}
+    for tensor in sorted(model.tensors, key=lambda one: one.name):
+        if (
+            tensor.role == "routed"
+            and len(tensor.shape) > 2
+            and tensor.layer is not None
+            and (head or not tensor.draft_head)
+        ):
+            found.setdefault(tensor.layer, tensor)
+    return tuple(found[layer] for layer in sorted(found))
+
+
+def expert_tokens(found: Imatrix, tensors: Sequence[Tensor]) -> npt.NDArray[np.float64]:
+    """The tokens of each expert of these tensors, one after the other."""
+    counts = [found.entries[one.name].counts if one.name in found.entries else (0.0,) * one.shape[2] for one in tensors]
+    return np.array([count for each in counts for count in each])
+
+
+def counts_file(out: Path) -> Path:
+    return beside(out, ".counts.npz")
+
+
+@dataclass
+class _Noted:
+    """The tokens of each routed expert at every few chunks, read from the tool's periodic copies."""
+
+    model: Model
+    part: Path
+    every: int
+    seen: int = 0  # chunks
+    marks: list[int] = field(default_factory=list)
+    counts: list[npt.NDArray[np.float64]] = field(default_factory=list)
+
+    def look(self, seen: int) -> None:
+        self.seen = seen
+        found = (
+            (path, int(path.suffix.removeprefix(".at_"))) for path in self.part.parent.glob(f"{self.part.name}.at_*")
+        )
+        for path, chunks in sorted(found, key=lambda one: one[1]):
+            self._note(read_imatrix(path), chunks)
+            path.unlink()
+
+    def _note(self, found: Imatrix, chunks: int) -> None:
+        self.marks.append(chunks)
+        self.counts.append(expert_tokens(found, routed_of(self.model)))
+
+    def write(self, made: Imatrix, out: Path) -> None:
+        self.look(self.seen)
+        if made.chunk_count and made.chunk_count > max(self.marks, default=0):
+            self._note(made, made.chunk_count)
+        with whole_file(out) as part, part.open("wb") as file:
+            np.savez_compressed(file, marks=np.array(self.marks), counts=np.stack(self.counts))
 
 
 @dataclass
@@ -271,9 +343,9 @@ def in_shards(count: int, pool: Pool) -> Callable[[Job], Made]:
     return make
 
 
-def put_together(tasks: Sequence[Task], part: Path, job: Job) -> Made:
+def put_together(tasks: Sequence[Task], part: Path, job: Job, keys: Mapping[str, int] | None = None) -> Made:
     """The sum of the shards, verified, and their logs one after the other."""
-    write_gguf(plan_merge([task.out for task in tasks]), part)
+    write_gguf(plan_merge([task.out for task in tasks]), part, keys)
     made = read_imatrix(part)
     verify(made, job.model, job.settings, job.tools)
     log = beside(job.out, LOG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 
 from apex_build.calibration.run import Calibration, Settings, arguments
 from apex_build.calibration.sets import CalibrationText, known_sets
+from apex_build.calibration.until import Goal
 from apex_build.cli import show, values
 from apex_build.cli.inspect import print_coverage
 from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
@@ -24,7 +26,10 @@ from apex_build.plugins import load_plugins
 from apex_build.printable import printable
 from apex_build.stages.calibrate import CalibrateOptions, calibrate, output_of, text_of
 from apex_build.stages.given import Workplace
+from apex_build.storage.finding import locate
 from apex_build.storage.outputs import write_text
+
+_SHOWN = 8  # starved experts of a layer
 
 
 def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int) -> int:
@@ -82,6 +87,18 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 )
 @click.option("--shards", type=click.IntRange(min=1), default=1, help="Run the text in so many parts, and add them up.")
 @click.option(
+    "--until-experts",
+    "until",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Draw text until every routed expert has seen so many tokens, more of what reaches those that lack them.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens of text to spend on --until-experts.  [default: all there are]",
+)
+@click.option(
     "--devices",
     multiple=True,
     metavar="GPUS",
@@ -116,6 +133,8 @@ def command(
     rows: str,
     rows_check: bool,
     shards: int,
+    until: int | None,
+    max_tokens: int | None,
     devices: tuple[str, ...],
     threads: int | None,
     gpu_layers: int | None,
@@ -140,14 +159,20 @@ def command(
       apex calibrate model-F16.gguf --text my-text.txt --chunks 200
       apex calibrate model-F16.gguf --domain code --domain chat --dry-run
       apex calibrate model-F16.gguf --shards 4 --devices 0 --devices 1
+      apex calibrate model-F16.gguf --until-experts 64 --max-tokens 2000000
     """
     plugins = load_plugins(folders)
     model = read_model(model_path, plugins.role_of)
     settings = Settings(context, chunks, head, rows, threads, gpu_layers, extra=extra, memory=bytes_of(memory))
-    if devices and shards == 1:
+    if devices and shards == 1 and until is None:
         raise click.UsageError("--devices goes with --shards: one shard for each set of GPUs")
+    if max_tokens is not None and until is None:
+        raise click.UsageError("--max-tokens goes with --until-experts; --chunks bounds a run without it")
+    if until is not None and chunks is not None:
+        raise click.UsageError("--until-experts takes --max-tokens in place of --chunks")
+    goal = Goal(until, max_tokens) if until is not None else None
     options = CalibrateOptions(
-        set_name, domains, text_path, template, settings, rows_check, shards, tuple(devices), force
+        set_name, domains, text_path, template, settings, rows_check, shards, tuple(devices), goal, force
     )
     text = text_of(model, options, plugins)
     for warning in text.warnings:
@@ -218,16 +243,43 @@ def _show_plan(text: CalibrationText, wanted: list[str], out: Path, json_: bool)
     click.echo(f"output:  {out}")
 
 
+def _goal(done: Calibration) -> dict[str, Any] | None:
+    """What --until-experts reached, also where that was in an earlier run."""
+    goal = locate(done.path).manifest.details.get("goal")
+    return goal if isinstance(goal, dict) else None
+
+
 def _json(done: Calibration) -> dict[str, Any]:
     return {
         "path": str(done.path), "identity": done.identity, "reused": done.reused, "resumed_at": done.resumed_at,
         "seconds": round(done.seconds, 3), "perplexity": done.perplexity,
+        "goal": _goal(done),
         "imatrix": imatrix_json(done.coverage.imatrix, done.coverage, done.coverage.examined),
     }  # fmt: skip
 
 
+def _print_goal(goal: Mapping[str, Any]) -> None:
+    drawn = ", ".join(f"{one['domain']} {one['tokens']}" for one in goal["domains"])
+    click.echo(f"drawn: {goal['tokens']} tokens in {goal['rounds']} rounds ({drawn})")
+    wanted, starved = goal["until_experts"], goal["starved"]
+    if goal["reached"]:
+        click.echo(
+            f"each of the {goal['experts']} routed experts saw at least {wanted} tokens, {goal['fewest']} the least"
+        )
+        return
+    count = sum(layer["count"] for layer in starved)
+    click.echo(f"starved: {count} of the {goal['experts']} routed experts saw fewer than {wanted} tokens")
+    for layer in starved:
+        shown = ", ".join(f"{expert} ({tokens})" for expert, tokens in layer["experts"][:_SHOWN])
+        more = f" and {layer['count'] - _SHOWN} more" if layer["count"] > _SHOWN else ""
+        click.echo(f"  layer {layer['layer']}: experts (tokens) {shown}{more}")
+    click.echo("  apex plan --imatrix says which types they get; --set starved=Q4_K raises those of the APEX tiers")
+
+
 def _print(done: Calibration) -> None:
     print_coverage(done.coverage)
+    if goal := _goal(done):
+        _print_goal(goal)
     if done.resumed_at:
         click.echo("perplexity: not known for the whole text, since this run was resumed")
     elif done.perplexity is not None:

@@ -29,6 +29,7 @@ from apex_build.gguf_model.open_file import MAGIC, open_file
 
 HEAD_TOKENS = "imatrix.mtp_token_count"  # this and the next are written by our patch of llama-imatrix
 HEAD_ROWS = "imatrix.mtp_hidden"
+GOAL = "apex.imatrix.until_experts"  # tokens that each expert was to see, in a file of ours
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_LEGACY_NAME = 256
 
@@ -87,6 +88,23 @@ def read_imatrix(path: Path) -> Imatrix:
         raise ImatrixInvalid(error.message, hint=error.hint) from error
     except OSError as error:
         raise ImatrixInvalid(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class LeastTokens:
+    """Weight -> tokens of the matrix that saw fewest; `goal`: what each expert was to see, where the file says so."""
+
+    by_name: Mapping[str, int]
+    goal: int | None = None
+
+
+def least_tokens(imatrix: Imatrix) -> LeastTokens:
+    """Nothing of a legacy file: it counts calls."""
+    if imatrix.format == "legacy":
+        return LeastTokens({})
+    goal = imatrix.metadata.get(GOAL)
+    counts = {name: int(min(entry.counts)) for name, entry in imatrix.entries.items()}
+    return LeastTokens(counts, goal if isinstance(goal, int) else None)
 
 
 def check_values(imatrix: Imatrix) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apex_build.errors import PlanMismatch, PolicyUnfit, ShapeUnfit
 from apex_build.gguf_model.catalogue import Model, Tensor
+from apex_build.gguf_model.fused import crossed
+from apex_build.gguf_model.imatrix import LeastTokens, least_tokens, read_imatrix
 from apex_build.hookspecs import PolicySpec
 from apex_build.native.ggml import Ggml
 from apex_build.native.toolset import Toolset
@@ -24,6 +26,8 @@ from apex_build.storage.digests import sha256_json
 MIXTURE = "mixture"
 TYPE_LIST = "tensor_types"  # among a plan's parameters: the digest of a user's list
 KEPT = "kept"
+# parameters of policies that raise what the calibration text hardly reached
+STARVED, STARVED_TOKENS, INHERIT = "starved", "starved_tokens", "inherit"
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def make_plan(
     types: TypeList | None = None,
 ) -> Plan:
     """`make_plans` for one. Raises ShapeUnfit too."""
-    (plan,) = make_plans(model, policy, [Wanted(parameters, imatrix is not None)], tools, types)
+    (plan,) = make_plans(model, policy, [Wanted(parameters, imatrix is not None)], tools, types, imatrix=imatrix)
     if isinstance(plan, ShapeUnfit):
         raise plan
     return plan
@@ -133,12 +137,14 @@ def make_plans(
     tools: Toolset,
     types: TypeList | None = None,
     report: Report = silent,
+    *,
+    imatrix: Path | None = None,
 ) -> list[Plan | ShapeUnfit]:
     """Render the policy for the model and have llama-quantize say what it would do with it; ShapeUnfit where it would
     do nothing.
 
     Two child processes for the templates and the patterns of all of them, and a run of the tool for each that differs.
-    `types`: a user's list, whose rules come before the policy's.
+    `types`: a user's list, whose rules come before the policy's. `imatrix`: for those that are wanted with one.
 
     Raises ParameterUnknown, TypeUnknown, TemplateFailed, TemplateUnsafe, ToolFailed; PlanMismatch where llama-quantize
     would not do what the rules say.
@@ -147,6 +153,7 @@ def make_plans(
     values = [resolve(policy, one.parameters, ggml) for one in wanted]
     check_suits(policy, model)
     quantizable = quantizable_tensors(model, tools)
+    tokens = least_tokens(crossed(read_imatrix(imatrix), model)[0]) if imatrix is not None else None
     predicted: list[Mapping[str, float]] = [{} for _ in wanted]
     if policy.compute is not None:
         tasks = [
@@ -165,7 +172,7 @@ def make_plans(
         rendered, predicted = [lines for lines, _ in computed], [found.predicted for _, found in computed]
     else:
         given = [(each, one.parameters) for each, one in zip(values, wanted, strict=True)]
-        rendered = render_each(policy, given, model, quantizable)
+        rendered = _rendered(policy, given, [one.imatrix for one in wanted], model, quantizable, tokens)
     rules = [parse_rules(one.lines, ggml) for one in rendered]
     every = [*(types.rules if types else ()), *(rule for some in rules for rule in some)]
     places = find((rule.pattern for rule in every), [tensor.name for tensor in model.tensors])
@@ -175,11 +182,52 @@ def make_plans(
         report(Step("planning", number, len(wanted), "files"))
         try:
             made = asked.plan(values[number], rendered[number], rules[number], one)
+            if one.imatrix and tokens and (starved := starved_layers(made, tokens)):
+                made = replace(made, warnings=(*made.warnings, starved))
             # with a list of the user's own before it, the file is another one than the policy spoke of
             plans.append(made if types else replace(made, predicted=predicted[number]))
         except ShapeUnfit as error:
             plans.append(error)
     return plans
+
+
+def _rendered(
+    policy: PolicySpec,
+    given: Sequence[tuple[Mapping[str, Value], Collection[str]]],
+    with_data: Sequence[bool],
+    model: Model,
+    quantizable: Collection[str],
+    tokens: LeastTokens | None,
+) -> list[Rendered]:
+    """In one child process, or two where some are planned with the imatrix and others without."""
+    found: dict[int, Rendered] = {}
+    for calibrated in dict.fromkeys(with_data):
+        numbers = [number for number, one in enumerate(with_data) if one == calibrated]
+        some = render_each(policy, [given[one] for one in numbers], model, quantizable, tokens if calibrated else None)
+        found |= zip(numbers, some, strict=True)
+    return [found[number] for number in range(len(given))]
+
+
+def starved_layers(plan: Plan, tokens: LeastTokens) -> str | None:
+    """What becomes of routed experts that saw fewer tokens than was asked for, when the text was drawn or here."""
+    asked = plan.parameters.get(STARVED_TOKENS) if plan.parameters.get(STARVED, INHERIT) != INHERIT else None
+    bound = int(asked) if asked is not None else tokens.goal
+    few = [
+        entry
+        for entry in plan.entries
+        if entry.role == "routed" and entry.source != KEPT and tokens.by_name.get(entry.name, 0) < (bound or 0)
+    ]
+    if not few:
+        return None
+    layers = sorted({entry.layer for entry in few if entry.layer is not None})
+    least = min(few, key=lambda entry: tokens.by_name.get(entry.name, 0))
+    types = ", ".join(sorted({entry.type for entry in few}))
+    shown = ", ".join(map(str, layers[:8])) + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
+    then = "" if asked is not None or STARVED not in plan.parameters else f"; --set {STARVED}=Q4_K raises them"
+    return (
+        f"experts of layer{'s' if len(layers) > 1 else ''} {shown} saw fewer than {bound} tokens of the calibration "
+        f"text, {tokens.by_name.get(least.name, 0)} the least ({least.name}): their tensors get {types}{then}"
+    )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 
 from apex_build.errors import TemplateFailed, TemplateUnsafe
 from apex_build.gguf_model.catalogue import Model, Tensor
+from apex_build.gguf_model.imatrix import LeastTokens
 from apex_build.hookspecs import PolicySpec
 from apex_build.loaded import library_of
 from apex_build.native import sandbox_child
@@ -38,12 +39,13 @@ def render_each(
     wanted: Sequence[tuple[Mapping[str, Any], Collection[str]]],
     model: Model,
     quantizable: Collection[str],
+    tokens: LeastTokens | None = None,
 ) -> list[Rendered]:
     """The policy rendered with each of these parameters (`parameters.resolve`), beside the names of those that the user
     gave.
 
-    In one child process, however many there are. Raises TemplateFailed and TemplateUnsafe, naming the template's file
-    and line.
+    `tokens`: of the imatrix, where there is one. In one child process, however many there are. Raises TemplateFailed
+    and TemplateUnsafe, naming the template's file and line.
     """
     assert policy.template is not None, "a policy that computes has nothing to render"
     source = "".join(file.read_text("utf-8") for file in template_files(policy))
@@ -55,7 +57,7 @@ def render_each(
         }
         for (values, _), others in zip(wanted, tried, strict=True)
     ]
-    request = {**_request(policy, model, quantizable), "renders": renders}
+    request = {**_request(policy, model, quantizable, tokens), "renders": renders}
     answer = _run(request, f"template of policy '{policy.name}', {policy.template}")
     literal: dict[str, dict[str, list[int]]] = {}
     found = []
@@ -116,16 +118,19 @@ def _others(kind: str, value: Any) -> tuple[Any, ...]:
     return (0, 1 << 19) if kind in ("int", "number") else ()
 
 
-def _request(policy: PolicySpec, model: Model, quantizable: Collection[str]) -> dict[str, Any]:
+def _request(
+    policy: PolicySpec, model: Model, quantizable: Collection[str], tokens: LeastTokens | None
+) -> dict[str, Any]:
     assert policy.template is not None
     folder = policy.template.resolve().parent
     own, folders = library_of(policy)
     library = {plugin: [str(path) for path in paths] for plugin, paths in folders.items()}
     library[own] = [str(folder), *(path for path in library.get(own, ()) if path != str(folder))]
-    return {"library": library, "template": f"{own}/{policy.template.name}", "catalogue": catalogue(model, quantizable)}
+    seen = catalogue(model, quantizable, tokens)
+    return {"library": library, "template": f"{own}/{policy.template.name}", "catalogue": seen}
 
 
-def catalogue(model: Model, quantizable: Collection[str]) -> dict[str, Any]:
+def catalogue(model: Model, quantizable: Collection[str], tokens: LeastTokens | None = None) -> dict[str, Any]:
     """What a template is given of a model, as JSON: plain values only."""
     return {
         "model": {name: getattr(model, name) for name in sandbox.ModelView.__dataclass_fields__},
@@ -139,6 +144,7 @@ def catalogue(model: Model, quantizable: Collection[str]) -> dict[str, Any]:
                 "depth": depth(model, tensor),
                 "draft_head": tensor.draft_head,
                 "quantizable": tensor.name in quantizable,
+                "tokens_min": tokens.by_name.get(tensor.name, 0) if tokens and tokens.by_name else None,
             }
             for tensor in model.tensors
         ],

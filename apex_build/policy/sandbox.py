@@ -40,7 +40,8 @@ class ModelView:
 class TensorView:
     """What a template sees of a tensor. `depth`: layers between it and the nearest end of the trunk, 0 for the first
     and the last layer; None outside the trunk's blocks. `quantizable`: llama-quantize would change its type. `shape`:
-    row length first.
+    row length first. `tokens_min`: tokens of the calibration text that its least seen matrix (expert) saw, 0 where
+    there is no data of it; None without an imatrix.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TensorView:
     depth: int | None
     draft_head: bool
     quantizable: bool
+    tokens_min: int | None = None
 
 
 @dataclass(frozen=True)

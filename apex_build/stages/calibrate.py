@@ -12,6 +12,7 @@ from apex_build.calibration.run import Calibration, Check, Settings, without_own
 from apex_build.calibration.run import calibrate as run
 from apex_build.calibration.sets import CalibrationText, compose, load_set, text_of_file
 from apex_build.calibration.shards import in_shards, local_pool
+from apex_build.calibration.until import Goal, until_experts
 from apex_build.evaluation.rows_check import CHUNKS, RowsCheck, check_rows
 from apex_build.evaluation.task import ToolOptions
 from apex_build.gguf_model.catalogue import Model
@@ -45,6 +46,7 @@ class CalibrateOptions:
     rows_check: bool = True
     shards: int = 1
     devices: tuple[str, ...] = ()
+    until: Goal | None = None
     force: bool = False
     replace: bool = False
 
@@ -83,14 +85,11 @@ def calibrate(
     settings, check = options.settings, None
     if options.rows_check and settings.head and found.has_head and settings.rows == AUTO:
         check = _check(found, settings, place, on_check)
-    shards: dict[str, Any] = {}
-    if options.shards > 1:
-        devices = options.devices or devices_for(found, settings, place.tools)
-        pool = local_pool(found, place.tools, settings, devices)
-        shards = {"make": in_shards(options.shards, pool), "more": {"shards": options.shards}}
+    text = text or text_of(found, options, place.plugins)
+    how = _how(found, text, options, place)
     return run(
         found,
-        text or text_of(found, options, place.plugins),
+        text,
         place.tools,
         out,
         settings,
@@ -98,8 +97,22 @@ def calibrate(
         replace=options.replace,
         check=check,
         report=place.report,
-        **shards,
+        **how,
     )
+
+
+def _how(model: Model, text: CalibrationText, options: CalibrateOptions, place: Workplace) -> dict[str, Any]:
+    """How the imatrix is made, where it is not by one run of the tool over all of the text."""
+    goal, settings = options.until, options.settings
+    if options.shards == 1 and goal is None:
+        return {}
+    devices = options.devices or devices_for(model, settings, place.tools)
+    pool = local_pool(model, place.tools, settings, devices)
+    if goal is None:
+        return {"make": in_shards(options.shards, pool), "more": {"shards": options.shards}}
+    width = max(options.shards, len(devices))
+    make = until_experts(goal, text.documents, pool, width=width)
+    return {"make": make, "more": {"until_experts": goal.tokens, "max_tokens": goal.most, "shards": width}}
 
 
 def devices_for(model: Model, settings: Settings, tools: Toolset) -> tuple[str | None, ...]:

@@ -136,7 +136,13 @@ def _plans(
     if not new:
         return {}
     wanted = [Wanted({**request.parameters, **values}, imatrix) for values, imatrix in new.values()]
-    return dict(zip(new, make_plans(request.model, request.policy, wanted, request.tools, report=report), strict=True))
+    return dict(
+        zip(
+            new,
+            make_plans(request.model, request.policy, wanted, request.tools, report=report, imatrix=request.imatrix),
+            strict=True,
+        )
+    )
 
 
 def _key(values: Mapping[str, str], imatrix: bool) -> str:

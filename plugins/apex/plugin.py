@@ -53,6 +53,13 @@ PARAMETERS = {
         measured=MEASURED,
         bound="draft_loss",
     ),
+    "starved": Parameter(
+        "inherit",
+        "type",
+        "routed experts of which one saw fewer than starved_tokens tokens of the calibration text: at least this type",
+        _INHERIT,
+    ),
+    "starved_tokens": Parameter(64, "int", "bound for starved; it needs an imatrix"),
     "draft_loss": Parameter(
         0.5,
         "number",
