@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
-from apex_build.cli import show
+from apex_build.cli import heat, show
 from apex_build.cli.options import json_option
-from apex_build.errors import BuildMissing
+from apex_build.errors import BuildMissing, ImatrixInvalid
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import FEW, Coverage, coverage, disagreements
 from apex_build.gguf_model.examine import Examined, examine
+from apex_build.gguf_model.expert_grid import ExpertGrid, expert_grid
 from apex_build.gguf_model.fused import crossed
 from apex_build.gguf_model.header import Header, read_header
 from apex_build.gguf_model.imatrix import Imatrix, looks_legacy, read_imatrix
@@ -29,7 +30,11 @@ from apex_build.gguf_model.summary import (
 from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.plugins import load_plugins
 from apex_build.quantization.load_check import doubts
+from apex_build.report.heat import draw_heat
+from apex_build.report.plot import MISSING, available
+from apex_build.storage.outputs import check_apart, check_place, refuse
 
+_OTHER_PLOT = "give another name with --plot"
 _LISTED = 12  # names shown before "and N more"
 
 
@@ -53,9 +58,25 @@ _LISTED = 12  # names shown before "and N more"
     type=click.Path(path_type=Path),
     help="Load a plugin from this folder (for roles).",
 )
+@click.option(
+    "--plot",
+    "plots",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw an imatrix's tokens by layer and expert (.png or .svg; may be given several times).",
+)
+@click.option("--force", is_flag=True, help="Replace the files of --plot.")
 @json_option
 def command(
-    file: Path, model_path: Path | None, tensors: bool, few: float, folders: tuple[Path, ...], json_: bool
+    file: Path,
+    model_path: Path | None,
+    tensors: bool,
+    few: float,
+    folders: tuple[Path, ...],
+    plots: tuple[Path, ...],
+    force: bool,
+    json_: bool,
 ) -> None:
     """Show what is in FILE: a GGUF model (any shard of a split one), or an imatrix (GGUF or the older .dat).
 
@@ -67,10 +88,12 @@ def command(
       apex inspect model-F16.gguf
       apex inspect model-Q4_K_M-00001-of-00003.gguf --tensors
       apex inspect imatrix.gguf --model model-F16.gguf
+      apex inspect imatrix.gguf --model model-F16.gguf --plot experts.png
       apex inspect imatrix.gguf --model model-F16.gguf --json | jq .coverage.missing
     """
     plugins = load_plugins(folders)
     found = _imatrix_or_header(file)
+    _check_plots(plots, found, force=force)
     if isinstance(found, Header):
         if model_path is not None:
             raise click.UsageError(f"--model goes with an imatrix; {file} is not one")
@@ -81,6 +104,9 @@ def command(
         model = read_model(model_path, plugins.role_of)
         against = coverage(crossed(found, model)[0], model, few)
     examined = against.examined if against else examine(found)
+    grid = expert_grid(found, {tensor.layer for tensor in against.head} if against else ())
+    if plots:
+        _plot(grid, found, plots)
     if json_:
         show.as_json(imatrix_json(found, against, examined))
         return
@@ -89,6 +115,32 @@ def command(
         print_coverage(against, everything=tensors)
     else:
         _print_examined(examined)
+    if grid is not None:
+        for line in heat.lines(grid):
+            click.echo(line)
+
+
+def _check_plots(plots: Sequence[Path], found: Imatrix | Header, *, force: bool) -> None:
+    if plots and isinstance(found, Header):
+        raise click.UsageError(f"--plot goes with an imatrix; {found.path} is a model")
+    for path in plots:
+        if path.suffix not in (".png", ".svg"):
+            raise click.UsageError(f"--plot {path}: expected a name that ends in .png or .svg")
+        check_place(path, _OTHER_PLOT)
+        check_apart([path], [found.path], _OTHER_PLOT)
+        if path.exists() and not force:
+            refuse(path, "exists")
+
+
+def _plot(grid: ExpertGrid | None, found: Imatrix, plots: Sequence[Path]) -> None:
+    if grid is None:
+        raise ImatrixInvalid(f"{found.path}: no counts of experts to draw: a dense model's, or of the older format")
+    if not available():
+        click.echo(MISSING, err=True)
+        return
+    draw_heat(grid, f"Calibration tokens of each expert: {found.path.name}", *plots)
+    for path in plots:
+        show.note(f"{path}: written")
 
 
 def _imatrix_or_header(file: Path) -> Imatrix | Header:
