@@ -12,7 +12,7 @@ from apex_build.gguf_model.expert_grid import ExpertGrid
 _WIDTH = 80
 # up to which part of a layer's even share; the last one is for all above
 _SHADES = ((0.0, "×"), (0.01, "."), (0.25, "░"), (1.0, "▒"), (4.0, "▓"), (math.inf, "█"))
-LEGEND = "× none  . under 1 %  ░ under 25 %  ▒ under the even share  ▓ under 4 times  █ more"
+LEGEND = "× none  . under 1 %  ░ under 25 %  ▒ under even share  ▓ under 4 times  █ more"
 
 
 def lines(grid: ExpertGrid) -> Iterator[str]:
