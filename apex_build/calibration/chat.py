@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,16 @@ from apex_build.hookspecs import Document
 from apex_build.native.sandbox_child import OutOfBounds, ask
 
 _WALL_SECONDS = 300.0
+# The names that transformers gives a template for the special tokens that a tokenizer has (special_tokens_map).
+_SPECIAL_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",  # sic: as GGUF spells it
+    "pad_token": "padding",
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
 _HINT = "apex calibrate MODEL --chat-template FILE, with a template that works"
 
 
@@ -29,12 +39,8 @@ class ChatTemplate:
 
 def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
     """The template in the model's metadata or in the user's file. Raises ChatTemplateFailed without one."""
-    variables = {f"{name}_token": _token(model, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     if file is not None:
-        try:
-            return ChatTemplate(file.read_text(encoding="utf-8"), str(file), variables)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ChatTemplateFailed(f"{file}: cannot be read: {error}") from None
+        return template_of_file(model, file)
     text = model.metadata.get("tokenizer.chat_template")
     if not isinstance(text, str):
         raise ChatTemplateFailed(
@@ -42,18 +48,39 @@ def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
             "conversations",
             hint=f"apex calibrate {model.path} --chat-template FILE, or with a plain text: --text FILE",
         )
-    return ChatTemplate(text, f"{model.path}: tokenizer.chat_template", variables)
+    return ChatTemplate(text, f"{model.path}: tokenizer.chat_template", _variables(model))
+
+
+def template_of_file(model: Model, file: Path) -> ChatTemplate:
+    """A template that the user gives, with the model's special tokens. Raises ChatTemplateFailed."""
+    try:
+        return ChatTemplate(file.read_text(encoding="utf-8"), str(file), _variables(model))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatTemplateFailed(f"{file}: cannot be read: {error}") from None
+
+
+def _variables(model: Model) -> dict[str, str]:
+    found = zip(_SPECIAL_TOKENS, _special_tokens(model, _SPECIAL_TOKENS.values()), strict=True)
+    return {name: token for name, token in found if token}
 
 
 @dataclass(frozen=True)
 class Rendered:
     """A conversation's `text`; None where the template refused it with these `words`, or failed, which `words` says
-    then.
+    then. `line` of the template and `message` of the conversation, counted from 1: where it did; 0 where not known.
     """
 
     text: str | None
     words: str = ""
     failed: bool = False
+    line: int = 0
+    message: int = 0
+
+    def where(self, document: Document) -> str:
+        """The place in words, empty where none is known."""
+        role = str(document.messages[self.message - 1].get("role")) if self.message else ""
+        parts = [f"message {self.message} ({role}) of {document.origin}" if self.message else document.origin]
+        return ", ".join([f"line {self.line} of the template", *filter(None, parts)]) if self.line else parts[0]
 
 
 def render(template: ChatTemplate, documents: Sequence[Document], *, answer_begins: bool = False) -> list[str | None]:
@@ -66,8 +93,9 @@ def render(template: ChatTemplate, documents: Sequence[Document], *, answer_begi
     found = try_render(template, documents, answer_begins=answer_begins)
     for one, document in zip(found, documents, strict=True):
         if one.failed:
+            forbidden = "it tried what the sandbox forbids: " if one.words.startswith("SecurityError") else ""
             raise ChatTemplateFailed(
-                f"chat template of {template.origin}: {one.words}, in {document.origin}", hint=_HINT
+                f"chat template of {template.origin}: {forbidden}{one.words}, at {one.where(document)}", hint=_HINT
             )
     return [one.text for one in found]
 
@@ -89,7 +117,13 @@ def try_render(template: ChatTemplate, documents: Sequence[Document], *, answer_
             hint=_HINT,
         )
     return [
-        Rendered(result.get("text"), str(result.get("refused") or result.get("failed") or ""), "failed" in result)
+        Rendered(
+            result.get("text"),
+            str(result.get("refused") or result.get("failed") or ""),
+            "failed" in result,
+            result.get("line", 0),
+            result.get("message", 0),
+        )
         for result in answer["results"]
     ]
 
@@ -116,11 +150,17 @@ def _conversation(document: Document, answer_begins: bool) -> dict[str, Any]:
     }
 
 
-def _token(model: Model, key: str) -> str:
-    """The text of a special token, '' where the model has none."""
-    number, tokens = model.metadata.get(key), model.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, ArrayValue):
+def special_token(model: Model, key: str) -> str:
+    """The text of a special token (`bos`), '' where the model has none."""
+    return _special_tokens(model, (key,))[0]
+
+
+def _special_tokens(model: Model, keys: Iterable[str]) -> list[str]:
+    """For several at once: reading a large vocabulary takes a second."""
+    numbers = [model.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in keys]
+    tokens = model.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, ArrayValue) and any(isinstance(number, int) for number in numbers):
         tokens = tokens.read()
-    if not isinstance(number, int) or not isinstance(tokens, tuple) or not 0 <= number < len(tokens):
-        return ""
-    return str(tokens[number])
+    if not isinstance(tokens, tuple):
+        return ["" for _ in numbers]
+    return [str(tokens[n]) if isinstance(n, int) and 0 <= n < len(tokens) else "" for n in numbers]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from apex_build.calibration.heldout import file_name
 from apex_build.calibration.sets import CalibrationText
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import Imatrix
@@ -16,10 +19,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartRecord:
+    """What a set says of a part (`origin`, `licence`), and what it gave."""
+
     domain: str
     source: str
     documents: int
     bytes: int
+    tokens: int | None = None
+    origin: str | None = None
+    licence: str | None = None
+    duplicates: int | None = None
+    near_duplicates: int | None = None
+    heldout: int | None = None  # documents
+
+
+@dataclass(frozen=True)
+class HeldOutRecord:
+    """`files`: the names of the texts in `folder`, without .txt, and their sha256."""
+
+    folder: str
+    files: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,8 @@ class TextRecord:
     bytes: int
     sha256: str
     parts: tuple[PartRecord, ...]
+    tokens: int | None = None
+    heldout: HeldOutRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +72,26 @@ class ImatrixRecord:
 
 
 def text_record(text: CalibrationText) -> TextRecord:
-    parts = tuple(PartRecord(part.domain, part.source, part.documents, part.n_bytes) for part in text.parts)
-    return TextRecord(text.name, len(text.data), text.sha256, parts)
+    parts = tuple(
+        PartRecord(
+            part.domain,
+            part.source,
+            part.documents,
+            part.n_bytes,
+            part.tokens,
+            part.origin or None,
+            part.licence or None,
+            part.duplicates or None,
+            part.near_duplicates or None,
+            part.heldout or None,
+        )
+        for part in text.parts
+    )
+    apart = None
+    if text.heldout_folder is not None:
+        files = {file_name(one.domain): sha256(one.data).hexdigest() for one in text.heldout}
+        apart = HeldOutRecord(str(text.heldout_folder.absolute()), files)
+    return TextRecord(text.name, len(text.data), text.sha256, parts, text.tokens, apart)
 
 
 def rows_record(made: Imatrix, model: Model, rows: str) -> RowsRecord | None:

@@ -24,7 +24,7 @@ from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import find_toolset
 from apex_build.plugins import load_plugins
 from apex_build.printable import printable
-from apex_build.stages.calibrate import CalibrateOptions, calibrate, output_of, text_of
+from apex_build.stages.calibrate import CalibrateOptions, calibrate, keep_heldout, output_of, text_of
 from apex_build.stages.given import Workplace
 from apex_build.storage.finding import locate
 from apex_build.storage.outputs import write_text
@@ -59,6 +59,18 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 @click.option("--domain", "domains", multiple=True, help="Only this domain of the set (may be given several times).")
 @click.option("--text", "text_path", type=PATH, help="Your own text file instead of a set.")
 @click.option("--chat-template", "template", type=PATH, help="A Jinja chat template instead of the model's own.")
+@click.option(
+    "--fallback-template",
+    "fallback",
+    type=PATH,
+    help="A Jinja chat template for conversations that the other does not take.  [default: they are left out]",
+)
+@click.option(
+    "--heldout",
+    type=PATH,
+    metavar="DIR",
+    help="Write what the set keeps apart to this folder, for apex evaluate (5 % of the documents, or as the set says).",
+)
 @click.option("--chunks", type=click.IntRange(min=2), help="Maximum number of chunks.  [default: the whole text]")
 @click.option(
     "--context",
@@ -127,6 +139,8 @@ def command(
     domains: tuple[str, ...],
     text_path: Path | None,
     template: Path | None,
+    fallback: Path | None,
+    heldout: Path | None,
     chunks: int | None,
     context: int,
     head: bool,
@@ -158,6 +172,7 @@ def command(
       apex calibrate model-F16.gguf -o imatrix.gguf --calibration-set my-set.toml
       apex calibrate model-F16.gguf --text my-text.txt --chunks 200
       apex calibrate model-F16.gguf --domain code --domain chat --dry-run
+      apex calibrate model-F16.gguf --calibration-set my-set.toml --heldout heldout
       apex calibrate model-F16.gguf --shards 4 --devices 0 --devices 1
       apex calibrate model-F16.gguf --until-experts 64 --max-tokens 2000000
     """
@@ -172,15 +187,29 @@ def command(
         raise click.UsageError("--until-experts takes --max-tokens in place of --chunks")
     goal = Goal(until, max_tokens) if until is not None else None
     options = CalibrateOptions(
-        set_name, domains, text_path, template, settings, rows_check, shards, tuple(devices), goal, force
+        set_name,
+        domains,
+        text_path,
+        template,
+        settings,
+        rows_check,
+        shards,
+        tuple(devices),
+        goal,
+        force,
+        fallback_template=fallback,
+        heldout=heldout,
     )
-    text = text_of(model, options, plugins)
+    if heldout and text_path:
+        raise click.UsageError("--heldout is of a calibration set, and --text is used as it is")
+    text = text_of(model, options, plugins, find_toolset(tools_path) if tools_path else None)
     for warning in text.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
     out = output or output_of(model)
     if write_text_to is not None and not dry_run:
         given = find_toolset(tools_path).files() if tools_path else ()
         inputs = (*model.files, *text.files, *plugins.files(), *given)
+        text = keep_heldout(text, options, inputs)
         write_text(write_text_to, text.data, inputs, force=force, hint="give another name with --write-text")
         return
     tools = find_toolset(tools_path)
@@ -221,7 +250,7 @@ def command(
 
 def _show_plan(text: CalibrationText, wanted: list[str], out: Path, json_: bool) -> None:
     if json_:
-        parts = [asdict(part) for part in text.parts]
+        parts = [{key: value for key, value in asdict(part).items() if key != "begins"} for part in text.parts]
         show.as_json(
             {
                 "text": {"sha256": text.sha256, "bytes": len(text.data), "parts": parts},

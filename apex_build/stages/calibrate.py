@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from apex_build.calibration.heldout import write_heldout
 from apex_build.calibration.run import Calibration, Check, Settings, without_own_arguments
 from apex_build.calibration.run import calibrate as run
 from apex_build.calibration.sets import CalibrationText, compose, load_set, text_of_file
@@ -17,7 +18,8 @@ from apex_build.evaluation.rows_check import CHUNKS, RowsCheck, check_rows
 from apex_build.evaluation.task import ToolOptions
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.mtp_rows import AUTO
-from apex_build.native.toolset import Toolset
+from apex_build.native.token_counts import count_tokens
+from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.places import model_stem
 from apex_build.plugins import Plugins
 from apex_build.stages.given import ModelFile, Workplace, workplace
@@ -49,14 +51,51 @@ class CalibrateOptions:
     until: Goal | None = None
     force: bool = False
     replace: bool = False
+    fallback_template: Path | None = None  # for conversations that the other does not take; None: they are left out
+    heldout: Path | None = None  # a folder for the text that the set keeps apart
+    heldout_share: float | None = None  # instead of the set's
 
 
-def text_of(model: Model, options: CalibrateOptions, plugins: Plugins) -> CalibrationText:
-    """Raises CalibrationSetInvalid, ChatTemplateFailed."""
+HELDOUT_SHARE = 0.05  # where a held-out text is asked for, and the set says nothing
+
+
+def text_of(
+    model: Model, options: CalibrateOptions, plugins: Plugins, tools: Toolset | None = None, *, counted: bool = False
+) -> CalibrationText:
+    """`counted`: with its tokens, also where no weight needs them. The tools have the tokenizer.
+
+    Raises CalibrationSetInvalid, ChatTemplateFailed, BuildMissing, LoadFailed.
+    """
     if options.text is not None:
         return text_of_file(options.text)
-    chosen, sources = load_set(options.calibration_set), plugins.calibration_sources()
-    return compose(chosen, sources, model, domains=options.domains, template_file=options.chat_template)
+    chosen, share = load_set(options.calibration_set), options.heldout_share
+    if share is None and options.heldout is not None and not chosen.heldout:
+        share = HELDOUT_SHARE
+    count = None
+    if counted or chosen.weighted:
+        toolset = tools or find_toolset()
+
+        def count(texts: Sequence[bytes]) -> list[int]:
+            return count_tokens(toolset, model.path, texts)
+
+    return compose(
+        chosen,
+        plugins.calibration_sources(),
+        model,
+        domains=options.domains,
+        template_file=options.chat_template,
+        fallback=options.fallback_template,
+        count=count,
+        heldout=share,
+    )
+
+
+def keep_heldout(text: CalibrationText, options: CalibrateOptions, inputs: Iterable[Path]) -> CalibrationText:
+    """Write what the set keeps apart to the folder that `options` names, if it names one."""
+    if options.heldout is None:
+        return text
+    write_heldout(text, options.heldout, (*text.files, *inputs), force=options.force)
+    return replace(text, heldout_folder=options.heldout)
 
 
 def output_of(model: Model) -> Path:
@@ -85,7 +124,8 @@ def calibrate(
     settings, check = options.settings, None
     if options.rows_check and settings.head and found.has_head and settings.rows == AUTO:
         check = _check(found, settings, place, on_check)
-    text = text or text_of(found, options, place.plugins)
+    text = text or text_of(found, options, place.plugins, place.tools)
+    text = keep_heldout(text, options, (*found.files, *place.plugins.files()))
     how = _how(found, text, options, place)
     return run(
         found,

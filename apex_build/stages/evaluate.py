@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from apex_build.calibration.heldout import heldout_of
 from apex_build.errors import ChatTemplateFailed
 from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
 from apex_build.evaluation.run import (
@@ -48,7 +49,8 @@ class EvaluateOptions:
 @dataclass(frozen=True)
 class PlannedEvaluation:
     """`left_out`: names of files, and the evaluators that they lack something for. `built_in`: what was taken of that,
-    'texts' or 'prompts'; `without`: why there are none.
+    'texts' or 'prompts'; `without`: why there are none. `heldout`: the folder of the text kept apart from calibration
+    that was taken.
     """
 
     works: tuple[Work, ...]
@@ -56,6 +58,7 @@ class PlannedEvaluation:
     left_out: Mapping[tuple[str, ...], list[str]] = field(hash=False)
     built_in: str = ""
     without: str = ""
+    heldout: Path | None = None
 
 
 def inputs_of(options: EvaluateOptions, place: Workplace) -> Inputs:
@@ -79,7 +82,11 @@ def plan(files: Sequence[ModelFile], options: EvaluateOptions, *, place: Workpla
     place = place or workplace()
     evaluators = place.plugins.evaluators()
     models = list({model.path: model for model in map(place.model, files)}.values())
-    inputs, built_in, without = _with_built_in(inputs_of(options, place), models[0], options.only, place)
+    given = inputs_of(options, place)
+    apart = {} if given.texts else next(filter(None, map(heldout_of, models)), {})
+    if apart:
+        given = replace(given, texts=texts_by_domain(tuple(apart.values())))
+    inputs, built_in, without = _with_built_in(given, models[0], options.only, place)
     works: list[Work] = []
     left_out: dict[tuple[str, ...], list[str]] = {}
     for model in models:
@@ -89,7 +96,8 @@ def plan(files: Sequence[ModelFile], options: EvaluateOptions, *, place: Workpla
         works += [plan_work(evaluator, model, inputs, place.tools, threads=options.threads) for evaluator in chosen]
     if options.results is not None:
         check_results(options.results, works, inputs)
-    return PlannedEvaluation(tuple(works), inputs, left_out, built_in, without)
+    heldout = next(iter(apart.values())).parent if apart else None
+    return PlannedEvaluation(tuple(works), inputs, left_out, built_in, without, heldout)
 
 
 def evaluate(

@@ -55,11 +55,11 @@ def workplace(tools: Path | None = None, plugins: Sequence[Path] = (), *, report
 
 
 def texts_by_domain(paths: Sequence[Path]) -> dict[str, Path]:
-    """Texts by the names of their files. Raises CalibrationSetInvalid for one that cannot be read, is empty, or shares
-    a name.
+    """Texts by the names of their files; of a folder, its .txt files. Raises CalibrationSetInvalid for one that cannot
+    be read, is empty, or shares a name.
     """
     found: dict[str, Path] = {}
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys(one for given in paths for one in (sorted(given.glob("*.txt")) or [given])):
         if not path.is_file():
             raise CalibrationSetInvalid(f"{path}: no such text", hint="--text FILE, a UTF-8 text")
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apex_build.calibration.chat import ChatTemplate, chat_template, render
+from apex_build.calibration.chat import ChatTemplate, chat_template, render, try_render
 from apex_build.errors import ChatTemplateFailed
 from apex_build.gguf_model.model import read_model
 from apex_build.hookspecs import Document
@@ -109,3 +109,29 @@ def test_a_template_that_writes_without_end_is_ended() -> None:
             *[Document("a", messages=({"role": "user", "content": "b"},))] * 3,
         )
     assert time.process_time() - began < 3
+
+
+def test_where_a_template_raised_is_named_by_line_and_message() -> None:
+    template = ChatTemplate(
+        "{%- macro say(m) -%}\n{{ m.content + 1 }}\n{%- endmacro -%}\n{% for message in messages %}\n"
+        "{% if message.role == 'narrator' %}{{ raise_exception('no narrator') }}{% endif %}\n"
+        "{% if message.role == 'user' %}{{ say(message) }}{% endif %}{% endfor %}",
+        "model.gguf",
+        {},
+    )
+    hello, answer = {"role": "assistant", "content": "hello"}, {"role": "user", "content": "a"}
+    failed = Document("chat", messages=(hello, answer), origin="set:7")
+    refused = Document("chat", messages=(hello, hello, {"role": "narrator", "content": "b"}), origin="set:8")
+    found = try_render(template, [failed, refused])
+    assert [(one.line, one.message) for one in found] == [(2, 2), (5, 3)]
+    assert found[1].words == "no narrator"
+    assert found[1].where(refused) == "line 5 of the template, message 3 (narrator) of set:8"
+    with pytest.raises(ChatTemplateFailed, match=r"TypeError: .*line 2 of the template, message 2 \(user\) of set:7"):
+        render(template, [failed])
+
+
+def test_special_tokens_that_the_model_has_are_given_and_no_others(testbed: Path, tmp_path: Path) -> None:
+    model = read_model(testbed, load_plugins().role_of)
+    (tmp_path / "mine.jinja").write_text("{{ bos_token is defined }}{{ eos_token }}{{ pad_token }}")
+    template = chat_template(model, tmp_path / "mine.jinja")
+    assert render(template, [HELLO]) == ["False<|im_end|><|endoftext|>"]
