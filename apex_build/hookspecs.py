@@ -161,12 +161,14 @@ class Document:
 class Source:
     """A source of documents. `read` gets the options from the calibration set and the folder of the set's file.
 
-    `options`: the names it accepts, others are refused; None accepts any.
+    `options`: the names it accepts, others are refused; None accepts any. `pin`: for a source whose data may change:
+    gets the same two, and returns the options to add so that it reads the same tomorrow.
     """
 
     name: str
     read: Callable[[Mapping[str, Any], Path], Iterator[Document]]
     options: tuple[str, ...] | None = None
+    pin: Callable[[Mapping[str, Any], Path], Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True)

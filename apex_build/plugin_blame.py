@@ -15,12 +15,21 @@ if TYPE_CHECKING:
     from apex_build.evaluation.task import Task
 
 Read = Callable[[Mapping[str, Any], Path], Iterator[Document]]
+Pin = Callable[[Mapping[str, Any], Path], Mapping[str, str]]
 
 
 def blaming(plugin: str, read: Read) -> Read:
     def blamed(options: Mapping[str, Any], folder: Path) -> Iterator[Document]:
         with blame(plugin):
             yield from read(options, folder)
+
+    return blamed
+
+
+def blaming_pin(plugin: str, pin: Pin) -> Pin:
+    def blamed(options: Mapping[str, Any], folder: Path) -> Mapping[str, str]:
+        with blame(plugin):
+            return pin(options, folder)
 
     return blamed
 

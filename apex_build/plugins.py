@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +20,7 @@ from apex_build.hookspecs import ROLES, Evaluator, GpuTarget, Part, PolicySpec, 
 from apex_build.loaded import LoadedEvaluator, LoadedPolicy, loaded_evaluator, loaded_policy
 from apex_build.near import nearby, no_such
 from apex_build.places import cache_root, data_root
-from apex_build.plugin_blame import blame, blaming, blaming_evaluator
+from apex_build.plugin_blame import blame, blaming, blaming_evaluator, blaming_pin
 from apex_build.plugin_finding import (
     GROUP,
     PACKAGE,
@@ -90,7 +90,7 @@ class Plugins:
         """Sources by name; reading from one blames its plugin for what it raises."""
         found = self._named("apex_calibration_sources", Source)
         return {
-            name: Source(source.name, blaming(plugin, source.read), source.options)
+            name: replace(source, read=blaming(plugin, source.read), pin=source.pin and blaming_pin(plugin, source.pin))
             for name, (plugin, source) in sorted(found.items())
         }
 

@@ -26,6 +26,7 @@ PUBLIC = {
         "creativecommons.org",
         "editorconfig.org",
         "github.com",
+        "huggingface.co",
         "keepachangelog.com",
         "matplotlib.org",
         "purl.org",

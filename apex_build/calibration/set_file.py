@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 PART_KEYS = {"domain", "source", "bytes", "weight", "origin", "licence"}
-_SET_KEYS = ("part", "about", "tokens", "seed", "near_duplicates", "heldout")
+_SET_KEYS = ("part", "name", "about", "tokens", "seed", "near_duplicates", "heldout")
 
 
 @dataclass(frozen=True)

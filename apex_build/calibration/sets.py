@@ -152,10 +152,7 @@ def compose(
         limit, tokens = one.part.max_bytes, one.wanted
         texts.append(list(of.texts) if limit is None else _cut(of.texts, limit))
         if tokens and of.available < 0.95 * tokens:
-            warnings.append(
-                f"the part {one.part.domain} has {of.available} tokens, and its weight asks for {tokens}: its source "
-                "has no more"
-            )
+            warnings.append(f"the part {one.part.domain} has {of.available} tokens, and its weight asks for {tokens}")
         if not texts[-1]:
             raise CalibrationSetInvalid(f"{one.where} gave no text: all of its documents are in other parts already")
     name = re.sub(r"[^\w.-]", "_", "-".join((chosen.name, *sorted(domains))))[:50]

@@ -52,9 +52,9 @@ def _evaluators() -> Iterable[tuple[str, str]]:
 
 
 def _sets() -> Iterable[tuple[str, str]]:
-    from apex_build.calibration.sets import known_sets
+    from apex_build.calibration.sets import known_sets, load_set
 
-    return [(name, "") for name in known_sets()]
+    return [(name, load_set(name).about) for name in known_sets()]
 
 
 def _pins() -> Iterable[tuple[str, str]]:

@@ -7,6 +7,7 @@ VERBS = {
     "build": "build",
     "cache": "cache",
     "calibrate": "calibrate",
+    "calibration-sets": "calibration_sets",
     "check": "check",
     "completion": "completion",
     "config": "config",

@@ -105,6 +105,17 @@ def _of_hub(name: str, options: Mapping[str, Any], streaming: bool) -> Any:
     return found
 
 
+def pin_datasets(options: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The commit that the Hub has now, or that a branch or tag means now; a local folder moves with nothing."""
+    name, revision = str(options.get("dataset")), options.get("revision")
+    if (folder / name).is_dir():
+        return {}
+    commit = commit_of(name, str(revision) if revision is not None else None)
+    if commit is None:
+        raise CalibrationSetInvalid(f"dataset {name}: the Hub cannot be reached", hint="again where the network is")
+    return {"revision": commit}
+
+
 def commit_of(name: str, revision: str | None = None) -> str | None:
     """The commit that a revision (the newest) of a dataset is, asked of the Hub once; None where it cannot be reached.
 
@@ -112,10 +123,10 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
     """
     try:
         import huggingface_hub as hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
     except ImportError:
         raise CalibrationSetInvalid("asking the Hub needs the Python package huggingface_hub", hint=_EXTRA) from None
-    if hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return None
     try:
         found = hub.HfApi().dataset_info(name, revision=revision, timeout=_SECONDS)
@@ -186,14 +197,14 @@ def _quiet(datasets: Any) -> Iterator[None]:
 def _offline() -> Iterator[None]:
     """The libraries look at these when they are asked, and would otherwise try for half a minute."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def _first(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from apex_build.plugin_api import CalibrationSetInvalid, Document, Source, hookimpl
 
-from .hub import OPTIONS, read_datasets
+from .hub import OPTIONS, pin_datasets, read_datasets
 from .shapes import COLUMNS, document, in_pieces
 from .tables import read_parquet
 
@@ -27,7 +27,7 @@ def apex_calibration_sources() -> list[Source]:
         Source("jsonl", read_jsonl, ("file", "columns")),
         Source("files", read_files, ("folder", "pattern", "columns")),
         Source("python-stdlib", read_standard_library, ("modules",)),
-        Source("datasets", _datasets, OPTIONS),
+        Source("datasets", _datasets, OPTIONS, pin_datasets),
     ]
 
 
