@@ -23,7 +23,7 @@ from apex_build.plugin_api import (
     whole_file,
 )
 
-from . import allocate, errors, measurement, policy, sensitivity
+from . import allocate, errors, head, measurement, policy, sensitivity
 from .errors import Errors
 from .measurement import Anchor, Measurement, Score, Sensitivity
 
@@ -76,6 +76,7 @@ class Plan:
             "chunks": self.chunks,
             "context": CONTEXT,
             "budget": self.budget,
+            "head": self.head_score,
         }
 
 
@@ -155,6 +156,10 @@ def measure(plan: Plan, place: Workplace) -> Measurement:
     made = Measurement(
         plan.model.path.name, measurement.shapes_of(plan.model), plan.parts, found, sensitivities, (), listed, ()
     )
+    if plan.head_score:
+        parts, tried = head.parts(plan.model, list(plan.work.types), known)
+        heads = head.measure(task, parts, tried, plan.imatrix, known, chunks=plan.chunks)
+        made = replace(made, head=heads)
     return _anchored(made, plan, task, scores)
 
 

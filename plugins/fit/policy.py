@@ -131,7 +131,7 @@ def choices_of(task: PolicyTask, found: Measurement) -> Choices:
     trunk: list[Item] = []
     head: list[Item] = []
     fixed = task.other_bytes
-    points = _head_points(task, found)
+    points = _head_points(found)
     for tensor in task.model.tensors:
         if tensor.name not in task.quantizable:
             fixed += padded_bytes(tensor.n_bytes)
@@ -145,7 +145,7 @@ def choices_of(task: PolicyTask, found: Measurement) -> Choices:
 
 def predicted(found: Measurement, task: PolicyTask, types: Mapping[str, str]) -> dict[str, float]:
     total, points = 0.0, 0.0
-    per_tensor = _head_points(task, found)
+    per_tensor = _head_points(found)
     for tensor in task.model.tensors:
         kind = types.get(tensor.name, tensor.type)
         if kind == tensor.type:
@@ -201,15 +201,9 @@ def _item(
     return Item(tensor.name, tuple(option(one) for one in (*kinds, tensor.type)))
 
 
-def _head_points(task: PolicyTask, found: Measurement) -> dict[str, float]:
-    """Points that a unit of error costs, of each tensor of the head: its part's, by its share of the weights."""
-    sizes = {tensor.name: tensor.n_elements for tensor in task.model.tensors}
-    return {
-        name: part.points * sizes.get(name, 0) / whole
-        for part in found.head
-        if (whole := sum(sizes.get(name, 0) for name in part.tensors))
-        for name in part.tensors
-    }
+def _head_points(found: Measurement) -> dict[str, float]:
+    """Points that a unit of error costs, of each tensor of the head: its share of its part's."""
+    return {name: part.points / len(part.tensors) for part in found.head for name in part.tensors}
 
 
 def _of_head(tensor: Tensor, kind: str, found: Measurement, points: Mapping[str, float]) -> float:
