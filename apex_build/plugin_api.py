@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from apex_build.native.server import Draft
     from apex_build.native.tensor_data import Codec, codec
     from apex_build.native.toolset import Toolset
-    from apex_build.parameters import Value, values_of
+    from apex_build.parameters import Value, parse_settings, values_of
     from apex_build.places import cache_folder
     from apex_build.plugin_check import check_plugin
     from apex_build.policy.dry_run import quantizable_tensors
@@ -171,6 +171,7 @@ _LATER = {
     "Toolset": ("native.toolset", "Toolset"),
     "Value": ("parameters", "Value"),
     "values_of": ("parameters", "values_of"),
+    "parse_settings": ("parameters", "parse_settings"),
     "cpus": ("system", "cpus"),
     "check_place": ("storage.outputs", "check_place"),
     "whole_file": ("storage.outputs", "whole_file"),
@@ -277,6 +278,7 @@ __all__ = [
     "note",
     "other_bytes",
     "padded_bytes",
+    "parse_settings",
     "plan_files",
     "plan_model",
     "probe_seconds",

@@ -13,6 +13,7 @@ from apex_build.plugin_api import (
     as_json,
     check_place,
     note,
+    parse_settings,
     progress,
     table,
     workplace,
@@ -66,6 +67,13 @@ _PATH = click.Path(path_type=Path, readable=False)
               help="Weights of each tensor that the errors are measured on.")  # fmt: skip
 @click.option("--refine", type=click.IntRange(min=0), default=0, show_default=True,
               help="Measure so many exchanges of two tensors' types, and keep those that pay.")  # fmt: skip
+@click.option(
+    "--set",
+    "tiers",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A parameter of the policies that stand beside it (edge=1).",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: those in use]")
 @click.option("--plugin", "folders", multiple=True, type=_PATH, help="Load a plugin from this folder.")
@@ -93,6 +101,7 @@ def command(
     check_chunks: int,
     sample: int,
     refine: int,
+    tiers: tuple[str, ...],
     threads: int | None,
     tools_path: Path | None,
     folders: tuple[Path, ...],
@@ -136,6 +145,7 @@ def command(
             "min": ",".join(least),
             "draft_loss": draft_loss,
         },
+        tiers=parse_settings(tiers),
         chunks=chunks,
         probe_budget=probe_budget,
         check_chunks=check_chunks,

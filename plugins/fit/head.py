@@ -49,12 +49,8 @@ def measure(
         if own:
             nats[group.name] = max(0.0, _lost(own[0], base, _KLD).value) / _mean(group, own[0].probe, errors)
     whole = [score for score in scores if score.probe.name.startswith("draft head ")]
-    expected = sum(
-        nats[group.name] * _mean(group, score.probe, errors)
-        for score in whole
-        for group in groups
-        if group.name in nats
-    )
+    measured = [group for group in groups if group.name in nats]
+    expected = sum(nats[group.name] * _mean(group, score.probe, errors) for score in whole for group in measured)
     points = [_lost(score, base, _AGREE).times(100) for score in whole]
     lost = sum(one.value for one in points)
     scale = lost / expected if expected > 0 and lost > 0 else _POINTS
@@ -67,8 +63,7 @@ def measure(
             None if half is None else max(0.0, scale * nats[group.name] * (1 - half)),
             None if half is None else scale * nats[group.name] * (1 + half),
         )
-        for group in groups
-        if group.name in nats
+        for group in measured
     )
 
 

@@ -65,6 +65,7 @@ class Asked:
     context: int = 8192
     curve: tuple[int, ...] = ()
     settings: Mapping[str, Value] = field(default_factory=dict, hash=False)
+    tiers: Mapping[str, str] = field(default_factory=dict, hash=False)  # parameters of the policies beside it
     chunks: int = measure.CHUNKS
     probe_budget: int = 0
     check_chunks: int = CHECKED
@@ -238,7 +239,7 @@ def fit(before: Preview, asked: Asked, place: Workplace) -> Done:
         for target, one in zip(before.targets, planned, strict=True)
     ]
     warnings = [*before.warnings, *(text for one in planned for text in one.plan.warnings)]
-    tiers = _tiers(before, found, place)
+    tiers = _tiers(before, found, asked, place)
     if not asked.curve:
         nearest = min(tiers, key=lambda row: abs(row.n_bytes - rows[0].n_bytes), default=None)
         tiers = [nearest] if nearest else []
@@ -330,14 +331,15 @@ def _row(name: str, target: int | None, planned: Planned, before: Preview) -> Ro
     return Row(name, target, n_bytes, plan.bits_per_weight, plan.predicted.get(policy.KLD), types=changed)
 
 
-def _tiers(before: Preview, found: Measurement, place: Workplace) -> list[Row]:
+def _tiers(before: Preview, found: Measurement, asked: Asked, place: Workplace) -> list[Row]:
     """What the other calibrated policies make of the model, with what this measurement predicts of them."""
     rows = []
     for name, one in place.plugins.policies().items():
         if not one.calibrated or one.compute is not None or one.needs:
             continue
+        own = {key: value for key, value in asked.tiers.items() if key in one.parameters}
         try:
-            planned = plan_model(before.model, PlanOptions(name, {}, before.data.path), place=place)
+            planned = plan_model(before.model, PlanOptions(name, own, before.data.path), place=place)
         except (PolicyUnfit, ShapeUnfit):
             continue
         row = _row(name, None, planned, before)
