@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from apex_build.cli import plan_needs, show, values
+from apex_build.cli.compare import as_json as compare_as_json
+from apex_build.cli.compare import print_compared
 from apex_build.cli.options import SIZE, mtp_rows_option, plugin_option, rows_of, tools_option
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.coverage import Coverage
@@ -18,6 +20,7 @@ from apex_build.parameters import parse_settings
 from apex_build.policy.lists import TypeList, apply_list, own_types
 from apex_build.policy.plan import KEPT, MIXTURE, Entry, Plan
 from apex_build.policy.remarks import left_to_base_type, remarks
+from apex_build.stages.compare import compare
 from apex_build.stages.given import workplace
 from apex_build.stages.needs import needs
 from apex_build.stages.plan import PlanOptions
@@ -42,6 +45,12 @@ _ANOTHER = "give another name with --write-rules"
     metavar="NAME=VALUE",
     multiple=True,
     help="A parameter of the policy (may be given several times).",
+)
+@click.option(
+    "--compare",
+    "compared",
+    metavar="NAME,NAME,...",
+    help="Several policies side by side: bytes, bits, tensors that differ, and what is predicted.",
 )
 @click.option("--imatrix", type=_PATH, help="Check that it has data for the types that need it.")
 @mtp_rows_option
@@ -76,6 +85,7 @@ def command(
     model_path: Path,
     policy_name: str | None,
     settings: tuple[str, ...],
+    compared: str | None,
     imatrix: Path | None,
     mtp_rows: str,
     tensor_types: Path | None,
@@ -103,10 +113,21 @@ def command(
           --imatrix imatrix.gguf
       apex plan model-F16.gguf --policy quality --write-rules rules.txt
       apex plan model-F16.gguf --tensor-types recipe.txt --set base_type=Q4_K_M
+      apex plan model-F16.gguf --compare i-mini,i-nano,i-micro
       apex plan model-F16.gguf --policy mine --plugin my-plugin/ --json | jq .bytes
       apex plan model-F16.gguf --policy i-mini --hardware dgx-spark --context 65536
       apex plan model-F16.gguf --policy i-mini --memory 122GiB --disk 500GiB
     """
+    if compared is not None:
+        if policy_name or tensor_types or write_rules:
+            raise click.UsageError("--compare goes without --policy, --tensor-types and --write-rules")
+        names = [name.strip() for name in compared.split(",") if name.strip()]
+        found = compare(model_path, names, parse_settings(settings), place=workplace(tools_path, folders))
+        if json_:
+            show.as_json(compare_as_json(found))
+        else:
+            print_compared(found, tensors=tensors)
+        return
     check_policy(policy_name, tensor_types)
     place = workplace(tools_path, folders)
     rows, given = rows_of(mtp_rows), parse_settings(settings)
@@ -170,6 +191,7 @@ def _json(plan: Plan, covered: Coverage | None, ggml: Ggml) -> dict[str, Any]:
         "left_to_base_type": [entry.name for entry in plan.entries if entry.source == MIXTURE],
         "needing_data": [entry.name for entry in plan.needing_data],
         "without_data": _without_data(plan, covered) if covered else None,
+        "predicted": dict(plan.predicted),
         "tensors": [asdict(entry) for entry in plan.entries],
     }
 
@@ -199,6 +221,8 @@ def _print(plan: Plan, covered: Coverage | None, ggml: Ggml, *, tensors: bool) -
         f"tensors: {plan.n_bytes} bytes ({show.size(plan.n_bytes)}), {plan.bits_per_weight:.3f} bits per "
         f"weight{of_head}"
     )
+    if plan.predicted:
+        click.echo(f"predicted: {', '.join(f'{name} {value:.4f}' for name, value in plan.predicted.items())}")
     if left := left_to_base_type(plan):
         click.echo(left)
     _warn(plan, covered, ggml)
