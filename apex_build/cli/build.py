@@ -44,7 +44,7 @@ from apex_build.toolchain.packed.packing import Packed, check_out, pack
     type=click.Choice(("auto", "cpu", "cuda")),
     default="auto",
     show_default=True,
-    help="auto: CUDA where a GPU is found.",
+    help="auto: CUDA if there is a GPU.",
 )
 @click.option(
     "--gpu",
@@ -59,10 +59,10 @@ from apex_build.toolchain.packed.packing import Packed, check_out, pack
     type=click.Choice(("auto", "system", "pypi")),
     default="auto",
     show_default=True,
-    help="auto: this machine's CUDA toolkit if it is complete and suits, else wheels from the package index.",
+    help="auto: this machine's CUDA toolkit if it is complete and suitable, else wheels from the package index.",
 )
 @click.option(
-    "--ptx", is_flag=True, help="CUDA: also code that newer GPUs than the named ones can compile for themselves."
+    "--ptx", is_flag=True, help="CUDA: also PTX, which GPUs newer than the named ones compile at first start."
 )
 @click.option("--all-kv-types", is_flag=True, help="CUDA: flash attention for every pair of K and V cache types.")
 @click.option(
@@ -111,14 +111,14 @@ def command(
     folders: tuple[Path, ...],
     json_: bool,
 ) -> None:
-    """Compile llama.cpp's tools from a pinned, patched source; fetch the source if it is not there.
+    """Compile llama.cpp's tools from a pinned, patched source; fetch the source if it is missing.
 
-    With --gpu, or where this machine has a GPU, they can compute on it, and still run where there is none. That needs
-    no GPU and no installed CUDA toolkit. The other verbs use the build that was last made, or asked for again, here.
+    With --gpu, or if this machine has a GPU, the tools can use it, and still run without one. Building needs no GPU
+    and no installed CUDA toolkit. The other verbs use the build that was last made or selected.
 
     The same source, patches, compiler and options are never built twice. An interrupted build resumes where it stopped.
-    CC, CXX, CFLAGS, CXXFLAGS and LDFLAGS count, and are part of a build's identity. Builds of two pins lie side by
-    side: the other verbs take that of the default pin, or of the one that APEX_PIN or apex.toml names.
+    CC, CXX, CFLAGS, CXXFLAGS and LDFLAGS are used, and are part of a build's identity. Builds of several pins can
+    exist side by side: the other verbs use the default pin's, or that of the pin named by APEX_PIN or apex.toml.
 
     \b
     Examples:
@@ -152,7 +152,7 @@ def command(
                 {"root": str(toolset.root), "key": toolset.manifest.get("key"), "files": count, "verified": True}
             )
         else:
-            click.echo(f"{count} files of {toolset.root} are as they were built")
+            click.echo(f"{count} files of {toolset.root} are unchanged since the build")
     elif dry_run:
         targets = _targets(backend, gpus, load_plugins(folders))
         wanted = BuildOptions(targets, cast(Toolchain, cuda_toolchain), ptx, all_kv_types, native)
@@ -172,10 +172,10 @@ def command(
 
 
 def _targets(backend: str, gpus: tuple[str, ...], plugins: Plugins) -> tuple[GpuTarget, ...]:
-    """The GPUs to build for: those that are named, else those of this machine; none for a CPU build."""
+    """The GPUs to build for: the named ones, else this machine's; none for a CPU build."""
     if backend == "cpu":
         if gpus:
-            raise click.UsageError("--gpu goes with --backend cuda, and --backend cpu was asked for")
+            raise click.UsageError("--gpu needs --backend cuda, not --backend cpu")
         return ()
     if gpus:
         return resolve(gpus, plugins)

@@ -32,7 +32,7 @@ def command() -> None:
 @_KINDS
 @json_option
 def list_(kinds: tuple[str, ...], json_: bool) -> None:
-    """Show what there is by kind, or with --kind each item.
+    """Show the cache by kind, or with --kind each item.
 
     \b
     Examples:
@@ -65,9 +65,9 @@ def list_(kinds: tuple[str, ...], json_: bool) -> None:
 @command.command()
 @_KINDS
 @click.option(
-    "--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only what was unused for this many days."
+    "--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only items unused for this many days."
 )
-@click.option("--larger-than", type=SIZE, metavar="SIZE", help="Only what is larger: 500MB, 20GB.")
+@click.option("--larger-than", type=SIZE, metavar="SIZE", help="Only items larger than this: 500MB, 20GB.")
 @click.option(
     "--keep-size", type=SIZE, metavar="SIZE", help="Remove the longest unused until at most this much is left."
 )
@@ -84,7 +84,7 @@ def prune(
     """Remove items that meet all the given conditions.
 
     The selected build, anything a running program uses, and source trees with unsaved work are always kept; sources are
-    removed only where --kind sources names them.
+    removed only with --kind sources.
 
     \b
     Examples:

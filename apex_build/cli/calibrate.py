@@ -33,7 +33,7 @@ _SHOWN = 8  # starved experts of a layer
 
 
 def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int) -> int:
-    """llama-imatrix ignores the last rows of a batch where fewer than 16 are left, and its snapshots would be a chunk
+    """llama-imatrix ignores the last rows of a batch if fewer than 16 are left, and its snapshots would be a chunk
     behind.
     """
     if value % 16:
@@ -78,7 +78,7 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     default=512,
     show_default=True,
     callback=_whole_rows,
-    help="Tokens of a chunk, by 16.",
+    help="Tokens of a chunk, a multiple of 16.",
 )
 @click.option(
     "--mtp/--no-mtp", "head", default=True, show_default=True, help="Run the draft head too, if the model has one."
@@ -95,9 +95,14 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     "--rows-check/--no-rows-check",
     default=True,
     show_default=True,
-    help="With auto, score the head with both rows first, and stop if the other ones are clearly better.",
+    help="With auto, score the head with both kinds of rows first, and stop if the other kind is clearly better.",
 )
-@click.option("--shards", type=click.IntRange(min=1), default=1, help="Run the text in so many parts, and add them up.")
+@click.option(
+    "--shards",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Split the text into this many parts, run each, and add them up.",
+)
 @click.option(
     "--until-experts",
     "until",
@@ -114,7 +119,7 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     "--devices",
     multiple=True,
     metavar="GPUS",
-    help="GPUs for one shard, as CUDA_VISIBLE_DEVICES has them; several times for shards side by side.  "
+    help="GPUs for one shard, as in CUDA_VISIBLE_DEVICES; repeat it to run shards in parallel.  "
     "[default: each GPU that holds the model]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama-imatrix's own]")
@@ -163,8 +168,8 @@ def command(
 ) -> None:
     """Calibrate MODEL: run it, and its draft head, over a diverse text and write the imatrix.
 
-    The text is made of a calibration set with the model's own chat template. An interrupted run resumes when the same
-    command is given again.
+    The text is made from a calibration set with the model's own chat template. The same command resumes an
+    interrupted run.
 
     \b
     Examples:
@@ -180,7 +185,7 @@ def command(
     model = read_model(model_path, plugins.role_of)
     settings = Settings(context, chunks, head, rows, threads, gpu_layers, extra=extra, memory=bytes_of(memory))
     if devices and shards == 1 and until is None:
-        raise click.UsageError("--devices goes with --shards: one shard for each set of GPUs")
+        raise click.UsageError("--devices needs --shards: one shard for each set of GPUs")
     if max_tokens is not None and until is None:
         raise click.UsageError("--max-tokens goes with --until-experts; --chunks bounds a run without it")
     if until is not None and chunks is not None:
@@ -310,7 +315,7 @@ def _print(done: Calibration) -> None:
     if goal := _goal(done):
         _print_goal(goal)
     if done.resumed_at:
-        click.echo("perplexity: not known for the whole text, since this run was resumed")
+        click.echo("perplexity: unknown for the whole text, since this run was resumed")
     elif done.perplexity is not None:
         click.echo(f"perplexity of the trunk on the text: {done.perplexity:.3f}")
     how = "reused: already made from the same inputs" if done.reused else f"written in {done.seconds:.0f} s"

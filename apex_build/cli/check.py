@@ -54,8 +54,8 @@ def command(
     """Load FILE in llama-server and check that it writes text and drafts.
 
     Built-in prompts of four domains are answered without and with drafts of two tokens; the perplexity of a few chunks
-    of built-in text is taken. The check fails, with exit code 90, where the trunk does not write text, where less than
-    20 % of the drafts are accepted or less than half of the reference's share, or where drafting changes the text after
+    of built-in text is taken. The check fails, with exit code 90, if the trunk does not write text, if less than 20
+    % of the drafts are accepted or less than half of the reference's share, or if drafting changes the text after
     most prompts.
 
     \b
@@ -99,8 +99,8 @@ def print_checked(done: Checked) -> None:
         done.model.path.name, ("domain", "perplexity", "drafts accepted"), rows, right=("perplexity", "drafts accepted")
     )
     if done.same_text:
-        click.echo(f"text with drafts as without: {figure_text(done.same_text)} of the prompts")
+        click.echo(f"same text with drafts as without: {figure_text(done.same_text)} of the prompts")
     if not done.acceptance:
-        click.echo("it has no draft head: only the trunk was checked")
+        click.echo("no draft head: only the trunk was checked")
     if not done.problems:
         click.echo(f"{done.model.path}: good")

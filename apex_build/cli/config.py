@@ -14,17 +14,17 @@ from apex_build.cli.options import json_option
 
 @click.group(cls=Group)
 def command() -> None:
-    """Show the defaults set in apex.toml files, and where those files are searched.
+    """Show the defaults set in apex.toml files, and where these files are looked for.
 
-    One in the user's own configuration folder, and one in the folder where apex is run; docs/configuration.md lists the
-    settings. The command line comes first, then the environment, then the folder's file, then the user's.
+    They are in the user's configuration folder and in the current folder; docs/configuration.md lists the settings. The
+    command line comes first, then the environment, then the folder's file, then the user's.
     """
 
 
 @command.command("show")
 @json_option
 def show_(json_: bool) -> None:
-    """List every setting with its file, checked.
+    """List and check every setting, with its file.
 
     \b
     Examples:

@@ -26,7 +26,7 @@ from apex_build.stages.convert import ConvertOptions, plan
     type=click.Choice(OUTTYPES),
     default="auto",
     show_default=True,
-    help="auto: 16 bits, as the checkpoint has it.",
+    help="auto: 16 bits, F16 or BF16 like the checkpoint.",
 )
 @click.option(
     "--pre-tokenizer",
@@ -34,7 +34,7 @@ from apex_build.stages.convert import ConvertOptions, plan
     help="Pre-tokenizer of a tokenizer that the converter does not know, such as qwen35.",
 )
 @click.option("--no-head", is_flag=True, help="Convert without a draft head.")
-@click.option("--drop", metavar="PATTERN", multiple=True, help="Leave out tensors of these names, such as 'mtp.*'.")
+@click.option("--drop", metavar="PATTERN", multiple=True, help="Leave out tensors with these names, such as 'mtp.*'.")
 @click.option(
     "--meta",
     metavar="KEY=VALUE",
@@ -76,12 +76,13 @@ def command(
 ) -> None:
     """Convert a Hugging Face checkpoint (config.json, tokenizer, safetensors) with the pinned llama.cpp's converter.
 
-    A checkpoint whose config promises a draft head that its tensors lack is refused: fine-tuned models often lose it.
-    So is one with tensors that would not be in the model, unless they are computed anyway or --drop names them. Name,
+    A checkpoint whose config promises a draft head that its tensors lack is refused: fine-tuned models often lose
+    it. So is one with tensors that would be missing from the model, unless they are computed anyway or named by
+    --drop. Name,
     license and base model are taken from the checkpoint (README.md, config.json), unless --meta says otherwise. No code
-    of the checkpoint is run. The converter needs torch and transformers: it takes them from --python, from the Python
-    that runs apex (pip install 'apex-build[convert]'), or installs them once into an environment in the cache, for CPU
-    only where pip finds that.
+    of the checkpoint is run. The converter needs torch and transformers: from --python, from the Python that runs
+    apex (pip install 'apex-build[convert]'), or else they are installed once into an environment in the cache,
+    CPU-only if pip finds that.
 
     \b
     Examples:
@@ -103,7 +104,7 @@ def command(
     for reason, names in (left_out or {}).items():
         show.note(f"note: {len(names)} tensors are not in the model, {reason}: {_shown(names)}")
     if left_out is None:
-        show.note("note: which tensors would be left out is known once the converter's environment is made")
+        show.note("note: the tensors that would be left out are known once the converter's environment is made")
     if json_:
         said = (
             {**done.manifest.json(), "size": done.manifest.n_bytes, "reused": done.reused}

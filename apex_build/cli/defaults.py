@@ -2,7 +2,7 @@
 
     threads = 8                # at the top: for every verb that has the option
     cache_dir = "/big/apex"    # as APEX_CACHE_DIR
-    quantized_by = "me"        # as APEX_QUANTIZED_BY: what files say of who made them
+    quantized_by = "me"        # as APEX_QUANTIZED_BY: who made the files
 
     [plugins]
     off = ["some-package"]     # as APEX_PLUGINS_OFF
@@ -11,8 +11,8 @@
     policy = ["i-nano"]
 
 The command line comes first, then the environment, then the folder's file, then the user's. A folder's file may have
-come with a download, so what decides which code is run (tools, plugins, caches) and what replaces files is taken from
-the user's alone.
+come with a download, so settings that decide which code runs (tools, plugins, caches) or replace files are accepted
+only from the user's own file.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ VARIABLE = "APEX_CONFIG"
 FOLDERS = {"cache_dir": "APEX_CACHE_DIR", "source_dir": "APEX_SOURCE_DIR"}
 AT_TOP = {**FOLDERS, "quantized_by": "APEX_QUANTIZED_BY", "pin": PIN_VARIABLE}
 PLUGINS_OFF = "APEX_PLUGINS_OFF"
-_EVERYWHERE = ("threads", "gpu-layers", "tools", "quiet", "verbose")  # options that may stand at the top
+_EVERYWHERE = ("threads", "gpu-layers", "tools", "quiet", "verbose")  # options that may be at the top
 _PLUGINS = ("off", "folders")
 # The environment overrides a file; these options have a variable.
 _VARIABLES = {"tools": "APEX_TOOLS", "python": "APEX_CONVERT_PYTHON"}
-# What a folder's file may not set: its writer would choose what is run, what is overwritten, or in whose name files are
+# What a folder's file may not set: its author would choose what is run, what is overwritten, or in whose name files are
 # made.
 _USERS_OWN = {
     *("cache-dir", "source-dir", "quantized-by", "tools", "plugin", "python", "tool-argument"),
@@ -78,7 +78,7 @@ def user_file() -> Path:
 
 
 def files() -> tuple[tuple[Path, bool], ...]:
-    """The files that are there, the user's first, each with whether it is the user's own."""
+    """Existing files, the user's first, each with whether it is the user's own."""
     own, here = user_file(), Path.cwd() / NAME
     found = [(own, True)] if own.is_file() else []
     if here.is_file() and not (found and here.samefile(own)):
@@ -87,15 +87,15 @@ def files() -> tuple[tuple[Path, bool], ...]:
 
 
 def settings() -> tuple[Setting, ...]:
-    """What all files say, those that count more last. Raises ConfigInvalid."""
+    """All settings of all files; later ones override earlier ones. Raises ConfigInvalid."""
     return tuple(setting for path, own in files() for setting in _read(path, own, path.stat().st_mtime_ns))
 
 
-_SET_HERE: set[str] = set()  # variables that a file gave, not the user
+_SET_HERE: set[str] = set()  # variables set by a file, not by the user
 
 
 def by_user(variable: str) -> bool:
-    """Whether a variable of the environment was there before any file was read."""
+    """Whether an environment variable was set before any file was read."""
     return variable in os.environ and variable not in _SET_HERE
 
 
@@ -106,7 +106,7 @@ def _export(variable: str, value: str) -> None:
 
 
 def apply() -> None:
-    """Let the environment hold what files say of folders and plugins: an own variable of the user comes first."""
+    """Set environment variables for the files' folders and plugins; the user's own variables take precedence."""
     for setting in settings():
         where = (*setting.section, setting.key)
         if where == ("plugins", "off"):
@@ -120,9 +120,7 @@ def apply() -> None:
 
 
 def defaults(verb: str, command: click.Command) -> dict[str, Any]:
-    """Defaults of a verb's options, by parameter, for click's default_map. Raises ConfigInvalid for options it does not
-    have.
-    """
+    """Defaults of a verb's options, by parameter, for click's default_map. Raises ConfigInvalid for unknown options."""
     given = [setting for setting in settings() if not setting.section or setting.section[0] in (verb, "plugins")]
     return _defaults((verb,), command, given)
 
@@ -210,7 +208,7 @@ def _flat(path: Path, own: bool, section: tuple[str, ...], table: Mapping[str, A
 
 
 def _check(setting: Setting) -> None:
-    """What can be checked without importing a verb."""
+    """Checks that need no import of a verb."""
     if not setting.section:
         known = [*(name.replace("_", "-") for name in AT_TOP), *_EVERYWHERE]
         if setting.key not in known:
@@ -255,7 +253,7 @@ def _texts(setting: Setting) -> list[str]:
 
 
 def _path(setting: Setting, text: str) -> str:
-    """Relative to the file that names it."""
+    """A path relative to the file that names it."""
     return str(setting.path.absolute().parent / Path(text).expanduser())
 
 

@@ -1,4 +1,4 @@
-"""`apex demo`: the whole road once, on a small model: build, calibrate, quantize, verify, and count accepted drafts."""
+"""`apex demo`: all steps once on a small model: build, calibrate, quantize, verify, and count accepted drafts."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ _COLUMNS = ("file", "bytes", "bits per weight", "trunk types", "head types", "he
     type=click.Path(path_type=Path),
     default="demo",
     show_default=True,
-    help="Folder for what is made.",
+    help="Folder for the results.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the tools' own choice]")
 @json_option
 def command(output: Path, threads: int | None, json_: bool) -> None:
     """Build the tools, calibrate the shipped test model with its draft head, quantize it twice, and compare.
 
-    The model comes with a checkout of the project alone: an installed package has none, and its demo is apex calibrate
-    and apex quantize on your own model.
+    The model comes only with a checkout of the project. With an installed package, try apex calibrate and apex
+    quantize on your own model.
 
-    The second file has the experts of its draft head at IQ3_XXS, which llama-quantize refuses without calibration data
-    of the head, and is checked at the end: does it write text, are its drafts accepted? What is there already is used
-    again.
+    The second file has its draft head's experts at IQ3_XXS, which llama-quantize refuses without calibration data of
+    the head. It is checked at the end: does it write text, are its drafts accepted? Existing results are reused.
 
     \b
     Examples:
@@ -57,7 +56,7 @@ def command(output: Path, threads: int | None, json_: bool) -> None:
     )
     print_checked(verdict)
     verdict.refuse()
-    click.echo(f"run the last: {command_line(rows[-1].path, done.model, done.tools)}")
+    click.echo(f"to run the last one: {command_line(rows[-1].path, done.model, done.tools)}")
 
 
 def _cells(row: Row) -> list[str]:

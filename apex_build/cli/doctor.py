@@ -25,7 +25,7 @@ from apex_build.toolchain.machine.gpus import Survey, survey_gpus
 def command(json_: bool) -> None:
     """Show what this machine has for building the tools, and what can be built.
 
-    Compilers, build tools, each part of the CUDA toolkits that are found, driver and GPUs, disk, memory, the cache; and
+    It lists compilers, build tools, each part of every CUDA toolkit, driver and GPUs, disk, memory and the cache; and
     for each build whether it can be made here, and about how long it takes without a compiler cache. Nothing is built,
     fetched or written. The exit code is 0 even if something is missing.
 
@@ -152,7 +152,7 @@ def _cache(builds: tuple[CachedBuild, ...], sizes: dict[str, int]) -> None:
 
 def _coming(coming: tuple[BuildOption, ...], unknown: str) -> None:
     if unknown:
-        click.echo(f"unknown what can be built: {unknown}")
+        click.echo(f"what can be built is unknown: {unknown}")
         return
     rows = []
     for item in coming:

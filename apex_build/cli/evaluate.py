@@ -29,7 +29,7 @@ from apex_build.stages.given import workplace
 
 
 def evaluation_options(function: Any) -> Any:
-    """Options of `apex evaluate` and `apex sweep`: what is measured, and on what."""
+    """Options of `apex evaluate` and `apex sweep`: what to measure, and on what."""
     options = (
         click.option("--reference", metavar="FILE", type=PATH, help="A model file to compare with, such as the F16."),
         click.option(
@@ -115,7 +115,7 @@ def command(
     speed.
 
     Each result is recorded in the results file at once and not measured again, so an interrupted run
-    continues. Text and prompts should not be what the files were calibrated on. Intervals are of 95 %.
+    continues. Do not use texts and prompts that the files were calibrated on. Intervals are 95 % intervals.
 
     \b
     Examples:
@@ -183,7 +183,8 @@ def command(
                         f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}",
                         err=True,
                     )
-        except (DiskTooSmall, OutputUnwritable) as error:  # the results file: what was measured is shown all the same
+        # the results file cannot be written: what was measured is shown all the same
+        except (DiskTooSmall, OutputUnwritable) as error:
             unrecorded = error
     if json_:
         show.as_json([record(result) for result in done if result.error is None])
@@ -269,7 +270,7 @@ def _print(evaluator: str, results: Sequence[Result]) -> None:
 
 
 def _order(item: tuple[tuple[str, str], Any]) -> str:
-    return item[0][0]  # the whole first, then by domain; figures as the evaluator gives them
+    return item[0][0]  # all domains first, then each; figures in the evaluator's order
 
 
 def _summed_up(failed: Sequence[ApexError], total: int) -> ApexError:

@@ -1,4 +1,4 @@
-"""What all verbs have in common: near names for a mistyped one, -q and -v, and defaults from apex.toml."""
+"""What all verbs share: suggestions for a mistyped name, -q and -v, and defaults from apex.toml."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def with_verbosity(command: click.Command) -> click.Command:
         command.params += [
             click.Option(
                 ["-q", "--quiet"], is_flag=True, expose_value=False, is_eager=True, callback=_quiet,
-                help="Only results, warnings and errors: no progress, no remarks.",
+                help="Print only results, warnings and errors: no progress, no remarks.",
             ),
             click.Option(
                 ["-v", "--verbose"], is_flag=True, expose_value=False, is_eager=True, callback=_verbose,
-                help="Also say which programs are run, with all their arguments.",
+                help="Also print which programs are run, with all their arguments.",
             ),
         ]  # fmt: skip
     if isinstance(command, click.Group):
@@ -70,7 +70,7 @@ def _verbose(context: click.Context, _parameter: click.Parameter, value: bool) -
 
 
 class _ToStderr(logging.Handler):
-    """What the rooms log, for people: warnings always, what is run where the command line asks for it."""
+    """Log messages for people: warnings always, programs that are run with -v."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
@@ -85,7 +85,7 @@ def _debug(lines: list[str]) -> None:
 
 
 def listen() -> None:
-    """Show what the rooms log."""
+    """Show log messages."""
     logger = logging.getLogger("apex_build")
     if not any(isinstance(handler, _ToStderr) for handler in logger.handlers):
         logger.addHandler(_ToStderr())

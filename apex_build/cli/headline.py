@@ -1,4 +1,4 @@
-"""The table of an evaluation: a line a file, with its size and one column for what each evaluator says first."""
+"""The table of an evaluation: one line for each file, with its size and each evaluator's main figures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def labels_of(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def value_of(figure: Figure | None, *, unit: bool = True) -> str:
-    """The value alone, for a table: to as many digits as its interval bears."""
+    """The value alone, for a table: with as many digits as its interval justifies."""
     if figure is None:
         return ""
     if figure.value is None:

@@ -1,4 +1,4 @@
-"""`apex imatrix`: calibration data put together, compared, or carried to the other format."""
+"""`apex imatrix`: merge, compare or convert calibration data."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def command() -> None:
 def merge(files: tuple[Path, ...], out: Path, chunk_size: int | None, force: bool, json_: bool) -> None:
     """Add up the data of imatrix files of one model, as if their texts had been run together.
 
-    Counts and sums of squares are added exactly. Files of different models are refused, those whose draft heads
-    were run over other rows of the trunk, and files without the draft head beside files with it.
+    Counts and sums of squares are added exactly. Files are refused if they are from different models, if their draft
+    heads were fed different rows of the trunk, or if some lack the draft head's data.
 
     \b
     Examples:
@@ -51,9 +51,9 @@ def merge(files: tuple[Path, ...], out: Path, chunk_size: int | None, force: boo
       apex imatrix merge first.dat second.dat --chunk-size 512 -o both.imatrix.gguf
     """
     if len(files) < 2:
-        raise click.UsageError("merging takes two files or more; for one: apex imatrix convert")
+        raise click.UsageError("merge needs at least two files; for one: apex imatrix convert")
     if len({path.absolute().resolve() for path in files}) < len(files):
-        raise click.UsageError("a file is given twice: its data would count twice")
+        raise click.UsageError("a file is given twice: its data would be counted twice")
     _write(files, out, "gguf", chunk_size, force=force, json_=json_)
 
 
@@ -67,7 +67,7 @@ def merge(files: tuple[Path, ...], out: Path, chunk_size: int | None, force: boo
 def convert(file: Path, out: Path, form: str | None, chunk_size: int | None, force: bool, json_: bool) -> None:
     """Write an imatrix in the other format: GGUF, or the .dat that older programs and ik_llama.cpp read.
 
-    It reports what the format cannot hold: .dat keeps one count for all experts, and nothing about the draft head's
+    It reports what the format cannot hold: .dat has one count for all experts, and nothing about the draft head's
     tokens.
 
     \b
@@ -81,15 +81,17 @@ def convert(file: Path, out: Path, form: str | None, chunk_size: int | None, for
 @command.command()
 @click.argument("one", metavar="A", type=_PATH)
 @click.argument("two", metavar="B", type=_PATH)
-@click.option("--model", "model_path", type=PATH, help="The model: says exactly which weights are the draft head's.")
+@click.option(
+    "--model", "model_path", type=PATH, help="The model: it tells exactly which weights are the draft head's."
+)
 @plugin_option
 @json_option
 def diff(one: Path, two: Path, model_path: Path | None, folders: tuple[Path, ...], json_: bool) -> None:
     """Show how far two imatrix files of one model are apart, by role.
 
-    The distance of two matrices is half the sum of the differences between the shares that their columns have of the
-    importance: 0 where both files weigh the columns alike, 1 where they have none in common. 'largest difference' is of
-    the sums themselves, which also grow with the text.
+    The distance of two matrices is half the sum of the differences between their columns' shares of the importance:
+    0 if both files weigh the columns alike, 1 if they have none in common. 'largest difference' is between the sums
+    themselves, which also grow with the text.
 
     \b
     Examples:
@@ -135,7 +137,7 @@ def _expert(role: RoleDiff) -> str:
 
 
 def _places(plugins: Plugins, model_path: Path | None) -> PlaceOf:
-    """By the model's own catalogue; without it by the names, which tell the heads' own parts alone from the trunk."""
+    """By the model's catalogue; without it by names, which identify only the parts that a draft head alone has."""
     known = {} if model_path is None else {one.name: one for one in read_model(model_path, plugins.role_of).tensors}
 
     def place_of(name: str) -> tuple[str, bool]:

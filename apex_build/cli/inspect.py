@@ -1,4 +1,4 @@
-"""`apex inspect`: what is in a model or an imatrix."""
+"""`apex inspect`: the contents of a model or an imatrix."""
 
 from __future__ import annotations
 
@@ -43,13 +43,15 @@ _LISTED = 12  # names shown before "and N more"
 @click.option(
     "--model", "model_path", type=click.Path(path_type=Path), help="The model of an imatrix: shows what has data."
 )
-@click.option("--tensors", is_flag=True, help="List every tensor (of an imatrix, with --model: all that lack data).")
+@click.option(
+    "--tensors", is_flag=True, help="List every tensor (of an imatrix, with --model: all tensors without data)."
+)
 @click.option(
     "--few",
     type=click.FloatRange(0, 1),
     default=FEW,
     show_default=True,
-    help="Below this part of the even share an expert's tokens count as few.",
+    help="An expert with less than this part of an even share of tokens counts as undertrained.",
 )
 @click.option(
     "--plugin",
@@ -80,8 +82,9 @@ def command(
 ) -> None:
     """Show what is in FILE: a GGUF model (any shard of a split one), or an imatrix (GGUF or the older .dat).
 
-    Of a model: layers, experts, draft head, bytes by role and type. Of an imatrix: what it was made of, whether the
-    draft head was calibrated, and with --model which tensors have no data and which experts saw few tokens or none.
+    For a model: layers, experts, draft head, bytes by role and type. For an imatrix: what it was made from, whether
+    the draft head was calibrated, and with --model which tensors have no data and which experts saw few tokens or
+    none.
 
     \b
     Examples:
@@ -96,7 +99,7 @@ def command(
     _check_plots(plots, found, force=force)
     if isinstance(found, Header):
         if model_path is not None:
-            raise click.UsageError(f"--model goes with an imatrix; {file} is not one")
+            raise click.UsageError(f"--model is for an imatrix; {file} is not one")
         _show_model(model_of(found, plugins.role_of), tensors=tensors, json_=json_)
         return
     against = None
@@ -160,7 +163,7 @@ def _show_model(model: Model, *, tensors: bool, json_: bool) -> None:
         return
     _print_model(summary)
     for reason in reasons:
-        click.echo(f"warning: it cannot be loaded by llama.cpp: {reason}")
+        click.echo(f"warning: llama.cpp cannot load it: {reason}")
     if tensors:
         rows = [
             (
@@ -177,7 +180,7 @@ def _show_model(model: Model, *, tensors: bool, json_: bool) -> None:
 
 
 def _tools() -> Toolset | None:
-    """The built tools, if there are any: what is in a file can be seen without."""
+    """The built tools, if there are any: most of inspect works without."""
     try:
         return find_toolset()
     except BuildMissing:
@@ -243,7 +246,7 @@ def _print_imatrix(imatrix: Imatrix, against: Coverage | None) -> None:
     if imatrix.format == "gguf":
         _line("calibrated", f"{tokens(imatrix)} tokens ({chunks} of {imatrix.chunk_size})")
     else:
-        _line("calibrated", f"{chunks or 'an unknown number of chunks'}; the format does not tell their size")
+        _line("calibrated", f"{chunks or 'an unknown number of chunks'}; the format does not record their size")
     _line("entries", str(len(imatrix.entries)))
     if against is not None:
         _line("draft head", _head_state(against))
@@ -252,7 +255,7 @@ def _print_imatrix(imatrix: Imatrix, against: Coverage | None) -> None:
         told = f"run over {imatrix.head_tokens} tokens{rows}, as the file says"
         _line("draft head", f"{told}; --model MODEL checks its tensors")
     else:
-        _line("draft head", "the file does not say that it was run; --model MODEL checks its tensors")
+        _line("draft head", "not recorded as run; --model MODEL checks its tensors")
 
 
 def _head_state(against: Coverage) -> str:
@@ -268,7 +271,7 @@ def _head_state(against: Coverage) -> str:
 
 
 def print_coverage(against: Coverage, *, everything: bool = False) -> None:
-    """The coverage table, and the tensors that deserve a word."""
+    """Print the coverage table, and remarks on tensors."""
     rows = [
         (
             "draft head" if r.draft_head else "trunk",
@@ -287,7 +290,7 @@ def print_coverage(against: Coverage, *, everything: bool = False) -> None:
     limit = None if everything else _LISTED
     _names("without data", against.missing, limit)
     for tensor in against.partial[:limit]:
-        few = f"under {against.threshold:.2%} of the even share ({tensor.fewest:.0f} tokens the least)"
+        few = f"under {against.threshold:.2%} of an even share (at least {tensor.fewest:.0f} tokens)"
         parts = [
             ("no tokens", tensor.without_tokens),
             (few, tensor.few_tokens),
@@ -296,7 +299,7 @@ def print_coverage(against: Coverage, *, everything: bool = False) -> None:
         _line(
             tensor.name, "; ".join(f"{what}: experts {_numbers(experts, limit)}" for what, experts in parts if experts)
         )
-    _more(len(against.partial), limit, "tensors with experts that saw few tokens or none")
+    _more(len(against.partial), limit, "tensors with experts that saw few or no tokens")
     _names("entries that no weight of the model uses", against.unused, limit)
     _print_examined(against.examined)
     for line in disagreements(against):
@@ -329,5 +332,5 @@ def _line(title: str, text: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text from a file, safe on a terminal: control characters shown, not sent."""
+    """Text from a file, made safe for a terminal: control characters are shown, not sent."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Tables and names as text: what fits a terminal's width is laid out in columns, and no word is broken inside."""
+"""Tables and names as text: columns if they fit the terminal's width; words are never broken."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LEAST = 12  # characters that a shortened word keeps
 
 
 def shorten(text: str, width: int) -> str:
-    """The text in `width` characters, its middle left out: the ends of names tell them apart."""
+    """The text cut to `width` characters in its middle: names differ at their ends."""
     if len(text) <= width:
         return text
     if width <= 1:
@@ -21,7 +21,7 @@ def shorten(text: str, width: int) -> str:
 def lay_out(
     columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = (), width: int | None = None
 ) -> list[str]:
-    """Lines of a table, its header first. `right`: columns to align right. `width` None: no bound.
+    """Lines of a table, its header first. `right`: columns to align right. `width` None: unlimited.
 
     Columns that are too wide are wrapped between words; then long words are shortened in their middle; and where even
     that does not fit, each row gets its own lines.
@@ -58,7 +58,7 @@ def _total(widths: Sequence[int]) -> int:
 
 
 def _narrowed(widths: Sequence[int], least: Sequence[int], width: int) -> list[int]:
-    """The widest first, none below its least."""
+    """Narrow the widest columns first, none below its minimum."""
     found = list(widths)
     while _total(found) > width:
         can = [at for at in range(len(found)) if found[at] > least[at]]

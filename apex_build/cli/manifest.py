@@ -1,4 +1,4 @@
-"""`apex show`: how an output was made, by its manifest."""
+"""`apex show`: how an output was made, from its manifest."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _MANY = 12  # entries that are not listed one by one
 
 @click.command()
 @click.argument("path", metavar="MANIFEST|OUTPUT", type=click.Path(path_type=Path))
-@click.option("--check", "check_", is_flag=True, help="Read the file: is it the one that the manifest was written for?")
+@click.option("--check", "check_", is_flag=True, help="Read the file: is it the one that the manifest describes?")
 @click.option("--json", "json_", is_flag=True, help="Print JSON.")
 def command(path: Path, check_: bool, json_: bool) -> None:
     """Show how an output was made: its kind, identity, what went in, what came out.
 
-    PATH is an output of convert, calibrate, imatrix or quantize, its manifest (OUTPUT.json), or a folder of the cache:
-    a build, a CUDA toolkit, the converter's environment.
+    PATH is an output of convert, calibrate, imatrix, quantize or build --export, or its manifest (OUTPUT.json); a
+    sweep's folder; or a folder of the cache: a build, a CUDA toolkit, the converter's environment.
 
     \b
     Examples:
@@ -40,7 +40,7 @@ def command(path: Path, check_: bool, json_: bool) -> None:
     else:
         show.table(KINDS.get(found.manifest.kind, found.manifest.kind), ("what", "value"), list(_rows(found, whole)))
     if whole is False:
-        raise VerificationFailed(f"{found.artifact} is not the file that {found.at.name} was written for")
+        raise VerificationFailed(f"{found.artifact} is not the file that {found.at.name} describes")
 
 
 def _rows(found: Located, whole: bool | None) -> Iterator[tuple[str, str]]:
@@ -57,7 +57,7 @@ def _rows(found: Located, whole: bool | None) -> Iterator[tuple[str, str]]:
     )
     yield "manifest", f"{found.at}, schema {manifest.schema}{f', apex {manifest.apex}' if manifest.apex else ''}"
     for name, value in (
-        ("identity", manifest.identity or "none: made before there were any"),
+        ("identity", manifest.identity or "none (from an older version)"),
         ("sha256", manifest.sha256),
     ):
         if value:

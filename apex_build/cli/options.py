@@ -1,4 +1,4 @@
-"""Options that several verbs have, each with the same words everywhere."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, Rows
 
-PATH = click.Path(path_type=Path, readable=False)  # unreadable files are reported by the code that reads them
+PATH = click.Path(path_type=Path, readable=False)  # files that cannot be read are reported by the code that reads them
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

@@ -1,4 +1,4 @@
-"""What `apex build` says of builds as files, and of the GPUs it knows by name."""
+"""Output of `apex build` about packed builds, and about the GPUs it knows by name."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def import_build(archive: Path, make_current: bool, json_: bool) -> None:
             {"root": str(toolset.root), "reused": taken.reused, "left_out": list(taken.left_out), **toolset.manifest}
         )
         return
-    click.echo(f"{toolset.bin}: {'was in the cache already' if taken.reused else 'verified, tried and installed'}")
+    click.echo(f"{toolset.bin}: {'already in the cache' if taken.reused else 'verified, tried and installed'}")
     _say_gpus(toolset.manifest.get("cuda") or {})
     if taken.left_out:
-        click.echo(f"not in it, and needed from this machine for its GPU: {', '.join(taken.left_out)}")
+        click.echo(f"not included, and needed from this machine for its GPU: {', '.join(taken.left_out)}")
     if not make_current or (toolset.manifest["pin"] or {}).get("name") != chosen_pin_name():
         current = ", or import it with --make-current" if not make_current else ""
         click.echo(f"to use these tools: APEX_TOOLS={toolset.root}{current}")
@@ -65,9 +65,7 @@ def _say_gpus(cuda: Mapping[str, Any]) -> None:
     click.echo(f"it has code for GPUs of {', '.join(architectures)}")
     for gpu in survey_gpus().gpus:
         if not any(runs_on(name, gpu.capability) for name in architectures):
-            click.echo(
-                f"and none for {gpu.name}, which needs {gpu.architecture}: on this machine it computes on the CPU"
-            )
+            click.echo(f"but none for {gpu.name}, which needs {gpu.architecture}: on this machine it runs on the CPU")
 
 
 def show_packed(packed: Packed) -> None:

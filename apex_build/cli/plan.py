@@ -1,4 +1,4 @@
-"""`apex plan`: what a policy would make of a model."""
+"""`apex plan`: what a policy would do to a model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _ANOTHER = "give another name with --write-rules"
     metavar="NAME,NAME,...",
     help="Several policies side by side: bytes, bits, tensors that differ, and what is predicted.",
 )
-@click.option("--imatrix", type=_PATH, help="Check that it has data for the types that need it.")
+@click.option("--imatrix", type=_PATH, help="Check that it has data for the types that need data.")
 @mtp_rows_option
 @click.option(
     "--tensor-types", type=_PATH, metavar="FILE", help="A list of regex=type, before the policy's rules or alone."
@@ -67,7 +67,7 @@ _ANOTHER = "give another name with --write-rules"
 @click.option(
     "--hardware",
     metavar="GPU|here",
-    help="Say what each step takes on a machine with this GPU, or on this one, and whether it fits.",
+    help="Show what each step needs on a machine with this GPU, or on this one ('here'), and whether it fits.",
 )
 @click.option("--memory", type=SIZE, metavar="SIZE", help="--hardware: its memory.  [default: this machine's]")
 @click.option("--disk", type=SIZE, metavar="SIZE", help="--hardware: its free disk.  [default: this machine's]")
@@ -76,7 +76,7 @@ _ANOTHER = "give another name with --write-rules"
     type=click.IntRange(min=1),
     default=32768,
     show_default=True,
-    help="--hardware: tokens of context that the finished file is run with.",
+    help="--hardware: tokens of context for running the finished file.",
 )
 @tools_option
 @plugin_option
@@ -152,7 +152,7 @@ def command(
 
 
 def check_policy(name: str | None, tensor_types: Path | None) -> None:
-    """Raises UsageError where there is neither a policy nor a list of types."""
+    """Raises UsageError if there is neither a policy nor a list of types."""
     if name is None and tensor_types is None:
         raise click.UsageError(
             "give a policy (apex policies lists them), or a list of types: --policy NAME, --tensor-types FILE"
@@ -160,15 +160,13 @@ def check_policy(name: str | None, tensor_types: Path | None) -> None:
 
 
 def tell_of_list(types: TypeList, plan: Plan, model: Model) -> None:
-    """What a list does not do here, on stderr: rules that find no tensor, and tensors that it leaves to the rest of the
-    plan.
-    """
+    """Report, on stderr, rules of a list that match no tensor, and tensors that the list does not cover."""
     deciding, idle = apply_list(types, model.tensors)
     if idle:
         shown = ", ".join(f"{rule.line} (line {rule.where.rpartition(':')[2]})" for rule in idle[:3])
         more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
         count = f"{len(idle)} of the {len(types.rules)} rules of {types.path}"
-        show.note(f"note: {count} find no tensor of the model: {shown}{more}")
+        show.note(f"note: {count} match no tensor of the model: {shown}{more}")
     left = [entry for entry in plan.entries if entry.source != KEPT and entry.name not in deciding]
     if left:
         share = sum(entry.n_bytes for entry in left) / plan.n_bytes

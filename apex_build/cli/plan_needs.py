@@ -20,7 +20,7 @@ HERE = "here"
 def machine_of(
     hardware: str | None, memory: int | None, disk: int | None, folder: Path, plugins: Plugins
 ) -> Machine | None:
-    """The machine that was asked about; None where none was. Raises GpuUnknown."""
+    """The machine that was asked about, if any. Raises GpuUnknown."""
     if hardware is None and memory is None and disk is None:
         return None
     return machine(plugins, folder, gpu=None if hardware == HERE else hardware, memory=memory, disk=disk)

@@ -1,4 +1,4 @@
-"""`apex plugins`: what is loaded, whether a plugin is whole, and a new one to start from."""
+"""`apex plugins`: list, check and create plugins."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from apex_build.storage.outputs import whole_file
 
 _PATH = click.Path(path_type=Path)
 _SKELETONS = Path(__file__).parents[1] / "skeletons"
-# kind of a new plugin -> what it gives, as `Plugins.given` calls it
+# kind of a new plugin -> its name in `Plugins.given`
 KINDS = {
     "policy": "policies",
     "roles": "roles",
@@ -37,7 +37,7 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 @click.group(cls=Group)
 def command() -> None:
-    """List plugins, check one, or write a new one to start from.
+    """List plugins, check one, or create one.
 
     \b
     Examples:
@@ -51,7 +51,7 @@ def command() -> None:
 @plugin_option
 @json_option
 def list_(folders: tuple[Path, ...], json_: bool) -> None:
-    """List the plugins with what each gives: built in, installed, and those of --plugin.
+    """List the plugins and what each provides: built-in, installed, and from --plugin.
 
     \b
     Examples:
@@ -102,10 +102,10 @@ def check(folder: Path, json_: bool) -> None:
 @click.argument("kind", type=click.Choice(list(KINDS)))
 @click.argument("name")
 @click.option(
-    "-o", "--output", "parent", type=_PATH, default=".", help="Where the folder NAME is made.  [default: here]"
+    "-o", "--output", "parent", type=_PATH, default=".", help="Where to make the folder NAME.  [default: here]"
 )
 def new(kind: str, name: str, parent: Path) -> None:
-    """Write a plugin of KIND to start from: NAME/, a Python project with a test.
+    """Create a plugin of KIND: NAME/, a Python project with a test.
 
     \b
     Examples:
@@ -116,10 +116,10 @@ def new(kind: str, name: str, parent: Path) -> None:
     if not _NAME.fullmatch(name):
         raise click.UsageError(f"NAME is '{name}': expected small letters, digits and hyphens, such as small-head")
     if importlib.util.find_spec(package) is not None:
-        raise click.UsageError(f"NAME is '{name}', and there is a Python module '{package}' already: take another")
+        raise click.UsageError(f"NAME is '{name}', but there is already a Python module '{package}': choose another")
     plugins = load_plugins()
     if name in plugins.origins or any(name in plugins.given(one)[KINDS[kind]] for one in plugins.origins):
-        raise click.UsageError(f"NAME is '{name}', which a plugin has already: take another")
+        raise click.UsageError(f"NAME is '{name}', but there is already such a plugin: choose another")
     root = parent / name
     if root.exists():
         raise OutputUnwritable(f"{root} exists", hint="another NAME, or another folder with -o")
@@ -149,11 +149,11 @@ def project(kind: str, name: str) -> dict[str, str]:
 
 
 def _check_verbs(checked: CheckedPlugin) -> None:
-    """A verb of a plugin never takes the place of one of apex's own."""
+    """A plugin's verb never replaces one of apex's own."""
     for name in checked.given["commands"]:
         if name in VERBS:
             raise PluginFailed(
-                f"plugin '{checked.name}': its command '{name}' is a verb of apex already", hint="rename it"
+                f"plugin '{checked.name}': its command '{name}' is already a verb of apex", hint="rename it"
             )
 
 
@@ -163,7 +163,7 @@ def _row(plugins: Plugins, name: str) -> dict[str, Any]:
 
 
 def _told(row: dict[str, Any]) -> str:
-    """`policies: i-nano, i-mini`; of many the first few."""
+    """`policies: i-nano, i-mini`; only the first few of many."""
     told = []
     for kind in KINDS.values():
         names = row[kind]

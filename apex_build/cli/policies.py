@@ -1,4 +1,4 @@
-"""`apex policies`: what policies there are, and what can be set."""
+"""`apex policies`: the policies and their parameters."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ def command(name: str | None, folders: tuple[Path, ...], json_: bool) -> None:
     show.table("Policies", ("policy", "plugin", "base type", "imatrix", "description"), rows)
     if name is None:
         parameters = sorted({parameter for policy in policies.values() for parameter in policy.parameters})
-        click.echo(f"--set takes, where the policy has them: {', '.join(parameters)}; and for any: base_type")
+        click.echo(f"--set takes, if the policy has them: {', '.join(parameters)}; and for all: base_type")
         click.echo("apex policies NAME shows their defaults and what they mean")
         return
     settings = [
         (parameter, str(p.default), " or ".join((p.kind, *p.words)), p.help)
         for parameter, p in policies[name].parameters.items()
     ]
-    settings.append(("base_type", policies[name].base_type, "text", "llama-quantize's type, for what no rule names"))
+    settings.append(
+        ("base_type", policies[name].base_type, "text", "llama-quantize's type, for tensors without a rule")
+    )
     show.table("Parameters, for --set NAME=VALUE", ("name", "default", "takes", "meaning"), settings)
 
 

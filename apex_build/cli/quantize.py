@@ -76,12 +76,12 @@ from apex_build.sweep.auto import Choice, Question, known_choice, measure
     help="Let llama-quantize take another type where a shape cannot hold the planned one.",
 )
 @mtp_rows_option
-@click.option("--allow-requantize", is_flag=True, help="Start from a file that is quantized already.")
+@click.option("--allow-requantize", is_flag=True, help="Start from a file that is already quantized.")
 @click.option(
     "--load-check/--no-load-check",
     default=True,
     show_default=True,
-    help="See that llama.cpp can load MODEL, and the file before it is put in place; no weights are read for it.",
+    help="Check that llama.cpp can load MODEL, and the new file before it is put in place; no weights are read.",
 )
 @click.option(
     "--text",
@@ -130,11 +130,11 @@ def command(
 ) -> None:
     """Quantize MODEL by a policy with llama-quantize, verify the file, and put it in place.
 
-    What can be refused is refused before anything is written: missing calibration data, shapes, disk. The file says in
-    its metadata (apex.*) how it was made; OUTPUT.json says it in full, OUTPUT.log is what llama-quantize printed.
+    Problems are reported before anything is written: missing calibration data, shapes, disk. The file's metadata
+    (apex.*) says how it was made, OUTPUT.json in full; OUTPUT.log has llama-quantize's output.
 
     With draft_head=auto (the -mtp policies have it), the smallest mixture for the draft head that loses little on this
-    model is measured first: some minutes, once for a model, imatrix and policy.
+    model is measured first: a few minutes, once for each model, imatrix and policy.
 
     \b
     Examples:
@@ -152,7 +152,7 @@ def command(
     for policy in names or (None,):
         check_policy(policy, tensor_types)
     if name and output is not None and not output.is_dir():
-        raise click.UsageError(f"--name makes a name in a folder, and -o {output} is one already")
+        raise click.UsageError(f"--name names a file in a folder, but -o {output} is already a file name")
     place = workplace(tools_path, folders)
     options = QuantizeOptions(
         policies=names,
@@ -231,7 +231,7 @@ def _checked(path: Path, place: Workplace, options: QuantizeOptions) -> Checked:
 
 
 def _show_head(job: Job, choice: Choice | None) -> None:
-    """What the draft head is, and what is known of its loss."""
+    """The draft head's types, and its loss if known."""
     head = [entry for entry in job.plan.entries if entry.draft_head and entry.type != entry.from_type]
     if not any(entry.draft_head for entry in job.plan.entries):
         return

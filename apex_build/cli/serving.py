@@ -12,7 +12,7 @@ _DRAFTED = 2  # tokens of a draft: the length that apex evaluate and apex demo m
 
 
 def command_line(path: Path, model: Model, tools: Toolset) -> str:
-    """For a file made from `model`. One sequence (-np 1): the head drafts for no more at once."""
+    """For a file made from `model`. One sequence (-np 1): the head drafts for only one at a time."""
     words = [str(tools.bin / "llama-server"), "-m", str(path)]
     if model.has_head:
         words += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(_DRAFTED), "-np", "1"]

@@ -1,4 +1,4 @@
-"""What the verbs share for showing things: progress with the time left, tables, sizes."""
+"""Output that the verbs share: progress with the time left, tables, sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from apex_build.progress import Report, Step
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to redraw
+_PLAIN_EVERY = 10.0  # seconds between lines without a terminal
 _BAR = 14  # characters
 _NARROWEST = 40
 
@@ -51,14 +51,14 @@ def progress() -> Iterator[Report]:
 
 
 def _warnings(step: Step) -> None:
-    """With -q: what has to be said nevertheless."""
+    """With -q: only warnings."""
     if step.said:
         click.echo(f"warning: {printable(step.task)}", err=True)
 
 
 @contextmanager
 def _bars() -> Iterator[Report]:
-    """One line a task; a task that is done makes room for the next."""
+    """One line for each task; a finished task makes room for the next."""
     from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
     columns = (
@@ -123,9 +123,7 @@ def _plain() -> Report:
 
 
 def _clock() -> Callable[[Step], tuple[float, float | None]]:
-    """Seconds since the first step of a task, and those left: as the step says, or on a straight line from where it
-    began.
-    """
+    """Seconds since the first step of a task, and those left: from the step, or by linear extrapolation."""
     began: list[tuple[float, float]] = []  # time, and what was done by then: a resumed run does not begin at 0
 
     def read(step: Step) -> tuple[float, float | None]:
@@ -182,10 +180,10 @@ def table(
 
 
 def _cell(value: Any) -> str:
-    """Without what a file's name could do to a terminal."""
+    """The value as text, safe for a terminal."""
     return "\n".join(printable(line) for line in str(value).split("\n"))
 
 
 def as_json(value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    click.echo(HARMFUL.sub(lambda found: json.dumps(found[0])[1:-1], text))  # such characters stand in strings alone
+    click.echo(HARMFUL.sub(lambda found: json.dumps(found[0])[1:-1], text))  # such characters occur only in strings

@@ -51,7 +51,7 @@ def command() -> None:
 @click.option(
     "--repository", metavar="URL", help="git repository to use instead of the pin's (a mirror or a local clone)."
 )
-@click.option("--force", is_flag=True, help="Replace the tree. Refused while it holds unsaved work.")
+@click.option("--force", is_flag=True, help="Replace the tree. Refused if it holds unsaved work.")
 @click.option("--no-patches", is_flag=True, help="Do not apply our patches.")
 def fetch(
     pin_name: str, origin: Any, archive: Path | None, repository: str | None, force: bool, no_patches: bool
@@ -59,8 +59,8 @@ def fetch(
     """Fetch, verify and lay out a pinned tree, with our patches applied.
 
     From PyPI, the file is found on the index that pip is configured with (proxy and certificates too), checked against
-    the pin's sha256 before it is opened, and none of its code is run. Every origin must end in the tree digest that the
-    pin names.
+    the pin's sha256 before it is opened, and none of its code is run. Every origin must give the tree digest that
+    the pin names.
 
     \b
     Examples:
@@ -143,7 +143,7 @@ def verify(pin_name: str, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(pin_name: str | None, as_json: bool) -> None:
-    """Show the pins, whether they are fetched, and what was changed in their trees.
+    """Show the pins, whether they are fetched, and changes in their trees.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Standard output and standard error as they have to be: there, and harmless to a terminal.
+"""Make standard output and standard error usable, and harmless to a terminal.
 
 Names of files and of models reach both. What could move a cursor, change a title or turn the direction of text is shown
 as an escape; colours may pass on standard output, and the movements of the progress bars on standard error.
@@ -19,8 +19,8 @@ _MOVEMENTS = re.compile(r"(\x1b\[[0-9;?]*[A-Za-z]|\r)")
 
 
 def prepare() -> None:
-    """Put both in place of Python's own; where a program that called us closed them, what is written goes nowhere."""
-    for descriptor in (0, 1, 2):  # else the next file that is opened would be one of them
+    """Replace Python's own streams; if our caller closed one, what is written to it is discarded."""
+    for descriptor in (0, 1, 2):  # else the next opened file would become one of them
         try:
             os.fstat(descriptor)
         except OSError:
@@ -34,7 +34,7 @@ def prepare() -> None:
 
 
 def discard() -> None:
-    """Let what is not printed yet go nowhere: Python would try once more at its end, and complain."""
+    """Discard what is not printed yet: Python would retry at exit, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -50,7 +50,7 @@ class _Output(io.FileIO):
 
 class _Error(io.FileIO):
     def write(self, data: Any) -> int:
-        """Where nothing can be said, the work is still to be done."""
+        """Write; if the stream is closed, the work continues without output."""
         try:
             return super().write(data)
         except OSError:
@@ -66,11 +66,11 @@ class _Text(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         if HARMFUL.search(text):
-            pieces = self._allowed.split(text)  # every second one is allowed
+            pieces = self._allowed.split(text)  # every second part is allowed
             text = "".join(piece if number % 2 else escaped(piece) for number, piece in enumerate(pieces))
         return super().write(text)
 
 
 def escaped(text: str) -> str:
-    """With what a terminal would obey written out: `\\x1b`, `\\u202e`."""
+    """Escape what a terminal would obey: `\\x1b`, `\\u202e`."""
     return HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -205,7 +205,7 @@ def values_of_sweep(over: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def _divided(
     settings: dict[str, str], policy: PolicySpec, evaluators: set[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Settings of evaluators, and all others: of the policy."""
+    """Settings of evaluators, and the others, which are the policy's."""
     own = {name for name in settings if name.partition(".")[0] in evaluators and name not in policy.parameters}
     return {name: settings[name] for name in own}, {name: value for name, value in settings.items() if name not in own}
 
@@ -234,7 +234,7 @@ def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
                 show.note(f"[{len(outcomes)}/{len(sweep.points)}] {outcome.row.name}: {_said(outcome, scores)}{eta}")
                 check_scores([outcome.row], scores)  # after the first point, not after hours
                 if outcome.errors and outcome.row.baseline:
-                    raise outcome.errors[0]  # there would be nothing to compare the others with
+                    raise outcome.errors[0]  # the others would have nothing to compare with
     except KeyboardInterrupt:
         show.note(_kept(sweep))
         raise

@@ -1,4 +1,4 @@
-"""The values that a shell completes: names of policies, GPUs, evaluators, calibration sets and pins."""
+"""Values that a shell completes: names of policies, GPUs, evaluators, calibration sets and pins."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def _of(names: Callable[[], Iterable[tuple[str, str]]], *, listed: bool = False) -> Complete:
-    """Completion by the names that begin as the word does; `listed`: the word may hold several, with commas between
-    them.
-    """
+    """Completion by the names that start with the word; `listed`: the word may hold several, separated by commas."""
 
     def complete(_context: click.Context, _parameter: click.Parameter, word: str) -> list[CompletionItem]:
         before, comma, last = word.rpartition(",") if listed else ("", "", word)

@@ -18,8 +18,8 @@ from apex_build.toolchain.machine.compilers import find_compiler
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """`gpus`: for these, with CUDA (toolchain.machine.gpus finds them by name); none: for the CPU. `native`: for this
-    CPU alone.
+    """`gpus`: for these, with CUDA (toolchain.machine.gpus finds them by name); none: for the CPU. `native`: for
+    this CPU only.
     """
 
     gpus: tuple[GpuTarget, ...] = ()
@@ -32,14 +32,14 @@ class BuildOptions:
 
 
 def check_build(options: BuildOptions = BuildOptions()) -> None:
-    """What can be refused before the source is there. Raises CompilerMissing, ToolkitUnusable."""
+    """Checks that need no source. Raises CompilerMissing, ToolkitUnusable."""
     compiler = find_compiler()
     if options.gpus:
         plan_cuda(options.gpus, compiler, options.toolchain, ptx=options.ptx)
 
 
 def plan(source: Path, pin: Pin | None, options: BuildOptions = BuildOptions()) -> BuildPlan:
-    """All inputs of the build, and its key. `cuda.notes` of the plan says which toolkits were passed over."""
+    """All inputs of the build, and its key. The plan's `cuda.notes` say which toolkits were skipped."""
     if not options.gpus:
         return plan_build(source, BACKENDS["cpu"], pin, native=options.native)
     compiler = find_compiler()

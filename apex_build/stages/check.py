@@ -17,9 +17,7 @@ PROMPTS = 4  # of each domain
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """`reference`: a file to compare with, such as the F16. Texts and prompts are the built-in ones where none are
-    given.
-    """
+    """`reference`: a file to compare with, such as the F16. Texts and prompts default to the built-in ones."""
 
     reference: Path | None = None
     prompts: Path | None = None
@@ -37,17 +35,17 @@ def check(
     *,
     place: Workplace | None = None,
 ) -> Checked:
-    """Load the file in llama-server with drafting and see whether it is alive. `refuse` of the result raises
+    """Load the file in llama-server with drafting and check that it writes text. The result's `refuse` raises
     CheckFailed.
 
-    Raises EvaluationRefused, and what evaluators raise where the file cannot be measured at all.
+    Raises EvaluationRefused, and what evaluators raise if the file cannot be measured.
     """
     place = place or workplace()
     model = place.model(file)
     reference = place.model(options.reference) if options.reference else None
     if reference and model.has_head and not reference.has_head:
         raise EvaluationRefused(
-            f"{reference.path} has no draft head to compare that of {model.path} with", hint="leave out --reference"
+            f"{reference.path} has no draft head to compare with {model.path}'s", hint="leave out --reference"
         )
     sources, template = place.plugins.calibration_sources(), options.chat_template
     if options.prompts is not None:

@@ -14,10 +14,10 @@ from apex_build.source.pins import Pin, load_pin
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """`head` False leaves the draft head out; `drop`: patterns of tensors that may be left out; `metadata`: keys to
+    """`head` False leaves out the draft head; `drop`: patterns of tensors that may be left out; `metadata`: keys to
     set.
 
-    `python`: with torch and transformers, if not the one that conversion.environment.choose finds or makes.
+    `python`: one with torch and transformers; by default conversion.environment.choose finds or makes one.
     """
 
     outtype: str = "auto"
@@ -38,7 +38,7 @@ def plan(
     pin: Pin | None = None,
     report: Report = silent,
 ) -> Job:
-    """Check all that can be checked; nothing is written. Raises as conversion.convert.prepare."""
+    """Run all checks; nothing is written. Raises as conversion.convert.prepare."""
     return prepare(
         checkpoint,
         ensure_source(pin or load_pin(), report),

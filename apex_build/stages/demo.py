@@ -1,4 +1,4 @@
-"""The whole of it once, on the shipped test model: build, calibrate, quantize twice, count accepted drafts, check the
+"""All stages once, on the shipped test model: build, calibrate, quantize twice, count accepted drafts, check the
 last file.
 """
 
@@ -45,8 +45,8 @@ _QUANTIZING, _CHECKING = 4.0, 8.0  # seconds, about
 
 @dataclass(frozen=True)
 class Row:
-    """One file. `head_with_data`, `head_weights`: of the head's weights, None for the source model; `acceptance`: by
-    domain.
+    """One file. `head_with_data`, `head_weights`: counts of the head's weights, None for the source model;
+    `acceptance`: by domain.
     """
 
     file: str
@@ -69,9 +69,9 @@ class Demo:
 
 
 def demo(out: Path, *, threads: int | None = None, report: Report = silent) -> Demo:
-    """Make all of it in the folder `out`; what is there from an earlier demo is used again.
+    """Make everything in the folder `out`; results of an earlier demo are reused.
 
-    Raises ModelMissing where there is no test model (it comes with a checkout), and what the stages raise.
+    Raises ModelMissing without the test model (it comes with a checkout), and what the stages raise.
     """
     testbed = places.data_root() / "tests" / "testbed"
     if not (source := testbed / "testbed-f16.gguf").is_file():
@@ -127,9 +127,7 @@ def demo(out: Path, *, threads: int | None = None, report: Report = silent) -> D
 
 
 def _pieces(model: Model, n_bytes: int, work: Work) -> list[Piece]:
-    """What is to be done once the tools are there; the drafting of files that do not exist yet is expected to be like
-    F16's.
-    """
+    """The work after the build; files that do not exist yet are expected to draft like the F16."""
     tokens = tokens_of(n_bytes) * active_parameters(model)
     drafted, _ = piece_of([work])
     return [
@@ -158,7 +156,7 @@ def _row(name: str, model: Model, covered: Coverage | None) -> Row:
 
 
 def _types(model: Model, *, head: bool) -> tuple[str, ...]:
-    """Types of the matrices, those with the most bytes first."""
+    """Types of the matrices, most bytes first."""
     totals: dict[str, int] = {}
     for tensor in model.tensors:
         if tensor.draft_head == head and tensor.type != "F32":
@@ -169,7 +167,7 @@ def _types(model: Model, *, head: bool) -> tuple[str, ...]:
 def _acceptance(
     file: Path, options: EvaluateOptions, service: Service, place: Workplace
 ) -> dict[str, dict[str, float | None]]:
-    """Tokens drafted and accepted, by domain. Measured once for a file, these prompts and these tools."""
+    """Tokens drafted and accepted, by domain. Measured once for each file, prompts and tools."""
     (result,) = evaluate([file], options, place=place)
     if result.error:
         raise result.error

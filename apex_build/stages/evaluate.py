@@ -1,4 +1,4 @@
-"""Stage evaluate: figures of files, each with its interval, recorded as soon as they are there."""
+"""Stage evaluate: figures of files with their intervals, recorded as soon as they are measured."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _PROMPTS = 12  # of each domain, of the built-in set
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """`only`: these evaluators, if not all that have what they need. `settings`: evaluator.parameter -> value.
+    """`only`: these evaluators; by default all whose inputs are given. `settings`: evaluator.parameter -> value.
 
-    `results`: a file that each result is appended to, and taken from where it is there (`force`: not).
+    `results`: a file that results are appended to, and reused from (unless `force`).
     """
 
     reference: Path | None = None
@@ -48,9 +48,9 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class PlannedEvaluation:
-    """`left_out`: names of files, and the evaluators that they lack something for. `built_in`: what was taken of that,
-    'texts' or 'prompts'; `without`: why there are none. `heldout`: the folder of the text kept apart from calibration
-    that was taken.
+    """`left_out`: names of files, and the evaluators whose inputs they lack. `built_in`: which built-in inputs are
+    used, 'texts' or 'prompts'; `without`: why there are none. `heldout`: the folder of the text kept apart from
+    calibration that was taken.
     """
 
     works: tuple[Work, ...]
@@ -78,7 +78,7 @@ def inputs_of(options: EvaluateOptions, place: Workplace) -> Inputs:
 
 
 def plan(files: Sequence[ModelFile], options: EvaluateOptions, *, place: Workplace | None = None) -> PlannedEvaluation:
-    """What is to be measured, checked; all files on the same texts and prompts. Raises as `evaluate`."""
+    """Plan and check the measurements; all files use the same texts and prompts. Raises as `evaluate`."""
     place = place or workplace()
     evaluators = place.plugins.evaluators()
     models = list({model.path: model for model in map(place.model, files)}.values())
@@ -106,7 +106,7 @@ def evaluate(
     *,
     place: Workplace | None = None,
 ) -> tuple[Result, ...]:
-    """Measure the files. An evaluator that fails gives a Result with its error, and the others are still run.
+    """Measure the files. A failing evaluator gives a Result with its error, and the others still run.
 
     Raises EvaluatorUnknown, EvaluationRefused, ParameterUnknown, CalibrationSetInvalid, VocabularyMismatch,
     OutputUnwritable.
@@ -117,8 +117,8 @@ def evaluate(
 
 
 def _with_built_in(inputs: Inputs, model: Model, only: Sequence[str], place: Workplace) -> tuple[Inputs, str, str]:
-    """The built-in texts, as this model's chat template writes them, where a text is wanted and none is given; prompts
-    where an evaluator of `only` cannot do without.
+    """Add the built-in texts, rendered with this model's chat template, if texts are needed and none are given; and
+    prompts if an evaluator of `only` requires them.
     """
     evaluators = place.plugins.evaluators()
     wanted = [evaluators[name] for name in only if name in evaluators] or list(evaluators.values())

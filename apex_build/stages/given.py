@@ -1,4 +1,4 @@
-"""What every stage may be given, or finds by itself: the model, tools, plugins, texts, prompts and data files."""
+"""Inputs of all stages, given or found: the model, tools, plugins, texts, prompts and data files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ModelFile = Model | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Workplace:
-    """What a stage works with: the plugins, whom it tells how far it is, and the built tools.
+    """What a stage works with: the plugins, a progress report, and the built tools. `toolset` None: found on first
 
-    `toolset` None: found when first asked for, in the folder `tools_at` or the build in use.
+    use, in the folder `tools_at` or the current build.
     """
 
     plugins: Plugins
@@ -42,14 +42,15 @@ class Workplace:
         return given if isinstance(given, Model) else read_model(Path(given), self.plugins.role_of)
 
     def texts(self, given: Sequence[Path], model: Model, template: Path | None = None) -> dict[str, Path]:
-        """The texts by domain; the built-in ones where none are given."""
+        """The texts by domain; the built-in ones if none are given."""
         return texts_by_domain(given) if given else built_in_texts(model, self.plugins.calibration_sources(), template)
 
 
 def workplace(tools: Path | None = None, plugins: Sequence[Path] = (), *, report: Report = silent) -> Workplace:
-    """The tools in that folder, or those in use; the built-in and installed plugins, and those in these folders.
+    """A workplace with the tools in that folder, or the current ones; the built-in and installed plugins, and those in
+    these folders.
 
-    Raises PluginFailed; BuildMissing where there are no tools when a stage needs them.
+    Raises PluginFailed; later, BuildMissing if a stage needs tools and there are none.
     """
     return Workplace(load_plugins(tuple(plugins)), report, tools_at=tools)
 

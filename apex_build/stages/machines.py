@@ -1,4 +1,4 @@
-"""The machine that a plan is made for: this one, a GPU by its name, or so many bytes of memory and disk."""
+"""The machine that a plan is made for: this one, one with a named GPU, or given sizes of memory and disk."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Machine:
-    """`gpu`: bytes of its memory, 0 without one; `shared`: it is the machine's own (DGX Spark).
+    """`gpu`: bytes of its memory, 0 without one; `shared`: GPU and CPU share memory (DGX Spark). `here`: the disk is
 
-    `here`: the disk is that of the model's folder, so the model takes no more of it.
+    the model folder's, so the model takes no additional space.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Machine:
 
     @property
     def usable(self) -> int:
-        """Of the memory: the rest of the system needs some of it."""
+        """Usable memory: the rest of the system needs some."""
         return int(SHARE * self.memory)
 
 
 def machine(
     plugins: Plugins, folder: Path, *, gpu: str | None = None, memory: int | None = None, disk: int | None = None
 ) -> Machine:
-    """A machine with that GPU, memory and disk; what is not said is as here, the disk as `folder` has it free.
+    """A machine with this GPU, memory and disk; defaults are this machine's, and the free space at `folder`. Raises
 
-    Raises GpuUnknown.
+    GpuUnknown.
     """
     here = disk is None
     disk = shutil.disk_usage(existing(folder)).free if disk is None else disk

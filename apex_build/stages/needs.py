@@ -1,8 +1,9 @@
-"""What each step of a model's way takes on a machine: memory, disk, and whether it fits. Nothing is run.
+"""What each step from checkpoint to running file needs on a machine: memory, disk, and whether it fits. Nothing is run.
 
-Memory is a tool's own, and the model's file beside it: that is mapped, so what has no room is read from the disk again
-and again, which works and is slow. What a context takes comes from llama.cpp itself (native/footprint.py); the rest is
-seen in the tools' source, and compared with runs in tests/stages/test_needs.py.
+Memory is what a tool allocates, and besides it the model's file: that is mapped, so without room for all of it parts
+are read from the disk again and again, which works but is slow. What a context takes comes from llama.cpp itself
+(native/footprint.py); the rest is derived from the tools' source, and compared with real runs in
+tests/stages/test_needs.py.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _LOGIT = 4  # bytes
 
 @dataclass(frozen=True)
 class Need:
-    """What a step takes, in bytes. `own`: memory; `mapped`: the model's file and libraries, in memory where they have
-    room; `disk`: what it writes. `fits` says whether it can be done; `advice` what to do where it cannot, or is slow.
+    """What a step needs, in bytes. `own`: memory; `mapped`: the model's file and libraries, in memory if there is
+    room; `disk`: what it writes. `fits`: whether it can be done; `advice`: what to do if it cannot, or is slow.
     """
 
     step: str
@@ -82,7 +83,7 @@ def _memory_problems(need: Need, plan: Plan, model: Model, machine: Machine) -> 
     if need.own > machine.usable:
         yield _OWN[need.step]
     elif need.memory > machine.usable and need.step in _MAPPED:
-        yield f"slow, since the file is read from the disk again and again; faster: {_MAPPED[need.step]}"
+        yield f"slow: the file is read from the disk again and again; faster: {_MAPPED[need.step]}"
     if machine.gpu and not machine.shared and need.step in ("calibrate", "evaluate", "run"):
         layers = model.trunk_layers + model.head_layers + 1
         weights = need.mapped - _LIBRARIES
@@ -95,14 +96,14 @@ def _memory_problems(need: Need, plan: Plan, model: Model, machine: Machine) -> 
 _OWN = {
     "convert": "convert where there is more memory",
     "calibrate": "a smaller --context",
-    "quantize": "quantize where there is more memory: one tensor is held whole, as F32",
+    "quantize": "quantize where there is more memory: each tensor is held as F32",
     "evaluate": "a smaller --set EVALUATOR.context",
     "run": "a shorter context, or a KV cache of Q8_0",
 }
 _MAPPED = {  # llama-quantize reads each tensor once
     "calibrate": "calibrate a Q8_0 file of the same model (--policy uniform --set type=Q8_0)",
     "evaluate": "evaluate with the Q8_0 file as --reference",
-    "run": "a policy of fewer bytes",
+    "run": "a policy with fewer bytes",
 }
 _DISK = {
     "convert": "no room for checkpoint and file: convert from one disk to another",
@@ -125,14 +126,14 @@ def _calibrate(model: Model, tools: Toolset) -> Need:
 
 
 def _quantize(plan: Plan, model: Model) -> Need:
-    """llama-quantize holds a tensor as F32, as many bytes to work in, and what it becomes (src/llama-quant.cpp)."""
+    """llama-quantize holds a tensor as F32, a work buffer of the same size, and the result (src/llama-quant.cpp)."""
     written = max(entry.n_bytes for entry in plan.entries)
     own = _QUANTIZER + 8 * _largest(model) + written + imatrix_bytes(model)
     return Need("quantize", own, _bytes(model) + _LIBRARIES, plan.n_bytes, True)
 
 
 def _evaluate(model: Model, place: Workplace) -> Need:
-    """Against the model itself as reference, which is the larger file; on the texts that evaluation takes by itself."""
+    """Evaluation against the model itself as reference, which is the larger file; on the default texts."""
     taken = _footprint(model, place.tools, _TOGETHER, _TOGETHER, _TOGETHER // CONTEXT)
     scored = _TOGETHER // 2 * _vocabulary(model) * _LOGIT + CONTEXT * _vocabulary(model) * 2
     chunks = int(sum(path.stat().st_size for path in place.texts((), model).values()) / _A_TOKEN / CONTEXT)
@@ -146,7 +147,7 @@ def _run(plan: Plan, model: Model, tools: Toolset, context: int) -> Need:
 
 
 def _head(model: Model, taken: Footprint) -> int:
-    """The draft head's context: KV cache for its blocks, buffers like the trunk's, the trunk's rows that it is fed."""
+    """The draft head's context: KV cache for its blocks, buffers like the trunk's, the trunk's rows that it reads."""
     if not model.has_head:
         return 0
     cache = taken.kv_cache * max(1, model.head_layers) // max(1, taken.kv_layers)

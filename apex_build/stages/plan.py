@@ -1,4 +1,4 @@
-"""Stage plan: what a policy would make of a model. Nothing is quantized."""
+"""Stage plan: what a policy would do to a model. Nothing is quantized."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _ANOTHER = "give another name with --write-rules"
 class PlanOptions:
     """`policy`: a name, or None with a list of types alone (`tensor_types`). `rules`: a file to write the rules to.
 
-    `imatrix`: see whether it has data for the types that need it; `head_rows`: hidden rows that the draft head was
-    trained on, if not those that are known of its architecture.
+    `imatrix`: check that it has data for the types that need it; `head_rows`: hidden rows that the draft head was
+    trained on, if not those known for its architecture.
     """
 
     policy: str | None = None
@@ -62,7 +62,7 @@ class Planned:
 def policy_of(plugins: Plugins, name: str | None, tensor_types: Path | None) -> PolicySpec:
     """The policy by name; with a list of types alone that of the list. Raises PolicyUnknown."""
     if name is None and tensor_types is None:
-        raise PolicyUnknown("neither a policy nor a list of types was given", hint="apex policies lists the policies")
+        raise PolicyUnknown("no policy and no list of types was given", hint="apex policies lists the policies")
     return plugins.policy(name) if name is not None else own_types()
 
 

@@ -31,11 +31,11 @@ Measuring = Callable[[Question], "Choice | None"]  # what 'auto' becomes: measur
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """`policies`: one file each; none with a list of types alone (`tensor_types`). `name`: a template for files in a
+    """`policies`: one file each; empty with a bare list of types (`tensor_types`). `name`: a template for files in a
     folder.
 
-    `texts`: what a parameter at 'auto' is measured on, if not the built-in ones. `force` replaces whatever is there,
-    `replace` earlier outputs.
+    `texts`: for measuring a parameter at 'auto', by default the built-in ones. `force` replaces whatever exists,
+    `replace` only earlier outputs.
     """
 
     policies: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def plan_files(
     place: Workplace | None = None,
     measuring: Measuring | None = None,
 ) -> list[PlannedFile]:
-    """Plan the files and refuse what can be refused; nothing is written but what `measuring` keeps in the cache.
+    """Plan and check the files; nothing is written except what `measuring` caches.
 
     `out`: a file, or the folder of files that are named by their plans (the model's). Raises as `quantize`.
     """

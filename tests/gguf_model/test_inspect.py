@@ -147,7 +147,7 @@ def test_an_imatrix_against_its_model(tmp_path: Path, tiny: Path, tiny_model: Mo
     assert f"NOT calibrated: 11 of its 11 weights have no data; apex calibrate {tiny}" in result.output
     assert "without data: blk.4.nextn.eh_proj.weight" in result.output
     assert (
-        "blk.1.ffn_up_exps.weight: no tokens: experts 1; under 1.00% of the even share (1 tokens the least): experts 3"
+        "blk.1.ffn_up_exps.weight: no tokens: experts 1; under 1.00% of an even share (at least 1 tokens): experts 3"
         in result.output
     )
     found = inspect_json(path, "--model", tiny)["coverage"]
@@ -183,7 +183,7 @@ def test_a_legacy_imatrix(tmp_path: Path) -> None:
     out = inspect(write_legacy(tmp_path / "i.dat", {"blk.0.attn_q.weight": (3, [1.0] * 256)})).output
     assert "legacy .dat" in out
     assert "wiki.txt" in out
-    assert "7 chunks; the format does not tell their size" in out
+    assert "7 chunks; the format does not record their size" in out
 
 
 # --- bad input: message, exit code, nothing left behind ---------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_an_imatrix_of_another_model(tmp_path: Path, tiny: Path) -> None:
 def test_a_model_where_an_imatrix_belongs(tiny: Path) -> None:
     result = run(tiny, "--model", tiny)
     assert result.returncode == 2
-    assert "--model goes with an imatrix" in result.stderr
+    assert "--model is for an imatrix" in result.stderr
 
 
 def test_help_shows_examples() -> None:

@@ -232,12 +232,12 @@ def test_a_template_that_does_not_hold(tmp_path: Path) -> None:
 
 def test_a_command_that_apex_has_already(tmp_path: Path) -> None:
     made = plugin(tmp_path, "import click\n" + giving("apex_commands", "click.Command('plan')"))
-    assert "'plan' is a verb of apex already" in run_apex("plugins", "check", made, code=80).stderr
+    assert "'plan' is already a verb of apex" in run_apex("plugins", "check", made, code=80).stderr
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("I-Nano", "small letters"), ("i-nano", "which a plugin has already"), ("json", "a Python module 'json'")],
+    [("I-Nano", "small letters"), ("i-nano", "but there is already such a plugin"), ("json", "a Python module 'json'")],
 )
 def test_names_that_a_new_plugin_cannot_have(tmp_path: Path, name: str, says: str) -> None:
     assert says in run_apex("plugins", "new", "policy", name, "-o", tmp_path, code=2).stderr

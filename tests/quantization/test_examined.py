@@ -157,7 +157,7 @@ def test_experts_with_few_tokens_are_told_with_their_number(testbed: Path, calib
         "--dry-run",
     )
     assert "1 experts in all: 3 tokens is the least, in blk.4.ffn_up_exps.weight" in ran.stderr
-    assert "(3 tokens the least): experts 6" in run_apex("inspect", tmp_path / "few.gguf", "--model", testbed).stdout
+    assert "(at least 3 tokens): experts 6" in run_apex("inspect", tmp_path / "few.gguf", "--model", testbed).stdout
 
 
 def test_the_floor_is_under_what_calibration_gives(calibrated: Path) -> None:

@@ -213,7 +213,7 @@ def test_the_binary_is_believed_not_the_flags() -> None:
 def test_gpu_and_cpu_do_not_go_together() -> None:
     done = CliRunner().invoke(apex, ["build", "--backend", "cpu", "--gpu", "h100"])
     assert done.exit_code == 2
-    assert "--backend cpu was asked for" in done.stderr
+    assert "not --backend cpu" in done.stderr
 
 
 def test_the_dry_run_names_gpus_toolkit_and_download(

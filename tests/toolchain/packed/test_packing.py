@@ -183,7 +183,7 @@ def test_with_nvidias_libraries_and_their_licence(
     nvidia_smi(tmp_path / "bin", monkeypatch, ["NVIDIA GB10, 12.1, [N/A], 580.1", "NVIDIA L4, 8.9, 23034, 580.1"])
     said = CliRunner().invoke(apex, ["build", "--import", str(whole.path)]).stdout
     assert (
-        "it has code for GPUs of 121a-real\nand none for NVIDIA L4, which needs 89-real" in said and "GB10" not in said
+        "it has code for GPUs of 121a-real\nbut none for NVIDIA L4, which needs 89-real" in said and "GB10" not in said
     )
     taken = take_in(whole.path)
     assert taken.left_out == () and taken.toolset.manifest["files"]["bin/libcudart.so.13"]["part"] == "cuda-runtime"
@@ -200,7 +200,7 @@ def test_without_nvidias_libraries(
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "another machine"))
     ran = CliRunner().invoke(apex, ["build", "--import", str(small.path)])
     assert ran.exit_code == 0, ran.output
-    assert "not in it, and needed from this machine for its GPU: libcudart.so.13" in ran.stdout
+    assert "not included, and needed from this machine for its GPU: libcudart.so.13" in ran.stdout
     assert build_cache.look_up(str(with_runtime.manifest["key"])) is None
     taken = take_in(small.path)
     assert taken.reused and taken.left_out == ("libcudart.so.13",)
