@@ -66,7 +66,7 @@ def _variables(model: Model) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's `text`; None where the template refused it with these `words`, or failed, which `words` says
+    """A conversation's `text`; None if the template refused it with these `words`, or failed, which `words` says
     then. `line` of the template and `message` of the conversation, counted from 1: where it did; 0 where not known.
     """
 
@@ -77,7 +77,7 @@ class Rendered:
     message: int = 0
 
     def where(self, document: Document) -> str:
-        """The place in words, empty where none is known."""
+        """The place in words, empty if none is known."""
         role = str(document.messages[self.message - 1].get("role")) if self.message else ""
         parts = [f"message {self.message} ({role}) of {document.origin}" if self.message else document.origin]
         return ", ".join([f"line {self.line} of the template", *filter(None, parts)]) if self.line else parts[0]

@@ -106,7 +106,7 @@ def _role(role: str, draft_head: bool, names: Sequence[str], one: Imatrix, two: 
 
 
 def _matrices(name: str, one: Entry, two: Entry) -> Iterator[tuple[MatrixDiff | None, bool]]:
-    """Each matrix, and whether it is the same to the bit; None where neither has data."""
+    """Each matrix, and whether it is the same to the bit; None if neither has data."""
     first, second = checked_values(one), checked_values(two)
     for number, tokens in enumerate(zip(one.counts, two.counts, strict=True)):
         if not any(tokens):

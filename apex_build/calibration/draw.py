@@ -40,7 +40,7 @@ def draw(
     count: Count | None,
     heldout: float,
 ) -> list[Drawn]:
-    """Of each part's texts those to take. Raises CalibrationSetInvalid where a library is missing."""
+    """Of each part's texts those to take. Raises CalibrationSetInvalid if a library is missing."""
     drawn = _distinct(chosen, parts)
     if chosen.seed is not None:
         drawn = [_shuffled(one, f"{chosen.seed}:{number}") for number, one in enumerate(drawn)]

@@ -21,7 +21,7 @@ FILE = "heldout.json"
 def write_heldout(text: CalibrationText, folder: Path, inputs: Iterable[Path], *, force: bool = False) -> list[Path]:
     """A file for each domain, and `heldout.json`, which says what they are. Returns the texts.
 
-    Raises CalibrationSetInvalid where nothing is held out, OutputUnwritable, DiskTooSmall.
+    Raises CalibrationSetInvalid if nothing is held out, OutputUnwritable, DiskTooSmall.
     """
     if not text.heldout:
         raise CalibrationSetInvalid(
@@ -63,7 +63,7 @@ def file_name(domain: str) -> str:
 
 def heldout_of(model: Model) -> dict[str, Path]:
     """The held-out texts of the imatrix that a file was quantized with, by domain, as its manifest says. The imatrix is
-    beside the file or in the working folder. Empty where there are none, or no longer those that were written.
+    beside the file or in the working folder. Empty if there are none, or no longer those that were written.
     """
     made = manifest_of(model.path, beside(model.path, MANIFEST))
     name, digest = (made.details.get("imatrix") if made else None), model.metadata.get("apex.imatrix")

@@ -84,7 +84,7 @@ class CalibrationText:
 
     @property
     def tokens(self) -> int | None:
-        """Of all parts; None where they were not counted."""
+        """Of all parts; None if they were not counted."""
         counts = [part.tokens for part in self.parts]
         return sum(count or 0 for count in counts) if counts and None not in counts else None
 

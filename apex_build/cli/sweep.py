@@ -188,7 +188,7 @@ def _default_policy(plugins: Plugins) -> str:
 
 
 def values_of_sweep(over: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """`NAME=VALUE,VALUE` options as parameter -> values. Raises UsageError where there is no value, or a parameter
+    """`NAME=VALUE,VALUE` options as parameter -> values. Raises UsageError if there is no value, or a parameter
     comes twice.
     """
     found: dict[str, tuple[str, ...]] = {}

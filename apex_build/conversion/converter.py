@@ -24,7 +24,7 @@ _QWEN_SWITCH, _SWITCH = "_Qwen35MtpMixin", "supports_mtp_export"  # what makes -
 class Family:
     """The converter's code for one architecture.
 
-    `writes_heads`: it can write a draft head. `head_keys`: what it looks for in the config; empty where it looks for
+    `writes_heads`: it can write a draft head. `head_keys`: what it looks for in the config; empty if it looks for
     none (a count of its own). `can_omit_head`: it takes --no-mtp.
     """
 

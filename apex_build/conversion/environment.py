@@ -78,7 +78,7 @@ def choose(python: Path | None) -> Python:
     """`python`, else what APEX_CONVERT_PYTHON names, else ours if it has the whole extra, else one in the cache (made
     or not).
 
-    Raises EnvironmentUnusable where the one that was named lacks what the converter cannot do without.
+    Raises EnvironmentUnusable if the one that was named lacks what the converter cannot do without.
     """
     named = python or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
     given = (

@@ -29,7 +29,7 @@ def head_tensors(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def require_head(checkpoint: Checkpoint, family: Family, source: str) -> None:
-    """Raise CheckpointInvalid where the config's promise, the tensors and the converter do not agree on the draft head.
+    """Raise CheckpointInvalid if the config's promise, the tensors and the converter do not agree on the draft head.
 
     `source`: the name of the tree whose converter has `family`. The message names tensors.
     """

@@ -69,7 +69,7 @@ def planned(lines: Sequence[str]) -> tuple[int, int] | None:
 
 
 def refuse_short(lines: Sequence[str], text: Path) -> None:
-    """Raises CalibrationSetInvalid where the tool says that the text is too short: it does not name it."""
+    """Raises CalibrationSetInvalid if the tool says that the text is too short: it does not name it."""
     if found := text_too_short(lines):
         needed, has = found
         raise CalibrationSetInvalid(

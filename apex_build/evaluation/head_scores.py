@@ -34,7 +34,7 @@ class Scores:
 
 
 def read_csv(path: Path) -> Scores:
-    """Raises ToolFailed where the file is not what the tool writes."""
+    """Raises ToolFailed if the file is not what the tool writes."""
     with path.open(encoding="ascii", errors="replace") as file:
         header = file.readline().strip()
         if header != _HEADER:

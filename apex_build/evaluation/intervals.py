@@ -24,7 +24,7 @@ NORMAL = NormalDist().inv_cdf(0.975)  # 1.96: half a 95 % interval, in standard 
 
 
 class Estimate(NamedTuple):
-    """A value and its 95 % interval; `low` and `high` are None where there are too few clusters for one."""
+    """A value and its 95 % interval; `low` and `high` are None if there are too few clusters for one."""
 
     value: float
     low: float | None

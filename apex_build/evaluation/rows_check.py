@@ -30,7 +30,7 @@ class RowsCheck:
     """Agreement with the trunk at the first drafted token, in per cent, with either rows; the second less the first in
     points.
 
-    `low` and `high` bound the difference, None where there are too few chunks for an interval.
+    `low` and `high` bound the difference, None if there are too few chunks for an interval.
     """
 
     known: str
@@ -67,10 +67,10 @@ def check_rows(
     options: ToolOptions = ToolOptions(),  # noqa: B008  frozen
     report: Report = silent,
 ) -> RowsCheck | None:
-    """Score the first chunks of `text` with both; None where no choice is known for the architecture, or the tools have
+    """Score the first chunks of `text` with both; None if no choice is known for the architecture, or the tools have
     none.
 
-    Kept in the cache. Raises HeadRowsDoubtful where what is known of it is clearly the worse choice, ToolFailed.
+    Kept in the cache. Raises HeadRowsDoubtful if what is known of it is clearly the worse choice, ToolFailed.
     """
     known = trained_on(model.architecture)
     if known is None or known.choice is None or not rows_can_be_chosen(tools.tool("llama-perplexity")):

@@ -20,7 +20,7 @@ def serving(evaluators: Mapping[str, Evaluator], purpose: str, meaning: str = ""
 
 
 def the_one_serving(evaluators: Mapping[str, Evaluator], purpose: str, meaning: str) -> tuple[Evaluator, Service]:
-    """For what only one can answer. Raises EvaluationRefused where none does, PluginFailed where several do."""
+    """For what only one can answer. Raises EvaluationRefused if none does, PluginFailed where several do."""
     found = serving(evaluators, purpose, meaning)
     if not found:
         raise EvaluationRefused(

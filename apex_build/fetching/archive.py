@@ -27,14 +27,14 @@ _MAX_EXTENSIONS = (
     16 << 20
 )  # bytes of pax headers and long names, all members together; they become a multiple of that in memory
 _MAX_GLOBAL = 64 << 10  # bytes of those that hold for all members after them: each member gets a copy
-_DIGITS = re.compile(rb"\d{100}")  # tarfile's own patterns take time by the square of such a run
-_MAX_WINDOW = 128 << 20  # bytes that a zstd or xz stream may ask us to keep
+_DIGITS = re.compile(rb"\d{100}")  # tarfile's patterns take quadratic time on such a run
+_MAX_WINDOW = 128 << 20  # bytes of memory that a zstd or xz stream may request
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, OSError)
 
 
 @contextmanager
 def _unpacked(raw: IO[bytes], blocks: Iterator[bytes]) -> Iterator[IO[bytes]]:
-    """Decompressed into a file without a name: tarfile goes back and forth, which these streams cannot."""
+    """Decompress into an unnamed file: tarfile seeks back and forth, which these streams cannot."""
     with writing(cache_root()):
         cache_root().mkdir(parents=True, exist_ok=True)
         unnamed = tempfile.TemporaryFile(dir=cache_root())  # noqa: SIM115  its block is below
@@ -65,7 +65,7 @@ def _unxz(raw: IO[bytes]) -> Iterator[IO[bytes]]:
 
 
 def _xz_blocks(raw: IO[bytes]) -> Iterator[bytes]:
-    """As lzma.open reads it, several streams too, but with a bound on the memory that a stream may ask for."""
+    """Read like lzma.open, several streams too, but with a bound on the memory that a stream may request."""
     given = raw.read(1 << 16)
     while given:
         decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_WINDOW)
@@ -86,10 +86,8 @@ _OPENERS: dict[bytes, Any] = {
 
 
 class _Bounded:
-    """A decompressed stream that hands out no huge block: tarfile reads extension headers whole, whatever size they
-    claim.
-
-    `in_headers`: all that is read belongs to headers, and is bounded in sum.
+    """A decompressed stream that never returns a huge block: tarfile reads extension headers whole, whatever size
+    they claim. `in_headers`: everything read belongs to headers, whose total is bounded.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -115,7 +113,7 @@ class _Bounded:
 
 @contextmanager
 def open_tar(archive: Path) -> Iterator[tarfile.TarFile]:
-    """A tar archive, compressed or not. Raises DownloadFailed where it is missing or cut short, HashMismatch if it is
+    """A tar archive, compressed or not. Raises DownloadFailed if it is missing or cut short, HashMismatch if it is
     not a tar archive.
     """
     try:
@@ -151,8 +149,8 @@ def _opened(bounded: Any) -> tarfile.TarFile:
 
 
 def members_of(archive: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members' headers. After the last of them contents may be read. Raises ArchiveUnsafe for absurd headers, and
-    for sparse files, which no archive of ours has.
+    """The members' headers. Contents may be read after the last one. Raises ArchiveUnsafe for absurd headers, and
+    for sparse files, which our archives never have.
     """
     bounded: Any = tar.fileobj
     while (member := _next(tar)) is not None:
@@ -162,7 +160,7 @@ def members_of(archive: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]
             )
         if member.sparse is not None:
             raise ArchiveUnsafe(f"{archive.name}: the member {member.name!r:.200} is a sparse file")
-        member.pax_headers = {}  # a copy of all global ones
+        member.pax_headers = {}  # a copy of all global headers
         yield member
     bounded.in_headers = False
 

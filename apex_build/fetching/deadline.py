@@ -11,7 +11,7 @@ from types import FrameType
 
 
 class OutOfTime(BaseException):
-    """The time that the work may take is over. No Exception: the code that waits must not take it for its own."""
+    """The time for the work is over. Not an Exception: the waiting code must not catch it as its own."""
 
 
 @contextmanager
@@ -19,8 +19,8 @@ def deadline(seconds: float) -> Iterator[Callable[[], None]]:
     """Raise OutOfTime in the block after this many seconds, whatever it waits for. The yielded function restarts the
     time.
 
-    By a timer of the process, and so in the main thread alone: in others there is no end. A timer that the caller has
-    set, such as that of a test's time limit, still rings when it is due.
+    Uses the process's timer, so it works only in the main thread; in others there is no deadline. A timer set by the
+    caller, such as a test's time limit, still fires when it is due.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

@@ -1,4 +1,4 @@
-"""Files from the index that pip is configured with: found and fetched without running a line of them."""
+"""Files from the index that pip is configured with: found and fetched without running any of their code."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from apex_build.storage.disk import writing
 from apex_build.storage.outputs import whole_file
 
 _NETWORK = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
-# As pip does: a server that would compress the file once more on the way must not, what is hashed is the file itself.
+# As pip does: the server must not compress the file again in transit, since the file itself is hashed.
 _AS_IT_IS = {"Accept-Encoding": "identity"}
 _ELSEWHERE = "apex source fetch --from git, or --archive FILE with a copy of the sdist or of the tree"
-_PATIENCE = 4.0  # times pip's timeout, which is for a single read: for an answer that trickles
-_SLOWEST = 4e3  # bytes a second; with less, a download is given up
+_PATIENCE = 4.0  # times pip's timeout, which is for a single read: for answers that trickle in
+_SLOWEST = 4e3  # bytes a second; slower downloads are given up
 _LIMIT = 1 << 30  # bytes of a download whose pin names no size
 
 
 @dataclass(frozen=True)
 class IndexFile:
-    """A file of the package index whose hash is known before it is asked for. `named_by` and `elsewhere` are for
+    """A file of the package index whose hash is known in advance. `named_by` and `elsewhere` are for
     messages.
     """
 
@@ -69,11 +69,10 @@ def check(path: Path, wanted: IndexFile) -> None:
 
 
 def download(wanted: IndexFile, report: Report = silent, config: PipConfig | None = None) -> Path:
-    """The file in the cache, verified; fetched if it is not there. `config`: for one of many files, so that pip is
+    """The verified file in the cache; fetched if it is missing. `config`: pass it for several files, so that pip is
     asked once.
 
-    Raises DownloadFailed (not found, no network, cut short), HashMismatch (whatever offers the file offers another
-    one).
+    Raises DownloadFailed (not found, no network, cut short), HashMismatch (only different files are offered).
     """
     target = wanted.cached
     if target.is_file():
@@ -101,7 +100,7 @@ def download(wanted: IndexFile, report: Report = silent, config: PipConfig | Non
 
 
 def offered_sha256(requirement: str, file: str) -> str:
-    """The sha256 that whatever pip is configured with gives for a file, so that it can be pinned. Raises
+    """The sha256 that the configured index gives for a file, so that it can be pinned. Raises
     DownloadFailed.
     """
     config, wanted = read_pip_config(), IndexFile(requirement, file, "", None, requirement)
@@ -114,14 +113,12 @@ def offered_sha256(requirement: str, file: str) -> str:
     said = "".join(f"; {line}" for line in dict.fromkeys(warnings))
     raise DownloadFailed(
         f"no package index that pip is configured with offers {file} with its sha256{said}",
-        hint="pip index versions llama-cpp-python lists what there is",
+        hint="pip index versions llama-cpp-python lists the versions",
     )
 
 
 def _candidates(wanted: IndexFile, config: PipConfig, session: PyPIClient, warnings: list[str]) -> Iterator[Link]:
-    """Links to the pinned file, from the nearest place to the farthest. One source out of order does not spoil the
-    others.
-    """
+    """Links to the pinned file, nearest place first. A broken source does not affect the others."""
     for finder in _finders(config, session, warnings, wheels=wanted.file.endswith(".whl")):
         for attempt in range(config.retries + 1):
             try:
@@ -205,7 +202,7 @@ def _receive(link: Link, wanted: IndexFile, session: PyPIClient, part: Path, pat
                 )
             length = response.headers.get("Content-Length", "")
             total = wanted.size or (int(length) if length.isdecimal() else None)
-            for block in response.iter_raw():  # as it comes: in blocks of a size, drops would gather unseen
+            for block in response.iter_raw():  # as it arrives: fixed-size blocks would hide a trickle
                 again()
                 done += len(block)
                 if time.monotonic() - began > patience + done / _SLOWEST:
@@ -225,7 +222,7 @@ def _receive(link: Link, wanted: IndexFile, session: PyPIClient, part: Path, pat
     if digest.hexdigest() != wanted.sha256:
         if wanted.size is not None and done < wanted.size:
             raise DownloadFailed(
-                f"{link.redacted} is cut short: {done} bytes came of {wanted.size}", hint=wanted.elsewhere
+                f"{link.redacted} is cut short: received {done} bytes of {wanted.size}", hint=wanted.elsewhere
             )
         found = digest.hexdigest()
         raise HashMismatch(
@@ -246,9 +243,7 @@ def _say(error: Exception) -> str:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What unearth warns of while it looks (an index that does not answer, one that is not trusted) belongs into our
-    message.
-    """
+    """Collect unearth's warnings (an index that does not answer, or is not trusted) for our message."""
     lines: list[str] = []
 
     class Collect(logging.Handler):

@@ -41,8 +41,8 @@ class PipConfig:
 
 
 def read_pip_config() -> PipConfig:
-    """Ask pip (`pip config list`), which knows its files and variables; without pip, the environment's PIP_* variables
-    alone.
+    """Ask pip (`pip config list`), which knows its files and variables; without pip, only the PIP_* variables are
+    used.
     """
     for command in ([sys.executable, "-m", "pip"], [shutil.which("pip") or ""]):
         if not command[0]:
@@ -55,7 +55,7 @@ def read_pip_config() -> PipConfig:
                 timeout=60,
                 check=False,
                 stdin=subprocess.DEVNULL,
-                cwd="/",  # python -m takes a module of the current folder first
+                cwd="/",  # python -m looks in the current folder first
                 env={**os.environ, **_absolute("PIP_CONFIG_FILE")},
             )
         except (OSError, subprocess.TimeoutExpired):
@@ -118,13 +118,13 @@ def _number(options: Mapping[str, str], names: tuple[str, ...], default: float) 
 
 
 def open_session(config: PipConfig) -> PyPIClient:
-    """An HTTP client that goes as pip would: certificates, proxy, trusted hosts; credentials from index URLs, netrc,
-    keyring.
+    """An HTTP client that connects as pip would: certificates, proxy, trusted hosts; credentials from index URLs,
+    netrc, keyring.
     """
     proxy = config.proxy if config.proxy is None or "://" in config.proxy else f"http://{config.proxy}"
     mounts: dict[str, httpx2.BaseTransport] = {}
     for host in config.trusted_hosts:
-        # unearth's own transport for trusted hosts would go past the proxy
+        # unearth's own transport for trusted hosts would bypass the proxy
         through = None if urllib.request.proxy_bypass(host) else proxy or urllib.request.getproxies().get("https")
         if through:
             mounts[f"all://{host}"] = httpx2.HTTPTransport(verify=False, proxy=through)

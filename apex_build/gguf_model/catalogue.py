@@ -11,7 +11,7 @@ from typing import Any
 from apex_build.gguf_model.header import Header
 from apex_build.hookspecs import Part
 
-# (architecture, tensor name) -> role, or None where this function does not know the architecture or the tensor
+# (architecture, tensor name) -> role, or None if this function does not know the architecture or the tensor
 RoleOf = Callable[[str, str], "str | Part | None"]
 
 

@@ -150,7 +150,7 @@ def write_examined(imatrix: Imatrix, out: Path, matrices: Mapping[str, int] | No
 
 
 def check_copy_free(out: Path) -> None:
-    """Raises OutputUnwritable where another file than an earlier copy is at `out`."""
+    """Raises OutputUnwritable if another file than an earlier copy is at `out`."""
     if out.exists() and _origin(out)[_SOURCE] is None:
         raise OutputUnwritable(
             f"{out} exists, and apex did not write it", hint="move it away, or write elsewhere with -o"

@@ -89,7 +89,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read and check the header of a GGUF file; the tensor data is not read, only that the file holds all of it.
 
-    Raises ModelMissing where there is no such file, ModelInvalid for anything that is not a whole GGUF file.
+    Raises ModelMissing if there is no such file, ModelInvalid for anything that is not a whole GGUF file.
     """
     with open_file(path) as file:
         try:

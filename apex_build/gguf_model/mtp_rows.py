@@ -100,7 +100,7 @@ def tool_arguments(choice: str, architecture: str, program: Path | None = None) 
     holds.
 
     Also none where `program` leaves no choice: its llama.cpp takes the rows that it has for the architecture. Raises
-    ParameterUnknown where others are asked for.
+    ParameterUnknown if others are asked for.
     """
     known = trained_on(architecture)
     if program is not None and not rows_can_be_chosen(program):

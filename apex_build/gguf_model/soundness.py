@@ -8,7 +8,7 @@ PRE_TOKENIZER = "tokenizer.ggml.pre"
 
 
 def unsound(model: Model) -> list[str]:
-    """Reasons why llama.cpp cannot load the model; empty where none is seen."""
+    """Reasons why llama.cpp cannot load the model; empty if none is seen."""
     key = f"{model.architecture}.nextn_predict_layers"
     nextn = [tensor for tensor in model.tensors if ".nextn." in tensor.name]
     stray = [tensor.name for tensor in nextn if not tensor.draft_head]

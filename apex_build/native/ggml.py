@@ -80,7 +80,7 @@ class Ggml:
         return traits
 
     def row_bytes(self, name: str, ne0: int) -> int:
-        """Bytes of a row of `ne0` values. Raises ShapeUnfit where a row is not whole blocks."""
+        """Bytes of a row of `ne0` values. Raises ShapeUnfit if a row is not whole blocks."""
         traits = self.type_traits(name)
         if ne0 < 0 or ne0 % traits.block_size:
             raise ShapeUnfit(f"a row of {ne0} values cannot be {traits.name}: its blocks hold {traits.block_size}")

@@ -1,6 +1,6 @@
 """What llama-imatrix, llama-perplexity and llama-quantize print, as data.
 
-Pure functions of lines; None where a line says nothing of the kind.
+Pure functions of lines; None if a line says nothing of the kind.
 The formats are those of tools/imatrix/imatrix.cpp, tools/perplexity/perplexity.cpp and src/llama-quant.cpp.
 """
 

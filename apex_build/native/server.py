@@ -85,8 +85,8 @@ class Server:
     def drafts(self, answer: dict[str, Any], since: int) -> tuple[Draft, ...] | None:
         """The drafts behind a completion, in their order; `since` is what `printed` gave before it was asked for.
 
-        None where the server does not tell: a llama.cpp before LLAMA_TRACE. For one slot and one request at a time.
-        Raises ToolFailed where the drafts that it printed are not those that it counted.
+        None if the server does not tell: a llama.cpp before LLAMA_TRACE. For one slot and one request at a time.
+        Raises ToolFailed if the drafts that it printed are not those that it counted.
         """
         counted = int(answer["timings"].get("draft_n", 0))
         deadline = time.monotonic() + _LOG_WAIT
@@ -183,7 +183,7 @@ def serve(
     any way.
 
     `arguments`: such as ("--spec-type", "draft-mtp", "--spec-draft-n-max", "2", "-np", "1"). `log` keeps what it
-    prints. `memory`: bytes that it may take, beside the model's file. Raises ToolTimeout where it is not ready within
+    prints. `memory`: bytes that it may take, beside the model's file. Raises ToolTimeout if it is not ready within
     `ready_within` seconds, ToolFailed or ToolKilled where it ends instead.
     """
     command = [
@@ -226,7 +226,7 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float, memory
 
 
 def request(address: str, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, bytes]:
-    """Status and body of an answer. Raises TimeoutError where it is not there as a whole in time, however it comes in
+    """Status and body of an answer. Raises TimeoutError if it is not there as a whole in time, however it comes in
     drops.
     """
     host, _, port = address.removeprefix("http://").partition(":")

@@ -75,7 +75,7 @@ def find_toolset(path: Path | None = None) -> Toolset:
     for.
 
     A given folder is one that `apex build` made, or the CMake build folder or `bin` folder of any llama.cpp build.
-    Raises BuildMissing where there is none, or where files of it are gone or cut short.
+    Raises BuildMissing if there is none, or where files of it are gone or cut short.
     """
     if path is None and (given := os.environ.get("APEX_TOOLS")):
         path = Path(given)
@@ -123,7 +123,7 @@ def _pointers(pin: str = "") -> tuple[list[tuple[float, str]], list[str]]:
 
 
 def misshapen(manifest: Mapping[str, Any]) -> str:
-    """What is wrong about the kinds of a manifest's values, of those that are there; empty where nothing is."""
+    """What is wrong about the kinds of a manifest's values, of those that are there; empty if nothing is."""
     for name, kinds in _KINDS.items():
         if name in manifest and not isinstance(manifest[name], kinds):
             return f"'{name}' is of another kind"

@@ -68,7 +68,7 @@ class Kind:
 
 
 def find_fault(rows: Rows, kind: Kind, *, runs: bool = True) -> Fault | None:
-    """The worst fault of the rows, None where there is none.
+    """The worst fault of the rows, None if there is none.
 
     `runs`: look for lost columns too; the rows are an equal count of each matrix then, in order.
     """

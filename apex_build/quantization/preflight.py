@@ -91,7 +91,7 @@ def check_plan(
 
 
 def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, given: Rows | None) -> list[str]:
-    """Raises HeadRowsMismatch where data of the draft head would be used that is not of the rows that it was trained
+    """Raises HeadRowsMismatch if data of the draft head would be used that is not of the rows that it was trained
     on.
 
     No --allow-* option covers this: such a file looks fine and is not. `given`: rows that the user knows the head to be

@@ -246,7 +246,7 @@ def run(
 
 
 def _check_copy(job: Job) -> None:
-    """Raises OutputUnwritable where the examined copy of the imatrix would take the place of a file that is not one."""
+    """Raises OutputUnwritable if the examined copy of the imatrix would take the place of a file that is not one."""
     if job.derived and job.data_path is not None:
         check_place(job.data_path)
         check_apart([job.data_path], job.inputs)

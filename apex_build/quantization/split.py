@@ -73,7 +73,7 @@ def recorded_shards(artifact: Artifact, size: str) -> tuple[Path, ...] | None:
 
 
 def check_shards_free(out: Path) -> None:
-    """Raises OutputUnwritable where there are shards of this name that the manifest beside does not name."""
+    """Raises OutputUnwritable if there are shards of this name that the manifest beside does not name."""
     found = read_manifest(beside(out, MANIFEST))
     ours = _named(found, out) if found else {}
     if odd := [path for path in shards_of(out) if path not in ours]:

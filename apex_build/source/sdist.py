@@ -109,7 +109,7 @@ def _check_commit(archive: Path, comment: str, commit: str) -> None:
 
 
 def commit_of(archive: Path, folder: str) -> str | None:
-    """The commit that an sdist says its llama.cpp is of: it carries what git kept of the submodule. None where it says
+    """The commit that an sdist says its llama.cpp is of: it carries what git kept of the submodule. None if it says
     nothing.
     """
     with open_tar(archive) as tar:

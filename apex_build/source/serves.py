@@ -23,7 +23,7 @@ class Serves:
 
 
 def read_serves(path: Path, table: Any) -> Serves | None:
-    """Raises PinUnknown for a table of another form; None where there is none."""
+    """Raises PinUnknown for a table of another form; None if there is none."""
     if table is None:
         return None
     if not isinstance(table, dict):

@@ -45,7 +45,7 @@ class Compared:
 def compare(
     model: ModelFile, policies: Sequence[str], parameters: Mapping[str, Value], *, place: Workplace | None = None
 ) -> Compared:
-    """Each parameter goes to the policies that have it. Raises PolicyUnknown, ParameterUnknown where none has it, and
+    """Each parameter goes to the policies that have it. Raises PolicyUnknown, ParameterUnknown if none has it, and
     what planning one of them raises.
     """
     place = place or workplace()

@@ -52,7 +52,7 @@ class Need:
 def needs(plan: Plan, model: Model, place: Workplace, machine: Machine, *, context: int) -> tuple[Need, ...]:
     """Conversion of `model`, then calibration, quantization, evaluation, and the finished file with `context` tokens.
 
-    Disk is counted from step to step: what an earlier one wrote is still there. Raises ToolFailed, ToolKilled where
+    Disk is counted from step to step: what an earlier one wrote is still there. Raises ToolFailed, ToolKilled if
     llama.cpp cannot load the model.
     """
     found: list[Need] = []

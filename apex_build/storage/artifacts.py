@@ -1,10 +1,10 @@
-"""How every file and folder of ours is made, once for all of them:
+"""How every file and folder is made, written once for all kinds:
 
     parts -> identity -> lock -> is it there already? -> part file -> verified by its maker -> manifest -> rename
 
 `making` does this for a file and `making_folder` for a folder. The maker works inside the `with` block: it looks at
-`found`, writes to `part`, verifies what it wrote, and calls `done`. Whatever ends a run before `done` has returned
-leaves what was there before, with its manifest; a kill between two system calls is no exception.
+`found`, writes to `part`, verifies what it wrote, and calls `done`. If a run ends before `done` has returned, for
+whatever reason, the previous output and its manifest are still there, even after a kill between two system calls.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from apex_build.storage.outputs import (
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# What may be replaced: nothing, earlier outputs of the same kind, whatever is there.
+# What may be replaced: nothing, earlier outputs of the same kind, anything.
 Replace = Literal["nothing", "own", "anything"]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is to be made: a file or folder at `out`, of one of the kinds of manifest.py, from `parts`."""
+    """A file or folder to make at `out`, of one of the kinds of manifest.py, from `parts`."""
 
     out: Path
     kind: str
     parts: Parts = field(hash=False)
-    manifest_at: Path | None = None  # where the manifest is, if not beside a file, or in a folder
+    manifest_at: Path | None = None  # where the manifest is, if not beside the file or in the folder
 
     @cached_property
     def identity(self) -> str:
@@ -63,9 +63,7 @@ class Artifact:
         return self.manifest_at or beside(self.out, MANIFEST)
 
     def found(self) -> Manifest | None:
-        """The manifest of what is at `out`, if that was made from the same parts; whether it is whole is another
-        question.
-        """
+        """The manifest of what is at `out`, if it was made from the same parts; does not check whether it is whole."""
         found = manifest_of(self.out, self.manifest_path) if self.out.is_file() else read_manifest(self.manifest_path)
         same = found is not None and found.usable and found.kind == self.kind and found.identity == self.identity
         return found if same else None
@@ -73,7 +71,7 @@ class Artifact:
 
 @dataclass
 class Draft:
-    """An artifact that is being made. `found`: it is there, made from the same parts, and nothing is to be done."""
+    """An artifact that is being made. `found`: it already exists, made from the same parts: nothing to do."""
 
     artifact: Artifact
     part: Path
@@ -82,8 +80,8 @@ class Draft:
     put: Callable[[Path, Artifact, Manifest], None] = field(default=lambda *_: None, repr=False)
 
     def done(self, details: DataclassInstance) -> Manifest:
-        """Put the part in its place, with its manifest: verified by now. `details`: what the manifest says beyond its
-        head.
+        """Put the part, already verified, in its place, with its manifest. `details`: the manifest's content beyond
+        its head.
         """
         artifact, is_file = self.artifact, self.part.is_file()
         sha256, n_bytes = (sha256_file(self.part), self.part.stat().st_size) if is_file else ("", None)
@@ -91,7 +89,7 @@ class Draft:
         return self._put(made)
 
     def adopted(self, manifest: Manifest) -> Manifest:
-        """As `done`, for a folder that was made elsewhere: it keeps what its own manifest says beyond the head."""
+        """As `done`, for a folder made elsewhere: keeps the details of its own manifest."""
         artifact = self.artifact
         details = manifest.details
         return self._put(
@@ -116,11 +114,12 @@ def making(
     wait: str = "",
     report: Report = silent,
 ) -> Iterator[Draft]:
-    """Make the file `artifact.out`, unless it is there, made from the same parts (`reuse`) and `intact`: by size and
-    sha256.
+    """Make the file `artifact.out`, unless it exists, made from the same parts (`reuse`) and `intact` (by default:
+    by size and sha256).
 
-    `inputs` are never replaced, other files as `replace` says; `n_bytes` are to be written. Where another run is at it:
-    with `wait` (what it is waited for) this one waits, otherwise it is refused. Raises OutputUnwritable, DiskTooSmall.
+    `inputs` are never replaced, other files as `replace` says; `n_bytes` will be written. If another run is making
+    it, this one waits with `wait` (a name for what it waits for), otherwise it is refused. Raises OutputUnwritable,
+    DiskTooSmall.
     """
     out = artifact.out
     check_place(out)
@@ -153,10 +152,10 @@ def making_folder(
     movable: bool = True,
     report: Report = silent,
 ) -> Iterator[Draft]:
-    """Make the folder `artifact.out` in the cache, unless it is there and `intact`. Waits for another run that is at
-    it.
+    """Make the folder `artifact.out` in the cache, unless it exists and is `intact`. Waits for another run that is
+    making it.
 
-    One that is not `movable` is made at its place: until its manifest is there, it counts as not there.
+    One that is not `movable` is made in place: until its manifest is written, it counts as missing.
     """
     out = artifact.out
     with locked(out, wait=True, report=report):
@@ -182,7 +181,7 @@ def making_folder(
 
 
 def check_free(artifact: Artifact, replace: Replace = "nothing") -> None:
-    """Raises OutputUnwritable where what is at the artifact's place, or beside it, may not be replaced."""
+    """Raises OutputUnwritable if what is at the artifact's place, or beside it, may not be replaced."""
     if replace == "anything":
         return
     out, at = artifact.out, artifact.manifest_path
@@ -201,8 +200,8 @@ def check_free(artifact: Artifact, replace: Replace = "nothing") -> None:
 
 
 def _put_file(part: Path, artifact: Artifact, made: Manifest) -> None:
-    """The manifest first, with the one before it inside while that file may still be there: the rename decides which
-    holds.
+    """Write the manifest first, with the previous one inside while the previous file may still be there: the rename
+    decides which is valid.
     """
     out, at = artifact.out, artifact.manifest_path
     value = made.json()
@@ -218,7 +217,7 @@ def _put_file(part: Path, artifact: Artifact, made: Manifest) -> None:
 
 
 def _settle(artifact: Artifact) -> None:
-    """Where a replacement was cut short: say no more than what holds."""
+    """After an interrupted replacement, reduce the manifest to the valid one."""
     at = artifact.manifest_path
     if REPLACES in raw_json(at):
         found = manifest_of(artifact.out, at)

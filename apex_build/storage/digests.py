@@ -1,4 +1,4 @@
-"""sha256 of files, and of JSON values in one canonical form: what identities are made of."""
+"""sha256 of files, and of JSON values in a canonical form, for identities."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Digest of a JSON value in one canonical writing: keys sorted, no spaces."""
+    """Digest of a JSON value in canonical form: keys sorted, no spaces."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

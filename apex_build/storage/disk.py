@@ -1,4 +1,4 @@
-"""The disk: is there room, what the system says where there is not, and bringing to it what was written."""
+"""The disk: checks for room, readable errors, and syncing what was written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from apex_build.errors import ApexError, ConversionFailed, DiskTooSmall, OutputUnwritable, ToolFailed, ToolKilled
 
-ROOM = 64 << 20  # bytes that stay free beyond what is written
+ROOM = 64 << 20  # bytes to keep free beyond what is written
 _MANY = 200  # files
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -21,19 +21,19 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
 def check_room(
     folder: Path, n_bytes: int, what: str, *, before: int = 0, hint: str | None = None, spare: int = ROOM
 ) -> None:
-    """Raises DiskTooSmall where `folder` has no room for `n_bytes` of `what`, after `before` bytes of other files."""
+    """Raises DiskTooSmall if `folder` has no room for `n_bytes` of `what`, after `before` bytes of other files."""
     free, needed = free_bytes(folder), before + n_bytes + spare
     if free < needed:
         after = f" after {amount(before)} of other files" if before else ""
         raise DiskTooSmall(
             f"{folder}: {amount(free)} free, expected {amount(needed)}: {what} takes {amount(n_bytes)}{after}"
-            + (f", and {amount(spare)} are to stay free" if spare else ""),
+            + (f", and {amount(spare)} must stay free" if spare else ""),
             hint=hint or "free some space, or write to another disk with -o",
         )
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk that the folder is on, or would be."""
+    """Free bytes of the disk that the folder is or would be on."""
     return shutil.disk_usage(existing(folder)).free
 
 
@@ -46,7 +46,7 @@ def amount(n_bytes: float) -> str:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or where it is still to be made the nearest one above it."""
+    """The folder, or if it does not exist yet the nearest existing one above it."""
     return next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
 
 
@@ -60,7 +60,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def refusal(error: OSError, path: Path, own: tuple[str | None, ...] | None = None) -> ApexError | OSError:
-    """`own`: names that stand for `path`; an error about another file is not about the writing, and stays as it is."""
+    """`own`: names that stand for `path`; errors about other files are returned unchanged."""
     if own is not None and error.filename not in own and error.errno not in _FULL:
         return error
     name = path if own is not None or not error.filename else error.filename
@@ -75,10 +75,10 @@ def refusal(error: OSError, path: Path, own: tuple[str | None, ...] | None = Non
 
 @contextmanager
 def tool_writing(part: Path, out: Path, n_bytes: int) -> Iterator[None]:
-    """While a tool writes `part`, of `n_bytes` in the end: where it fails and the disk has no room for the rest, that
-    is why.
+    """While a tool writes `part`, of `n_bytes` in the end: if it fails and the disk has no room for the rest, blame
+    the disk.
 
-    Most of the tools do not say so themselves. Raises DiskTooSmall then, instead of the tool's error.
+    Most tools do not report this themselves. Raises DiskTooSmall then, instead of the tool's error.
     """
     try:
         yield
@@ -95,24 +95,24 @@ def tool_writing(part: Path, out: Path, n_bytes: int) -> Iterator[None]:
 
 
 def of_tool(part: Path) -> Path:
-    """Where llama-quantize itself writes to before it renames: it stays where the tool was killed."""
+    """Where llama-quantize writes before it renames: left behind if the tool is killed."""
     return part.with_name(f"{part.name}.part")
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Sync a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS):  # a file system that cannot
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # not supported by the file system
             raise
     finally:
         os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring all of a folder to the disk: a few files one by one, of many the whole file system is told once."""
+    """Sync a whole folder to the disk: a few files one by one; for many, the whole file system at once."""
     paths = [path for path in (folder, *folder.rglob("*")) if not path.is_symlink()]
     if len(paths) > _MANY:
         os.sync()

@@ -1,4 +1,4 @@
-"""Finding the manifest of whatever a person points at: the manifest itself, an output, or a folder of the cache."""
+"""Find the manifest that a path stands for: the manifest itself, an output, or a folder of the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from apex_build.near import near_folder
 from apex_build.storage.manifest import Manifest, manifest_of, read_manifest
 from apex_build.storage.outputs import MANIFEST, beside
 
-# Names of manifests in folders: of builds, CUDA toolkits, environments and files that are kept for evaluations.
+# Names of manifests in folders: of builds, CUDA toolkits, environments, and files kept for evaluations.
 _IN_FOLDERS = ("manifest.json", "apex-toolkit.json", "apex-complete.json", "made-from.json")
 _OF_SWEEP = ("sweep.json", "sweep.jsonl")
 
@@ -26,12 +26,12 @@ class Located:
     present: bool
 
     def is_whole(self) -> bool | None:
-        """Whether a file is the one that the manifest was written for: every byte is read. None for a folder."""
+        """Whether the file is the one that the manifest describes: reads every byte. None for a folder."""
         return self.manifest.describes(self.artifact) if self.manifest.sha256 else None
 
 
 def locate(path: Path) -> Located:
-    """Raises ManifestMissing where there is none."""
+    """Raises ManifestMissing if there is none."""
     if path.is_dir():
         candidates = [*((path / name, path) for name in _IN_FOLDERS), (path / _OF_SWEEP[0], path / _OF_SWEEP[1])]
     elif path.name in _OF_SWEEP:
@@ -47,11 +47,9 @@ def locate(path: Path) -> Located:
         found = manifest_of(artifact, at) if artifact.is_file() else read_manifest(at)
         if found is not None:
             return Located(at, artifact, found, artifact.exists())
-    what = "there is no such file" if not path.exists() else "there is no manifest of apex, and it is none"
+    what = "there is no such file" if not path.exists() else "it is not an apex manifest, and has none"
     expected = "" if path.is_dir() else f": expected {candidates[0][0].name} beside it"
-    hint = (
-        f"apex inspect {shlex.quote(str(path))}, for what a model or imatrix says of itself" if path.is_file() else None
-    )
+    hint = f"apex inspect {shlex.quote(str(path))}, shows what a model or imatrix contains" if path.is_file() else None
     raise ManifestMissing(f"{path}: {what}{expected if path.exists() else near_folder(path.parent)}", hint=hint)
 
 

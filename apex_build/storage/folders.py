@@ -27,11 +27,10 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def put_in_place(part: Path, final: Path) -> None:
-    """Rename `part` to `final`, on the disk before and after. A folder that was there changes places with it in one
-    step.
+    """Rename `part` to `final`, synced before and after. An existing folder changes places with it in one step.
 
-    Where the file system cannot do that (some network file systems), it is kept beside until the new one is in place:
-    see `remove_left_over`.
+    If the file system cannot do that (some network file systems), the old one is kept beside until the new one is in
+    place: see `remove_left_over`.
     """
     sync_folder(part)
     if not final.exists():
@@ -46,11 +45,11 @@ def put_in_place(part: Path, final: Path) -> None:
             raise
         shutil.rmtree(old, ignore_errors=True)
     sync(final.parent)
-    shutil.rmtree(part, ignore_errors=True)  # the one that was there
+    shutil.rmtree(part, ignore_errors=True)  # the previous one
 
 
 def remove_left_over(final: Path) -> None:
-    """Undo what a killed run left: its half-made folder, and a replacement that stopped between two renames."""
+    """Clean up after a killed run: its half-made folder, and a replacement that stopped between two renames."""
     shutil.rmtree(_part(final), ignore_errors=True)
     if _old(final).exists():
         if final.exists():
@@ -60,7 +59,7 @@ def remove_left_over(final: Path) -> None:
 
 
 def _exchange(one: Path, two: Path) -> bool:
-    """Let two paths change places, as one step. False where the system cannot."""
+    """Exchange two paths in one step. False if the system cannot."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):  # a C library without it

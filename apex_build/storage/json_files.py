@@ -1,4 +1,4 @@
-"""JSON files of ours: written whole, read with every fault as ValueError or OSError."""
+"""Our JSON files: written whole or not at all; every fault in reading is a ValueError or OSError."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """One writer at a time: a lock beside what is written, held by the kernel for as long as its process lives.
 
-The file `.NAME.lock` lies beside NAME while it is held. A lock that a killed run left is free: the kernel gives it
-back.
+The file `.NAME.lock` lies beside NAME while it is held. The lock of a killed run is free: the kernel releases it.
 """
 
 from __future__ import annotations
@@ -34,25 +33,25 @@ class Busy(OutputUnwritable):
 def locked(path: Path, *, wait: bool = False, what: str = "", report: Report = silent) -> Iterator[None]:
     """Hold the lock of `path`, a file or a folder. Its folder is made if it is missing.
 
-    Where another run has the lock: with `wait`, say so (`what` it is waited for) and wait; otherwise raise Busy.
-    Where locks do not reach other machines (some network file systems), a warning says so once.
+    If another run has the lock: with `wait`, report that (`what` is being waited for) and wait; otherwise raise
+    Busy. If locks are not visible to other machines (some network file systems), warn once.
     """
     lock = lock_file(path)
     with writing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = _acquire(lock, wait=False)
         if handle is None and wait:
-            report(Step(f"waiting for {what or f'another apex that works on {path.name}'}", 0))
+            report(Step(f"waiting for {what or f'another apex run that uses {path.name}'}", 0))
             handle = _acquire(lock, wait=True)
     if handle is None:
         raise Busy(
             f"{path} is being written by another run of apex",
-            hint="wait until it has ended, or give another name with -o",
+            hint="wait until it has finished, or give another name with -o",
         )
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is held: whoever waits for it looks whether it is still the one there
+        lock.unlink(missing_ok=True)  # removed while held: a waiting run checks whether the file is still the same
         os.close(handle)
 
 
@@ -76,7 +75,7 @@ def lock_file(path: Path) -> Path:
 
 
 def _acquire(path: Path, *, wait: bool) -> int | None:
-    """An open handle with the lock on `path`; None where another run has it."""
+    """An open handle with the lock on `path`; None if another run has it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -89,7 +88,7 @@ def _acquire(path: Path, *, wait: bool) -> int | None:
                 os.close(handle)
                 raise
             _warn(path, f"the file system has no locks ({error.strerror})")
-            return handle  # better than no run at all
+            return handle  # better than not running at all
         except BaseException:
             os.close(handle)
             raise

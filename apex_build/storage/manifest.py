@@ -1,8 +1,8 @@
 """The manifest of an artifact: what it is, what went in, what came out. One schema for all kinds, as JSON.
 
-Every manifest has `schema`, `kind`, `identity`, `from` (what went in; its sha256 is the identity) and `apex`; that of a
-file also `sha256` and `bytes`. What a kind has beyond that is a dataclass of the room that makes it. Manifests from
-before there was a schema count as schema 0: their kind is seen from their keys.
+Every manifest has `schema`, `kind`, `identity`, `from` (what went in; its sha256 is the identity) and `apex`; a
+file's also `sha256` and `bytes`. The rest depends on the kind: a dataclass in the room that makes it. Older manifests
+without a schema count as schema 0: their kind is derived from their keys.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 Parts: TypeAlias = Mapping[str, Json]  # what goes into an artifact
 
 SCHEMA = 1
-REPLACES = "replaces"  # while a file is replaced: the manifest of the one before it, or null where that had none
+REPLACES = "replaces"  # while a file is being replaced: the previous file's manifest, or null if it had none
 IMATRIX, MERGED, QUANTIZED, CONVERTED = "imatrix", "merged-imatrix", "quantized-model", "converted-model"
 BUILD, TOOLKIT, ENVIRONMENT, KEPT = "build", "cuda-toolkit", "converter-environment", "evaluation-data"
 PACKED, SWEEP = "packed-build", "sweep"
@@ -40,7 +40,7 @@ KINDS: Mapping[str, str] = {
     SWEEP: "results of a sweep",
 }
 _HEAD = ("schema", "kind", "identity", "from", "provenance", "sha256", "bytes", "apex", REPLACES)
-# Schema 0: the first of these keys that a manifest has tells its kind.
+# Schema 0: the first of these keys in a manifest tells its kind.
 _KIND_OF_KEY = {
     "over": SWEEP, "policy": QUANTIZED, "text": IMATRIX, "merged": MERGED, "converter": CONVERTED, "backend": BUILD,
     "packages": TOOLKIT,
@@ -50,9 +50,7 @@ _KIND_OF_KEY = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """`parts` is what went in; `sha256` and `n_bytes` are those of a file; `details` is what the kind says beyond the
-    head.
-    """
+    """`parts` is what went in; `sha256` and `n_bytes` are for a file; `details` is specific to the kind."""
 
     kind: str
     identity: str
@@ -65,7 +63,7 @@ class Manifest:
 
     @property
     def usable(self) -> bool:
-        """Whether this version of apex knows what it says."""
+        """Whether this version of apex understands it."""
         return self.schema <= SCHEMA
 
     def json(self) -> dict[str, Json]:
@@ -80,7 +78,7 @@ class Manifest:
         return self.n_bytes is not None and path.is_file() and path.stat().st_size == self.n_bytes
 
     def describes(self, path: Path) -> bool:
-        """Whether this file is the one that the manifest was written for, by size and sha256."""
+        """Whether the manifest describes this file, by size and sha256."""
         try:
             return bool(self.sha256) and path.stat().st_size == self.n_bytes and sha256_file(path) == self.sha256
         except OSError:
@@ -88,7 +86,7 @@ class Manifest:
 
 
 def details_of(details: DataclassInstance) -> dict[str, Json]:
-    """A kind's own dataclass as JSON. Fields that are None by default are left out where they are."""
+    """A kind's dataclass as JSON. Fields with the default None are left out if they are None."""
     values = ((one, getattr(details, one.name)) for one in fields(details))
     return {one.name: _plain(value) for one, value in values if value is not None or one.default is not None}
 
@@ -105,12 +103,12 @@ def _plain(value: Any) -> Json:
 
 
 def parse(value: object) -> Manifest | None:
-    """The manifest that this JSON value is, of whatever schema; None where it is none."""
+    """A JSON value as a manifest of any schema; None if it is not one."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return None
     kind = value.get("kind", next((kind for name, kind in _KIND_OF_KEY.items() if name in value), None))
     schema, identity = value.get("schema", 0), value.get("identity", value.get("key", ""))
-    old_sweep = kind == SWEEP and "from" not in value  # before schema 1 it was nothing but its parts
+    old_sweep = kind == SWEEP and "from" not in value  # before schema 1 it consisted only of its parts
     parts = value if old_sweep else value.get("from", value.get("provenance", {}))
     sha256, n_bytes = value.get("sha256", ""), value.get("bytes", value.get("size"))
     if (
@@ -127,14 +125,12 @@ def parse(value: object) -> Manifest | None:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest in this file; None where there is none, or it is damaged."""
+    """The manifest in this file; None if there is none, or it is damaged."""
     return parse(raw_json(path))
 
 
 def manifest_of(out: Path, at: Path) -> Manifest | None:
-    """The manifest of the file `out`, at `at`: also while it is being replaced, or where that was cut short between two
-    steps.
-    """
+    """The manifest of the file `out`, at `at`: also during a replacement, or after an interrupted one."""
     value = raw_json(at)
     found = parse(value)
     if found is not None and REPLACES in value and not found.describes(out):
@@ -143,7 +139,7 @@ def manifest_of(out: Path, at: Path) -> Manifest | None:
 
 
 def raw_json(path: Path) -> Mapping[str, object]:
-    """The JSON object in a file; an empty one where there is none."""
+    """The JSON object in a file; empty if there is none."""
     try:
         value = read_json(path)
     except (OSError, ValueError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _TABLE = Path("/proc/self/mountinfo")
 _ESCAPED = re.compile(r"\\([0-7]{3})")
-# Types whose locks may reach no further than this machine, and the options with which they do not, or alone do.
+# File systems whose locks may be local to this machine, and the mount options that decide it.
 _NEVER = (
     "9p",
     "afs",
@@ -35,7 +35,7 @@ class Mount:
 
 
 def mount_of(path: Path, table: str | None = None) -> Mount | None:
-    """The mount that holds `path`; None where the kernel does not say. `table`: the text of /proc/self/mountinfo."""
+    """The mount that holds `path`; None if the kernel does not say. `table`: the text of /proc/self/mountinfo."""
     if table is None:
         try:
             table = _TABLE.read_text(encoding="utf-8", errors="surrogateescape")
@@ -50,15 +50,14 @@ def mount_of(path: Path, table: str | None = None) -> Mount | None:
             continue
         point = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), fields[4])
         inside = wanted == point or wanted.startswith(point.rstrip("/") + "/")
-        if inside and (best is None or len(point) >= len(best.point)):  # of two on one point, the later one is on top
+        # of two mounts at one point, the later one is on top
+        if inside and (best is None or len(point) >= len(best.point)):
             best = Mount(point, rest[0], frozenset([*fields[5].split(","), *rest[2].split(",")]))
     return best
 
 
 def lock_doubt(mount: Mount | None) -> str:
-    """Why another machine may not see a lock on this file system; empty where it does, or where the disk is this
-    machine's.
-    """
+    """Why another machine may not see a lock on this file system; empty if it does, or if the disk is local."""
     if mount is None:
         return ""
     reason = ""

@@ -1,4 +1,4 @@
-"""Outputs: never overwrite an input or a foreign file, are whole or absent, and are on disk before success is reported.
+"""Outputs never overwrite an input or a foreign file, are whole or absent, and are on disk before success is reported.
 
 Files with a manifest are made by artifacts.py, which uses this; `write_text` is for those without. All are written to a
 part file beside the final name (`new_part`), then `put` there: fsync, rename, fsync.
@@ -21,7 +21,7 @@ from apex_build.storage.disk import of_tool, refusal, sync, writing
 from apex_build.storage.locks import locked
 
 MANIFEST, LOG = ".json", ".log"  # suffixes of the files beside an output
-_ADDED = len("..json.12345678.part")  # what the longest of the names beside an output adds to its own
+_ADDED = len("..json.12345678.part")  # how much longer the longest name beside an output is
 _LOG_START = re.compile(rb"\$ '?/")  # a command line of native/run.py
 _OTHER_NAME = "give another name with -o"
 
@@ -33,17 +33,17 @@ def beside(out: Path, suffix: str) -> Path:
 
 
 def work_folder(out: Path) -> Path:
-    """Where a long run keeps what it has so far."""
+    """Where a long run keeps unfinished work."""
     return out.with_name(f".{out.name}.work")
 
 
 def with_manifest_and_log(out: Path) -> tuple[Path, ...]:
-    """An output, and what is written beside it."""
+    """An output, and the files written beside it."""
     return out, beside(out, MANIFEST), beside(out, LOG)
 
 
 def check_place(out: Path, hint: str = _OTHER_NAME) -> None:
-    """Raises OutputUnwritable where `out` could not be put in place in the end."""
+    """Raises OutputUnwritable if `out` could not be put in place at the end."""
     folder = out.parent
     if out.is_dir():
         raise OutputUnwritable(f"{out} is a folder, expected the name of a file", hint=hint)
@@ -55,16 +55,16 @@ def check_place(out: Path, hint: str = _OTHER_NAME) -> None:
         raise OutputUnwritable(f"{folder}: the folder cannot be written", hint=hint)
     if len(os.fsencode(out.name)) + _ADDED > (longest := os.pathconf(folder, "PC_NAME_MAX")):
         raise OutputUnwritable(
-            f"{out.name}: the name is too long, there is room for {longest - _ADDED} bytes", hint=hint
+            f"{out.name}: the name is too long, at most {longest - _ADDED} bytes are possible", hint=hint
         )
     if out.exists() and not out.is_file():
         raise OutputUnwritable(f"{out} is not a regular file", hint=hint)
 
 
 def check_apart(written: Iterable[Path], inputs: Iterable[Path], hint: str = _OTHER_NAME) -> None:
-    """Raises OutputUnwritable where something that is to be written is an input, under whatever name or link.
+    """Raises OutputUnwritable if a file to be written is an input, under any name or link.
 
-    No `--force` lifts this. An input that is not there, or a folder, is passed over: name the files in it.
+    `--force` does not change this. Missing inputs and folders are skipped: name the files in them.
     """
     there = {_inode(path): path for path in written if path.exists()}
     if there:
@@ -83,7 +83,7 @@ def check_text_free(out: Path, text: bytes, *, force: bool = False) -> None:
 # --- while it is written ----------------------------------------------------------------------------------------------
 @contextmanager
 def locked_output(out: Path, *, wait: bool = False) -> Iterator[None]:
-    """The lock of `out`, for `whole_file`. Part files that a killed run left are removed. See `locked`."""
+    """The lock of `out`, for `whole_file`. Part files of killed runs are removed. See `locked`."""
     with locked(out, wait=wait):
         remove_parts(out)
         yield
@@ -103,9 +103,7 @@ def write_text(
 
 @contextmanager
 def new_part(out: Path) -> Iterator[Path]:
-    """An empty file beside `out`, of a name that nothing else has, to write to; removed when the block ends, unless
-    `put`.
-    """
+    """An empty file beside `out` with a unique name, to write to; removed when the block ends, unless `put`."""
     with writing(out):
         handle, name = tempfile.mkstemp(prefix=f".{_plain(out)}.", suffix=".part", dir=out.parent)
         os.close(handle)
@@ -119,7 +117,7 @@ def new_part(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(out: Path) -> Iterator[Path]:
-    """A path beside `out` to write to; put in place when the block ends well, removed when it does not."""
+    """A path beside `out` to write to; put in place when the block succeeds, else removed."""
     with new_part(out) as part:
         try:
             yield part
@@ -129,9 +127,7 @@ def whole_file(out: Path) -> Iterator[Path]:
 
 
 def put(part: Path, out: Path) -> None:
-    """Rename a finished file to its final name, with the permissions that a new file gets: on the disk before and
-    after.
-    """
+    """Rename a finished file to its final name, with a new file's permissions; synced before and after."""
     with writing(out):
         part.chmod(0o666 & ~_umask())
         sync(part)
@@ -157,7 +153,7 @@ def _inode(path: Path) -> tuple[int, int]:
 
 
 def remove_parts(out: Path) -> None:
-    """Those of runs that were killed: they may be of many GB. Call with the lock held."""
+    """Remove part files of killed runs: they may be many GB. Call with the lock held."""
     name = re.compile(rf"\.{re.escape(_plain(out))}\.[a-z0-9_]{{8}}\.part(\.part)?")
     for path in out.parent.iterdir():
         if name.fullmatch(path.name):
@@ -165,7 +161,7 @@ def remove_parts(out: Path) -> None:
 
 
 def _plain(out: Path) -> str:
-    """Its name without braces: llama.cpp's converter takes those for a template."""
+    """Its name without braces: llama.cpp's converter takes braces for a template."""
     return out.name.replace("{", "%7B").replace("}", "%7D")
 
 

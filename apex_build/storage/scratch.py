@@ -1,4 +1,4 @@
-"""Folders for the length of a `with` block, and the removal of those that killed runs left behind."""
+"""Temporary folders for a `with` block, and removal of those that killed runs left behind."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def scratch_folder(what: str) -> Iterator[Path]:
     """A new and empty folder that only this user can use, removed with the block. `what`, in lower-case letters, is in
     its name.
 
-    It stays locked for as long as this process lives: the kernel gives the lock back however we end, and so a later run
-    can tell what is left over from what is in use. Raises OutputUnwritable and DiskTooSmall, naming the folder for
+    It is locked while this process lives: the kernel releases the lock however we end, so a later run can tell
+    left-over folders from folders in use. Raises OutputUnwritable and DiskTooSmall, naming the folder for
     temporary files.
     """
     remove_left_over(tempfile.gettempdir())
@@ -40,14 +40,14 @@ def scratch_folder(what: str) -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=4)
 def remove_left_over(root: str) -> int:
-    """Remove what runs that were killed left in the folder for temporary files; returns how many. Once in a process."""
+    """Remove what killed runs left in the folder for temporary files; returns how many. Once per process."""
     removed = 0
     try:
         entries = [entry for entry in os.scandir(root) if _OURS.fullmatch(entry.name)]
     except OSError:
         return 0
     for entry in entries:
-        with suppress(OSError):  # another user's, in use, or gone by now
+        with suppress(OSError):  # another user's, in use, or already gone
             about = entry.stat(follow_symlinks=False)
             if (
                 stat.S_ISDIR(about.st_mode)
@@ -74,13 +74,13 @@ def _locked_folder(what: str) -> tuple[Path, int]:
             if (handle := _lock(folder)) is not None:
                 return folder, handle
         except FileNotFoundError:
-            continue  # another run took it for a left-over one between the two steps
-        except OSError:  # a file system without locks: nobody can find it left over, then
+            continue  # another run took it for a left-over between the two steps
+        except OSError:  # a file system without locks: no run will recognize it as left over
             return folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None where another process has it. Raises FileNotFoundError if it is
+    """A descriptor that holds the folder's lock; None if another process has it. Raises FileNotFoundError if it is
     gone.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -1,4 +1,4 @@
-"""How much room files take on the disk."""
+"""Disk usage of files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def folder_size(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:
         for name in names:
             try:
                 about = os.lstat(os.path.join(where, name))  # noqa: PTH118  hundreds of thousands of files
-            except OSError:  # removed in this moment
+            except OSError:  # just removed
                 continue
             if (about.st_dev, about.st_ino) not in seen:
                 seen.add((about.st_dev, about.st_ino))

@@ -1,4 +1,4 @@
-"""What a run keeps when it is cut short: a folder beside the output, for the same work to be resumed from."""
+"""Unfinished work of an interrupted run: a folder beside the output, from which the same command resumes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def unfinished_work(
     artifact: Artifact, files: Mapping[str, bytes], worth_keeping: Callable[[Path], bool], *, fresh: bool = False
 ) -> Iterator[Path]:
     """The artifact's work folder, with `files` in it: as an earlier run of the same work left it, or a new one
-    (`fresh`: always).
+    (always if `fresh`).
 
-    It goes when the block ends well; otherwise it stays if it is `worth_keeping`. A note in the cache tells `apex
-    cache` of it. Call with the lock held.
+    It is removed when the block succeeds; otherwise it is kept if `worth_keeping`. A note in the cache tells `apex
+    cache` about it. Call with the lock held.
     """
     work, note = work_folder(artifact.out), note_of(artifact.out)
-    with contextlib.suppress(OSError, ApexError):  # for `apex cache`, which can do without
+    with contextlib.suppress(OSError, ApexError):  # only for `apex cache`: not essential
         note.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, str(artifact.out.absolute()))
     with writing(work):
@@ -58,7 +58,7 @@ def files_in(work: Path) -> Iterator[Path]:
 
 
 def check_work(out: Path, *, force: bool = False) -> None:
-    """Raises OutputUnwritable where the work folder's name is taken by something else."""
+    """Raises OutputUnwritable if something else has the work folder's name."""
     work = work_folder(out)
     if force or not (work.exists() or work.is_symlink()) or ((work / IDENTITY).is_file() and not work.is_symlink()):
         return

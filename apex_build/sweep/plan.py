@@ -41,12 +41,12 @@ _ELSEWHERE = "give another folder with -o"
 
 @dataclass(frozen=True)
 class Point:
-    """One file. `job` is None where the tools would refuse it, and `refused` says why."""
+    """One file. `job` is None if the tools would refuse it, and `refused` says why."""
 
     values: Mapping[str, str]
     head_data: bool
     baseline: bool
-    plan: Plan | None  # None too where the shapes do not allow it
+    plan: Plan | None  # None too if the shapes do not allow it
     job: Job | None
     refused: str
     identity: str
@@ -150,7 +150,7 @@ def _key(values: Mapping[str, str], imatrix: bool) -> str:
 
 
 def _only_head_differs(request: Request, plans: Sequence[Plan | ShapeUnfit]) -> bool:
-    """Raises EvaluationRefused where all files are the same."""
+    """Raises EvaluationRefused if all files are the same."""
     known = [plan for plan in plans if isinstance(plan, Plan)]
     if len(known) == len(plans) and len({tuple((one.name, one.type) for one in plan.entries) for plan in known}) == 1:
         raise EvaluationRefused(

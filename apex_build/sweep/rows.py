@@ -22,7 +22,7 @@ class Row:
     """One point. `head_data`: its imatrix has data for the draft head; `uncalibrated`: tensors were quantized without
     data.
 
-    Bytes are of tensors, `file_bytes` of the whole file; None where nothing could be planned. A point that was not
+    Bytes are of tensors, `file_bytes` of the whole file; None if nothing could be planned. A point that was not
     measured has no figures: it was refused, it failed (evaluator -> why), or its turn has not come.
     """
 

@@ -117,7 +117,7 @@ def pin_datasets(options: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit that a revision (the newest) of a dataset is, asked of the Hub once; None where it cannot be reached.
+    """The commit that a revision (the newest) of a dataset is, asked of the Hub once; None if it cannot be reached.
 
     Raises CalibrationSetInvalid for a dataset or revision that the Hub does not have.
     """

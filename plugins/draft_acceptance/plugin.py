@@ -78,7 +78,7 @@ class Writing:
     """What was written after a prompt. `written` leaves out the first token, which comes from evaluating the prompt
     itself.
 
-    `drafts`: what became of each, or None where the server does not tell.
+    `drafts`: what became of each, or None if the server does not tell.
     """
 
     domain: str

@@ -173,7 +173,7 @@ def _fill(state: _State, budget: int) -> None:
 
 
 def _exchange(state: _State, budget: int) -> bool:
-    """One tensor down and another up, where the two together take most loss away. False where none does."""
+    """One tensor down and another up, where the two together take most loss away. False if none does."""
     downs, ups = [], []
     for item, (ladder, at) in enumerate(zip(state.ladders, state.at, strict=True)):
         now = ladder[at]

@@ -134,7 +134,7 @@ def measure(work: Work, *, threads: int, report: Report) -> Errors:
 
 
 def seconds(work: Work, threads: int) -> str:
-    """How long `measure` will take, in words; empty where nothing is to be done."""
+    """How long `measure` will take, in words; empty if nothing is to be done."""
     known = read_kept(work.kept)
     cost = sum(
         _cost(tensor, [one for one in work.types.get(tensor.name, ()) if one not in known.get(tensor.name, {})], work)

@@ -77,7 +77,7 @@ def kld(task: Task) -> list[Figure]:
 
 
 def read_divergence(lines: Sequence[str]) -> Divergence | None:
-    """What the tool printed; None where a part of it is missing."""
+    """What the tool printed; None if a part of it is missing."""
     plan = total_chunks(lines)
     rows = divergence_rows(lines)
     if plan is None or [row[0] for row in rows] != list(range(1, plan[0] + 1)):

@@ -40,7 +40,7 @@ def perplexity(task: Task) -> list[Figure]:
 
 
 def chunk_sums(lines: Sequence[str], context: int) -> Floats | None:
-    """The sum of negative log-likelihoods of each chunk, in nats; None where the tool's last word is missing.
+    """The sum of negative log-likelihoods of each chunk, in nats; None if the tool's last word is missing.
 
     The tool prints the perplexity of all chunks so far, to four decimals: their differences are good to 0.01 nats a
     token for hundreds of chunks, which is what intervals are made of; their sum matches its final estimate.

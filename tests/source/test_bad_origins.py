@@ -64,7 +64,7 @@ def test_larger_than_pinned(world: World, apex: Apex) -> None:
 
 def test_truncated(world: World, apex: Apex) -> None:
     os.truncate(world.sdist, 300)
-    refused(world, apex, DownloadFailed.exit_code, "is cut short: 300 bytes came of")
+    refused(world, apex, DownloadFailed.exit_code, "is cut short: received 300 bytes of")
     refused(
         world,
         apex,

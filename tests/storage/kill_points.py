@@ -22,7 +22,7 @@ def run_until(work: Callable[[], object], stop: int | None) -> int | None:
     """Fork and do the work; kill it at the `stop`th stop (each call stops before and after it). Returns how many there
     were.
 
-    None: the work ended before. Raises AssertionError where it failed by itself.
+    None: the work ended before. Raises AssertionError if it failed by itself.
     """
     child = os.fork()
     if child == 0:

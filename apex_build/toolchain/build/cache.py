@@ -59,7 +59,7 @@ def key_of(ingredients: Parts) -> str:
 
 
 def look_up(key: str) -> Toolset | None:
-    """The finished build of this key, None where there is none or it is damaged."""
+    """The finished build of this key, None if there is none or it is damaged."""
     return _opened(key)[0]
 
 
@@ -117,7 +117,7 @@ def collect(
     `files`.
 
     `runtime`: libraries that are not ours, by the names they get in bin/, marked `"part": "cuda-runtime"` in the
-    manifest. `licences` is copied to licenses/. Raises BuildFailed where Ninja succeeded without making a target.
+    manifest. `licences` is copied to licenses/. Raises BuildFailed if Ninja succeeded without making a target.
     """
     (folder / "bin").mkdir(parents=True)
     for target in targets:

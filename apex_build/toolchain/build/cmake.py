@@ -35,7 +35,7 @@ def default_jobs() -> int:
 
 
 def programs() -> tuple[Path, Path]:
-    """cmake and ninja. Raises CompilerMissing where this environment lacks them."""
+    """cmake and ninja. Raises CompilerMissing if this environment lacks them."""
     try:
         import cmake
         import ninja as ninja_wheel

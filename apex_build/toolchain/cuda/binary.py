@@ -30,7 +30,7 @@ class Code:
 
 
 def device_code(library: Path, cuobjdump: Path) -> dict[str, Code]:
-    """By architecture (sm_121a; compute_90 for PTX). Raises BuildFailed where cuobjdump cannot read the library."""
+    """By architecture (sm_121a; compute_90 for PTX). Raises BuildFailed if cuobjdump cannot read the library."""
     kernels = _count(_TEXT, library, cuobjdump, "--list-text")
     found = {
         name: Code(count, kernels[name]) for name, count in _count(_CUBIN, library, cuobjdump, "--list-elf").items()

@@ -117,7 +117,7 @@ def driver_stub(toolkit: CudaToolkit) -> Path | None:
 
 
 def unfit(toolkit: CudaToolkit, targets: Iterable[GpuTarget], compiler: Compiler) -> str | None:
-    """Why this toolkit cannot build for these GPUs with this compiler; None where it can."""
+    """Why this toolkit cannot build for these GPUs with this compiler; None if it can."""
     if toolkit.missing:
         return f"{toolkit.root} is only a part of a CUDA toolkit ({_listed(toolkit)})"
     if not toolkit.version:

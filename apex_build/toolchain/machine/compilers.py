@@ -54,7 +54,7 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """The compilers that CC and CXX name, else the system's. Raises CompilerMissing where none can build a C++17
+    """The compilers that CC and CXX name, else the system's. Raises CompilerMissing if none can build a C++17
     program.
     """
     if os.environ.get("CXX") or os.environ.get("CC"):

@@ -113,7 +113,7 @@ def runs_on(architecture: str, capability: str) -> bool:
 
 
 def dropped_by(architecture: str) -> str | None:
-    """The CUDA version that no longer compiles for this architecture, None where there is none yet."""
+    """The CUDA version that no longer compiles for this architecture, None if there is none yet."""
     return "13.0" if capability_number(architecture) < _OLDEST_OF_CUDA_13 else None
 
 

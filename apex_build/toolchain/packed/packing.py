@@ -102,7 +102,7 @@ def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True
 
 
 def check_out(out: Path) -> None:
-    """Raises OutputUnwritable where a build could not be packed to this file. Only packed builds are replaced."""
+    """Raises OutputUnwritable if a build could not be packed to this file. Only packed builds are replaced."""
     if not out.name.endswith(SUFFIX):
         raise OutputUnwritable(f"{out}: expected a name that ends with {SUFFIX}", hint=f"--export {out.name}{SUFFIX}")
     check_place(out, _OTHER_NAME)

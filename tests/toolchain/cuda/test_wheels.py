@@ -117,7 +117,7 @@ def test_a_download_that_is_cut_off_goes_on_where_it_stopped(offered: Path, cach
     cublas = offered / wheels.files["nvidia-cublas"].file
     whole = cublas.read_bytes()
     cublas.write_bytes(whole[:200])
-    with pytest.raises(DownloadFailed, match=rf"is cut short: 200 bytes came of {len(whole)}"):
+    with pytest.raises(DownloadFailed, match=rf"is cut short: received 200 bytes of {len(whole)}"):
         install(wheels)
     assert left_behind(cache) == []
     cublas.write_bytes(whole)
