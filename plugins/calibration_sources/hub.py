@@ -14,6 +14,7 @@ from .shapes import document, without_nones
 
 OPTIONS = ("dataset", "name", "split", "revision", "column", "columns", "streaming")
 _SECONDS = 10.0  # that the Hub has to answer, before the cache is asked
+_TRIES = 4  # at a stream that broke off, five seconds apart; the library's own are twenty
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _EXTRA = "pip install 'apex-build[hub]'"
 
@@ -97,8 +98,8 @@ def _of_hub(name: str, options: Mapping[str, Any], streaming: bool) -> Any:
                 f"dataset {name}: the Hub cannot be reached, and the cache lacks it ({wanted}): {_first(error)}",
                 hint=hint,
             ) from None
-    sources = found.info.download_checksums or {}
-    if sources and not any(f"@{revision}/" in url for url in sources):  # the library takes any that it has
+    kept = [Path(file["filename"]).parts for file in found.cache_files]
+    if not any(revision in parts for parts in kept):  # offline the library takes whichever it has
         raise CalibrationSetInvalid(
             f"dataset {name}: the Hub cannot be reached, and the cache has another revision of it ({wanted})", hint=hint
         )
@@ -182,13 +183,15 @@ def _quiet(datasets: Any) -> Iterator[None]:
     levels = [one.level for one in loggers]
     for one in loggers:
         one.setLevel(logging.CRITICAL)
-    bars = datasets.are_progress_bars_disabled()
+    bars, tries = datasets.are_progress_bars_disabled(), datasets.config.STREAMING_READ_MAX_RETRIES
     datasets.disable_progress_bars()
+    datasets.config.STREAMING_READ_MAX_RETRIES = _TRIES
     try:
         yield
     finally:
         for one, level in zip(loggers, levels, strict=True):
             one.setLevel(level)
+        datasets.config.STREAMING_READ_MAX_RETRIES = tries
         if not bars:
             datasets.enable_progress_bars()
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import threading
+import os
+import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from apex_runs import run_apex
+from hub_server import COMMIT, NAME, serving
 
 from apex_build.calibration.sets import CalibrationText, compose, load_set
 from apex_build.errors import CalibrationSetInvalid
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
 from apex_build.plugins import load_plugins
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
@@ -35,67 +35,90 @@ def composed(path: str, model: Model) -> CalibrationText:
     return compose(load_set(path), load_plugins().calibration_sources(), model, count=words)
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """What the Hub answers about a dataset that it has, one that it lacks, and a revision that it lacks."""
-
-    def do_GET(self) -> None:
-        if self.path in ("/api/datasets/some/set", f"/api/datasets/some/set/revision/{COMMIT}"):
-            self._answer(200, {"id": "some/set", "sha": COMMIT, "tags": [], "siblings": []})
-        else:
-            kind = "RevisionNotFound" if self.path.startswith("/api/datasets/some/set/") else "RepoNotFound"
-            self._answer(404, {"error": "not found"}, {"X-Error-Code": kind})
-
-    def _answer(self, code: int, value: object, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(code)
-        for name, of in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(data)),
-            **(headers or {}),
-        }.items():
-            self.send_header(name, of)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None: ...
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """For a process of its own, since the libraries look at it when they are imported."""
+    given = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return {**given, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The real client asks a server here, which answers as the Hub does."""
-    pytest.importorskip("huggingface_hub")
-    server = HTTPServer(("127.0.0.1", 0), _Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    for name, value in {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    yield address
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def files(tmp_path: Path) -> dict[str, bytes]:
+    datasets = pytest.importorskip("datasets", reason="the extra hub has datasets")
+    turns = [[{"role": "user", "content": f"How {n}?"}, {"role": "assistant", "content": "So."}] for n in range(7)]
+    datasets.Dataset.from_list([{"messages": of} for of in turns]).to_parquet(tmp_path / "train.parquet")
+    return {"README.md": b"# A set\n", "data/train-00000-of-00001.parquet": (tmp_path / "train.parquet").read_bytes()}
 
 
-def test_pinning_writes_the_revisions_that_the_hub_has(hub: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(
-        '# a comment\n[[part]]\ndomain = "x"\nsource = "datasets"\ndataset = "some/set"\nrevision = "main"\n'
-    )
+@pytest.fixture
+def hub(environment: dict[str, str], files: dict[str, bytes]) -> Iterator[dict[str, str]]:
+    """The environment, with the server in it."""
+    with serving(files) as address:
+        yield {**environment, "HF_ENDPOINT": address}
+
+
+def written(folder: Path, *lines: str, dataset: str = NAME) -> Path:
+    path = folder / "mine.toml"
+    part = ['domain = "x"', 'source = "datasets"', f'dataset = "{dataset}"', *lines]
+    path.write_text("# a comment\n[[part]]\n" + "\n".join(part) + "\n")
+    return path
+
+
+def test_pinning_writes_the_revisions_that_the_hub_has(hub: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "pinned.toml"
-    missing = run_apex("calibration-sets", "pin", path, "-o", out, code=50)
+    path = written(tmp_path, 'revision = "main"')
+    missing = run_apex("calibration-sets", "pin", path, "-o", out, env=hub, code=50)
     assert "dataset some/set: the Hub has no revision main" in missing.stderr
-    path.write_text(path.read_text().replace('revision = "main"\n', ""))
-    assert COMMIT in run_apex("calibration-sets", "pin", path, "-o", out).stdout
-    assert load_set(str(out)).parts[0].options == {"dataset": "some/set", "revision": COMMIT}
+    path = written(tmp_path)
+    assert COMMIT in run_apex("calibration-sets", "pin", path, "-o", out, env=hub).stdout
+    assert load_set(str(out)).parts[0].options == {"dataset": NAME, "revision": COMMIT}
     assert out.read_text().startswith("# a comment\n")
 
 
-def test_a_revision_or_a_dataset_that_does_not_exist(hub: str, testbed: Path, tmp_path: Path) -> None:
-    path, other = tmp_path / "mine.toml", COMMIT[::-1]
-    for dataset, said in (("some/set", f"the Hub has no revision {other}"), ("no/set", "the Hub has no such dataset")):
-        path.write_text(f'[[part]]\ndomain = "x"\nsource = "datasets"\ndataset = "{dataset}"\nrevision = "{other}"\n')
-        ran = run_apex("calibrate", testbed, "--calibration-set", path, "--write-text", tmp_path / "text.txt", code=50)
-        assert f"dataset {dataset}: {said}" in ran.stderr
+def test_a_revision_or_a_dataset_that_does_not_exist(hub: dict[str, str], testbed: Path, tmp_path: Path) -> None:
+    other = COMMIT[::-1]
+    for dataset, said in ((NAME, f"the Hub has no revision {other}"), ("no/set", "the Hub has no such dataset")):
+        path = written(tmp_path, f'revision = "{other}"', dataset=dataset)
+        given = ("calibrate", testbed, "--calibration-set", path, "--write-text", tmp_path / "text.txt")
+        assert f"dataset {dataset}: {said}" in run_apex(*given, env=hub, code=50).stderr
+
+
+def test_what_is_cached_is_used_without_network_and_no_other_revision(
+    environment: dict[str, str], files: dict[str, bytes], testbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "text.txt"
+
+    def calibrate(*, revision: str = COMMIT, streaming: bool, env: dict[str, str], code: int = 0) -> str:
+        out.unlink(missing_ok=True)
+        path = written(tmp_path, f'revision = "{revision}"', f"streaming = {str(streaming).lower()}")
+        return run_apex("calibrate", testbed, "--calibration-set", path, "--write-text", out, env=env, code=code).stderr
+
+    with serving(files) as address:
+        online = {**environment, "HF_ENDPOINT": address}
+        calibrate(streaming=True, env=online)
+        assert out.read_text().count("<|im_start|>user\nHow ") == 7
+        offline = {**environment, "HF_HUB_OFFLINE": "1"}
+        said = calibrate(streaming=True, env=offline, code=50)  # streamed rows are not kept
+        assert "the Hub cannot be reached, and the cache lacks it" in said
+        calibrate(streaming=False, env=online)
+    for without in (online, offline):  # the server is gone now
+        calibrate(streaming=True, env=without)
+        assert out.read_text().count("<|im_start|>user\nHow ") == 7
+        said = calibrate(revision=COMMIT[::-1], streaming=True, env=without, code=50)
+        assert "the cache has another revision of it" in said
+
+
+@pytest.mark.slow
+def test_a_hub_that_never_answers_is_not_waited_for(
+    environment: dict[str, str], files: dict[str, bytes], testbed: Path, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = {**environment, "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        path = written(tmp_path, f'revision = "{COMMIT}"')
+        given = ("calibrate", testbed, "--calibration-set", path, "--write-text", tmp_path / "text.txt")
+        assert f"dataset {NAME}: the Hub cannot be reached" in run_apex(*given, env=env, code=50).stderr
+    assert time.monotonic() - began < 60
 
 
 # What each built-in set takes from the Hub: its columns and their shapes, as the data sets' own pages give them.
