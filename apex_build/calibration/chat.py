@@ -30,11 +30,14 @@ _HINT = "apex calibrate MODEL --chat-template FILE, with a template that works"
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's text, where it came from, and the variables that it may use besides the conversation."""
+    """A template's text, where it came from, and the variables that it may use besides the conversation. `tool_use`:
+    another one for conversations with tools, which some models have.
+    """
 
     text: str
     origin: str
     variables: dict[str, str]
+    tool_use: str = ""
 
 
 def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
@@ -48,7 +51,13 @@ def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
             "conversations",
             hint=f"apex calibrate {model.path} --chat-template FILE, or with a plain text: --text FILE",
         )
-    return ChatTemplate(text, f"{model.path}: tokenizer.chat_template", _variables(model))
+    tool_use = model.metadata.get("tokenizer.chat_template.tool_use")
+    return ChatTemplate(
+        text,
+        f"{model.path}: tokenizer.chat_template",
+        _variables(model),
+        tool_use if isinstance(tool_use, str) else "",
+    )
 
 
 def template_of_file(model: Model, file: Path) -> ChatTemplate:
@@ -102,6 +111,8 @@ def render(template: ChatTemplate, documents: Sequence[Document], *, answer_begi
 
 def try_render(template: ChatTemplate, documents: Sequence[Document], *, answer_begins: bool = False) -> list[Rendered]:
     """The same, but a conversation that the template fails on does not stop the others."""
+    if template.tool_use and any(document.tools for document in documents):
+        return _by_tools(template, documents, answer_begins)
     conversations = [_conversation(document, answer_begins) for document in documents]
     request = {"template": template.text, "variables": template.variables, "conversations": conversations}
     try:
@@ -126,6 +137,17 @@ def try_render(template: ChatTemplate, documents: Sequence[Document], *, answer_
         )
         for result in answer["results"]
     ]
+
+
+def _by_tools(template: ChatTemplate, documents: Sequence[Document], answer_begins: bool) -> list[Rendered]:
+    """Each with the template that transformers takes for it."""
+    both = {True: replace(template, text=template.tool_use, tool_use=""), False: replace(template, tool_use="")}
+    found: dict[int, Rendered] = {}
+    for tools, one in both.items():
+        at = [number for number, document in enumerate(documents) if bool(document.tools) is tools]
+        made = try_render(one, [documents[number] for number in at], answer_begins=answer_begins) if at else []
+        found |= dict(zip(at, made, strict=True))
+    return [found[number] for number in range(len(documents))]
 
 
 def without_system(document: Document) -> Document | None:

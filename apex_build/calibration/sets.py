@@ -208,8 +208,8 @@ def _read(
 ) -> list[_PartRead]:
     first: ChatTemplate | None = None
     found = []
-    for part, tokens in zip(parts, wanted, strict=True):
-        source = check_part(chosen, part, sources)
+    of = [check_part(chosen, part, sources) for part in parts]  # before any is read, which may take long
+    for part, source, tokens in zip(parts, of, wanted, strict=True):
         where = f"{chosen.path}: the part {part.domain} ({part.source})"
         limit = tokens * BYTES_A_TOKEN if tokens else part.max_bytes
         try:

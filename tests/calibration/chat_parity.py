@@ -153,11 +153,17 @@ def ours(text: str, given: list[Case]) -> list[str]:
     return [made[number] for number in range(len(given))]
 
 
+def tokenizer() -> Any:
+    """The smallest there is: templates are text, and need none of its tokens."""
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
+
+
 def theirs(text: str, given: list[Case]) -> list[str]:
     """What transformers makes of each case, or the words of its error."""
     logging.getLogger("transformers").setLevel(logging.ERROR)  # torch is not needed
     import jinja2
-    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import chat_template_utils
 
@@ -167,12 +173,12 @@ def theirs(text: str, given: list[Case]) -> list[str]:
             return chat_sandbox.DATE
 
     chat_template_utils.datetime = Now
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>")), **TOKENS)
+    tokenizing = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), **TOKENS)
     found = []
     for case in given:
         messages, tools = list(case.document.messages), list(case.document.tools) or None
         try:
-            made = tokenizer.apply_chat_template(
+            made = tokenizing.apply_chat_template(
                 messages, tools, chat_template=text, add_generation_prompt=case.answer_begins, tokenize=False
             )
             found.append(str(made))

@@ -135,6 +135,11 @@ def test_a_wrong_number_or_key(head: str, part: str, said: str, model: Model, tm
         composed(make(tmp_path, head, a=part), model)
 
 
+def test_a_wrong_key_of_the_last_part_is_told_before_the_first_is_read(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationSetInvalid, match="part 2 has no key 'fil'; near it: file"):
+        composed(make(tmp_path, "", gone="", b='fil = "x"'), model)
+
+
 def test_weights_in_some_parts_and_a_missing_domain(model: Model, tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", 5)
     with pytest.raises(CalibrationSetInvalid, match="part 2 has no 'weight', and others have"):
