@@ -1,3 +1,1 @@
-"""Reading model and imatrix files: their tensors, roles and draft head. Nothing here writes, and nothing here needs a
-build.
-"""
+"""Read model and imatrix files: tensors, roles, draft head. Nothing here needs a build."""

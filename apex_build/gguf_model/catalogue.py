@@ -1,4 +1,4 @@
-"""The catalogue of a model: each tensor with its layer, role and depth, and what belongs to the draft head."""
+"""The catalogue of a model: each tensor with its layer and role, and whether it belongs to the draft head."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """A GGUF model, all of its shards together. `trunk_layers` does not count the draft head's blocks."""
+    """A GGUF model, with all its shards. `trunk_layers` does not count the draft head's blocks."""
 
     path: Path  # the first shard
     files: tuple[Path, ...]
@@ -53,5 +53,5 @@ class Model:
 
     @property
     def has_head(self) -> bool:
-        """Whether the model has a draft head, in blocks of its own or as a plugin's roles say."""
+        """Whether the model has a draft head, in separate blocks or according to a plugin's roles."""
         return self.head_layers > 0 or any(tensor.draft_head for tensor in self.tensors)

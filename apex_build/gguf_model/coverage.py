@@ -14,8 +14,8 @@ from apex_build.gguf_model.examine import Examined, examine
 from apex_build.gguf_model.imatrix import Entry, Imatrix
 from apex_build.gguf_model.quantizable import quantizable
 
-FEW = 0.01  # of the even share: an expert that saw less has hardly any data
-# looked up by token, or added: never multiplied with, so that no run can record inputs for it
+FEW = 0.01  # of an even share: an expert that saw less has hardly any data
+# looked up by token, or added: never a matrix product, so no run can record inputs for it
 _NO_INPUT = ("nextn.embed_tokens.weight", "_compressor_ape.weight")
 # deepseek4: one matrix in the file, loaded as one for each group of heads, and the imatrix has data for each
 _LOADED_AS_SEVERAL = "attn_output_a.weight"
@@ -32,7 +32,7 @@ _HARDLY_ANY = 0.1  # of the model's weights; an imatrix of the same model has al
 
 @dataclass(frozen=True)
 class TensorCoverage:
-    """The data of one weight. `counts` is as Entry has it, empty without data; experts are numbered from 0."""
+    """The data of one weight. `counts` as in Entry, empty without data; experts are numbered from 0."""
 
     name: str
     role: str
@@ -42,7 +42,7 @@ class TensorCoverage:
     counts: tuple[float, ...]
     without_tokens: tuple[int, ...]  # experts
     few_tokens: tuple[int, ...]  # experts with some, but less than the threshold
-    empty: tuple[int, ...] = ()  # experts that count tokens, but whose sums are all zero
+    empty: tuple[int, ...] = ()  # experts with a token count, but only zero sums
 
     @property
     def has_data(self) -> bool:
@@ -50,13 +50,13 @@ class TensorCoverage:
 
     @property
     def fewest(self) -> float:
-        """Tokens of the expert that saw fewest, of those that saw some."""
+        """The fewest tokens of an expert, among those that saw some."""
         return min((count for count in self.counts if count), default=0.0)
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """An imatrix seen against a model: each weight that llama-quantize would look up data for, in the model's order."""
+    """An imatrix compared with a model: each weight that llama-quantize looks up data for, in the model's order."""
 
     imatrix: Imatrix
     model: Model
@@ -79,7 +79,7 @@ class Coverage:
 
     @property
     def disagreeing(self) -> tuple[tuple[TensorCoverage, float, float], ...]:
-        """Weights that saw far fewer tokens than others of their layer, with their tokens and the others'."""
+        """Weights that saw far fewer tokens than others in their layer, with both counts."""
         if self.imatrix.format == "legacy":  # it counts calls
             return ()
         layers: dict[int, list[tuple[TensorCoverage, float]]] = {}
@@ -104,7 +104,7 @@ class Coverage:
 
     @property
     def partial(self) -> tuple[TensorCoverage, ...]:
-        """Tensors with data, but with experts that have none or little."""
+        """Tensors with data, but with experts that have little or none."""
         return tuple(
             tensor
             for tensor in self.tensors
@@ -122,8 +122,8 @@ class Coverage:
 
     @property
     def head_tokens(self) -> int | None:
-        """Tokens that the head was run over: as the tool said, else the most that one of its dense weights saw (GGUF
-        only).
+        """Tokens that the head was run over: as recorded by the tool, else the most that one of its dense weights
+        saw (GGUF only).
         """
         if self.imatrix.head_tokens is not None or self.imatrix.format == "legacy":
             return self.imatrix.head_tokens
@@ -132,10 +132,10 @@ class Coverage:
 
 
 def coverage(imatrix: Imatrix, model: Model, threshold: float = FEW) -> Coverage:
-    """Compare an imatrix with the model it was made of; `threshold` is the part of the even share below which tokens
-    are few.
+    """Compare an imatrix with the model it was made of; `threshold`: below this part of an even share an expert has
+    few tokens.
 
-    Sizes are judged as llama-quantize does: the values must be row length x matrices. Raises ImatrixMismatch for an
+    Sizes are checked as in llama-quantize: the values must be row length x matrices. Raises ImatrixMismatch for an
     imatrix of another model.
     """
     weights = [tensor for tensor in model.tensors if wants_data(tensor)]
@@ -156,12 +156,12 @@ def coverage(imatrix: Imatrix, model: Model, threshold: float = FEW) -> Coverage
 
 
 def matrices_of(model: Model) -> Mapping[str, int]:
-    """How many matrices the tensors of several have: experts, or heads."""
+    """The number of matrices of tensors that hold several: experts, or heads."""
     return {tensor.name: tensor.shape[2] for tensor in model.tensors if len(tensor.shape) > 2}
 
 
 def disagreements(covered: Coverage) -> list[str]:
-    """One line for weights that saw fewer tokens than their layer."""
+    """A message about weights that saw fewer tokens than their layer."""
     found = covered.disagreeing
     if not found:
         return []
@@ -217,7 +217,7 @@ def _covered(tensor: Tensor, imatrix: Imatrix, examined: Examined, threshold: fl
 
 
 def _loaded_as(tensor: Tensor, entry: Entry | None) -> int:
-    """How many matrices llama.cpp makes of one in the file."""
+    """How many matrices llama.cpp makes from one in the file."""
     count, rest = divmod(entry.n_values, tensor.shape[0]) if entry else (1, 0)
     several = tensor.name.endswith(_LOADED_AS_SEVERAL) and count > 0 and not rest and tensor.shape[1] % count == 0
     return count if several else 1

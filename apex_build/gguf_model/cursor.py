@@ -1,4 +1,4 @@
-"""Reading numbers, strings and arrays from untrusted bytes: every length is checked before it is used."""
+"""Read numbers, strings and arrays from untrusted bytes: every length is checked before it is used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SCALARS = {
 class Cursor:
     """A position in a file's first bytes, `data`, of which those before `limit` may be read.
 
-    Its methods step over what they read and raise ModelInvalid; `what` is the noun for the message.
+    Its methods advance over what they read and raise ModelInvalid; `what` is the noun for the message.
     """
 
     path: Path
@@ -80,9 +80,7 @@ class Cursor:
         return self.raw(self.scalar(U64, what), what).decode("utf-8", errors="replace")
 
     def word(self, what: str, *, longest: int, blanks: bool) -> str:
-        """A string that names something: UTF-8, not empty, nothing that cannot be printed. It will meet terminals and
-        patterns.
-        """
+        """A string that is a name: UTF-8, not empty, printable. It will be used in terminals and patterns."""
         raw = self.raw(self.scalar(U64, what), what, longest=longest)
         try:
             text = raw.decode("utf-8")
@@ -102,7 +100,7 @@ class Cursor:
         return struct.unpack_from(f"<{count}{form.format[-1]}", self.data, start)
 
     def skip(self, type_: GGUFValueType, count: int, what: str) -> None:
-        """Step over an array. The loop over a vocabulary is where the time goes, so it does only what it must."""
+        """Skip an array. Vocabularies take most of the time, so this loop does only the necessary checks."""
         if type_ != GGUFValueType.STRING:
             self.need(count * SCALARS[type_].size, what)
             self.at += count * SCALARS[type_].size
@@ -120,6 +118,6 @@ class Cursor:
 
 
 def quoted(value: Any) -> str:
-    """A value from a file for a message: control characters escaped, and no longer than a line."""
+    """A value from a file for a message: control characters escaped, at most a line long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,10 +1,10 @@
-"""Calibration data that would ruin a tensor, found before it is used, and a copy of the file in which it does no harm.
+"""Find calibration data that would ruin a tensor before it is used, and make a harmless copy.
 
-llama-quantize weighs each weight's error by its column's mean square. Where that is zero the quantizers stop looking:
+llama-quantize weights each error by its column's mean square. Where that is zero the quantizers ignore the column:
 16 columns of zeros in a row are lost at Q3_K, 32 at Q4_0, IQ4_XS and IQ2_XXS, 128 at Q6_K, 256 at Q2_K, Q4_K and Q5_K
-(they become zeros in the file, without a word). The smallest floor is enough: with 1e-8 of the mean in place of zero,
-all types did as well on such columns as on others (runs of 16 to 512 columns, normal weights). FLOOR leaves room to
-both sides.
+(they silently become zeros in the file). The smallest floor is enough: with 1e-8 of the mean in place of zero,
+all types did as well on such columns as on others (runs of 16 to 512 columns, normal weights). FLOOR leaves a margin
+on both sides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from apex_build.storage.digests import sha256_file, sha256_json
 from apex_build.storage.outputs import whole_file
 
 FLOOR = 1e-7  # of the mean of a matrix's values
-_RAISED_TO = 2 * FLOOR  # so that an examined copy, whose means are higher, is sound itself
+_RAISED_TO = 2 * FLOOR  # so that an examined copy, whose means are higher, passes too
 _SOURCE = "apex.imatrix.source"  # key of a copy: digest of the file that it was made of
 _FLOOR = "apex.imatrix.floor"
 _NAMES = "apex.imatrix.entries"
@@ -31,8 +31,8 @@ _NAMES = "apex.imatrix.entries"
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one entry. `empty`: matrices with a count whose sums are all zero; they hold no data, whatever
-    the count says. `low`: values under the floor in the others. `longest`: most of them side by side.
+    """Faults of one entry. `empty`: matrices with a count but only zero sums; they hold no data, whatever the count.
+    `low`: values under the floor in the others. `longest`: the longest run of those.
     """
 
     name: str
@@ -57,27 +57,27 @@ class Examined:
         return not self.findings
 
     def lines(self) -> list[str]:
-        """What to tell a user, a line for each kind."""
+        """Messages for the user, a line for each kind."""
         said = []
         empty = [finding for finding in self.findings.values() if finding.empty]
         if empty:
             worst = max(empty, key=lambda finding: len(finding.empty))
             of = f", {len(worst.empty)} of {worst.matrices} matrices" if worst.matrices > 1 else ""
             count = f"{len(empty)} entries count" if len(empty) > 1 else "1 entry counts"
-            said.append(f"{count} tokens, but all sums are zero: there is no data in them ({worst.name}{of})")
+            said.append(f"{count} tokens, but all sums are zero: they hold no data ({worst.name}{of})")
         low = [finding for finding in self.findings.values() if finding.low]
         if low:
             worst = max(low, key=lambda finding: finding.longest)
             many = f"{len(low)} entries" if len(low) > 1 else "1 entry"
             said.append(
-                f"{self.low} values of {many} are zero or next to it, {worst.longest} side by side in {worst.name}: "
+                f"{self.low} values of {many} are zero or almost zero, {worst.longest} side by side in {worst.name}: "
                 f"quantizers lose such weights; they are raised to {_RAISED_TO:g} of their matrix's mean"
             )
         return said
 
 
 def examine(imatrix: Imatrix, matrices: Mapping[str, int] | None = None) -> Examined:
-    """Read all values. `matrices`: how many a tensor has, for legacy files, whose entries do not tell.
+    """Read all values. `matrices`: how many a tensor has, for legacy files, which do not record it.
 
     Raises ImatrixInvalid for values that are negative, infinite or not numbers.
     """
@@ -119,7 +119,7 @@ def _longest(low: npt.NDArray[np.bool_]) -> int:
 
 
 def weights(imatrix: Imatrix, entry: Entry, matrices: int) -> npt.NDArray[np.float32]:
-    """What llama-quantize weighs columns with, shape [matrices, row length], when it is given the examined copy."""
+    """The weights that llama-quantize gives columns, shape [matrices, row length], with the examined copy."""
     rows, counted = _rows(imatrix, entry, matrices)
     means = rows.mean(axis=1, dtype=np.float64)
     counts = np.broadcast_to(np.array(entry.counts, dtype=np.float32), (len(rows),))
@@ -138,7 +138,7 @@ def write_examined(imatrix: Imatrix, out: Path, matrices: Mapping[str, int] | No
     """A copy in GGUF with low values raised, and without the counts of matrices that hold no data (llama-quantize gives
     all of their columns one weight then). `imatrix` may have entries under more names than its file (`fused.crossed`).
 
-    An earlier copy is used or replaced; any other file of that name is not. Raises OutputUnwritable.
+    An earlier copy is used or replaced; other files of that name are not. Raises OutputUnwritable.
     """
     origin = {_SOURCE: sha256_file(imatrix.path), _FLOOR: f"{FLOOR:g}", _NAMES: sha256_json(sorted(imatrix.entries))}
     check_copy_free(out)

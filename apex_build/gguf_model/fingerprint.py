@@ -1,4 +1,4 @@
-"""The identity of a model, quickly: hashing 70 GB whole takes minutes, and is asked for at every run."""
+"""A fast identity of a model: hashing all 70 GB would take minutes, at every run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _known: dict[Files, str] = {}
 
 
 def files_of(model: Model) -> Files:
-    """Name, inode, size and time of each file: while they stay the same, what was found in the files holds."""
+    """Name, inode, size and time of each file: while they stay the same, earlier findings about the files are valid."""
     try:
         states = [(str(path.absolute()), path.stat()) for path in model.files]
     except OSError as error:
@@ -28,8 +28,8 @@ def files_of(model: Model) -> Files:
 def fingerprint(model: Model) -> str:
     """sha256 over each file's size and header, and over the first and last 4 KiB of each tensor.
 
-    It tells two conversions of two checkpoints apart, not a byte changed in the middle of a tensor: it guards against
-    mixing things up, not against malice.
+    It distinguishes conversions of different checkpoints, but misses a byte changed in the middle of a tensor: it
+    guards against mix-ups, not against malice.
     """
     files = files_of(model)
     if files not in _known:

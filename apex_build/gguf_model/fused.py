@@ -1,5 +1,5 @@
-"""Calibration data across fused and separate experts: gate and up read the same inputs, so data of one is data of the
-other.
+"""Share calibration data between fused and separate experts: gate and up read the same inputs, so data for one is
+data for the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SAME_INPUTS = ("ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps")
 
 
 def crossed(imatrix: Imatrix, model: Model) -> tuple[Imatrix, tuple[str, ...]]:
-    """The imatrix with entries for expert tensors of the model whose data it has under another name; and the names of
+    """The imatrix, with entries added for expert tensors whose data it has under another name; and the names of
     those.
     """
     added = {}
@@ -47,7 +47,7 @@ def _others(found: re.Match[str]) -> Iterator[tuple[str, int | None]]:
 def _own(entry: Entry, name: str, expert: int | None) -> Entry | None:
     if expert is None:
         return replace(entry, name=name)
-    if expert >= len(entry.counts):  # also a legacy file, which does not tell experts apart
+    if expert >= len(entry.counts):  # or a legacy file, which does not record experts separately
         return None
     offset = entry.offset + 4 * entry.row_length * expert
     return replace(entry, name=name, counts=(entry.counts[expert],), offset=offset)

@@ -89,7 +89,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read and check the header of a GGUF file; the tensor data is not read, only that the file holds all of it.
 
-    Raises ModelMissing if there is no such file, ModelInvalid for anything that is not a whole GGUF file.
+    Raises ModelMissing if there is no such file, ModelInvalid for anything but a complete GGUF file.
     """
     with open_file(path) as file:
         try:
@@ -97,7 +97,7 @@ def read_header(path: Path) -> Header:
             file.seek(0)
             start = file.read(64)
             mapped = mmap.mmap(file.fileno(), min(size, MAX_HEADER), access=mmap.ACCESS_READ) if size else None
-        except (OSError, ValueError) as error:  # ValueError: it became shorter just now
+        except (OSError, ValueError) as error:  # ValueError: it has just become shorter
             raise ModelMissing(f"{path}: cannot be read: {error}") from error
         refuse_foreign(path, start, size)
         assert mapped is not None  # refuse_foreign refuses an empty file
@@ -119,9 +119,7 @@ def _parse(cursor: Cursor) -> Header:
     n_keys = cursor.scalar(U64, "the number of keys")
     for count, most, what in ((n_tensors, MAX_TENSORS, "tensors"), (n_keys, MAX_KEYS, "keys")):
         if count > most:
-            raise cursor.invalid(
-                f"damaged: the header says that there are {count} {what}; no real file has more than {most}"
-            )
+            raise cursor.invalid(f"damaged: the header says that there are {count} {what}; the limit is {most}")
 
     metadata: dict[str, Any] = {}
     key_bytes: dict[str, int] = {}
@@ -154,7 +152,7 @@ def _value_type(cursor: Cursor, what: str) -> GGUFValueType:
 
 @dataclass
 class _Counted:
-    """Elements of arrays so far: a file of many small arrays costs as much as one of a few absurd ones."""
+    """Elements of all arrays so far: many small arrays cost as much as a few huge ones."""
 
     kept: int = 0
     strings: int = 0
@@ -226,7 +224,7 @@ def _listed_tensors(cursor: Cursor, n_tensors: int) -> dict[str, TensorEntry]:
         block, block_bytes = GGML_QUANT_SIZES[type_]
         if shape[0] % block:
             raise cursor.invalid(
-                f"{what} of type {type_.name} has rows of {shape[0]}, no multiple of its block of {block}"
+                f"{what} of type {type_.name} has rows of {shape[0]}, not a multiple of its block of {block}"
             )
         found[name] = TensorEntry(name, shape, type_.name, cursor.scalar(U64, what), n_elements // block * block_bytes)
     return found
@@ -249,7 +247,7 @@ def _placed(
             total = end if last is tensor else data_offset + last.offset + last.n_bytes
             raise ModelInvalid(
                 f"{cursor.path}: truncated: expected {total} bytes, found {cursor.file_size}; "
-                f"the data of {tensor.name} is the first that is not whole",
+                f"the data of {tensor.name} is the first that is incomplete",
                 hint="copy or download the file again, and compare its size",
             )
         expected += tensor.n_bytes + -tensor.n_bytes % alignment

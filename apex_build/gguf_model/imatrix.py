@@ -1,4 +1,4 @@
-"""Importance matrices: what llama-imatrix writes, in GGUF and in the format before it (.dat).
+"""Importance matrices as llama-imatrix writes them, in GGUF and in the older format (.dat).
 
 GGUF: general.type 'imatrix'; for each weight `<name>.in_sum2`, F32 [row length, matrices], sums of squared inputs, and
 `<name>.counts`, F32 [1, matrices], tokens. Legacy, all int32 and float32: number of entries; for each: name length,
@@ -27,9 +27,9 @@ from apex_build.gguf_model.header import MAX_TENSORS, Header, TensorEntry, read_
 from apex_build.gguf_model.model import kind_of
 from apex_build.gguf_model.open_file import MAGIC, open_file
 
-HEAD_TOKENS = "imatrix.mtp_token_count"  # this and the next are written by our patch of llama-imatrix
+HEAD_TOKENS = "imatrix.mtp_token_count"  # this and the next key are written by our patch of llama-imatrix
 HEAD_ROWS = "imatrix.mtp_hidden"
-GOAL = "apex.imatrix.until_experts"  # tokens that each expert was to see, in a file of ours
+GOAL = "apex.imatrix.until_experts"  # tokens that each expert should see, in our files
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_LEGACY_NAME = 256
 
@@ -38,8 +38,8 @@ _MAX_LEGACY_NAME = 256
 class Entry:
     """The data of one weight. The values stay in the file until they are read.
 
-    `counts` holds tokens for each matrix (each expert, or one for a dense weight); in a legacy file it is one number,
-    the calls, since that format does not tell experts apart.
+    `counts` holds tokens for each matrix (each expert, or one for a dense weight); in a legacy file it is one
+    number, the calls, since that format does not record experts separately.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Imatrix:
-    """An imatrix file. What a legacy file does not tell is None."""
+    """An imatrix file. Values that a legacy file does not record are None."""
 
     path: Path
     format: Literal["gguf", "legacy"]
@@ -73,7 +73,7 @@ class Imatrix:
     datasets: tuple[str, ...]
     chunk_count: int | None
     chunk_size: int | None  # tokens
-    head_tokens: int | None  # tokens that the draft head was run over; None: no tool said so
+    head_tokens: int | None  # tokens that the draft head was run over; None: not recorded
     head_rows: str | None  # hidden rows that the head read, as in mtp_rows; None: not recorded
     metadata: Mapping[str, Any]
 
@@ -99,7 +99,7 @@ class LeastTokens:
 
 
 def least_tokens(imatrix: Imatrix) -> LeastTokens:
-    """Nothing of a legacy file: it counts calls."""
+    """None for a legacy file: it counts calls."""
     if imatrix.format == "legacy":
         return LeastTokens({})
     goal = imatrix.metadata.get(GOAL)
@@ -114,9 +114,9 @@ def check_values(imatrix: Imatrix) -> None:
 
 
 def checked_values(entry: Entry) -> npt.NDArray[np.float32]:
-    """The entry's values, seen to be sums of squares. Raises ImatrixInvalid."""
+    """The entry's values, checked to be sums of squares. Raises ImatrixInvalid."""
     values = entry.values()
-    # minimum and maximum carry a NaN along, and a comparison with NaN is false
+    # minimum and maximum propagate NaN, and comparisons with NaN are false
     if not (values.min() >= 0 and values.max() < np.inf):
         bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
         matrix, column = (int(index) for index in bad[0])
@@ -129,7 +129,7 @@ def checked_values(entry: Entry) -> npt.NDArray[np.float32]:
 
 
 def looks_legacy(path: Path) -> bool:
-    """Whether a file that is not GGUF begins as a legacy imatrix does: a number of entries, then a tensor's name."""
+    """Whether a file that is not GGUF starts like a legacy imatrix: a number of entries, then a tensor's name."""
     with open_file(path) as file:
         start = file.read(8 + _MAX_LEGACY_NAME)
     if len(start) < 16 or start.startswith(MAGIC):
@@ -143,15 +143,15 @@ def _from_gguf(header: Header) -> Imatrix:
     path, metadata = header.path, header.metadata
     if kind_of(header) != "imatrix":
         raise ImatrixInvalid(
-            f"{path}: not an imatrix: a GGUF file of the kind {quoted(kind_of(header))}", hint=f"apex inspect {path}"
+            f"{path}: not an imatrix: a GGUF file of kind {quoted(kind_of(header))}", hint=f"apex inspect {path}"
         )
     last = header.tensors[-1] if header.tensors else None
     end = header.data_offset + (last.offset + last.n_bytes + -last.n_bytes % header.alignment if last else 0)
-    if end > header.file_size:  # ggml reads the padding too, and takes a file without it for a legacy one
+    if end > header.file_size:  # ggml reads the padding too, and treats a file without it as a legacy one
         raise ImatrixInvalid(f"{path}: truncated: expected {end} bytes, found {header.file_size}")
     datasets = metadata.get("imatrix.datasets")
     if not isinstance(datasets, tuple) or not all(isinstance(item, str) for item in datasets):
-        raise ImatrixInvalid(f"{path}: imatrix.datasets is missing or no short list of names")
+        raise ImatrixInvalid(f"{path}: imatrix.datasets is missing or not a short list of names")
     sums, counts = (
         {t.name.removesuffix(end): t for t in header.tensors if t.name.endswith(end)} for end in (_SUMS, _COUNTS)
     )
@@ -159,7 +159,7 @@ def _from_gguf(header: Header) -> Imatrix:
         raise ImatrixInvalid(f"{path}: the imatrix has no entries")
     if odd := sorted(set(sums) ^ set(counts)):
         raise ImatrixInvalid(f"{path}: {odd[0]} has {_SUMS if odd[0] in sums else _COUNTS} but not its counterpart")
-    with open_file(path) as file:  # not mapped: the system would read ahead at each of the many small reads
+    with open_file(path) as file:  # not mapped: the system would read ahead at each small read
         entries = {name: _entry(header, name, sums[name], counts[name], file) for name in sums}
     return Imatrix(
         path=path,
@@ -187,7 +187,7 @@ def _entry(header: Header, name: str, sums: TensorEntry, counts: TensorEntry, fi
     numbers = np.frombuffer(raw, dtype="<f4")
     if not (numbers.min() >= 0 and numbers.max() < np.inf):
         raise ImatrixInvalid(
-            f"{path}: the counts of {name} are no numbers of tokens: from {numbers.min()} to {numbers.max()}"
+            f"{path}: the counts of {name} are not numbers of tokens: from {numbers.min()} to {numbers.max()}"
         )
     return Entry(name, sums.shape[0], tuple(numbers.tolist()), path, header.data_offset + sums.offset)
 

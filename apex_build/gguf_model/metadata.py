@@ -21,7 +21,7 @@ _OURS = (
     "quantization_version",
     "alignment",
     "file_type",
-)  # of general.*: what the file is, not what one says
+)  # of general.*: facts about the file, not free to set
 _WHOLE = ("sampling.top_k", "sampling.penalty_last_n", "sampling.mirostat")
 _LISTS = ("tags", "languages")
 _COUNTS = ("base_model.count", "dataset.count")
@@ -39,11 +39,11 @@ class Setting:
 
 
 def parse_meta(given: Iterable[str]) -> tuple[Setting, ...]:
-    """`key=value` texts. `name` stands for `general.name`, and so on; base_model=ORG/NAME sets the count and both
-    parts.
+    """`key=value` texts. `name` stands for `general.name`, and so on; base_model=ORG/NAME sets count, organization
+    and name.
 
-    A key given twice takes the last value. Raises ParameterUnknown for what is not of the form, a key of `general.`
-    that no reader knows, one that says what the file is, and values that are not of the key's type.
+    A key given twice takes the last value. Raises ParameterUnknown for other forms, for keys of `general.` that no
+    reader knows or that state facts about the file, and for values of the wrong type.
     """
     found: dict[str, Setting] = {}
     for text in given:
@@ -60,7 +60,7 @@ def parse_meta(given: Iterable[str]) -> tuple[Setting, ...]:
 
 
 def who_quantizes(settings: Iterable[Setting], environment: Mapping[str, str] = os.environ) -> tuple[Setting, ...]:
-    """The settings, with general.quantized_by of the environment where they do not say it. Nobody's name is guessed."""
+    """The settings, with general.quantized_by from the environment if they lack it. No name is guessed."""
     settings = tuple(settings)
     name = environment.get(QUANTIZED_BY, "").strip()
     if not name or any(one.key == Keys.General.QUANTIZED_BY for one in settings):
@@ -88,7 +88,7 @@ def _setting(name: str, value: str) -> Setting:
     key = next((full for full in (name, f"general.{name}") if re.sub(r"(?<=\.)\d+(?=\.)", "{id}", full) in known), None)
     if key is None:
         if name.removeprefix("general.") in _OURS:
-            raise ParameterUnknown(f"--meta {name}: this key says what the file is, and is not for you to set")
+            raise ParameterUnknown(f"--meta {name}: this key states a fact about the file, and cannot be set")
         if _OWN.fullmatch(name) and not _KEPT.match(name) and not _of_an_architecture(name):
             return Setting(name, _TEXT, value)
         otherwise = "name, license, author, ...; or a key in your own name space: my.key"

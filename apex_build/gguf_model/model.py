@@ -1,4 +1,4 @@
-"""A model file, or all shards of one, as a catalogue of tensors with layer, role and draft head."""
+"""Read a model file, or all its shards, as a catalogue of tensors with layer, role and draft head."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ OTHER = "other"
 def read_model(path: Path, role_of: RoleOf) -> Model:
     """The model of a GGUF file. Given any shard of a split model, all of it.
 
-    `role_of` names each tensor's role; what it does not know is 'other'. Raises ModelMissing (also for a shard that is
-    not there) and ModelInvalid.
+    `role_of` names each tensor's role, by default 'other'. Raises ModelMissing (also for a missing shard) and
+    ModelInvalid.
     """
     return model_of(read_header(path), role_of)
 
@@ -34,7 +34,7 @@ def model_of(header: Header, role_of: RoleOf) -> Model:
     path, what = header.path, kind_of(header)
     if what != "model":
         raise ModelInvalid(
-            f"{path}: not a model but of the kind {quoted(what)}",
+            f"{path}: not a model, but a file of kind {quoted(what)}",
             hint=f"apex inspect {path}" if what == "imatrix" else None,
         )
     headers = tuple(_shards(header))
@@ -47,7 +47,7 @@ def model_of(header: Header, role_of: RoleOf) -> Model:
     if n_blocks == 0 or head_layers >= n_blocks:
         raise ModelInvalid(
             f"{path}: {architecture}.block_count is {n_blocks} and {architecture}.nextn_predict_layers {head_layers}: "
-            "the blocks include the draft head's, so the first must be the greater"
+            "the blocks include the draft head's, so the first must be larger"
         )
     trunk_layers = n_blocks - head_layers
     name = first.metadata.get("general.name")
@@ -83,7 +83,7 @@ def _tensors(
     for header in headers:
         for entry in header.tensors:
             if entry.name in seen:
-                raise ModelInvalid(f"{header.path}: the tensor {entry.name} is in {seen[entry.name]} too")
+                raise ModelInvalid(f"{header.path}: the tensor {entry.name} is also in {seen[entry.name]}")
             seen[entry.name] = header.path
             block = _BLOCK.match(entry.name)
             layer = int(block[1]) if block else None
@@ -106,7 +106,7 @@ def _tensors(
 
 
 def _shards(given: Header) -> Iterator[Header]:
-    """The headers of all files of the model, in order; only the given one where it is not split."""
+    """The headers of all files of the model, in order; only the given one if it is not split."""
     count = _count(given, "split.count", 0)
     if count < 2:
         yield given
@@ -115,7 +115,7 @@ def _shards(given: Header) -> Iterator[Header]:
     if named is None or int(named["count"]) != count:
         raise ModelInvalid(
             f"{given.path}: one of {count} shards, but its name does not end in -NNNNN-of-{count:05}.gguf",
-            hint="give the shards back the names that llama-gguf-split gave them",
+            hint="restore the names that llama-gguf-split gave the shards",
         )
     n_tensors = 0
     for number in range(1, count + 1):
@@ -144,7 +144,7 @@ def _shards(given: Header) -> Iterator[Header]:
 def _count(header: Header, key: str, default: int | None = None) -> int:
     value = header.metadata.get(key, default)
     if value is None:
-        raise ModelInvalid(f"{header.path}: not a whole model: it has no {key}")
+        raise ModelInvalid(f"{header.path}: not a complete model: it has no {key}")
     if not _is_count(value):
         raise ModelInvalid(f"{header.path}: {key} is {quoted(value)}: expected a whole number")
     count: int = value

@@ -1,8 +1,8 @@
-"""Which hidden rows a draft head was trained on: those of the trunk before its final norm, or after it.
+"""Which hidden rows a draft head was trained on: the trunk's rows before its final norm, or after it.
 
-A GGUF file does not tell, and a head fed with the others still drafts, only worse: the norms at its input even out the
-scale, but not the weights of the norm that is missing, or one too many. This is the one place that says what is known,
-and from where.
+A GGUF file does not record it, and a head fed the wrong ones still drafts, only worse: the norms at its input even
+out the scale, but not the weights of the missing or additional norm. This is the one place for what is known, with
+sources.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ AUTO = "auto"  # a user's choice, beside those of CHOICES: what is known of the 
 
 
 def tool_arguments(choice: str, architecture: str, program: Path | None = None) -> list[str]:
-    """For the tools that run the head: the user's choice; none where nothing is known, so that the tool's default
-    holds.
+    """Arguments for the tools that run the head: the user's choice; empty if nothing is known, for the tool's
+    default.
 
-    Also none where `program` leaves no choice: its llama.cpp takes the rows that it has for the architecture. Raises
+    Also empty if `program` has no choice: its llama.cpp uses the rows that it has for the architecture. Raises
     ParameterUnknown if others are asked for.
     """
     known = trained_on(architecture)
@@ -121,5 +121,5 @@ def rows_can_be_chosen(program: Path) -> bool:
 
 
 def trained_on(architecture: str) -> TrainedOn | None:
-    """None: nothing is known of this architecture, and the tools' default is as good a guess as any."""
+    """None: nothing is known about this architecture, and the tools' default is as good a guess as any."""
     return TRAINED_ON.get(architecture)

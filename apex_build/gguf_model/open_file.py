@@ -1,4 +1,4 @@
-"""Opening a file, and telling what it is when it is not GGUF."""
+"""Open a file, and say what it is if it is not GGUF."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAGIC = b"GGUF"
 
 _CONVERT = "apex convert HF_DIR  makes a GGUF of a checkpoint's folder"
 _OLD = "in one of ggml's formats before GGUF"
-# how a file begins -> what it looks, and what to do
+# a file's first bytes -> what it looks like, and what to do
 _KNOWN: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "like a zip archive (PyTorch's .bin and .pt files are)", _CONVERT),
     (b"version https://git-lfs", "like a git-lfs pointer, not the file itself", "git lfs pull"),
@@ -25,8 +25,8 @@ _KNOWN: tuple[tuple[bytes, str, str], ...] = (
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises ModelMissing, with the system's own reason where it is there but cannot
-    be read.
+    """Open a regular file for reading. Raises ModelMissing, with the system's reason if it exists but cannot be
+    read.
     """
     try:
         mode = path.stat().st_mode
@@ -42,7 +42,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def refuse_foreign(path: Path, start: bytes, size: int) -> None:
-    """Raise ModelInvalid, saying what the file is, unless it begins as GGUF does. `start` is the file's first bytes."""
+    """Raise ModelInvalid, saying what the file is, unless it starts like GGUF. `start` is the file's first bytes."""
     if size == 0:
         raise ModelInvalid(f"{path}: the file is empty")
     if start.startswith(MAGIC):
@@ -51,10 +51,10 @@ def refuse_foreign(path: Path, start: bytes, size: int) -> None:
         raise ModelInvalid(
             f"{path}: the header is all zeros: llama-quantize writes a zeroed header first and fills it in last, "
             "so a run that failed leaves such a file",
-            hint="make the file again; apex quantize leaves no such files",
+            hint="make the file again; apex quantize never leaves such files",
         )
     if size < len(MAGIC) or MAGIC.startswith(start):
-        raise ModelInvalid(f"{path}: truncated: {size} bytes are no GGUF header")
+        raise ModelInvalid(f"{path}: truncated: {size} bytes are not a GGUF header")
     what, hint = _guess(start)
     shown = f"{start[:8].hex(' ')} ({start[:8].decode('ascii', errors='replace')!r})"
     raise ModelInvalid(

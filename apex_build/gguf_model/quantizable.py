@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# a name that holds one of these stays as it is
+# a tensor whose name contains one of these is copied
 _KEPT = (
     *("_norm.weight", "ffn_gate_inp.weight", "altup", "laurel", "per_layer_model_proj"),
     *("ssm_conv1d", "shortconv.conv.weight", "attn_rel_b.weight"),
@@ -28,12 +28,12 @@ _KEPT_WHOLE = ("position_embd.weight", "token_types.weight")
 
 
 def n_dims(shape: Sequence[int]) -> int:
-    """Dimensions as ggml counts them: trailing extents of 1 do not count."""
+    """The number of dimensions as ggml counts: without trailing extents of 1."""
     return max((index for index, extent in enumerate(shape, start=1) if extent > 1), default=1)
 
 
 def quantizable(name: str, shape: Sequence[int]) -> bool:
-    """Whether llama-quantize gives this tensor the type it is asked for; otherwise it copies it, whatever is asked."""
+    """Whether llama-quantize converts this tensor to a requested type; otherwise it copies it."""
     return (
         n_dims(shape) >= 2
         and name.endswith("weight")

@@ -1,4 +1,4 @@
-"""The data of a model's tensors, mapped from its files: as rows of bytes."""
+"""The data of a model's tensors, mapped from its files as rows of bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mapped_rows(headers: Sequence[Header]) -> Iterator[dict[str, TensorRows]]:
     with ExitStack() as stack:
         for header in headers:
             file = stack.enter_context(header.path.open("rb"))
-            # not closed by hand: arrays refer to it, and it goes with the last of them
+            # not closed explicitly: it is freed with the last array that refers to it
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             view = np.frombuffer(data, dtype=np.uint8)
             for tensor in header.tensors:

@@ -1,4 +1,4 @@
-"""Whether the tools could run a model, asked of its header before one of them is started."""
+"""Whether the tools can run a model, checked from its header before one of them starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from apex_build.errors import ModelInvalid
 from apex_build.gguf_model.catalogue import Model
 
-# What the memory of a context is made of, layer by layer: no tensor need have it as an extent, and the tools trust it.
+# Keys that determine a context's memory for each layer: no tensor has to match them, and the tools trust them.
 _WIDTHS = (
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("attention.key_length_mla", "attention.value_length_mla", "attention.kv_lora_rank", "attention.q_lora_rank"),
@@ -24,13 +24,13 @@ _WIDTHS = (
 
 
 def check_runnable(model: Model) -> None:
-    """Raises ModelInvalid for a file without a trunk, and for hyper-parameters that no tensor of the model is as large
-    as.
+    """Raises ModelInvalid for a file without a trunk, and for hyper-parameters larger than every tensor of the
+    model.
     """
     if not trunk_blocks(model):
         raise ModelInvalid(
             f"{model.path}: none of the trunk's {model.trunk_layers} blocks is in the file, so it cannot be run by "
-            "itself" + (": it holds a draft head alone" if any(tensor.draft_head for tensor in model.tensors) else ""),
+            "itself" + (": it holds only a draft head" if any(tensor.draft_head for tensor in model.tensors) else ""),
             hint="give the whole model; its imatrix holds data for the head too",
         )
     widest = max(extent for tensor in model.tensors if tensor.layer is not None for extent in tensor.shape[:2])
@@ -40,13 +40,13 @@ def check_runnable(model: Model) -> None:
             if value > widest:
                 raise ModelInvalid(
                     f"{model.path}: {key} is {value}, and no tensor of its blocks is wider than {widest}: "
-                    "the tools would take memory for what is not there",
+                    "the tools would allocate memory for nothing",
                     hint=f"convert or download it again, then: apex inspect {model.path}",
                 )
 
 
 def trunk_blocks(model: Model) -> int:
-    """How many of the trunk's blocks the file holds tensors of."""
+    """How many of the trunk's blocks have tensors in the file."""
     return len({tensor.layer for tensor in model.tensors if tensor.layer is not None and not tensor.draft_head})
 
 

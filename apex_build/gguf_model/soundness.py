@@ -1,4 +1,4 @@
-"""What makes a model unusable, though its header is well formed: seen from names and keys alone, without the tools."""
+"""Faults that make a model with a well-formed header unusable: seen from names and keys, without the tools."""
 
 from __future__ import annotations
 

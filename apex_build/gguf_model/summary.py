@@ -1,4 +1,4 @@
-"""What is worth telling about a model or an imatrix, as data: `apex inspect` prints it."""
+"""A summary of a model or an imatrix, as data, for `apex inspect`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Share:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A model in figures. `tensor_bytes` is the data alone, as llama-quantize's 'model size'; `file_bytes` all of the
-    files.
+    """A model in figures. `tensor_bytes` is the tensors' data, like llama-quantize's 'model size'; `file_bytes` is
+    the files' size.
     """
 
     path: Path
@@ -44,9 +44,9 @@ class ModelSummary:
     architecture: str
     file_type: str | None
     trunk_layers: int
-    trunk_layers_here: int  # fewer in a file of the draft head alone
+    trunk_layers_here: int  # fewer in a file with only the draft head
     head_layers: int
-    head_tensors: int  # 0 with head_layers > 0: a file that promises a head and lacks it
+    head_tensors: int  # 0 with head_layers > 0: the file promises a head but lacks it
     experts: int
     experts_used: int
     tensors: int

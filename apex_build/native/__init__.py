@@ -1,1 +1,1 @@
-"""Running the built llama.cpp tools as child processes, reading what they print, and asking libggml about its types."""
+"""Run the built llama.cpp tools as child processes, parse their output, and ask libggml about its types."""

@@ -1,7 +1,7 @@
-"""Arguments that a user adds to a tool's own: those that apex sets are refused, and the files that they name are made
-known.
+"""Arguments that a user adds to a tool's own: those that apex sets are refused, and the files that they name are
+reported.
 
-What an option is called, in short, in long and in its negative form, is taken from the tool's own --help.
+An option's short, long and negative names are taken from the tool's own --help.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _NAMES = re.compile(r" {0,2}(-{1,2}[A-Za-z][\w-]*(?:,? +-{1,2}[A-Za-z][\w-]*)*)(
 _FILE = re.compile(r"FNAME|FILE|PATH|DIR|filename")
 _SCALE = re.compile(r":-?[\d.]+$")  # of FNAME:SCALE
 
-_OTHER_MODEL = "the model is the file that apex is given"
+_OTHER_MODEL = "the model is the file that apex was given"
 _PRINTS = "apex reads what the tool prints"
-_ENDS = "the tool would end without doing its work"
+_ENDS = "the tool would exit without doing its work"
 _OURS = "apex does"
-# An option of each group, by its long name -> what to use instead, or why it cannot be had.
+# An option of each group, by its long name -> what to use instead, or why it is not possible.
 _LOGS = (
     "--log-disable",
     "--log-file",
@@ -92,7 +92,7 @@ _RESERVED: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a tool under all of its names. `values`: how many words follow it; `file`: they name files."""
+    """An option of a tool with all its names. `values`: how many words follow it; `file`: they name files."""
 
     names: tuple[str, ...]
     values: int
@@ -101,16 +101,16 @@ class Option:
 
 @dataclass(frozen=True)
 class Extra:
-    """Further arguments, the files that they name by their absolute paths, and what is in those: sha256 by path."""
+    """Additional arguments, with absolute paths of the files that they name, and the sha256 of each file."""
 
     arguments: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def resolve(program: Path, given: Sequence[str]) -> Extra:
-    """What a user adds to the arguments of a tool.
+    """Check and complete what a user adds to a tool's arguments.
 
-    Raises ParameterUnknown for an option that apex sets itself, under whatever name, and for a file that is not there.
+    Raises ParameterUnknown for an option that apex sets itself, under any name, and for a missing file.
     """
     if not given:
         return Extra()
@@ -127,7 +127,7 @@ def resolve(program: Path, given: Sequence[str]) -> Extra:
 
 
 def check_no_double(program: Path, own: Sequence[str], given: Sequence[str]) -> None:
-    """Raises ParameterUnknown if the user gives an option that is in `own` already, under any of its names."""
+    """Raises ParameterUnknown if the user gives an option that is already in `own`, under any of its names."""
     if given:
         ours = {option for _, option in _options(program, own) if option is not None}
         for words, option in _options(program, given):
@@ -137,7 +137,7 @@ def check_no_double(program: Path, own: Sequence[str], given: Sequence[str]) -> 
 
 @functools.lru_cache(maxsize=16)
 def options_of(program: Path) -> Mapping[str, Option]:
-    """A tool's options by each of their names, from its own help."""
+    """A tool's options by each of their names, from its help."""
     found: dict[str, Option] = {}
     for line in run_tool([program, "--help"], check=False, timeout=120).lines:
         if match := _NAMES.fullmatch(line):
@@ -149,7 +149,7 @@ def options_of(program: Path) -> Mapping[str, Option]:
 
 
 def _options(program: Path, given: Sequence[str]) -> Iterator[tuple[list[str], Option | None]]:
-    """The words of each option, and which it is: None for words that are not of any."""
+    """The words of each option, with the option: None for words that belong to none."""
     known = options_of(program)
     at = 0
     while at < len(given):
@@ -163,7 +163,7 @@ def _options(program: Path, given: Sequence[str]) -> Iterator[tuple[list[str], O
 
 
 def _with_files(program: Path, option: Option, number: int, word: str, files: dict[str, str]) -> str:
-    """The word with the files in it by their absolute paths; they are added to `files`."""
+    """The word with absolute paths for the files in it; they are added to `files`."""
     head, equals, value = word.partition("=") if number == 0 else ("", "", word)
     if number == 0 and not equals:
         return word
@@ -189,9 +189,9 @@ def _refused(program: Path, word: str, why: str) -> ParameterUnknown:
     name = word.partition("=")[0]
     if why.startswith(("-", "apex ")) and why != _OURS:
         return ParameterUnknown(
-            f"--tool-argument {name}: apex sets this of {program.name} itself", hint=f"use {why} instead"
+            f"--tool-argument {name}: apex sets this option of {program.name} itself", hint=f"use {why} instead"
         )
     reason = "apex sets this itself" if why == _OURS else why
     return ParameterUnknown(
-        f"--tool-argument {name}: {program.name} cannot be given this: {reason}", hint=f"leave {name} out"
+        f"--tool-argument {name}: {program.name} cannot get this option: {reason}", hint=f"leave {name} out"
     )

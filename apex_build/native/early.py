@@ -1,4 +1,4 @@
-"""Telling at once what a tool warns of in its first seconds, and once."""
+"""Report a tool's early warnings at once, and only once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from apex_build.progress import Report, Step
 
 
 def warnings_of(report: Report, name: str) -> Callable[[str], None]:
-    """A watch over a tool's lines: each warning is reported once, as soon as its line is there."""
+    """A watcher for a tool's lines: reports each warning once, as soon as its line appears."""
     told: set[str] = set()
 
     def watch(line: str) -> None:

@@ -1,8 +1,8 @@
-"""What llama.cpp allocates beside a model's weights: KV cache, recurrent state, compute buffers.
+"""What llama.cpp allocates besides a model's weights: KV cache, recurrent state, compute buffers.
 
-llama-fit-params is asked: it sets up a model and a context without allocating or reading weights, so it takes a second
-for a model of any size, and no formula of ours has to follow the architectures. It computes for the devices of this
-machine; buffers of a GPU that is not here may differ.
+This asks llama-fit-params: it sets up a model and a context without allocating or reading weights, so it takes a
+second for a model of any size, and no formula of ours has to follow the architectures. It computes for this machine's
+devices; buffers of another GPU may differ.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from apex_build.native import output
 from apex_build.native.run import run_tool
 from apex_build.native.toolset import Toolset
 
-# A tool's own pages: its libraries, and the vocabulary with its merges (seen: 18 MiB at 2,048 tokens, 94 at 248,320)
+# A tool's own pages: libraries, and the vocabulary with its merges (measured: 18 MiB at 2,048 tokens, 94 at 248,320)
 _BASE = 18 << 20
 _A_TOKEN = 320
 _TIMEOUT = 300.0
-_TRIES = 5  # it does not wait for its log, and now and then ends before the last lines are out
+_TRIES = 5  # it does not wait for its log, and sometimes exits before the last lines are written
 _DEBUG = "5"  # llama.cpp's level for the sizes of single buffers
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes beside the weights, for `sequences` of `context` tokens together. `base`: what the tool itself takes.
+    """Bytes besides the weights, for `sequences` of `context` tokens together. `base`: what the tool itself takes.
 
-    `kv_layers`: layers with a KV cache, 0 where there are none.
+    `kv_layers`: number of layers with a KV cache.
     """
 
     context: int
@@ -47,10 +47,11 @@ class Footprint:
 def footprint(
     tools: Toolset, model: Path, *, context: int, vocabulary: int, batch: int = 512, sequences: int = 1
 ) -> Footprint:
-    """Of `model`, any GGUF file of its shapes (its types do not matter), in a context of `context` tokens in all.
+    """The footprint of `model`, any GGUF file with its shapes (types do not matter), in a context of `context` tokens
+    in total.
 
-    `batch`: tokens that are computed at once. Raises ToolFailed or ToolKilled, with the tool's words, for a model that
-    this llama.cpp cannot load; ToolFailed where it does not say what is asked.
+    `batch`: tokens computed at once. Raises ToolFailed or ToolKilled, with the tool's words, for a model that
+    this llama.cpp cannot load; ToolFailed if its output lacks the sizes.
     """
     program = tools.tool("llama-fit-params")
     command: list[str | Path] = [program, "--model", model, "--ctx-size", str(context), "--batch-size", str(batch)]

@@ -1,4 +1,4 @@
-"""What this build's libggml says about its tensor types, through cffi (ABI mode: nothing is compiled)."""
+"""Ask this build's libggml about its tensor types, through cffi (ABI mode: nothing is compiled)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ bool         ggml_validate_row_data(int type, const void * data, size_t nbytes);
 
 # Types that llama-quantize refuses for a tensor without calibration data: tensor_requires_imatrix() in
 # src/llama-quant.cpp. It is a static function of the tool, so a build cannot be asked; tests/native/test_ggml.py
-# compares this with what the tool does.
+# compares this with the tool.
 _REFUSED_WITHOUT_IMATRIX = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"})
 
 
@@ -40,7 +40,7 @@ class TypeTraits:
     """One tensor type. `type_size` is the bytes of one block of `block_size` values.
 
     `requires_imatrix`: llama-quantize refuses to write it without data for the tensor (exceptions: see
-    `needs_imatrix`). `library_requires_imatrix`: what ggml_quantize_requires_imatrix answers, a smaller set: the
+    `needs_imatrix`). `library_requires_imatrix`: the answer of ggml_quantize_requires_imatrix, a smaller set: the
     quantizers that would abort.
     """
 
@@ -67,7 +67,7 @@ class Ggml:
         return tuple(self._types)
 
     def type_traits(self, name: str) -> TypeTraits:
-        """Raises TypeUnknown, which lists names that are near."""
+        """Raises TypeUnknown, with similar names."""
         traits = self._types.get(name.upper())
         if traits is None:
             writable = [
@@ -80,10 +80,10 @@ class Ggml:
         return traits
 
     def row_bytes(self, name: str, ne0: int) -> int:
-        """Bytes of a row of `ne0` values. Raises ShapeUnfit if a row is not whole blocks."""
+        """Bytes of a row of `ne0` values. Raises ShapeUnfit if they are not whole blocks."""
         traits = self.type_traits(name)
         if ne0 < 0 or ne0 % traits.block_size:
-            raise ShapeUnfit(f"a row of {ne0} values cannot be {traits.name}: its blocks hold {traits.block_size}")
+            raise ShapeUnfit(f"a row of {ne0} values cannot be {traits.name}, whose blocks hold {traits.block_size}")
         return ne0 // traits.block_size * traits.type_size
 
     def needs_imatrix(self, name: str, tensor: str, file_type: str = "") -> bool:
@@ -107,7 +107,7 @@ def _load(toolset: Toolset) -> Mapping[str, TypeTraits]:
         for number in _type_numbers(ffi, lib, toolset.manifest.get("ggml_type_count")):
             block_size, type_size = int(lib.ggml_blck_size(number)), int(lib.ggml_type_size(number))
             if not block_size or not type_size:
-                continue  # a number that once was a type
+                continue  # a number of a removed type
             name = ffi.string(lib.ggml_type_name(number)).decode().upper()
             needed = bool(lib.ggml_quantize_requires_imatrix(number))
             quantized = bool(lib.ggml_is_quantized(number))
@@ -122,8 +122,8 @@ def _load(toolset: Toolset) -> Mapping[str, TypeTraits]:
 def _type_numbers(ffi: cffi.FFI, lib: Any, type_count: int | None) -> range:
     """The enum's numbers. ggml does not export GGML_TYPE_COUNT and reads past its table when asked for more.
 
-    So it is the count that `apex build` took from the header; for a build that is not ours, up to the newest type of
-    gguf-py that the library calls valid.
+    So this uses the count that `apex build` took from the header; for other builds, the newest type of gguf-py that
+    the library accepts.
     """
     if type_count is not None:
         return range(type_count)

@@ -12,7 +12,7 @@ from apex_build.places import BUILD_HINT
 
 
 def open_library(toolset: Toolset, name: str, declarations: str) -> tuple[cffi.FFI, Any]:
-    """A library by its bare name, with these C declarations. Raises BuildMissing if it is not there or cannot be
+    """Open a library by its bare name, with these C declarations. Raises BuildMissing if it is not there or cannot be
     loaded.
     """
     ffi = cffi.FFI()

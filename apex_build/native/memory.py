@@ -1,8 +1,7 @@
-"""How much memory a tool may take: a bound for each, and a watch that ends a tool which goes beyond it.
+"""How much memory a tool may take: a limit, and a watch that ends a tool that exceeds it.
 
-A bound that the kernel enforces would not do: RLIMIT_AS counts the model, which is only mapped, and the ranges of
-addresses that CUDA reserves. What counts is what a process has written to: its own pages, those that were swapped out
-among them.
+A limit enforced by the kernel would not work: RLIMIT_AS counts the model, which is only mapped, and the address
+ranges that CUDA reserves. This counts what a process has written to: its own pages, including swapped-out ones.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from apex_build.errors import ToolKilled
 MEMORY = "Memory in GB that a tool may take beside the model's file.  [default: twice the model and 8.6]"
 
 _BASE = 8 << 30
-SHARE = 0.95  # of the machine's memory, which the rest of the system needs some of
+SHARE = 0.95  # of the machine's memory: the rest of the system needs some
 _EVERY = 0.2  # seconds
 _OWN_PAGES = re.compile(r"^(?:RssAnon|VmSwap):\s*(\d+) kB", re.MULTILINE)
 
 
 @dataclass
 class Guard:
-    """The watch over one process. `exceeded`: bytes that it had when it was ended for it, else 0."""
+    """The watch over one process. `exceeded`: the bytes it had when it was ended for that, else 0."""
 
     limit: int
     exceeded: int = 0
@@ -37,7 +36,7 @@ class Guard:
     def error(self, name: str, log: Path | None) -> ToolKilled:
         where = f"\n  all of its output: {log}" if log else ""
         return ToolKilled(
-            f"{name} took {self.exceeded / 1e9:.1f} GB of memory, and was ended: it may have {self.limit / 1e9:.1f} "
+            f"{name} took {self.exceeded / 1e9:.1f} GB of memory, and was ended: its limit is {self.limit / 1e9:.1f} "
             f"GB{where}",
             hint=f"--memory {max(1, round(2 * self.limit / 1e9))} gives it more, in GB; is the file whole? apex "
             "inspect MODEL",
@@ -50,14 +49,14 @@ def bytes_of(gigabytes: float | None) -> int | None:
 
 def memory_limit(n_bytes: int, context: int = 0, vocabulary: int = 0) -> int:
     """Bytes that a tool may take for a model of `n_bytes`: twice the model, which repacking for the CPU or --no-mmap
-    copies, its probabilities for a context of so many tokens (float64 at most), and 8 GiB; but no more than the machine
-    has.
+    copies, its probabilities for a context of `context` tokens (at most float64), and 8 GiB; but no more than the
+    machine has.
     """
     return min(_BASE + 2 * n_bytes + 16 * context * vocabulary, int(SHARE * machine_memory()))
 
 
 def machine_memory() -> int:
-    """Bytes of memory and swap of the machine, or what its container may have."""
+    """Bytes of memory and swap of the machine, or its container's limit."""
     text = _read("/proc/meminfo")
     total = sum(int(size) << 10 for size in re.findall(r"^(?:MemTotal|SwapTotal):\s*(\d+) kB", text, re.MULTILINE))
     limits = [int(text) for path in _CGROUP if (text := _read(path).strip()).isdecimal()]
@@ -69,13 +68,13 @@ _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 @contextmanager
 def memory_guard(pid: int, limit: int | None) -> Iterator[Guard]:
-    """Watch a process while the block runs: one that takes more than `limit` is killed. None: no bound."""
+    """Watch a process while the block runs: it is killed if it takes more than `limit`. None: no limit."""
     guard = Guard(limit or 0)
     if limit is None:
         yield guard
         return
     done = threading.Event()
-    process = os.pidfd_open(pid)  # this very process, whatever becomes of its number
+    process = os.pidfd_open(pid)  # this very process, even if its number is reused
 
     def watch() -> None:
         while not done.wait(_EVERY):
@@ -96,7 +95,7 @@ def memory_guard(pid: int, limit: int | None) -> Iterator[Guard]:
 
 
 def own_memory(pid: int) -> int:
-    """Bytes that a process alone takes, in memory or swapped out; 0 where it is gone."""
+    """Bytes that a process alone takes, in memory or swapped out; 0 if it is gone."""
     return sum(int(size) << 10 for size in _OWN_PAGES.findall(_read(f"/proc/{pid}/status")))
 
 

@@ -1,6 +1,6 @@
-"""What llama-imatrix, llama-perplexity and llama-quantize print, as data.
+"""Parse what llama-imatrix, llama-perplexity, llama-quantize and llama-server print.
 
-Pure functions of lines; None if a line says nothing of the kind.
+Pure functions of lines; None if a line is not of that kind.
 The formats are those of tools/imatrix/imatrix.cpp, tools/perplexity/perplexity.cpp and src/llama-quant.cpp.
 """
 
@@ -91,13 +91,13 @@ _DIAGNOSES = tuple(
 )
 
 
-# What a tool says in its first seconds without stopping: pattern, what to tell.
+# Warnings that tools print in their first seconds: pattern, our message.
 _WARNINGS = tuple(
     (re.compile(pattern), words)
     for pattern, words in (
         (
             r"no usable GPU found, --gpu-layers option will be ignored",
-            "no usable GPU was found: --gpu-layers is ignored, the CPU does all",
+            "no usable GPU was found: --gpu-layers is ignored, everything runs on the CPU",
         ),
         (r"ggml_cuda_init: failed to initialize CUDA: (.*)", "CUDA cannot be used, the CPU does all: {0}"),
         (
@@ -116,9 +116,7 @@ _WARNINGS = tuple(
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run over a text is about to do: chunks of `context` tokens, `sequences` of them a pass, `batch` tokens a
-    batch.
-    """
+    """A planned run over a text: chunks of `context` tokens, `sequences` of them a pass, `batch` tokens a batch."""
 
     chunks: int
     context: int
@@ -134,7 +132,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class TensorLine:
-    """A tensor as llama-quantize lists it. `target` is `source` where it is copied. MiB as printed, so rounded: not for
+    """A tensor as llama-quantize lists it. `target` is `source` if it is copied. MiB as printed, so rounded: not for
     sums.
     """
 
@@ -151,7 +149,7 @@ class TensorLine:
 
 @dataclass(frozen=True)
 class Fallback:
-    """A tensor whose rows cannot hold the type that was asked for; llama-quantize took another without an error."""
+    """A tensor whose rows cannot hold the requested type; llama-quantize used another without an error."""
 
     name: str
     columns: int
@@ -162,7 +160,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Allocations:
-    """Bytes that a context takes, rounded to a hundredth of a MiB. `kv_layers`: layers with a KV cache."""
+    """Bytes that a context takes, rounded to a hundredth of a MiB. `kv_layers`: number of layers with a KV cache."""
 
     kv_cache: int
     kv_layers: int
@@ -171,7 +169,7 @@ class Allocations:
 
 
 def planned(line: str) -> Planned | None:
-    """llama-imatrix and llama-perplexity, before they start."""
+    """The plan that llama-imatrix and llama-perplexity print before they start."""
     found = _PLANNED.search(line)
     return Planned(*(int(group) for group in found.groups())) if found else None
 
@@ -207,13 +205,13 @@ def perplexity(line: str) -> Perplexity | None:
 
 
 def head_rows(line: str) -> str | None:
-    """The hidden rows that llama-perplexity --mtp fed the draft head with, as gguf_model/mtp_rows.py names them."""
+    """The hidden rows that llama-perplexity --mtp fed to the draft head, named as in gguf_model/mtp_rows.py."""
     found = _HEAD_ROWS.search(line)
     return found[1] if found else None
 
 
 def tensors_done(line: str) -> tuple[int, int, str] | None:
-    """llama-quantize's progress: number, total, name of the tensor it has come to."""
+    """llama-quantize's progress: number, total, name of the current tensor."""
     found = _TENSOR.match(line)
     return (int(found[1]), int(found[2]), found[3]) if found else None
 
@@ -221,8 +219,8 @@ def tensors_done(line: str) -> tuple[int, int, str] | None:
 def tensor_lines(lines: Sequence[str]) -> tuple[TensorLine, ...]:
     """All tensors that llama-quantize listed, in a real run or with --dry-run.
 
-    A remark about missing calibration data comes between the two halves of a tensor's line.
-    Where the second half never came the tensor is left out.
+    A remark about missing calibration data may come between the two halves of a tensor's line. Without a second half
+    the tensor is left out.
     """
     result: list[TensorLine] = []
     waiting: TensorLine | None = None
@@ -277,7 +275,7 @@ def unfit_row(lines: Sequence[str]) -> tuple[str, int, int, str] | None:
 
 
 def refused_pattern(lines: Sequence[str]) -> str | None:
-    """What llama-quantize says of a pattern in its rules that it cannot read."""
+    """llama-quantize's message about a pattern in its rules that it cannot read."""
     return next((found[1] for line in lines if (found := _PATTERN.search(line))), None)
 
 
@@ -290,7 +288,7 @@ def tensor_without_data(lines: Sequence[str]) -> str | None:
 
 
 def allocations(lines: Sequence[str]) -> Allocations:
-    """What llama.cpp says, at its debug level, that a context takes: all caches and devices together."""
+    """What a context takes, from llama.cpp's debug output: all caches and devices together."""
     caches = [found for line in lines if (found := _CACHE.search(line))]
     return Allocations(
         sum(_mib(found[1]) for found in caches),
@@ -327,14 +325,12 @@ HEAD_UNKNOWN = "the MTP head of this architecture can not be evaluated"
 
 
 def head_left_out(line: str) -> bool:
-    """Whether llama-imatrix says, before its first chunk, that it runs the trunk alone."""
+    """Whether llama-imatrix says, before its first chunk, that it runs only the trunk."""
     return "ignoring --mtp" in line
 
 
 def warning(line: str) -> str | None:
-    """What a tool's line warns of and a person should know at once, in our words; None for a line that warns of
-    nothing.
-    """
+    """A warning in a tool's line that the user should see at once, in our words; None if there is none."""
     for pattern, words in _WARNINGS:
         if found := pattern.search(line):
             return words.format(*found.groups())
@@ -342,7 +338,7 @@ def warning(line: str) -> str | None:
 
 
 def explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
-    """What a failed run of any of the tools means, for `run_tool(explain=...)`: diagnosis and hint."""
+    """What a tool's failure means, for `run_tool(explain=...)`: diagnosis and hint."""
     if tensor := tensor_without_data(lines):
         return (
             f"{tensor} has no calibration data, and its type needs it",

@@ -1,4 +1,4 @@
-"""Running a native tool: its output as it comes, a log of all of it, and no child left behind whatever happens."""
+"""Run a native tool: stream its output, log it, and never leave a child process behind."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from apex_build.system import require_linux
 _log = logging.getLogger("apex_build")
 Explain = Callable[[Sequence[str]], "tuple[str, str | None] | None"]
 
-_KEPT_LINES = 50_000  # enough for any real run; a tool gone mad must not fill our memory
+_KEPT_LINES = 50_000  # enough for any real run; a runaway tool must not fill our memory
 _SHOWN_LINES = 15
 _GRACE = 5.0  # seconds between SIGINT, SIGTERM and SIGKILL
-_DRAIN = 0.5  # seconds that a daemon which kept the pipe open may hold us up after the tool itself has ended
+_DRAIN = 0.5  # seconds that a daemon holding the pipe may delay us after the tool has exited
 _UNSTARTED = re.compile(r"setpriv: failed to execute .*: (.*)")
 _UNSAID = re.compile(r"[\s=\-#*.]*")
 
@@ -123,7 +123,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a program in its own session, stdout and stderr in one pipe or the file `output`. End it with `stop`.
 
-    Of `cwd` it must be known that there is nothing in it but what we put there.
+    `cwd` must contain only files that we put there.
     """
     require_linux(f"running {Path(command[0]).name}")
     _log.debug("$ %s", shlex.join(command))
@@ -181,7 +181,7 @@ def stop(child: subprocess.Popen[bytes]) -> None:
 
 
 class Stopped(Exception):
-    """A tool was ended because `stopped` said so."""
+    """A tool was ended because `stopped` asked for it."""
 
 
 class _OutOfTime(Exception):
@@ -217,7 +217,7 @@ def _output_of(
 
 
 def _wait_draining(child: subprocess.Popen[bytes], seconds: float) -> None:
-    """Wait for a child that is being stopped, and keep reading: it cannot end while it blocks on a full pipe."""
+    """Wait for a child that is being stopped, and keep reading: it cannot exit while it blocks on a full pipe."""
     deadline = time.monotonic() + seconds
     poll = select.poll()
     if child.stdout:
@@ -233,7 +233,7 @@ def _wait_draining(child: subprocess.Popen[bytes], seconds: float) -> None:
 def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
     try:
         os.killpg(child.pid, number)
-    except (ProcessLookupError, PermissionError):  # ended in this moment
+    except (ProcessLookupError, PermissionError):  # just ended
         return
 
 
@@ -310,14 +310,14 @@ def failure(
         except ValueError:
             number = f"signal {-code}"
         if number == "SIGKILL" and not diagnosis:
-            said = ": nothing in it does this by itself; the system does, when memory runs out"
+            said = ": the program does not do this itself; the system does, when memory runs out"
             hint = "look for 'Out of memory' in dmesg; use a smaller context or batch, or more swap"
         return ToolKilled(f"{name} was ended by {number}{said}{tail(lines)}{where(log)}", hint=hint)
     return ToolFailed(f"{name} ended with code {code}{said}{tail(lines)}{where(log)}", hint=hint)
 
 
 def tail(lines: Sequence[str]) -> str:
-    """The last lines that say something, for the end of a message."""
+    """The last meaningful lines, for the end of a message."""
     shown = [line for line in lines if not _UNSAID.fullmatch(line)][-_SHOWN_LINES:]
     return "".join(f"\n  | {printable(line)}" for line in shown)
 

@@ -1,7 +1,7 @@
 """Work on untrusted templates in a child process with limited time and memory: JSON in, JSON out.
 
-Jinja's sandbox keeps a template from Python's internals and from files. It bounds neither time nor memory (`{{ 'x' *
-10**12 }}`).
+Jinja's sandbox keeps a template away from Python's internals and from files. It limits neither time nor memory (`{{ 'x'
+* 10**12 }}`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ANSWER_CHARACTERS = 128 << 20
 
 
 class OutOfBounds(Exception):
-    """The child exceeded its time or memory, or died in another way."""
+    """The child exceeded its time or memory, or died otherwise."""
 
 
 def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict
             encoding="utf-8",
             timeout=wall_seconds,
             check=False,
-            cwd=Path(__file__).parent.parent,  # '-m' looks there first, and not where the user happens to stand
+            cwd=Path(__file__).parent.parent,  # '-m' looks there first, and not in the user's current folder
         )
     except subprocess.TimeoutExpired:
         raise OutOfBounds(f"not done within {wall_seconds:.0f} s") from None
@@ -46,7 +46,7 @@ def ask(module: str, request: Mapping[str, Any], *, wall_seconds: float) -> dict
         raise OutOfBounds(f"stopped: {child.stderr.strip()[-2000:]}")
     answer: dict[str, Any] = json.loads(child.stdout)
     if "unbounded" in answer:
-        raise unsupported(f"this system cannot bound the time and memory of a template: {answer['unbounded']}")
+        raise unsupported(f"this system cannot limit the time and memory of a template: {answer['unbounded']}")
     return answer
 
 
@@ -69,5 +69,5 @@ def serve(
         return
     text = json.dumps(answer(request))
     if len(text) > ANSWER_CHARACTERS:
-        sys.exit(f"it gives more than {ANSWER_CHARACTERS >> 20} MiB")
+        sys.exit(f"it produces more than {ANSWER_CHARACTERS >> 20} MiB")
     sys.stdout.write(text)

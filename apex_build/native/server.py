@@ -1,6 +1,4 @@
-"""llama-server for the length of a `with` block: on the loopback, on a port the system picks, gone at the end whatever
-happens.
-"""
+"""llama-server during a `with` block: on the loopback, on a port that the system picks, always stopped at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from apex_build.storage.scratch import scratch_folder
 
 _LARGEST_ANSWER = 64 << 20
 _LOG_READ = 4 << 20
-_LOG_WAIT = 10.0  # seconds that lines of the log, written by a thread of the server's own, may come after the answer
+_LOG_WAIT = 10.0  # seconds that log lines, written by a separate thread, may come after the answer
 
 # The server parses even a plain completion as a chat message, and answers 500 when a (small, or badly quantized) model
 # wrote bytes that are not UTF-8. A parser that matches the empty string prevents it; `content` stays as it is. See
@@ -36,10 +34,11 @@ _NO_PARSER = json.dumps({"parsers": [{"type": "epsilon"}], "rules": {}, "root": 
 
 @dataclass(frozen=True)
 class Draft:
-    """One draft: the tokens of it that were accepted, from its beginning, and all of them.
+    """One draft: how many of its first tokens were accepted, and how many it had.
 
-    `evaluations`: how often the trunk was evaluated for it. More than once where the memory of the model cannot go back
-    into the draft: the server then evaluates the accepted tokens again, and the one that the trunk wrote after them.
+    `evaluations`: how often the trunk was evaluated for it. More than once if the model's memory cannot be rolled
+    back into the draft: the server then evaluates the accepted tokens again, and the one that the trunk wrote after
+    them.
     """
 
     accepted: int
@@ -48,7 +47,7 @@ class Draft:
 
     @property
     def written(self) -> int:
-        """Tokens that came of it: after the accepted ones, each evaluation gives one of the trunk's own."""
+        """Tokens written with it: after the accepted ones, each evaluation gives one of the trunk's own."""
         return self.accepted + self.evaluations
 
 
@@ -59,7 +58,7 @@ class Server:
     address: str
     process: subprocess.Popen[bytes]
     output: Path  # what it prints
-    log: Path | None  # the same, where it outlives the server
+    log: Path | None  # the same, if it outlives the server
     ready_within: float = 600.0  # seconds that it had to load the model
     command: tuple[str, ...] = ()
     memory: int | None = None  # bytes that it may take
@@ -83,9 +82,9 @@ class Server:
         return self.post("/completion", body, timeout=timeout)
 
     def drafts(self, answer: dict[str, Any], since: int) -> tuple[Draft, ...] | None:
-        """The drafts behind a completion, in their order; `since` is what `printed` gave before it was asked for.
+        """The drafts behind a completion, in order; `since` is what `printed` returned before it.
 
-        None if the server does not tell: a llama.cpp before LLAMA_TRACE. For one slot and one request at a time.
+        None if the server does not print them: a llama.cpp before LLAMA_TRACE. For one slot and one request at a time.
         Raises ToolFailed if the drafts that it printed are not those that it counted.
         """
         counted = int(answer["timings"].get("draft_n", 0))
@@ -103,7 +102,7 @@ class Server:
         raise ToolFailed(f"llama-server counted {counted} drafted tokens and printed {total}{where(self.log)}")
 
     def tell(self, watch: Callable[[str], None]) -> None:
-        """Give each line that it has printed so far to `watch`."""
+        """Pass each line printed so far to `watch`."""
         for line in _lines(self.output):
             watch(line)
 
@@ -131,16 +130,16 @@ class Server:
 
     @contextmanager
     def beside(self, *arguments: str) -> Iterator[Server]:
-        """A second server of the same model with further arguments, while this one runs."""
+        """A second server for the same model with additional arguments, while this one runs."""
         with _serve([*self.command, *arguments], None, self.ready_within, self.memory) as server:
             yield server
 
     def get(self, path: str, *, timeout: float = 600.0) -> dict[str, Any]:
-        """One request without a body, answered by a JSON object within `timeout` seconds, all of it."""
+        """A request without a body, answered completely by a JSON object within `timeout` seconds."""
         return self._ask("GET", path, None, timeout)
 
     def post(self, path: str, body: dict[str, Any], *, timeout: float = 600.0) -> dict[str, Any]:
-        """One request with a JSON body, answered by a JSON object within `timeout` seconds, all of it."""
+        """A request with a JSON body, answered completely by a JSON object within `timeout` seconds."""
         return self._ask("POST", path, json.dumps(body).encode(), timeout)
 
     def _ask(self, method: str, path: str, body: bytes | None, timeout: float) -> dict[str, Any]:
@@ -211,7 +210,7 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float, memory
         path = log or scratch / "llama-server.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as output:  # a file, not a pipe: the server never blocks on it
-            # LLAMA_TRACE: it then prints what becomes of each draft
+            # LLAMA_TRACE: print the result of each draft
             process = start(command, cwd=folder, output=output, env={"LLAMA_TRACE": "1"})
         guard = stack.enter_context(memory_guard(process.pid, memory))
         try:
@@ -226,14 +225,12 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float, memory
 
 
 def request(address: str, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, bytes]:
-    """Status and body of an answer. Raises TimeoutError if it is not there as a whole in time, however it comes in
-    drops.
-    """
+    """Status and body of an answer. Raises TimeoutError if it is not complete in time, even if it trickles in."""
     host, _, port = address.removeprefix("http://").partition(":")
     deadline = time.monotonic() + timeout
     connection = http.client.HTTPConnection(
         host, int(port), timeout=timeout
-    )  # never through a proxy: it is this machine's own
+    )  # never through a proxy: it is on this machine
     try:
         connection.connect()
         expired = threading.Event()
@@ -285,14 +282,14 @@ def _wait_ready(process: subprocess.Popen[bytes], output: Path, log: Path | None
         if process.poll() is not None:
             raise failure(
                 "llama-server", process.returncode, _lines(output), log, explain
-            )  # a code of 0 too: it was to stay
+            )  # even with code 0: it should have stayed
         address = address or server_address(_lines(output))
         if address is not None and _healthy(address):
             return address
         time.sleep(0.05)
     raise ToolTimeout(
         f"llama-server was not ready within {seconds:.1f} s{tail(_lines(output))}{where(log)}",
-        hint="is the disk slow, or the machine busy? the same command again finds more of the file in memory",
+        hint="is the disk slow, or the machine busy? on a second try more of the file is in memory",
     )
 
 

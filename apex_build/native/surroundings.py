@@ -12,16 +12,16 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-# Options and arithmetic that manifests and results would not name; and code that is not of the build.
+# Options and arithmetic that manifests and results would not record; and code from outside the build.
 _OPTIONS = ("AIP_", "GGML_", "LLAMA_", "MTMD_")
 _CODE = ("CUDA_INJECTION", "GCONV_PATH", "GLIBC_TUNABLES", "HF_", "LD_", "MODEL_ENDPOINT")
-# The user may choose where memory is: results do not change.
+# The user may choose where memory is allocated: results do not change.
 _KEPT = frozenset(
     {"GGML_CUDA_ENABLE_UNIFIED_MEMORY", "GGML_CUDA_NO_PINNED", "GGML_CUDA_P2P", "GGML_CUDA_REGISTER_HOST"}
 )
 _LOOKS = 5
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# For systems whose setpriv cannot bind a process to its parent: the same in Python.
+# The same in Python, for systems whose setpriv cannot tie a process to its parent.
 _BIND = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.Signals['SIG' + sys.argv[1]]); "
     "os.execvp(sys.argv[2], sys.argv[2:])"
@@ -34,20 +34,20 @@ def is_tool(program: Path) -> bool:
 
 
 def environment(program: Path, added: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The environment for a program: ours, less what would change a tool of llama.cpp unseen: its options, arithmetic
-    or code.
+    """The environment for a program: ours, without what would silently change a llama.cpp tool: its options,
+    arithmetic or code.
 
-    `added` comes on top; None takes a name out.
+    `added` is added; None removes a name.
     """
     given = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_OPTIONS)}
     if is_tool(program):
         given = {name: value for name, value in given.items() if not name.startswith(_CODE)}
-        given["GGML_NO_BACKTRACE"] = "1"  # a debugger's backtrace would push the error itself out of sight
+        given["GGML_NO_BACKTRACE"] = "1"  # a debugger's backtrace would hide the error itself
         if folders := library_folders(program.parent):
             given["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, folders))
         if not any(name in given for name in _WAITING) and cores_are_shared():
-            # OpenMP's threads spin at each barrier: beside other work on the same cores that slows a tool down a
-            # hundred times. On idle cores it is sleeping that costs: a small model writes a quarter of the tokens.
+            # OpenMP's threads spin at each barrier: with other work on the same cores that slows a tool down a
+            # hundredfold. On idle cores sleeping is what costs: a small model writes a quarter of the tokens.
             given["OMP_WAIT_POLICY"] = "passive"
     return {name: value for name, value in {**given, **(added or {})}.items() if value is not None}
 
@@ -55,7 +55,7 @@ def environment(program: Path, added: Mapping[str, str | None] | None = None) ->
 def cores_are_shared() -> bool:
     """Whether other programs are computing now, so many that a tool's threads would have to wait for a core.
 
-    Counted over 50 ms, as the kernel tells it; where it does not tell, they are taken as shared.
+    Counted over 50 ms, from the kernel; if it does not tell, the cores count as shared.
     """
     cores = os.cpu_count() or 1
     running = []
@@ -70,8 +70,7 @@ def cores_are_shared() -> bool:
 
 
 def library_folders(bin: Path) -> tuple[Path, ...]:
-    """Folders of LD_LIBRARY_PATH that tools in `bin` cannot do without, such as that of the GPU's driver in a
-    container.
+    """Folders of LD_LIBRARY_PATH that tools in `bin` need, such as the GPU driver's in a container.
 
     The build's own libraries come first, so that no other library takes the place of one of them.
     """
@@ -85,16 +84,14 @@ def library_folders(bin: Path) -> tuple[Path, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _lacking(bin: Path) -> frozenset[str]:
-    """Libraries that the loader does not find by itself for the tools in `bin` and their backends, by the names they
-    ask for.
-    """
+    """Names of libraries that the loader does not find by itself for the tools in `bin` and their backends."""
     program = bin / "llama-quantize"
     if not program.is_file():
         return frozenset()
     backends = " ".join(str(path) for path in sorted(bin.glob("libggml-*.so")))
     try:
         said = subprocess.run(
-            [program],  # the loader lists the libraries and ends; the program itself is not run
+            [program],  # the loader lists the libraries and exits; the program itself is not run
             env={"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": backends, "LC_ALL": "C"},
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -114,9 +111,9 @@ def _lacking(bin: Path) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4)
 def bound(signal_name: str = "KILL") -> tuple[str, ...]:
-    """The beginning of a command whose process the kernel sends this signal when we are killed ourselves.
+    """A command prefix: the kernel sends the process this signal if we are killed.
 
-    Else a tool would stay for hours, with a model in memory and all cores at work, and nobody who knows of it.
+    Otherwise a tool would run on for hours, unnoticed, with a model in memory and all cores busy.
     """
     found = shutil.which("setpriv")
     prefix = (found, "--pdeathsig", signal_name, "--") if found else ()

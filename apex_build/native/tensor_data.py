@@ -1,6 +1,4 @@
-"""Tensor data by this build's libggml: is it valid, what numbers does it hold, and what would the library make of given
-numbers?
-"""
+"""Validate, decode and encode tensor data with this build's libggml."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ def validator(toolset: Toolset) -> Callable[[str, memoryview], bool]:
 
 @dataclass(frozen=True)
 class Codec:
-    """Rows of numbers from a tensor's bytes, and bytes from numbers, as llama-quantize makes them."""
+    """Convert a tensor's bytes to rows of numbers, and numbers to bytes as llama-quantize does."""
 
     ffi: cffi.FFI
     lib: Any
@@ -66,8 +64,8 @@ class Codec:
         return type_name in (*_PLAIN, "BF16") or self._decoder(type_name) is not None
 
     def encode(self, type_name: str, rows: Floats, weights: Floats | None) -> Bytes:
-        """What ggml_quantize_chunk makes of rows that share one row of importance `weights`. It aborts on NaN and
-        infinity.
+        """The result of ggml_quantize_chunk for rows that share one row of importance `weights`. It aborts on NaN
+        and infinity.
         """
         number = int(gguf.GGMLQuantizationType[type_name])
         if weights is None and self.lib.ggml_quantize_requires_imatrix(number):

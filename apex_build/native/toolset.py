@@ -1,4 +1,4 @@
-"""Where the built tools are: a folder with `bin/` and `manifest.json`, found in the cache or named by the user."""
+"""The built tools: a folder with `bin/` and `manifest.json`, found in the cache or named by the user."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Toolset:
         return self.root / "bin"
 
     def files(self) -> Iterator[Path]:
-        """All of the build: what no output may replace."""
+        """All files of the build: no output may replace them."""
         return (path for path in self.root.glob("*/*") if path.is_file())
 
     @property
     def identity(self) -> str:
-        """The build's key; of a build that is not ours, the digest of its libraries and tools."""
+        """The build's key; for a foreign build, the digest of its libraries and tools."""
         return str(self.manifest.get("key") or _digest(self.library("llama").parent))
 
     def tool(self, name: str) -> Path:

@@ -125,7 +125,7 @@ def test_warnings_come_at_once_and_once() -> None:
         watch("0.00.1 W load: missing pre-tokenizer type, using: 'default'")
         watch("[1]5.3,[2]5.1,")
     assert [step.said for step in told] == [True, True]
-    assert told[0].task == "llama-imatrix: no usable GPU was found: --gpu-layers is ignored, the CPU does all"
+    assert told[0].task == "llama-imatrix: no usable GPU was found: --gpu-layers is ignored, everything runs on the CPU"
 
 
 def test_an_unknown_pre_tokenizer_is_explained(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
@@ -170,5 +170,5 @@ def test_a_tool_that_takes_more_than_it_may_have_is_ended(
     )
     said = run_apex(*wanted, code=31).stderr
     assert (
-        "llama-imatrix took 0." in said and "and was ended: it may have 0.0 GB" in said and "try:   --memory 1" in said
+        "llama-imatrix took 0." in said and "and was ended: its limit is 0.0 GB" in said and "try:   --memory 1" in said
     )

@@ -224,7 +224,7 @@ def test_a_system_that_cannot_bound_a_template(testbed: Path, tmp_path: Path) ->
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     ran = run_apex("calibrate", testbed, "--write-text", tmp_path / "text.txt", env=environment, code=81)
-    assert "this system cannot bound the time and memory of a template: setrlimit" in ran.stderr
+    assert "this system cannot limit the time and memory of a template: setrlimit" in ran.stderr
     assert "try:   apex-build runs on Linux" in ran.stderr and "chat template of" not in ran.stderr
     run_apex("inspect", testbed, env=environment)
 

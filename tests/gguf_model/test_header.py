@@ -231,7 +231,7 @@ def array(kind: int, count: int, data: bytes = b"") -> bytes:
         (gguf_bytes(tensors=tensor(kind=0xFFFFFFFF), n_tensors=1), "type number 4294967295"),
         (
             gguf_bytes(tensors=tensor(shape=(100, 2), kind=12), n_tensors=1),
-            "rows of 100, no multiple of its block of 256",
+            "rows of 100, not a multiple of its block of 256",
         ),
         (gguf_bytes(tensors=tensor(b"a") + tensor(b"b", offset=64), n_tensors=2), "b overlaps the tensor before it"),
         (gguf_bytes(tensors=tensor(b"a") + tensor(b"b", offset=160), n_tensors=2), "b leaves a gap"),

@@ -132,8 +132,8 @@ ONES = np.ones((4, 256), np.float32)
         (add(in_sum2=ONES), r"blk\.1\.bad has \.in_sum2 but not its counterpart"),
         (add(counts=ONES), r"blk\.1\.bad has \.counts but not its counterpart"),
         (add(in_sum2=ONES, counts=ONES[:3, :1]), r"sums of shape \(256, 4\) but 3 counts"),
-        (add(in_sum2=ONES, counts=-ONES[:, :1]), r"counts of blk\.1\.bad are no numbers of tokens"),
-        (add(in_sum2=ONES, counts=ONES[:, :1] * np.nan), r"counts of blk\.1\.bad are no numbers of tokens"),
+        (add(in_sum2=ONES, counts=-ONES[:, :1]), r"counts of blk\.1\.bad are not numbers of tokens"),
+        (add(in_sum2=ONES, counts=ONES[:, :1] * np.nan), r"counts of blk\.1\.bad are not numbers of tokens"),
         (add(in_sum2=ONES.astype(np.float16), counts=ONES[:, :1]), "of type F16/F32"),
         (without("imatrix.datasets"), "imatrix.datasets is missing"),
         (without("imatrix.chunk_count"), "imatrix.chunk_count is missing"),
@@ -167,7 +167,7 @@ def test_no_entries(tmp_path: Path) -> None:
 def test_files_that_are_no_imatrix(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(ImatrixInvalid, match="no such file"):
         read_imatrix(tmp_path / "absent.gguf")
-    with pytest.raises(ImatrixInvalid, match="not an imatrix: a GGUF file of the kind 'model'"):
+    with pytest.raises(ImatrixInvalid, match="not an imatrix: a GGUF file of kind 'model'"):
         read_imatrix(tiny)
     other = tmp_path / "text"
     for data in (

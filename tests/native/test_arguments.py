@@ -38,7 +38,7 @@ from apex_build.storage.digests import sha256_file
         ("llama-imatrix", ["--show-statistics"], "apex inspect"),
         ("llama-imatrix", ["--log-disable"], "reads what the tool prints"),
         ("llama-imatrix", ["-lv", "0"], "reads what the tool prints"),
-        ("llama-imatrix", ["--version"], "would end without"),
+        ("llama-imatrix", ["--version"], "would exit without"),
         ("llama-perplexity", ["-c", "256"], "EVALUATOR.context"),
         ("llama-perplexity", ["--save-all-logits", "x"], "--only"),
         ("llama-server", ["-np", "4"], "-np"),

@@ -294,7 +294,7 @@ def test_folders_in_use_and_those_of_others_stay(tmp_path: Path) -> None:
 
 def test_a_tool_that_takes_too_much_memory_is_ended() -> None:
     code = "import time\nprint('begun', flush=True)\nx = bytearray(600 << 20)\ntime.sleep(3600)"
-    with pytest.raises(ToolKilled, match=r"took 0\.\d GB of memory, and was ended: it may have 0\.2 GB"):
+    with pytest.raises(ToolKilled, match=r"took 0\.\d GB of memory, and was ended: its limit is 0\.2 GB"):
         run_tool([sys.executable, "-c", code], memory=200 << 20)
 
 

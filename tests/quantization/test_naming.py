@@ -253,8 +253,8 @@ def test_the_file_type_is_that_of_most_bytes(tools: Toolset, testbed: Path, tmp_
     [
         ("licence=mit", "near it: license"),
         ("license", "expected KEY=VALUE"),
-        ("general.architecture=llama", "says what the file is"),
-        ("file_type=7", "says what the file is"),
+        ("general.architecture=llama", "states a fact about the file"),
+        ("file_type=7", "states a fact about the file"),
         ("qwen35moe.block_count=3", "no reader of GGUF files knows this key"),
         ("tokenizer.chat_template=x", "no reader of GGUF files knows this key"),
         ("tags=a,b", "sets no lists"),
