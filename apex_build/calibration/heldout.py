@@ -16,6 +16,7 @@ from apex_build.storage.manifest import manifest_of
 from apex_build.storage.outputs import MANIFEST, beside, write_text
 
 FILE = "heldout.json"
+_LEAST = 5 << 10  # bytes: less is not two chunks of 512 tokens, which is what evaluators need
 
 
 def write_heldout(text: CalibrationText, folder: Path, inputs: Iterable[Path], *, force: bool = False) -> list[Path]:
@@ -82,4 +83,4 @@ def _texts(record: Any) -> dict[str, Path]:
         return {}
     files = {str(name): Path(str(record.get("folder"))) / f"{name}.txt" for name in record["files"]}
     whole = all(path.is_file() and sha256_file(path) == record["files"][name] for name, path in files.items())
-    return files if whole else {}
+    return {name: path for name, path in files.items() if path.stat().st_size >= _LEAST} if whole else {}

@@ -242,6 +242,7 @@ def test_a_calibration_keeps_a_text_apart_that_evaluate_then_takes(
     tools: Toolset, testbed: Path, three_sources: Path, tmp_path: Path
 ) -> None:
     out, apart = tmp_path / "testbed.imatrix.gguf", tmp_path / "apart"
+    three_sources.write_text(three_sources.read_text().replace("heldout = 0.1", "heldout = 0.4"))
     options = ("--calibration-set", three_sources, "--heldout", apart, "--chunks", 4, "--threads", 1, "--no-rows-check")
     run_apex("calibrate", testbed, "-o", out, *options)
     about = json.loads((apart / "heldout.json").read_text())
