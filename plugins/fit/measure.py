@@ -28,6 +28,7 @@ from .errors import Errors
 from .measurement import Anchor, Measurement, Score, Sensitivity
 
 CONTEXT = 512
+PROBED = ("Q2_K", "Q3_K", "IQ4_NL", "Q4_0", "Q8_0")  # what probes are of, whatever a file is made of
 CHUNKS = 4  # of each text, for the probes
 _LEAST_TEXT = 2 * 4 * CONTEXT  # bytes of half a text: two chunks of it at four bytes a token
 _ANCHORS = (2.1, 2.5, 3.0, 3.6, 4.3, 5.2, 6.2)  # bits a weight of the trunk
@@ -65,6 +66,11 @@ class Plan:
         return self.work.data.path if self.work.data else None
 
     @property
+    def most(self) -> int:
+        """Chunks of each text that the reference is made for."""
+        return 2 * self.chunks if self.budget else self.chunks
+
+    @property
     def parts(self) -> dict[str, object]:
         """What a measurement is made of."""
         return {
@@ -77,6 +83,7 @@ class Plan:
             "context": CONTEXT,
             "budget": self.budget,
             "head": self.head_score,
+            "types": sorted({kind for types in self.work.types.values() for kind in types}),
         }
 
 
@@ -103,9 +110,16 @@ def split(texts: Mapping[str, Path]) -> Texts:
     return Texts(probed, unseen)
 
 
-def task_for(model: Model, place: Workplace, texts: Mapping[str, Path], chunks: int, threads: int | None) -> Task:
+def task_for(
+    model: Model,
+    place: Workplace,
+    texts: Mapping[str, Path],
+    chunks: int,
+    threads: int | None,
+    name: str = "probes",
+) -> Task:
     settings = {"context": CONTEXT, "parse_special": True, "chunks": chunks}
-    return Task("probes", model, place.tools, None, texts, (), None, settings, threads, place.report)
+    return Task(name, model, place.tools, None, texts, (), None, settings, threads, place.report)
 
 
 def first(plan: Plan, found: Errors) -> tuple[tuple[sensitivity.Group, ...], tuple[Probe, ...]]:
@@ -123,7 +137,7 @@ def expected(plan: Plan, place: Workplace) -> tuple[str, str, int]:
     """How long the errors and the probes will take, in words (empty: nothing to be done), and how many probes."""
     some = {name: {kind: errors.TypeLoss(0.1, 0.0) for kind in types} for name, types in plan.work.types.items()}
     _, probes = first(plan, some)
-    task = task_for(plan.model, place, plan.texts.probed, _most(plan), plan.threads)
+    task = task_for(plan.model, place, plan.texts.probed, plan.most, plan.threads)
     estimate = probe_seconds(task, probes, plan.imatrix, chunks=plan.chunks)
     return errors.seconds(plan.work, plan.cores), str(estimate) if estimate.seconds else "", len(probes)
 
@@ -132,7 +146,7 @@ def measure(plan: Plan, place: Workplace) -> Measurement:
     """What is measured before is not measured again; a run that is cut short is resumed by the same call."""
     found = errors.measure(plan.work, threads=plan.cores, report=place.report)
     groups, probes = first(plan, found)
-    task = task_for(plan.model, place, plan.texts.probed, _most(plan), plan.threads)
+    task = task_for(plan.model, place, plan.texts.probed, plan.most, plan.threads)
     scores = run_probes(task, probes, plan.imatrix, chunks=plan.chunks)
     known = plain(found)
     if plan.budget and (again := sensitivity.more_chunks(groups, scores, known, plan.budget)):
@@ -158,7 +172,9 @@ def measure(plan: Plan, place: Workplace) -> Measurement:
     )
     if plan.head_score:
         parts, tried = head.parts(plan.model, list(plan.work.types), known)
-        heads = head.measure(task, parts, tried, plan.imatrix, known, chunks=plan.chunks)
+        heads = head.measure(
+            replace(task, evaluator="draft head"), parts, tried, plan.imatrix, known, chunks=plan.chunks
+        )
         made = replace(made, head=heads)
     return _anchored(made, plan, task, scores)
 
@@ -183,14 +199,9 @@ def _anchored(made: Measurement, plan: Plan, task: Task, scores: Sequence[ProbeS
     if not probes:
         return made
     base = next(score for score in scores if not score.probe.types)
-    measured = run_probes(task, probes, plan.imatrix, chunks=plan.chunks)
+    measured = run_probes(replace(task, evaluator="whole files"), probes, plan.imatrix, chunks=plan.chunks)
     anchors = []
     for total, score in zip(totals, measured, strict=True):
         cost = sensitivity.difference(score, base)
         anchors.append(Anchor(total, cost.value, cost.low, cost.high))
     return replace(made, anchors=tuple(anchors))
-
-
-def _most(plan: Plan) -> int:
-    """Chunks that the reference is made for."""
-    return 2 * plan.chunks if plan.budget else plan.chunks

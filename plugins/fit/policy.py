@@ -189,13 +189,16 @@ def _item(
         return Item(tensor.name, (option(tensor.type if kept == "keep" else kept),))
     if tensor.draft_head and not found.head:
         cautious = _CAUTIOUS.get(tensor.role, _CAUTIOUS_OTHER)
-        known = [one for one in found.errors.get(tensor.name, {}) if one in wanted]
+        there = [one for one in found.errors.get(tensor.name, {}) if one in wanted]
         enough = task.ggml.type_traits(cautious).bits_per_weight
-        fitting = [one for one in known if task.ggml.type_traits(one).bits_per_weight >= max(bits, enough)]
+        fitting = [one for one in there if task.ggml.type_traits(one).bits_per_weight >= max(bits, enough)]
         return Item(tensor.name, (option(fitting[0] if fitting else tensor.type),))
+    known = tuple(found.errors.get(tensor.name, {}))
+    if not tensor.draft_head and tensor.name not in found.sensitivities:
+        known = tuple(one for one in known if one == "Q8_0")  # nothing is known of what it costs
     kinds = [
         one
-        for one in found.errors.get(tensor.name, {})
+        for one in known
         if one in wanted and one != tensor.type and task.ggml.type_traits(one).bits_per_weight >= bits
     ]
     return Item(tensor.name, tuple(option(one) for one in (*kinds, tensor.type)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from apex_build.plugin_api import (
     ShapeUnfit,
     Value,
     Workplace,
+    cache_folder,
     can_plot,
     cpus,
     draw,
@@ -38,11 +40,13 @@ from apex_build.plugin_api import (
     quantizable_tensors,
     read_data,
     run_probes,
+    sha256_json,
     values_of,
+    whole_file,
     write_file,
 )
 
-from . import budget, errors, measure, measurement, policy, sensitivity
+from . import budget, errors, measure, measurement, policy, refine, sensitivity
 from .measurement import Measurement
 from .plugin import PARAMETERS
 
@@ -167,10 +171,11 @@ def preview(path: Path, asked: Asked, place: Workplace) -> Preview:
     ggml = Ggml(place.tools)
     names = quantizable_tensors(model, place.tools)
     wanted = budget.types_of(str(asked.settings.get("types", "")), errors.TYPES)
+    measured = tuple(one for one in errors.TYPES if one in (*wanted, *measure.PROBED))
     types = {
         tensor.name: found
         for tensor in model.tensors
-        if tensor.name in names and (found := errors.candidates(tensor, ggml, data))
+        if tensor.name in names and (found := errors.candidates(tensor, ggml, data, measured))
     }
     task = PolicyTask(
         NAME,
@@ -182,15 +187,10 @@ def preview(path: Path, asked: Asked, place: Workplace) -> Preview:
         other_bytes(model),
         place.tools.identity,
     )
-    dummy = Measurement(
-        model.path.name,
-        measurement.shapes_of(model),
-        {},
-        _no_errors(types),
-        {},
-    )
-    choices = policy.choices_of(task, dummy)
+    choices = policy.choices_of(task, _blank(model, types, head=asked.head_score))
     room, targets = _targets(model, asked, place)
+    if room:  # more memory than the model as it is takes
+        targets = tuple(min(target, choices.largest) for target in targets)
     for target in targets:
         policy.check_target(target, choices, model)
     texts = measure.split(place.texts(asked.texts, model))
@@ -254,13 +254,21 @@ def fit(before: Preview, asked: Asked, place: Workplace) -> Done:
                 warnings.append("no plot: it needs matplotlib; pip install 'apex-build[report]'")
     else:
         assert asked.out is not None
-        made = _made(rows[0], before, asked, place)
+        types, said = _refined(rows[0], before, found, asked, place)
+        made = _made(rows[0], before, asked, place, types, said)
         rows, tiers = _with_check(rows, tiers, before, asked, place)
     return Done(tuple(rows), tuple(tiers), before.at, made, plots, tuple(dict.fromkeys(warnings)))
 
 
-def _no_errors(types: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, errors.TypeLoss]]:
-    return {name: dict.fromkeys(some, errors.TypeLoss(0.0, 0.0)) for name, some in types.items()}
+def _blank(model: Model, types: Mapping[str, tuple[str, ...]], *, head: bool) -> Measurement:
+    """One that says nothing of what types cost, for what there will be to choose from."""
+    nothing = measurement.Sensitivity(0.0, None, None, 1.0, "")
+    known = {name: dict.fromkeys(some, errors.TypeLoss(0.0, 0.0)) for name, some in types.items()}
+    heads = tuple(tensor.name for tensor in model.tensors if tensor.draft_head and tensor.name in types)
+    parts = (measurement.HeadPart(heads, 0.0, None, None),) if head and heads else ()
+    return Measurement(
+        model.path.name, measurement.shapes_of(model), {}, known, dict.fromkeys(types, nothing), head=parts
+    )
 
 
 def _targets(model: Model, asked: Asked, place: Workplace) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -351,7 +359,7 @@ def _scored(rows: Sequence[Row], before: Preview, asked: Asked, place: Workplace
     """Measured on the text that no probe saw, in the model's memory: no file is written."""
     if not rows:
         return []
-    task = measure.task_for(before.model, place, before.plan.texts.unseen, asked.check_chunks, asked.threads)
+    task = measure.task_for(before.model, place, before.plan.texts.unseen, asked.check_chunks, asked.threads, "check")
     heads = {tensor.name for tensor in before.model.tensors if tensor.draft_head}
     probes = [Probe("the model as it is"), *(Probe(row.name, _trunk(row.types, heads)) for row in rows)]
     base, *scores = run_probes(task, probes, before.data.path, chunks=asked.check_chunks)
@@ -366,11 +374,47 @@ def _trunk(types: Mapping[str, str], heads: set[str]) -> dict[str, str]:
     return {name: kind for name, kind in types.items() if name not in heads}
 
 
-def _made(row: Row, before: Preview, asked: Asked, place: Workplace) -> Made:
+def _refined(
+    row: Row, before: Preview, found: Measurement, asked: Asked, place: Workplace
+) -> tuple[Path | None, tuple[str, ...]]:
+    """A list of types that goes before the policy's, where exchanges pay; and what became of them, in words."""
+    if not asked.refine:
+        return None, ()
+    items = policy.choices_of(before.task, found).trunk
+    types = {item.name: row.types.get(item.name, "") for item in items}
+    assert row.target is not None
+    slack = max(0, row.target - row.n_bytes)
+    some = refine.exchanges(items, types, slack, asked.refine)
+    plain = {name: kind for name, kind in types.items() if kind}
+    task = measure.task_for(before.model, place, before.plan.texts.probed, before.plan.most, asked.threads, "refining")
+    tried = refine.probes(plain, some)
+    scores = run_probes(task, tried, before.data.path, chunks=before.plan.chunks)
+    kept = refine.that_pay(some, scores, slack)
+    if not kept:
+        return None, (f"refined: none of {len(some)} exchanges surely pays",)
+    changed = {name: kind for one in kept for name, kind in one.types.items()}
+    (together,) = run_probes(
+        task, [Probe("all that pay", {**plain, **changed})], before.data.path, chunks=before.plan.chunks
+    )
+    gain = sensitivity.difference(together, scores[0])
+    if gain.value >= 0:
+        return None, (f"refined: {len(kept)} of {len(some)} exchanges pay alone, and not together",)
+    text = "".join(f"^{re.escape(name)}$={kind}\n" for name, kind in sorted(changed.items()))
+    path = cache_folder("fit", "refined", sha256_json([row.target, text])[:32]) / "types.txt"
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path, (f"refined: {len(kept)} of {len(some)} exchanges pay, {-gain.value:.5f} nats on the probes' text",)
+
+
+def _made(
+    row: Row, before: Preview, asked: Asked, place: Workplace, types: Path | None = None, said: tuple[str, ...] = ()
+) -> Made:
     assert asked.out is not None
     settings = {name: value for name, value in asked.settings.items() if value != ""}
     parameters = {**settings, "measurement": str(before.at), "target_size": str(row.target)}
-    options = QuantizeOptions((NAME,), parameters, asked.imatrix, threads=asked.threads, force=asked.force)
+    options = QuantizeOptions(
+        (NAME,), parameters, asked.imatrix, tensor_types=types, threads=asked.threads, force=asked.force
+    )
     (planned,) = plan_files(before.model, asked.out, options, place=place)
     if row.target is not None and planned.job.n_bytes > row.target:
         raise BudgetUnfit(
@@ -378,7 +422,7 @@ def _made(row: Row, before: Preview, asked: Asked, place: Workplace) -> Made:
             hint=f"--target-size {row.target - (planned.job.n_bytes - row.target)}",
         )
     done = write_file(planned, options, place=place)
-    return Made(done.path, done.done.n_bytes, done.done.reused)
+    return Made(done.path, done.done.n_bytes, done.done.reused, said)
 
 
 def _with_check(

@@ -1,0 +1,126 @@
+"""apex fit on the testbed, end to end: interrupted in each part, resumed, and its check."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from apex_runs import run_apex
+
+from apex_build.gguf_model.model import read_model
+from apex_build.native.toolset import Toolset
+from apex_build.plugins import load_plugins
+
+pytestmark = [pytest.mark.usefixtures("tools"), pytest.mark.slow]
+
+
+@pytest.fixture
+def arguments(testbed: Path, calibrated: Path, heldout: Path) -> list[str]:
+    few = ["--types", "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0", "--chunks", "2", "--check-chunks", "8", "--sample", "8192"]
+    return [
+        "fit",
+        str(testbed),
+        "--imatrix",
+        str(calibrated),
+        "--text",
+        str(heldout / "chat.txt"),
+        *few,
+        "--threads",
+        "1",
+    ]
+
+
+def killed(arguments: list[str], said: str, how: signal.Signals) -> str:
+    """Run the verb until it says something, and end it there."""
+    command = [sys.executable, "-u", "-m", "apex_build", *arguments]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert run.stderr is not None
+    lines = []
+    try:
+        for line in run.stderr:
+            lines.append(line)
+            if said in line:
+                break
+        time.sleep(4)
+        run.send_signal(how)
+        rest = run.stderr.read()
+    finally:
+        run.kill()
+        run.wait()
+    assert any(said in line for line in lines), "".join(lines)
+    return "".join(lines) + rest
+
+
+def test_it_is_resumed_in_each_part_and_says_what_it_gave(
+    arguments: list[str], tools: Toolset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"  # in which nothing is measured
+    monkeypatch.setenv("APEX_TOOLS", str(tools.bin))
+    monkeypatch.setenv("APEX_CACHE_DIR", str(cache))
+    out = tmp_path / "fit.gguf"
+    wanted = [*arguments, "--target-size", "8MiB", "-o", str(out)]
+    killed(wanted, "measuring errors", signal.SIGINT)
+    (errors,) = cache.glob("fit/*/errors.jsonl")
+    kept = errors.stat().st_size
+    killed(wanted, "probes: testbed-f16.gguf on chat: ", signal.SIGKILL)
+    assert errors.stat().st_size > kept > 0
+    assert not out.exists()
+    planned = json.loads(run_apex(*wanted, "--dry-run", "--json").stdout)
+    assert planned["errors"] == "" and planned["targets"] == [8 << 20] and planned["smallest"] < 8 << 20
+    found = json.loads(run_apex(*wanted, "--json").stdout)
+    (row,), (tier,) = found["rows"], found["tiers"]
+    assert 0.998 * (8 << 20) <= row["n_bytes"] == out.stat().st_size <= 8 << 20
+    assert 0.4 < row["predicted"] / row["measured"] < 2.5 and row["low"] < row["measured"] < row["high"]
+    assert tier["measured"] > row["measured"]
+    assert read_model(out, load_plugins().role_of).metadata["apex.policy"] == "fit"
+    again = json.loads(run_apex(*wanted, "--json").stdout)
+    assert again["file"]["reused"] and again["rows"] == found["rows"]
+    measurement = found["measurement"]
+    shown = run_apex(
+        "plan", arguments[1], "--policy", "fit", "--set", f"measurement={measurement}", "--set", "target_bpw=3"
+    )
+    assert "predicted: kld.mean" in shown.stdout
+
+
+def test_what_is_refused_before_anything_is_measured(
+    arguments: list[str], testbed: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    out = ["-o", tmp_path / "x.gguf"]
+    assert "the smallest has" in run_apex(*arguments, "--target-size", "1MiB", *out, code=68).stderr
+    assert "the largest has" in run_apex(*arguments, "--target-bpw", "40", *out, code=68).stderr
+    short = tmp_path / "short.txt"
+    short.write_text("a few words\n" * 20, "utf-8")
+    given = ["fit", testbed, "--imatrix", calibrated, "--target-bpw", "4", *out]
+    assert "too short a text for the probes" in run_apex(*given, "--text", short, code=50).stderr
+    assert "do not hold" in run_apex(*arguments, "--gpu", "rtx5060", "--context", "90000000", *out, code=68).stderr
+    assert "there is no GPU" in run_apex(*arguments, "--gpu", "rtx0", *out, code=25).stderr
+    run_apex(*arguments, *out, code=2)
+    run_apex(*arguments, "--target-size", "8MiB", "--target-bpw", "3", *out, code=2)
+    (tmp_path / "bad.json").write_text('{"schema": 1, "kind": "fit-meas', "utf-8")
+    bad = ["--measurement", tmp_path / "bad.json"]
+    assert "cut short" in run_apex(*arguments, "--target-bpw", "4", *bad, *out, code=67).stderr
+    assert list(tmp_path.glob("*.gguf*")) == []
+
+
+def test_what_fits_a_gpu_is_said(arguments: list[str]) -> None:
+    ran = run_apex(*arguments, "--gpu", "rtx3080", "--context", "4096", "--dry-run")
+    assert "KV cache" in ran.stderr and "compute buffers" in ran.stderr and "left for the file" in ran.stderr
+    found = json.loads(run_apex(*arguments, "--gpu", "rtx3080", "--dry-run", "--json").stdout)
+    assert found["targets"] == [found["largest"]]  # all of so small a model fits
+
+
+def test_models_of_other_kinds(calibrated: Path, headless_imatrix: Path, testbed: Path, heldout: Path) -> None:
+    """An imatrix without the head leaves the head one type; a dense model has no experts; both are planned."""
+    text = ("--text", heldout / "chat.txt", "--dry-run", "--json")
+    given = ("--imatrix", headless_imatrix, "--target-bpw", "5")
+    headless = json.loads(run_apex("fit", testbed, *given, *text).stdout)
+    whole = json.loads(run_apex("fit", testbed, "--imatrix", calibrated, "--target-bpw", "5", *text).stdout)
+    assert headless["smallest"] > whole["smallest"]
+    dense = testbed.with_name("testbed-dense-f16.gguf")
+    found = run_apex("fit", dense, "--imatrix", calibrated, "--target-bpw", "5", *text, code=43)
+    assert "belongs to another model" in found.stderr
