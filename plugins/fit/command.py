@@ -68,6 +68,9 @@ _PATH = click.Path(path_type=Path, readable=False)
 @click.option("--refine", type=click.IntRange(min=0), default=0, show_default=True,
               help="Measure so many exchanges of two tensors' types, and keep those that pay.")  # fmt: skip
 @click.option(
+    "--tiers/--no-tiers", "beside", default=True, show_default=True, help="Score the tiers beside the result."
+)
+@click.option(
     "--set",
     "tiers",
     metavar="NAME=VALUE",
@@ -101,6 +104,7 @@ def command(
     check_chunks: int,
     sample: int,
     refine: int,
+    beside: bool,
     tiers: tuple[str, ...],
     threads: int | None,
     tools_path: Path | None,
@@ -145,6 +149,7 @@ def command(
             "min": ",".join(least),
             "draft_loss": draft_loss,
         },
+        beside=beside,
         tiers=parse_settings(tiers),
         chunks=chunks,
         probe_budget=probe_budget,

@@ -47,7 +47,7 @@ def measure(
     for group in groups:
         own = [score for score in scores if score.probe.types.keys() == set(group.tensors)]
         if own:
-            nats[group.name] = max(0.0, _lost(own[0], base, _KLD).value) / _mean(group, own[0].probe, errors)
+            nats[group.name] = _cautious(_lost(own[0], base, _KLD)) / _mean(group, own[0].probe, errors)
     whole = [score for score in scores if score.probe.name.startswith("draft head ")]
     measured = [group for group in groups if group.name in nats]
     expected = sum(nats[group.name] * _mean(group, score.probe, errors) for score in whole for group in measured)
@@ -71,6 +71,11 @@ def _lost(score: ProbeScore, base: ProbeScore, column: int) -> Estimate:
     """Agreement that is lost, or divergence that is added, at a position; paired."""
     sign = 1 if column == _KLD else -1
     return clustered_ratio(sign * (score.head[:, 0, column] - base.head[:, 0, column]), base.head[:, 0, _N], base.text)
+
+
+def _cautious(lost: Estimate) -> float:
+    """Where noise hides it, a part is not taken to cost nothing: half of what the interval allows around 0."""
+    return max(lost.value, 0.0 if lost.high is None else (lost.high - lost.value) / 2, 0.0)
 
 
 def _mean(group: sensitivity.Group, probe: Probe, errors: Errors) -> float:

@@ -69,6 +69,7 @@ class Asked:
     context: int = 8192
     curve: tuple[int, ...] = ()
     settings: Mapping[str, Value] = field(default_factory=dict, hash=False)
+    beside: bool = True  # score the other policies too
     tiers: Mapping[str, str] = field(default_factory=dict, hash=False)  # parameters of the policies beside it
     chunks: int = measure.CHUNKS
     probe_budget: int = 0
@@ -239,7 +240,7 @@ def fit(before: Preview, asked: Asked, place: Workplace) -> Done:
         for target, one in zip(before.targets, planned, strict=True)
     ]
     warnings = [*before.warnings, *(text for one in planned for text in one.plan.warnings)]
-    tiers = _tiers(before, found, asked, place)
+    tiers = _tiers(before, found, asked, place) if asked.beside else []
     if not asked.curve:
         nearest = min(tiers, key=lambda row: abs(row.n_bytes - rows[0].n_bytes), default=None)
         tiers = [nearest] if nearest else []
