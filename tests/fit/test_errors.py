@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shapes import write_header_only
 
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.model import read_model
@@ -98,3 +99,15 @@ def test_candidates_fit_the_shape_and_the_data(model: Model, tools: Toolset, hea
     assert set(errors.candidates(short, ggml, data)) == {"IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
     assert errors.candidates(replace(short, shape=(40, 256, 8)), ggml, data) == ()
     assert errors.candidates(tensors["output.weight"], ggml, None, ("Q4_K", "IQ2_XXS")) == ("Q4_K",)
+
+
+def test_memory_is_bounded_whatever_the_shapes(tmp_path: Path) -> None:
+    """Of the 35B-A3B: what one thread holds at a time is a sample of one matrix, as numbers and weighed, some times."""
+    path = write_header_only(tmp_path / "35b-a3b.gguf")
+    large = read_model(path, load_plugins().role_of)
+    pieces = []
+    for tensor in (one for one in large.tensors if len(one.shape) > 1):
+        of_matrix, rows = errors._rows(tensor, errors.SAMPLE)
+        assert rows * tensor.shape[0] <= max(errors.SAMPLE + tensor.shape[0], tensor.n_elements // tensor.shape[1])
+        pieces.append(of_matrix * tensor.shape[0] * 32)
+    assert 64 * max(pieces) < 2 << 30  # on 64 threads
