@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from apex_build import errors
 from apex_build.cli import apex
-from apex_build.cli.verbs import VERBS
+from apex_build.cli.verbs import all_verbs
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "apex_build").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")])
@@ -144,7 +144,7 @@ def hints() -> dict[str, set[str]]:
 @functools.cache
 def verbs() -> dict[str, click.Command]:
     context, found = click.Context(apex), {}
-    for name in VERBS:
+    for name in all_verbs():  # those of the built-in plugins too
         command = apex.get_command(context, name)
         assert command is not None
         found[name] = command
@@ -171,7 +171,7 @@ def followed(hint: str) -> int:
     count = 0
     ours = FOREIGN.sub("", hint)
     for verb, below, rest in COMMAND.findall(ours):
-        if verb not in VERBS:
+        if verb not in all_verbs():
             assert verb in ("runs", "is", "that", "evaluates"), f"no verb '{verb}': {hint}"
             continue
         name = f"{verb} {below}" if f"{verb} {below}" in verbs() else verb
