@@ -15,6 +15,7 @@ Count = Callable[[Sequence[bytes]], list[int]]  # tokens of each text
 # and the held-out share are gone.
 BYTES_A_TOKEN = 8
 _PERMUTATIONS = 128  # of MinHash: a similarity within a few percent
+_SHORT = 64  # bytes: a heading is no document, and may come again
 _WORDS = 5  # in a row, that two texts have in common
 
 
@@ -69,6 +70,9 @@ def _distinct(chosen: CalibrationSet, parts: Sequence[Sequence[bytes]]) -> list[
         kept: list[bytes] = []
         exact = alike = 0
         for text in texts:
+            if len(text) < _SHORT:
+                kept.append(text)
+                continue
             digest = hashlib.sha256(text.strip()).digest()
             if digest in seen:
                 exact += 1

@@ -40,7 +40,12 @@ def command() -> None:
 @command.command("list")
 @json_option
 def list_(json_: bool) -> None:
-    """List the built-in sets."""
+    """List the built-in sets.
+
+    \b
+    Examples:
+      apex calibration-sets list
+    """
     sets = [load_set(name) for name in known_sets()]
     if json_:
         show.as_json(
@@ -55,7 +60,13 @@ def list_(json_: bool) -> None:
 @click.argument("name", metavar="SET", shell_complete=values.calibration_sets)
 @json_option
 def show_(name: str, json_: bool) -> None:
-    """Show the parts of SET, a name or a TOML file: weights, origins, licences. Reads none of its sources."""
+    """Show the parts of SET, a name or a TOML file: weights, origins, licences. Reads none of its sources.
+
+    \b
+    Examples:
+      apex calibration-sets show default
+      apex calibration-sets show my-set.toml --json
+    """
     chosen = load_set(name)
     if json_:
         parts = [{**asdict(part), "options": dict(part.options)} for part in chosen.parts]
