@@ -160,6 +160,7 @@ def measure(plan: Plan, place: Workplace) -> Measurement:
             None if one.s.high is None else one.s.high / len(one.group.tensors),
             one.p,
             one.group.name,
+            one.measured,
         )
         for one in sensitivity.sensitivities(groups, scores, known)
         for name in one.group.tensors

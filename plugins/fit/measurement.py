@@ -23,7 +23,8 @@ _AGAIN = "apex fit MODEL measures again; what it has measured of this model it k
 @dataclass(frozen=True)
 class Sensitivity:
     """Of a tensor: a type of relative error e costs `value` times e to the power of `exponent`. `low` and `high` bound
-    the 95 % interval of `value`; `group`: what was measured together.
+    the 95 % interval of `value`; `group`: what was measured together. `measured`: what types cost that were
+    probed each, instead.
     """
 
     value: float
@@ -31,6 +32,7 @@ class Sensitivity:
     high: float | None
     exponent: float
     group: str
+    measured: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Measurement:
         sensitivity = self.sensitivities.get(tensor)
         if of is None or sensitivity is None:
             return 0.0
+        if type_name in sensitivity.measured:
+            return sensitivity.measured[type_name]
         return float(sensitivity.value * max(0.0, of.error) ** sensitivity.exponent)
 
     def divergence(self, total: float) -> float:
@@ -185,7 +189,12 @@ def _parsed(value: Mapping[str, Any], path: Path) -> Measurement:
     }
     sensitivities = {
         name: Sensitivity(
-            _number(one["value"]), one.get("low"), one.get("high"), _number(one["exponent"]), str(one.get("group", ""))
+            _number(one["value"]),
+            one.get("low"),
+            one.get("high"),
+            _number(one["exponent"]),
+            str(one.get("group", "")),
+            {kind: _number(cost) for kind, cost in one.get("measured", {}).items()},
         )
         for name, tensor in value["tensors"].items()
         if (one := tensor.get("sensitivity")) is not None
