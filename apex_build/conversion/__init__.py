@@ -1,3 +1,1 @@
-"""From a Hugging Face folder to a GGUF model with its draft head, by the pinned source's converter: between build and
-calibrate.
-"""
+"""From a Hugging Face folder to a GGUF model with its draft head, with the pinned source's converter."""

@@ -1,4 +1,5 @@
-"""Every tensor of a checkpoint is accounted for: it is in the model, or there is a reason that it is not, or we refuse.
+"""Account for every tensor of a checkpoint: it is in the model, or there is a reason why not, or the conversion is
+refused.
 
 What is in the model is known from the converter itself, not from names: driver.py follows each value to the tensor that
 is written.
@@ -19,11 +20,11 @@ from apex_build.conversion.heads import head_tensors, unknown_head
 from apex_build.conversion.safetensors import tensor_bytes
 from apex_build.errors import CheckpointInvalid, ConversionFailed, ParameterUnknown
 
-# Tables that every reader computes from the config.
+# Tables that readers compute from the config.
 _DERIVED = re.compile(
     r"(^|\.)(inv_freq|rotary_emb\.(cos|sin)_cached|position_ids|attention\.masked_bias|attn\.masked_bias)$"
 )
-_MASK = re.compile(r"(^|\.)(attention|attn)\.bias$")  # GPT-2's and GPT-NeoX's causal mask: of 4 dimensions, no bias
+_MASK = re.compile(r"(^|\.)(attention|attn)\.bias$")  # GPT-2's and GPT-NeoX's causal mask: 4 dimensions, not a bias
 # The embedding and what may share its values: the output matrix, and a draft head's own copies of both.
 _TIED = re.compile(r"(^|\.)(lm_head|embed_tokens|embed_out|output|head|wte|word_embeddings|emb)\.weight$")
 _SEES = re.compile(
@@ -59,7 +60,7 @@ def dropped(checkpoint: Checkpoint, patterns: Iterable[str]) -> frozenset[str]:
         if not names:
             raise ParameterUnknown(
                 f"--drop {pattern}: no tensor of {checkpoint.path} has such a name",
-                hint="quote the pattern, and write it as a file name's: 'mtp.*'",
+                hint="quote the pattern, and write it like a file pattern: 'mtp.*'",
             )
         found |= names
     return frozenset(found)
@@ -68,10 +69,10 @@ def dropped(checkpoint: Checkpoint, patterns: Iterable[str]) -> frozenset[str]:
 def left_out(
     checkpoint: Checkpoint, account: Account, drop: Collection[str], *, head: bool, other_file: bool, source: str
 ) -> dict[str, list[str]]:
-    """Why each tensor that is not in the model is not: reason -> names.
+    """Why tensors are not in the model: reason -> names.
 
-    `head`: a draft head is wanted; `other_file`: the converter makes an mmproj file of such a checkpoint. Raises
-    CheckpointInvalid naming the tensors for which there is no reason.
+    `head`: a draft head is wanted; `other_file`: the converter makes an mmproj file from such a checkpoint. Raises
+    CheckpointInvalid naming the tensors without a reason.
     """
     reasons: dict[str, list[str]] = {}
     lost: list[str] = []
@@ -101,7 +102,7 @@ def _reason(checkpoint: Checkpoint, name: str, account: Account, other_file: boo
     if checkpoint.quantization and _ACTIVATIONS.search(name):
         return "scales of activations, which llama.cpp does not use"
     if other_file and _SEES.search(name):
-        return "for an mmproj file: what sees or hears"
+        return "for an mmproj file (vision, audio)"
     if _TIED.search(name) and (twin := _twin(checkpoint, name, account)):
         return f"the same values as {twin}"
     return None
@@ -127,14 +128,14 @@ def _refusal(checkpoint: Checkpoint, lost: list[str], of_head: frozenset[str], s
     return CheckpointInvalid(
         f"the converter of {source} would leave out {len(lost)} of the {len(checkpoint.tensors)} tensors of "
         f"{checkpoint.path} "
-        f"without a word: {', '.join(lost[:_SHOWN])}{more}",
+        f"silently: {', '.join(lost[:_SHOWN])}{more}",
         hint=f"if the model is right without them: apex convert {patterns}",
     )
 
 
 def patterns_of(lost: Collection[str], names: Collection[str]) -> list[str]:
-    """Patterns for --drop that find all of the lost names and no other: whole branches of the tree of names where that
-    can be.
+    """Patterns for --drop that match all lost names and no others: whole branches of the tree of names where
+    possible.
     """
     kept = set(names) - set(lost)
     patterns: dict[str, None] = {}

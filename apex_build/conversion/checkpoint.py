@@ -1,4 +1,4 @@
-"""A Hugging Face folder before it is converted: what it holds."""
+"""A Hugging Face folder to convert: its contents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apex_build.errors import CheckpointInvalid
 from apex_build.storage.digests import sha256_file
 
 MAX_CONFIG = 16 << 20
-_READ = (".jinja", ".json", ".md", ".txt")  # what the converter reads beside tensors and tokenizers
+_READ = (".jinja", ".json", ".md", ".txt")  # what the converter reads besides tensors and tokenizers
 _SAMPLE = 4096
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "*.tiktoken", "tokenizer.tiktoken")
 
@@ -23,7 +23,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json",
 @dataclass(frozen=True)
 class Checkpoint:
     """`head_layers`: blocks of the draft head that the config promises, by `head_key`; `trunk_layers` are the others.
-    Names as in the files. `quantization`: the method, where the values are quantized already (fp8, gptq, awq, ...).
+    Names as in the files. `quantization`: the method, if the values are already quantized (fp8, gptq, awq, ...).
     """
 
     path: Path
@@ -67,7 +67,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """sha256 over the small files whole, and of each tensor over its entry and the first and last 4 KiB of its data.
 
-    As for a model (gguf_model/fingerprint.py): it guards against mixing things up, not against malice.
+    As for a model (gguf_model/fingerprint.py): it guards against mix-ups, not against malice.
     """
     digest = hashlib.sha256()
     for path in sorted(checkpoint.path.iterdir()):
@@ -84,7 +84,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
-    """How the values are quantized: as the config says, or as the names of the tensors do."""
+    """How the values are quantized, according to the config or the tensors' names."""
     for part in parts(config):
         about = part.get("quantization_config")
         if isinstance(about, dict) and isinstance(method := about.get("quant_method"), str):
@@ -100,7 +100,7 @@ def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The config, and the part of it that describes the text model where there is one."""
+    """The config, and its part that describes the text model, if any."""
     return [
         config,
         *(

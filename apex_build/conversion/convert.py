@@ -1,4 +1,4 @@
-"""Converting a checkpoint with the pinned source's converter: checked before, whole or not at all, its draft head
+"""Convert a checkpoint with the pinned source's converter: checks before, whole or not at all, the draft head
 checked after.
 """
 
@@ -41,7 +41,7 @@ from apex_build.storage.scratch import scratch_folder
 OUTTYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 _BYTES = {"f32": 4.0, "q8_0": 34 / 32}  # a value; the others take 2
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_MARK = "apex: every tensor is accounted for"  # said by driver.py before the first byte is written
+_MARK = "apex: every tensor is accounted for"  # printed by driver.py before the first byte is written
 _WRITING = re.compile(r"Writing:\s+(\d+)%")
 _METHODS = {
     "awq": "AWQ",
@@ -68,16 +68,14 @@ _EXPLAINED = (
     (
         "No module named",
         "the converter's Python lacks a package",
-        "apex convert --python PATH, of a Python that has it",
+        "apex convert --python PATH, with a Python that has it",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion that has been checked and can start. `n_bytes` is about what it will write, `drop` names that are
-    left out.
-    """
+    """A checked conversion that can start. `n_bytes`: about how much it will write; `drop`: names that are left out."""
 
     checkpoint: Checkpoint
     source: Path
@@ -152,7 +150,7 @@ def prepare(
     threads: int | None = None,
     force: bool = False,
 ) -> Job:
-    """Say no before anything is done. `source` is a pinned tree, `python` the converter's interpreter (see
+    """Refuse what cannot succeed, before any work. `source` is a pinned tree, `python` the converter's interpreter (see
     environment.choose), `drop` patterns of tensors that may be left out, `metadata` keys to set.
 
     Raises CheckpointInvalid (what is missing, an architecture that the converter lacks, a promised head without
@@ -207,8 +205,7 @@ def prepare(
 
 
 def account_for(job: Job, report: Report = silent) -> dict[str, list[str]] | None:
-    """What a conversion would leave out, by reason, as `run` finds it; None while the converter's Python is still to be
-    made.
+    """What a conversion would leave out, by reason, as in `run`; None until the converter's Python has been made.
 
     Raises CheckpointInvalid for tensors that would be lost, ConversionFailed.
     """
@@ -220,9 +217,9 @@ def account_for(job: Job, report: Report = silent) -> dict[str, list[str]] | Non
 
 
 def run(job: Job, report: Report = silent) -> Converted:
-    """Convert to `job.out`, with a manifest (`out` + .json) and the converter's words (`out` + .log) beside it.
+    """Convert to `job.out`, with a manifest (`out` + .json) and the converter's output (`out` + .log) beside it.
 
-    Raises ConversionFailed, ToolKilled, EnvironmentUnusable; then nothing but the log is left.
+    Raises ConversionFailed, ToolKilled, EnvironmentUnusable; then only the log is left.
     """
     log = beside(job.out, LOG)
     python = ensure(job.python, log, report)
@@ -276,15 +273,15 @@ def _converted(out: Path, manifest: Manifest, *, reused: bool) -> Converted:
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
-    """The checkpoint: all in its folder but what was converted there."""
+    """The checkpoint's files: all in its folder except converted ones."""
     return (path for path in folder.rglob("*") if not path.name.endswith((".gguf", f".gguf{MANIFEST}", f".gguf{LOG}")))
 
 
 def _convert(
     job: Job, python: Path, part: Path, scratch: Path, log: Path | None, report: Report, *, stop: bool = False
 ) -> Account:
-    """Run the converter, to its end or (`stop`) until all is known but nothing written. A tensor that would be lost
-    ends it.
+    """Run the converter to its end or, with `stop`, until everything is known but nothing is written. A lost tensor
+    stops it.
     """
     account: list[Account] = []
 
@@ -311,11 +308,11 @@ def _convert(
     environment = {
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(scratch),
-        "PYTHONDONTWRITEBYTECODE": "1",  # the source tree stays as it is
+        "PYTHONDONTWRITEBYTECODE": "1",  # the source tree is not changed
         "PYTHONUNBUFFERED": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
-    if job.threads is not None:  # torch's and NumPy's own, whichever library they were built with
+    if job.threads is not None:  # of torch and NumPy, whichever library they were built with
         environment |= dict.fromkeys(_THREADS, str(job.threads))
     command: list[str | Path] = [
         python,
@@ -352,13 +349,13 @@ def _check_quantization(checkpoint: Checkpoint, source: Path) -> tuple[str, ...]
     original = "take the original checkpoint in 16 bits"
     if method not in quantizations(source):
         raise CheckpointInvalid(
-            f"{checkpoint.path} is quantized already, by {_METHODS.get(method, method)}, which the converter of "
+            f"{checkpoint.path} is already quantized, by {_METHODS.get(method, method)}, which the converter of "
             f"{source.name} "
             "cannot undo",
             hint=original,
         )
     return (
-        f"{checkpoint.path} is quantized already, by {_METHODS.get(method, method)}: what that lost stays lost; "
+        f"{checkpoint.path} is already quantized, by {_METHODS.get(method, method)}: its loss is permanent; "
         f"{original} "
         "where there is one",
     )
@@ -370,9 +367,7 @@ def _explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
 
 
 def _verify(job: Job, part: Path, account: Account) -> Header:
-    """The written file is a whole model of the tensors that were accounted for, and has the draft head that was
-    promised.
-    """
+    """Check that the written file is a complete model with the tensors accounted for, and the promised draft head."""
     try:
         header = read_header(part)
     except ModelInvalid as error:
@@ -404,8 +399,8 @@ def _verify(job: Job, part: Path, account: Account) -> Header:
             else f"{architecture}.nextn_predict_layers is {found}, expected {promised}"
         )
         raise ConversionFailed(
-            f"the converter left the draft head of {job.checkpoint.architecture} out: {what}",
-            hint=f"{newer_converter(job.source.name)} may keep it; apex convert --no-head does without",
+            f"the converter left out the draft head of {job.checkpoint.architecture}: {what}",
+            hint=f"{newer_converter(job.source.name)} may keep it; apex convert --no-head converts without it",
         )
     return header
 

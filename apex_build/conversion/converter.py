@@ -1,4 +1,4 @@
-"""What the pinned source's converter can do, read from its code without running it: architectures, pre-tokenizers,
+"""What the pinned source's converter supports, read from its code without running it: architectures, pre-tokenizers,
 draft heads.
 """
 
@@ -17,7 +17,7 @@ from apex_build.errors import ConversionFailed
 # kin.
 HEAD_KEYS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _TEXT, _OTHER = "TEXT_MODEL_MAP", "MMPROJ_MODEL_MAP"
-_QWEN_SWITCH, _SWITCH = "_Qwen35MtpMixin", "supports_mtp_export"  # what makes --no-mtp known, by the tree's age
+_QWEN_SWITCH, _SWITCH = "_Qwen35MtpMixin", "supports_mtp_export"  # code that adds --no-mtp, in older and newer trees
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def architectures(source: Path) -> tuple[str, ...]:
 
 
 def has_other_file(source: Path, architecture: str) -> bool:
-    """Whether the converter makes a second file of such a checkpoint, with what sees or hears (mmproj)."""
+    """Whether the converter makes a second file from such a checkpoint, for vision or audio (mmproj)."""
     return architecture in _modules(source, _OTHER)
 
 
@@ -54,7 +54,7 @@ def quantizations(source: Path) -> tuple[str, ...]:
 
 
 def family(source: Path, architecture: str) -> Family:
-    """The class that is registered for the architecture, with those that it inherits from."""
+    """The class registered for the architecture, with its ancestors."""
     module = _modules(source, _TEXT)[architecture]
     classes = list(_lineage(source, module, architecture))
     names = {node.name for node in classes}
@@ -92,7 +92,7 @@ def _modules(source: Path, name: str) -> dict[str, str]:
 
 
 def _lineage(source: Path, module: str, architecture: str) -> Iterator[ast.ClassDef]:
-    """The registered class and its ancestors, as far as they are the converter's own."""
+    """The registered class and its ancestors within the converter."""
     rest = [(module, _registered(_tree(source, module), architecture))]
     seen: set[str] = set()
     while rest:

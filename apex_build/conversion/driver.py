@@ -3,9 +3,9 @@ apex_build.
 
     driver.py SOURCE HF_DIR ORDERS.json [arguments of convert_hf_to_gguf.py ...]
 
-Three things are not as upstream has them. No code of the checkpoint runs: upstream loads tokenizers with
-trust_remote_code=True. A pre-tokenizer that the orders name is taken instead of a hash that knows only known models'
-tokenizers. And an account is kept, written before the first byte of the model: for each tensor that will be written,
+It differs from upstream in three ways. No code of the checkpoint runs: upstream loads tokenizers with
+trust_remote_code=True. A pre-tokenizer named in the orders is used instead of a hash of known models' tokenizers. And
+an account is kept, written before the first byte of the model: for each tensor that will be written,
 which tensors of the checkpoint its values come from, followed through the converter's lazy operations.
 """
 
@@ -21,9 +21,7 @@ from typing import Any
 
 
 def refuse_code(folder: str) -> None:
-    """From here on no Python file of the checkpoint can be opened, nor a copy of one in transformers' cache of such
-    files.
-    """
+    """Block opening Python files of the checkpoint from now on, and their copies in transformers' cache."""
     roots = tuple(os.path.join(os.path.realpath(root), "") for root in (folder, os.environ["HF_MODULES_CACHE"]))  # noqa: PTH118
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -37,7 +35,7 @@ def refuse_code(folder: str) -> None:
 
 
 def distrust(module: Any) -> None:
-    """Let `from_pretrained` of transformers' Auto classes never trust a checkpoint's code, whatever the caller says."""
+    """Make `from_pretrained` of transformers' Auto classes never trust a checkpoint's code, whatever is passed."""
     for name in ("AutoConfig", "AutoTokenizer"):  # what the converter uses
         owner = getattr(module, name)
         trusting = owner.from_pretrained
@@ -50,10 +48,10 @@ def distrust(module: Any) -> None:
 
 
 def keep_account(model_base: Any, gguf: Any, orders: dict[str, Any]) -> None:
-    """Record what becomes of each tensor of the checkpoint; leave out those that the orders drop; set the metadata they
-    give.
+    """Record what becomes of each tensor of the checkpoint; leave out those that the orders drop; set their
+    metadata.
     """
-    read: set[str] = set()  # tensors whose values were looked at before anything is written: by code that is not lazy
+    read: set[str] = set()  # tensors whose values were read before anything is written: by code that is not lazy
     written: dict[str, list[str]] = {}
     drop = set(orders["drop"])
     index_tensors = model_base.index_tensors
@@ -108,7 +106,7 @@ def keep_account(model_base: Any, gguf: Any, orders: dict[str, Any]) -> None:
 
 
 def sources(tensor: Any, lazy: Any) -> set[str]:
-    """Names of the checkpoint's tensors that a lazy tensor is made of."""
+    """Names of the checkpoint's tensors that a lazy tensor is made from."""
     names: set[str] = set()
     seen: set[int] = set()
     rest = [tensor]

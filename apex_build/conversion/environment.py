@@ -1,6 +1,4 @@
-"""The converter's Python: one that the user names, ours if it has what is needed, else an environment made for it in
-the cache.
-"""
+"""The converter's Python: one named by the user, ours if it has all packages, else an environment made in the cache."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ from apex_build.storage.manifest import ENVIRONMENT, Parts
 
 VARIABLE = "APEX_CONVERT_PYTHON"
 _COMPLETE = "apex-complete.json"
-_SIZE, _SIZE_WITH_CUDA = 1_500_000_000, 7_000_000_000  # bytes of an environment, about
+_SIZE, _SIZE_WITH_CUDA = 1_500_000_000, 7_000_000_000  # approximate bytes of an environment
 _INDISPENSABLE = ("torch", "transformers", "numpy")  # the rest is for some kinds of tokenizer only
 _ASK = """
 import importlib.metadata as metadata, json
@@ -48,10 +46,10 @@ print(json.dumps(names))
 
 @dataclass(frozen=True)
 class Python:
-    """An interpreter that can run the converter. `made` is when it is (or will be) our own environment."""
+    """An interpreter that can run the converter. `made`: it is (or will be) our own environment."""
 
     executable: Path
-    origin: str  # for a person: where it comes from
+    origin: str  # for messages: where it comes from
     made: bool = False
 
 
@@ -78,7 +76,7 @@ def choose(python: Path | None) -> Python:
     """`python`, else what APEX_CONVERT_PYTHON names, else ours if it has the whole extra, else one in the cache (made
     or not).
 
-    Raises EnvironmentUnusable if the one that was named lacks what the converter cannot do without.
+    Raises EnvironmentUnusable if the named one lacks what the converter needs.
     """
     named = python or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
     given = (
@@ -118,7 +116,7 @@ def ensure(python: Python, log: Path, report: Report) -> Path:
         return python.executable
     wanted, began = requirements(), time.monotonic()
     artifact = Artifact(folder, ENVIRONMENT, _parts(wanted), folder / _COMPLETE)
-    # at its place: the scripts of an environment name the folder that it was made in
+    # made in place: an environment's scripts contain its folder
     with making_folder(artifact, intact=lambda _: is_ready(python), movable=False, report=report) as draft:
         if not draft.found:
             arguments = _make(folder, wanted, log, report)
@@ -133,7 +131,7 @@ def versions(python: Path) -> Mapping[str, str]:
         said = run_tool([python, "-c", _ASK], timeout=120)
         return dict(json.loads(said.lines[-1]))
     except (ToolFailed, ToolKilled, ToolTimeout) as error:
-        raise EnvironmentUnusable(f"{python} cannot be asked what it has installed: {error.message}") from None
+        raise EnvironmentUnusable(f"{python} cannot list its installed packages: {error.message}") from None
     except (ValueError, IndexError):
         raise EnvironmentUnusable(f"{python} is not a Python interpreter") from None
 
@@ -160,7 +158,7 @@ def _parts(wanted: Sequence[Requirement]) -> Parts:
 
 
 def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report) -> list[str]:
-    """Returns what pip was given."""
+    """Returns the requirements that pip got."""
     task = "preparing the converter's environment (once)"
     report(Step(task, 0))
     arguments = [str(item) if item.name != "torch" else _torch(item, report) for item in wanted]
@@ -178,7 +176,7 @@ def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report
             count += 1
             report(Step(task, count, None, "steps of pip"))
 
-    # pip installs where its own variables say, were they left: not into the environment
+    # with its own variables pip might install elsewhere than into the environment
     aside = dict.fromkeys(("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME"))
     try:
         run_tool([sys.executable, "-m", "venv", folder], log=log, env=aside)
@@ -187,21 +185,21 @@ def _make(folder: Path, wanted: Sequence[Requirement], log: Path, report: Report
         hint = "apt-get install python3-venv, or" if "ensurepip" in error.message else ""
         raise EnvironmentUnusable(
             f"the converter's environment could not be made: {error.message}",
-            hint=f"{hint} name a Python that has torch and transformers: apex convert --python PATH".strip(),
+            hint=f"{hint} name a Python with torch and transformers: apex convert --python PATH".strip(),
         ) from None
     return arguments
 
 
 def _torch(wanted: Requirement, report: Report) -> str:
-    """The newest CPU-only torch (version +cpu) of the places that pip is configured with; else whatever pip takes.
+    """The newest CPU-only torch (version +cpu) where pip is configured to look; else pip's choice.
 
-    Only the converter uses it, for reading tensors: the usual one brings gigabytes of CUDA libraries along.
+    Only the converter uses it, to read tensors: the usual one comes with gigabytes of CUDA libraries.
     """
     config = read_pip_config()
     newest: Version | None = None
     index_urls = () if config.no_index else ((config.index_url,) if config.index_url else ()) + config.extra_index_urls
     if not index_urls and not config.find_links:
-        return str(wanted)  # the default index alone: it takes no versions such as +cpu
+        return str(wanted)  # only the default index, which has no versions such as +cpu
     with open_session(config) as session:
         finder = PackageFinder(session, index_urls=index_urls, find_links=config.find_links)
         for found in finder.find_matches(str(wanted)):

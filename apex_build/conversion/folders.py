@@ -1,6 +1,4 @@
-"""Folders and files that people give for a checkpoint and that are something else: said what they are, and what to do
-with them.
-"""
+"""Folders and files that are mistaken for a checkpoint: errors that say what they are, and what to do with them."""
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ _MAX_JSON = 4 << 20
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """Raises CheckpointInvalid, saying what `path` is, unless it is the folder of a whole checkpoint."""
+    """Raises CheckpointInvalid, saying what `path` is, unless it is the folder of a complete checkpoint."""
     if not path.exists():
-        raise CheckpointInvalid(f"{path} is not a folder: there is nothing of this name", hint=_WANTED)
+        raise CheckpointInvalid(f"{path} does not exist", hint=_WANTED)
     if not path.is_dir():
         _refuse_file(path)
     for is_it, what, hint in _KINDS:
@@ -28,7 +26,7 @@ def refuse_other_kinds(path: Path) -> None:
 def _refuse_file(path: Path) -> None:
     if path.suffix == ".gguf":
         raise CheckpointInvalid(
-            f"{path} is not a folder but a GGUF file: it is converted already", hint=f"apex inspect {path}"
+            f"{path} is not a folder but a GGUF file: it is already converted", hint=f"apex inspect {path}"
         )
     hint = f"apex convert {path.parent}, its folder" if path.suffix == ".safetensors" else _WANTED
     raise CheckpointInvalid(f"{path} is not a folder", hint=hint)
@@ -51,11 +49,12 @@ def _base_of(folder: Path) -> str:
     return base if isinstance(base, str) and base.isprintable() and base else "another model"
 
 
-# The first match is reported. A folder may hold a whole checkpoint beside these (Mistral's do): that one is converted.
+# The first match is reported. A folder may hold a complete checkpoint besides these (Mistral's do): that one is
+# converted.
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], str], str], ...] = (
     (
         lambda folder: _has("adapter_config.json", "adapter_model*")(folder) and not _whole(folder),
-        lambda folder: f"holds an adapter (LoRA) to {_base_of(folder)}, not a whole model",
+        lambda folder: f"holds an adapter (LoRA) to {_base_of(folder)}, not a complete model",
         "merge it into its base model (peft: merge_and_unload, then save_pretrained) and convert that folder; or "
         "convert the base "
         "alone, and the adapter with convert_lora_to_gguf.py of the fetched source",
@@ -70,8 +69,8 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], str], str], ...] = 
     ),
     (
         lambda folder: _has("*.gguf")(folder) and not _whole(folder),
-        lambda folder: f"holds GGUF files, such as {min(folder.glob('*.gguf')).name}: it is converted already",
-        "apex inspect FILE.gguf  says what it is; apex calibrate and apex quantize take an F16 or BF16 one as it is",
+        lambda folder: f"holds GGUF files, such as {min(folder.glob('*.gguf')).name}: it is already converted",
+        "apex inspect FILE.gguf  says what it is; apex calibrate and apex quantize accept F16 and BF16 models",
     ),
     (
         _has("model_index.json"),

@@ -1,6 +1,4 @@
-"""The draft head of a checkpoint: is what its config promises there, and does the converter know it by the names it
-has?
-"""
+"""The draft head of a checkpoint: does it have what its config promises, and does the converter know its names?"""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ _SHOWN = 6
 
 
 def head_tensors(checkpoint: Checkpoint) -> frozenset[str]:
-    """What belongs to a draft head by its name: mtp (Qwen, MiMo, Nemotron, Ernie), or in a block after the trunk's
-    last.
-    """
+    """Tensors of a draft head, by name: mtp (Qwen, MiMo, Nemotron, Ernie), or in a block after the trunk's last."""
     return frozenset(
         name for name in checkpoint.tensors if _NAMED.search(name) or _after_trunk(checkpoint, plain(name))
     )
@@ -38,7 +34,7 @@ def require_head(checkpoint: Checkpoint, family: Family, source: str) -> None:
     if there and not known:
         raise unknown_head(checkpoint, source, there)
     if not family.head_keys and family.writes_heads:
-        return  # it asks the config for nothing; what becomes of the tensors is seen when it has run
+        return  # it does not use the config; the result shows what became of the tensors
     missing = missing_head_tensors(checkpoint)
     if missing and there and not _has_marks(checkpoint):
         raise unknown_head(checkpoint, source, there)
@@ -66,15 +62,16 @@ def unknown_head(checkpoint: Checkpoint, source: str, names: list[str]) -> Check
         f"{checkpoint.path} has a draft head of {len(names)} tensors, which the converter of {source} does not know "
         "under these "
         f"names for {checkpoint.architecture}, and would leave out: {', '.join(names[:_SHOWN])}{more}",
-        hint=f"a newer source may know it: {newer_converter(source)}; or do without the head: apex convert --no-head",
+        hint=f"a newer source may know it: {newer_converter(source)}; or convert without the head: apex convert "
+        "--no-head",
     )
 
 
 def missing_head_tensors(checkpoint: Checkpoint) -> list[str]:
-    """Tensors that the promised head must have and the checkpoint lacks.
+    """Tensors that the promised head needs and the checkpoint lacks.
 
-    The head's block is a full-attention block as the trunk has them: its attention and norms are named as in the last
-    such block of the trunk. Experts may be fused or one by one, so for them any tensor will do.
+    The head's block is a full-attention block like the trunk's: its attention and norms are named as in the last
+    such block of the trunk. Experts may be fused or separate, so any tensor of theirs counts.
     """
     names = {plain(name) for name in checkpoint.tensors}
     if not checkpoint.head_layers:
@@ -107,15 +104,13 @@ def _missing_appended(checkpoint: Checkpoint, names: set[str]) -> Iterator[str]:
 
 
 def plain(name: str) -> str:
-    """The name without what multimodal checkpoints put before it."""
+    """The name without the prefix of multimodal checkpoints."""
     name = name.replace("model.language_model.", "model.").replace("language_model.model.", "model.")
     return name.removeprefix("model.") if name.startswith("model.mtp.") else name
 
 
 def _has_marks(checkpoint: Checkpoint) -> bool:
-    """Whether the head's projection or a norm has a name that is looked for: if not, the head is there under other
-    names.
-    """
+    """Whether the head's projection or a norm has an expected name: if not, the head has other names."""
     names = {plain(name) for name in checkpoint.tensors}
     return (
         not names.isdisjoint(_QWEN_SHARED)

@@ -28,7 +28,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     file: str
-    place: tuple[int, int] = (0, 0)  # of its data in the file: first byte, and the one after the last
+    place: tuple[int, int] = (0, 0)  # of its data in the file: the first byte, and the one after the last
 
     @property
     def n_elements(self) -> int:
@@ -36,7 +36,7 @@ class TensorInfo:
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of `model*.safetensors` in the folder: those that the index names, else every such file.
+    """All tensors of `model*.safetensors` in the folder: of the files in the index, else of every such file.
 
     Raises CheckpointInvalid for files that are missing, cut short or damaged, and where index and files disagree.
     """
@@ -97,7 +97,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise CheckpointInvalid(f"{path} has {size} bytes; more than {limit} is not believable")
+            raise CheckpointInvalid(f"{path} has {size} bytes; more than {limit} is implausible")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointInvalid(f"{path} cannot be read: {error.strerror or error}") from None

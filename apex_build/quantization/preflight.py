@@ -142,7 +142,7 @@ def _data(
             model,
             covered,
             policy,
-            f"it{others} would be quantized blindly, without a word from llama-quantize",
+            f"it{others} would silently be quantized without data",
         )
     if blind:
         yield (

@@ -55,7 +55,7 @@ def sweep_table(rows: Sequence[Row], score: str, title: str, *, by_head: bool, r
     if against:
         notes.append(f"compared with {against}, on the same positions; intervals are of 95 %")
     if uncalibrated:
-        notes.append("*: quantized without calibration data for the head, as llama-quantize does without a word")
+        notes.append("*: quantized without calibration data for the head, as llama-quantize does silently")
     for curve in curves:
         if refused := [row for row in rows if row.refused and row.head_data == curve]:
             which = "; ".join(", ".join(row.values.values()) for row in refused)

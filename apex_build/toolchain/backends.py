@@ -1,4 +1,4 @@
-"""What can be built: a backend is a set of CMake options and targets."""
+"""The backends that can be built: sets of CMake options and targets."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ _COMMON = {
 
 @dataclass(frozen=True)
 class Backend:
-    """`options` are CMake variables, over the ones that all backends share; `targets` what Ninja is asked for."""
+    """`options` are CMake variables, in addition to the shared ones; `targets` are passed to Ninja."""
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict, hash=False)
     targets: tuple[str, ...] = TOOLS
 
     def cmake_options(self, *, native: bool) -> dict[str, str]:
-        """All CMake variables. `native`: for this machine's CPU and perhaps no other; else for any of the last ten
+        """All CMake variables. `native`: for this machine's CPU, and perhaps no other; else for CPUs of the last ten
         years or so.
         """
         return {**_COMMON, "GGML_NATIVE": "ON" if native else "OFF", **self.options}
 
 
-BACKENDS = {backend.name: backend for backend in (Backend("cpu"),)}  # those that need to know nothing more
+BACKENDS = {backend.name: backend for backend in (Backend("cpu"),)}  # those without parameters
 
 # docs/build.md has the reason for each
 _CUDA = {
@@ -64,8 +64,8 @@ _CUDA = {
     "GGML_CUDA_NCCL": "OFF",
     "GGML_CUDA_NO_VMM": "OFF",
 }
-# What a compiler must take to make all of ggml's CPU backends (ggml/src/CMakeLists.txt): x86_64 GCC 11, aarch64 GCC 14.
-# A DGX Spark comes with GCC 13.
+# Flags that a compiler must accept to build all of ggml's CPU backends (ggml/src/CMakeLists.txt): x86_64 GCC 11,
+# aarch64 GCC 14. A DGX Spark comes with GCC 13.
 _NEWEST_CPUS = {
     "x86_64": ("-mavx512bf16", "-mavxvnni", "-mamx-tile", "-mamx-int8"),
     "aarch64": ("-march=armv9.2-a+dotprod+fp16+sve+i8mm+sve2+sme",),
@@ -84,9 +84,9 @@ def cuda_backend(
     """CUDA for these architectures (121a-real), as a library that the tools load at run time, with CPU backends beside
     it.
 
-    There is one for each generation of the CPUs of `machine` (x86_64, aarch64), and the right one is loaded; a single
-    one where the compiler does not accept the flags for all of them. `all_kv_types`: flash attention for every pair of
-    K and V types, not for the pairs of f16, bf16, q8_0 and q4_0 with themselves alone.
+    There is one for each CPU generation of `machine` (x86_64, aarch64), and the right one is loaded; only one if the
+    compiler does not accept all flags. `all_kv_types`: flash attention for every pair of K and V types, not only for
+    equal pairs of f16, bf16, q8_0 and q4_0.
     """
     cpus = {"GGML_CPU_ALL_VARIANTS": "ON"}
     if not all(accepts(flag) for flag in _NEWEST_CPUS.get(machine, ("not known",))):
@@ -99,7 +99,7 @@ def cuda_backend(
 
 
 def with_ptx(architectures: Sequence[str]) -> tuple[str, ...]:
-    """Also PTX, which the driver of a GPU that none of these is for compiles when the backend is loaded.
+    """Add PTX, which the driver of any other GPU compiles when the backend is loaded.
 
     Of the newest architecture below 120, since llama.cpp's CMakeLists.txt turns 12x into 12xa, whose PTX runs on
     nothing newer.

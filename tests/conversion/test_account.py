@@ -120,7 +120,7 @@ def test_a_quantized_checkpoint_that_cannot_be_read(
 def test_a_quantized_checkpoint_that_can_be_read(tmp_path: Path, source: Path, out: Path) -> None:
     folder = make_checkpoint(tmp_path / "hf", config={"quantization_config": {"quant_method": "gptq", "bits": 4}})
     (warning,) = convert.prepare(folder, source, out).warnings
-    assert "by GPTQ: what that lost stays lost" in warning
+    assert "by GPTQ: its loss is permanent" in warning
 
 
 def test_quantized_tensors_without_a_word_in_the_config(tmp_path: Path, source: Path, out: Path) -> None:
@@ -244,7 +244,7 @@ def test_what_sees_is_for_another_file(tmp_path: Path, source: Path, python: Pat
     named = {name.replace("model.", "model.language_model.", 1): shape for name, shape in shapes().items()}
     write_safetensors(folder / "model.safetensors", {**named, "model.visual.blocks.0.attn.qkv.weight": (8, 8)})
     manifest = converted(folder, source, python, out)
-    assert manifest["left_out"] == {"for an mmproj file: what sees or hears": ["model.visual.blocks.0.attn.qkv.weight"]}
+    assert manifest["left_out"] == {"for an mmproj file (vision, audio)": ["model.visual.blocks.0.attn.qkv.weight"]}
     assert manifest["head_layers"] == 1
 
 

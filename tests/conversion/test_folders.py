@@ -15,7 +15,11 @@ from apex_build.errors import CheckpointInvalid
 @pytest.mark.parametrize(
     ("files", "said", "hint"),
     [
-        (["adapter_model.safetensors"], "holds an adapter (LoRA) to Qwen/Base, not a whole model", "merge_and_unload"),
+        (
+            ["adapter_model.safetensors"],
+            "holds an adapter (LoRA) to Qwen/Base, not a complete model",
+            "merge_and_unload",
+        ),
         (["consolidated.safetensors", "params.json", "tekken.json"], "Mistral's own format", "config.json"),
         (["consolidated.00.pth", "params.json"], "Mistral's own format", "config.json"),
         (["model-Q4_K_M.gguf", "README.md"], "holds GGUF files, such as model-Q4_K_M.gguf", "apex inspect"),
@@ -44,7 +48,7 @@ def test_a_damaged_adapter(tmp_path: Path, text: str) -> None:
 
 def test_files(tmp_path: Path) -> None:
     for name, said in (
-        ("x.gguf", "converted already"),
+        ("x.gguf", "already converted"),
         ("x.safetensors", "is not a folder"),
         ("x.txt", "is not a folder"),
     ):

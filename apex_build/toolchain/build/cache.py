@@ -1,7 +1,7 @@
-"""The cache of finished builds: what a build's key is made of, its manifest, and finding builds again.
+"""The cache of finished builds: their keys, manifests, and look-up.
 
 Layout of `<cache>/builds/`: `<key>/bin/...` and `<key>/manifest.json`, and `current-<backend>.json`, which names the
-key of the build of the default pin that is in use, and when it was last asked for.
+key of the selected build of the default pin, and when it was last requested.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from apex_build.storage.json_files import read_json, write_json
 from apex_build.storage.manifest import Parts
 from apex_build.toolchain.build.record import FileRecord
 
-RECIPE = (
-    1  # part of every key: raise it when a build made by this code differs from what the code before would have made
-)
+RECIPE = 1  # part of every key: raise it when this code makes a different build than before
 _TYPE_COUNT = re.compile(r"\bGGML_TYPE_COUNT\s*=\s*(\d+)")
 
 
 @dataclass(frozen=True)
 class Build:
-    """A finished build in the cache. `current`: the one that the tools are taken from."""
+    """A finished build in the cache. `current`: the selected one."""
 
     key: str
     root: Path
@@ -49,12 +47,12 @@ def work_root() -> Path:
 
 
 def parts_of(ingredients: Parts) -> Parts:
-    """All that a build's identity is made of."""
+    """The parts of a build's identity."""
     return {"recipe": RECIPE, **ingredients}
 
 
 def key_of(ingredients: Parts) -> str:
-    """32 hexadecimal digits over everything that went in."""
+    """32 hexadecimal digits of the digest of all parts."""
     return sha256_json(parts_of(ingredients))[:32]
 
 
@@ -64,7 +62,7 @@ def look_up(key: str) -> Toolset | None:
 
 
 def damage(key: str) -> str:
-    """What is wrong with the finished build of this key; empty where it is whole, or there is none."""
+    """What is wrong with the finished build of this key; empty if it is whole, or there is none."""
     return _opened(key)[1]
 
 
@@ -77,9 +75,9 @@ def _opened(key: str) -> tuple[Toolset | None, str]:
 
 
 def make_current(toolset: Toolset, *, prefer: bool = True) -> None:
-    """Let `find_toolset` take this build, where its pin is the chosen one.
+    """Select this build for `find_toolset`, if its pin is the chosen one.
 
-    With `prefer` False a build of another backend that is in use stays so.
+    With `prefer` False a selected build of another backend stays selected.
     """
     manifest = toolset.manifest
     pin = (manifest.get("pin") or {}).get("name")
@@ -122,7 +120,7 @@ def collect(
     (folder / "bin").mkdir(parents=True)
     for target in targets:
         if not os.access(binaries / target, os.X_OK):
-            raise BuildFailed(f"the build ended well, but made no {target} in {binaries}")
+            raise BuildFailed(f"the build succeeded, but made no {target} in {binaries}")
     for path in sorted(binaries.iterdir()):
         if path.name in targets or re.search(r"\.so(\.\d+)*$", path.name):
             shutil.copy2(path, folder / "bin" / path.name, follow_symlinks=False)
@@ -159,7 +157,7 @@ def verify(toolset: Toolset) -> int:
     changed = [name for name, about in files.items() if sha256_file(toolset.root / name) != about["sha256"]]
     if changed:
         raise BuildMissing(
-            f"files in {toolset.root} are not as they were built: {', '.join(changed)}", hint="apex build --force"
+            f"files in {toolset.root} were changed since the build: {', '.join(changed)}", hint="apex build --force"
         )
     return len(files)
 

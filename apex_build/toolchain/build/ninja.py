@@ -1,4 +1,4 @@
-"""What Ninja and CMake print: progress, and the part of a failure that says what is wrong."""
+"""Parse what Ninja and CMake print: progress, and the relevant part of a failure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def steps_done(line: str) -> tuple[int, int] | None:
 
 
 def compile_errors(lines: Sequence[str]) -> list[str]:
-    """Of each `FAILED:` block: its first line, and the compiler's errors with the source line and the mark below them.
+    """For each `FAILED:` block: its first line, and the compiler's errors with the source line and the mark below them.
 
     The command line in between is left out; it is thousands of characters long, and in the log.
     """

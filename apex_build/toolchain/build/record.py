@@ -1,4 +1,4 @@
-"""What the manifest of a build says beyond its head."""
+"""A build's manifest beyond its head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from apex_build.toolchain.cuda.binary import Code
 
 @dataclass(frozen=True)
 class FileRecord:
-    """`part`: of what that is not ours."""
+    """`part`: the foreign product that it belongs to, if any."""
 
     sha256: str
     size: int
@@ -31,7 +31,7 @@ class PatchRecord:
 
 @dataclass(frozen=True)
 class CudaRecord:
-    """The toolkit, what the build is for, and the device code that is really in it."""
+    """The toolkit, the build's targets, and the device code that it contains."""
 
     origin: str
     version: str

@@ -1,4 +1,4 @@
-"""Building the tools of a source tree: once for each set of inputs, whole or not at all, one build at a time in a work
+"""Build the tools of a source tree: once for each set of inputs, whole or not at all, one build at a time in a work
 folder.
 """
 
@@ -40,13 +40,13 @@ _FLAGS = {
     "CXXFLAGS": ("CMAKE_CXX_FLAGS",),
     "LDFLAGS": ("CMAKE_EXE_LINKER_FLAGS", "CMAKE_SHARED_LINKER_FLAGS", "CMAKE_MODULE_LINKER_FLAGS"),
 }
-WORK_SIZE = 1 << 30  # bytes on the disk while it is built, generously
+WORK_SIZE = 1 << 30  # bytes on the disk during a build, generously
 _SEARCHED = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")  # the compiler reads these by itself
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All inputs of a build, and where it goes. `ingredients` are what its key is made of."""
+    """All inputs of a build, and its place. `ingredients` are the parts of its key."""
 
     key: str
     source: Path
@@ -68,8 +68,8 @@ class BuildPlan:
 
     @property
     def work(self) -> Path:
-        """CMake's folder: one for a source folder, compiler and options, so that an edited source rebuilds only what
-        changed.
+        """CMake's folder: one for each source folder, compiler and options, so that an edited source rebuilds only
+        what changed.
         """
         what = {"source": str(self.source), "options": dict(self.options), "compiler": _of(self.compiler)}
         if self.cuda:
@@ -79,7 +79,7 @@ class BuildPlan:
 
 @dataclass(frozen=True)
 class Built:
-    """The outcome: `reused` where the cache had it; `counts`: hits and misses of the compiler cache, if known."""
+    """The outcome: `reused` if it was in the cache; `counts`: hits and misses of the compiler cache, if known."""
 
     toolset: Toolset
     reused: bool
@@ -88,7 +88,7 @@ class Built:
 
 
 def build_cpu(source: Path, pin: Pin | None = None, *, report: Report = silent) -> Toolset:
-    """The CPU tools of `source` for this machine, from the cache or built now. A CUDA build that is in use stays so."""
+    """The CPU tools of `source` for this machine, from the cache or built now. A selected CUDA build stays selected."""
     return build(plan_build(source, BACKENDS["cpu"], pin), prefer=False, report=report).toolset
 
 
@@ -137,11 +137,11 @@ def plan_build(
 def build(
     plan: BuildPlan, *, jobs: int | None = None, force: bool = False, prefer: bool = True, report: Report = silent
 ) -> Built:
-    """Build what was planned, or take it from the cache. `force` recompiles everything, `prefer` as in
+    """Make the planned build, or take it from the cache. `force` recompiles everything, `prefer` as in
     `cache.make_current`.
 
-    A build that stopped half-way (Ctrl-C, a power cut, an error) resumes where it was; it is not visible before it is
-    complete. Raises BuildFailed with the compiler's own words, OutputUnwritable, DiskTooSmall.
+    An interrupted build (Ctrl-C, a power cut, an error) resumes where it stopped; it is not visible before it is
+    complete. Raises BuildFailed with the compiler's messages, OutputUnwritable, DiskTooSmall.
     """
     began = time.monotonic()
     if not force and (found := cache.look_up(plan.key)):
@@ -189,9 +189,7 @@ def _compile(
 
 
 def _of_cuda(plan: BuildPlan, toolkit: CudaToolkit) -> CudaRecord:
-    """What the manifest says of a CUDA build, and the device code that is really in it. Raises BuildFailed if some is
-    missing.
-    """
+    """The manifest's part about CUDA, with the device code in the library. Raises BuildFailed if some is missing."""
     assert plan.cuda
     library = plan.work / "bin" / "libggml-cuda.so"
     found = device_code(library, toolkit.part("cuobjdump"))

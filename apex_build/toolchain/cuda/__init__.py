@@ -1,1 +1,1 @@
-"""CUDA: the toolkit, from this machine or the package index, and what is built with it."""
+"""CUDA: the toolkit, from this machine or the package index, and builds with it."""

@@ -1,6 +1,4 @@
-"""What a built CUDA backend really holds: its architectures, read from the binary; and a stand-in for the driver to
-link with.
-"""
+"""The architectures in a built CUDA backend, read from the binary; and a stub of the driver to link with."""
 
 from __future__ import annotations
 
@@ -40,8 +38,8 @@ def device_code(library: Path, cuobjdump: Path) -> dict[str, Code]:
 
 
 def check_device_code(found: Mapping[str, Code], asked: Sequence[str], units: int, library: Path) -> None:
-    """Raise BuildFailed unless each asked architecture (121a-real, 90-virtual) has code from every one of the CUDA
-    `units`.
+    """Raise BuildFailed unless each requested architecture (121a-real, 90-virtual) has code from every one of the
+    CUDA `units`.
     """
     wrong = []
     for name in (name for given in asked for name in code_names(given)):
@@ -53,7 +51,7 @@ def check_device_code(found: Mapping[str, Code], asked: Sequence[str], units: in
     if wrong:
         there = ", ".join(f"{name} ({code.objects})" for name, code in sorted(found.items())) or "none"
         raise BuildFailed(
-            f"{library} was built, but holds {'; '.join(wrong)}. It holds: {there}", hint="apex build --force"
+            f"{library} was built, but has {'; '.join(wrong)}. It has: {there}", hint="apex build --force"
         )
 
 
@@ -75,10 +73,8 @@ def _count(pattern: re.Pattern[str], library: Path, cuobjdump: Path, option: str
 
 
 def make_driver_stub(toolkit: CudaToolkit, compiler: Compiler, folder: Path) -> Path:
-    """A libcuda.so to link with, since PyPI has none: every function of this toolkit's cuda.h, and the driver's own
-    name in it.
-
-    With it llama.cpp's memory pool may use the driver's virtual memory, which GGML_CUDA_NO_VMM would rule out for good.
+    """A libcuda.so to link with, since PyPI has none: every function of this toolkit's cuda.h, with the driver's
+    soname. It lets llama.cpp's memory pool use the driver's virtual memory, which GGML_CUDA_NO_VMM would exclude.
     On a machine without the driver the loader then finds no libcuda.so.1, and the tools run without the CUDA backend.
     """
     library = folder / "libcuda.so"
@@ -91,7 +87,7 @@ def make_driver_stub(toolkit: CudaToolkit, compiler: Compiler, folder: Path) -> 
     )
     names = sorted(set(re.findall(r"\bCUresult\s+(cu[A-Z]\w+)\s*\(", " ".join(done.lines))))
     if "cuMemCreate" not in names:
-        raise BuildFailed(f"{header} declares no functions of the CUDA driver that were understood")
+        raise BuildFailed(f"{header} declares no functions of the CUDA driver in a known form")
     source = folder / "stub.c"
     source.write_text("".join(f"int {name}(void) {{ return {_STUB_ANSWER}; }}\n" for name in names), encoding="utf-8")
     part = folder / "libcuda.so.part"

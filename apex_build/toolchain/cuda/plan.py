@@ -1,4 +1,4 @@
-"""Which CUDA toolkit a build is made with, decided and judged before anything is compiled."""
+"""Choose and check the CUDA toolkit for a build, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Toolchain = Literal["auto", "system", "pypi"]
 
 @dataclass(frozen=True)
 class CudaPlan:
-    """What a CUDA build needs to know beyond any other. `notes`: why the toolkits that were found are not used."""
+    """Additional inputs of a CUDA build. `notes`: why found toolkits are not used."""
 
     targets: tuple[GpuTarget, ...]
     architectures: tuple[str, ...]
@@ -34,7 +34,7 @@ class CudaPlan:
         return self.toolkit.ingredients()
 
     def ready(self, compiler: Compiler, report: Report = silent) -> CudaToolkit:
-        """The toolkit, fetched if it comes from PyPI, and judged by its own files. Raises ToolkitUnusable, or as
+        """The toolkit, fetched if it comes from PyPI, and checked by its own files. Raises ToolkitUnusable, or as
         `install`.
         """
         toolkit = cuda_wheels.install(report=report) if self.toolkit.origin == "pypi" else self.toolkit
@@ -46,10 +46,10 @@ class CudaPlan:
 def plan_cuda(
     targets: Sequence[GpuTarget], compiler: Compiler, toolchain: Toolchain = "auto", *, ptx: bool = False
 ) -> CudaPlan:
-    """Choose the toolkit: `auto` takes the first of this machine's that is whole and suits GPUs and compiler, else
+    """Choose the toolkit: `auto` takes this machine's first one that is complete and suits GPUs and compiler, else
     PyPI's.
 
-    Nothing is fetched here. Raises ToolkitUnusable, which says of each toolkit why it cannot be used.
+    Nothing is fetched here. Raises ToolkitUnusable, which says for each toolkit why it cannot be used.
     """
     asked = architectures(targets)
     toolkit, notes = _choose(tuple(targets), compiler, toolchain)
@@ -57,13 +57,13 @@ def plan_cuda(
 
 
 def backend_of(plan: CudaPlan, compiler: Compiler, *, all_kv_types: bool = False) -> Backend:
-    """The CUDA backend for this plan, and CPU backends as far as the compiler can make them."""
+    """The CUDA backend for this plan, with the CPU backends that the compiler can build."""
     machine = compiler.target.partition("-")[0]
     return cuda_backend(plan.architectures, machine, lambda flag: accepts(compiler, flag), all_kv_types=all_kv_types)
 
 
 def cmake_settings(toolkit: CudaToolkit, compiler: Compiler, work: Path) -> Mapping[str, str]:
-    """Where this toolkit is, for CMake. Nothing that would make another build of it."""
+    """CMake variables for this toolkit's place. None of them changes the build."""
     stub = driver_stub(toolkit) or make_driver_stub(toolkit, compiler, work / "driver-stub")
     return {
         "CMAKE_CUDA_COMPILER": str(toolkit.part("nvcc")),
@@ -129,8 +129,8 @@ def _hint(
 
 
 def _old_hint(targets: Sequence[GpuTarget]) -> str:
-    """For GPUs that today's toolkits no longer compile for, '' where there are none: no newer one, and no wheels, would
-    help.
+    """A hint for GPUs that current toolkits no longer compile for; '' if there are none. No newer toolkit or wheels
+    would help.
     """
     old = [target for target in targets if dropped_by(target.architecture)]
     if not old:
@@ -138,6 +138,6 @@ def _old_hint(targets: Sequence[GpuTarget]) -> str:
     options = " ".join(f"--gpu {target.name}" for target in old)
     alone = ", in a separate build" if len(old) < len(targets) else ""
     return (
-        f"it takes an older toolkit, CUDA {LAST_CUDA_12} at the newest{alone}: "
+        f"it needs an older toolkit, at most CUDA {LAST_CUDA_12}{alone}: "
         f"CUDA_HOME=FOLDER apex build {options} --cuda-toolchain system"
     )

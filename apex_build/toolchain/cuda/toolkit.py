@@ -1,4 +1,4 @@
-"""CUDA toolkits: what one must have, judging each part of those that are installed, and the one to build with."""
+"""CUDA toolkits: the parts that one must have, and checks of installed ones."""
 
 from __future__ import annotations
 
@@ -44,11 +44,10 @@ _STUB = ("{lib}/stubs/libcuda.so",)
 
 @dataclass(frozen=True)
 class CudaToolkit:
-    """A toolkit root, whole or not. `parts` has a path for each part of PARTS, None where it is missing.
+    """A toolkit root, complete or not. `parts` has a path for each part of PARTS, None if it is missing.
 
-    `version` is nvcc's (13.0.88), empty where nvcc is missing or cannot be run; `packages` are the wheels that a
-    toolkit from PyPI was put together from. One from PyPI may not be there yet: `root` is then where it will be, and
-    `parts` is empty.
+    `version` is nvcc's (13.0.88), empty if nvcc is missing or cannot be run; `packages` are the wheels of a toolkit
+    from PyPI. A toolkit from PyPI may not be fetched yet: then `root` is its future place, and `parts` is empty.
     """
 
     root: Path
@@ -56,7 +55,7 @@ class CudaToolkit:
     origin: str  # system or pypi
     parts: Mapping[str, Path | None] = field(default_factory=dict, hash=False)
     packages: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
-    remarks: Mapping[str, str] = field(default_factory=dict, hash=False)  # why a part that is there counts as missing
+    remarks: Mapping[str, str] = field(default_factory=dict, hash=False)  # why an existing part counts as missing
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -69,7 +68,7 @@ class CudaToolkit:
         return path
 
     def ingredients(self) -> dict[str, object]:
-        """What of it goes into a build's key: versions and packages, not the place."""
+        """What goes into a build's key: versions and packages, not the place."""
         return {
             "origin": self.origin,
             "version": self.version,
@@ -77,7 +76,7 @@ class CudaToolkit:
         }
 
 
-HINT = "--cuda-toolchain pypi takes a whole toolkit from the package index, without root"
+HINT = "--cuda-toolchain pypi gets a complete toolkit from the package index, without root"
 
 
 def judge(root: Path, origin: str = "system", packages: Mapping[str, Mapping[str, str]] | None = None) -> CudaToolkit:
@@ -94,9 +93,7 @@ def judge(root: Path, origin: str = "system", packages: Mapping[str, Mapping[str
 
 
 def system_toolkits() -> tuple[CudaToolkit, ...]:
-    """The toolkits that this machine has, whole or not: named by a variable, with nvcc in PATH, or where they usually
-    are.
-    """
+    """This machine's toolkits, complete or not: named by a variable, with nvcc in PATH, or in the usual places."""
     roots = [Path(os.environ[name]) for name in _VARIABLES if os.environ.get(name)]
     if nvcc := shutil.which("nvcc"):
         roots.append(_root_of(Path(nvcc)))
@@ -119,7 +116,7 @@ def driver_stub(toolkit: CudaToolkit) -> Path | None:
 def unfit(toolkit: CudaToolkit, targets: Iterable[GpuTarget], compiler: Compiler) -> str | None:
     """Why this toolkit cannot build for these GPUs with this compiler; None if it can."""
     if toolkit.missing:
-        return f"{toolkit.root} is only a part of a CUDA toolkit ({_listed(toolkit)})"
+        return f"{toolkit.root} is an incomplete CUDA toolkit ({_listed(toolkit)})"
     if not toolkit.version:
         return f"{toolkit.root}: its nvcc cannot be run"
     return cannot_compile_for(toolkit, targets) or newer_compiler(toolkit, compiler)
@@ -128,9 +125,9 @@ def unfit(toolkit: CudaToolkit, targets: Iterable[GpuTarget], compiler: Compiler
 def cannot_compile_for(
     toolkit: CudaToolkit, targets: Iterable[GpuTarget], known: Sequence[int] | None = None
 ) -> str | None:
-    """The first GPU that this toolkit has no compiler for, and the version that has.
+    """The first GPU that this toolkit cannot compile for, and the version that can.
 
-    `known`: the architectures of a toolkit that is not there yet (90, 121); else nvcc is asked.
+    `known`: the architectures of a toolkit that is not fetched yet (90, 121); else nvcc is asked.
     """
     known = known or _gpu_codes(toolkit.parts.get("nvcc"))
     for target in targets:
@@ -162,7 +159,7 @@ def too_new(compiler: Compiler, newest: int | None, called: str, version: str) -
 
 
 def older_compiler_hint(newest: int, kind: str) -> str:
-    """What to try against a host compiler that is too new: an older one that is installed, else to install one."""
+    """A hint for a host compiler that is too new: an installed older one, or to install one."""
     stem = {"GNU": "g++", "Clang": "clang++"}[kind]
     for number in range(newest, 8, -1):
         if shutil.which(f"{stem}-{number}"):
@@ -171,7 +168,7 @@ def older_compiler_hint(newest: int, kind: str) -> str:
 
 
 def host_limits(toolkit: CudaToolkit) -> dict[str, int]:
-    """The newest major version of each host compiler that nvcc takes, by the compiler's kind."""
+    """The newest major version of each host compiler that nvcc accepts, by the compiler's kind."""
     header = toolkit.parts.get("compiler headers")
     text = header.read_text(encoding="utf-8", errors="replace") if header else ""
     limits = {}
@@ -183,7 +180,7 @@ def host_limits(toolkit: CudaToolkit) -> dict[str, int]:
 
 
 def told(toolkit: CudaToolkit) -> str:
-    """One line about a toolkit, for a person."""
+    """A line about a toolkit, for the user."""
     version = f"CUDA {toolkit.version}" if toolkit.version else "no nvcc"
     return f"{toolkit.root}: {version}, {_listed(toolkit) if toolkit.missing else 'complete'}"
 
@@ -220,7 +217,7 @@ def _first(root: Path, patterns: Sequence[str]) -> Path | None:
 
 
 def _root_of(nvcc: Path) -> Path:
-    """The root that this nvcc works in. It tells by itself; the one in PATH may be a script."""
+    """The root that this nvcc uses. nvcc is asked; the one in PATH may be a script."""
     said = _ask(nvcc, "--dryrun", "-x", "cu", os.devnull)
     for line in said.lines if said else ():
         if found := re.fullmatch(r"#\$ TOP=(.+)", line.strip()):

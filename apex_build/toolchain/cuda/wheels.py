@@ -1,6 +1,4 @@
-"""A CUDA toolkit put together from PyPI's wheels, in the project's own cache: fetched once, verified, and no line of it
-run.
-"""
+"""A CUDA toolkit made from PyPI's wheels, in the project's cache: fetched once, verified, none of their code run."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True)
 class ToolkitRecord:
-    """What its manifest says beyond the head."""
+    """The manifest beyond its head."""
 
     version: str
     machine: str
@@ -76,7 +74,7 @@ class Wheels:
 
 
 def pinned_wheels(machine: str | None = None) -> Wheels:
-    """What is pinned for a machine type such as aarch64, by default this machine's. Raises ToolkitUnusable."""
+    """The pinned wheels for a machine type such as aarch64, by default this machine's. Raises ToolkitUnusable."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(
         (machine or platform.machine()).lower(), machine or platform.machine()
     )
@@ -107,13 +105,13 @@ def pinned_wheels(machine: str | None = None) -> Wheels:
 
 
 def planned(wheels: Wheels | None = None) -> CudaToolkit:
-    """The toolkit from PyPI: as it is in the cache, or as it will be (without parts)."""
+    """The toolkit from PyPI: the one in the cache, or the future one (without parts)."""
     wheels = wheels or pinned_wheels()
     return _installed(wheels) or CudaToolkit(wheels.root, wheels.version, "pypi", {}, wheels.packages)
 
 
 def install(wheels: Wheels | None = None, report: Report = silent) -> CudaToolkit:
-    """Fetch the wheels and lay them out as a toolkit root, unless that has been done; afterwards no network is needed.
+    """Fetch the wheels and lay them out as a toolkit root, once; afterwards no network is needed.
 
     An interrupted download resumes with the missing wheels. The wheels are removed from the cache once the
     toolkit is complete. Raises DownloadFailed, HashMismatch, DiskTooSmall, ArchiveUnsafe, ToolkitUnusable.
@@ -135,7 +133,7 @@ def install(wheels: Wheels | None = None, report: Report = silent) -> CudaToolki
         toolkit = judge(draft.part, "pypi", wheels.packages)
         if toolkit.missing:
             raise ToolkitUnusable(
-                f"the wheels of CUDA {wheels.version} do not make a whole toolkit: no {', '.join(toolkit.missing)}"
+                f"the wheels of CUDA {wheels.version} do not make a complete toolkit: no {', '.join(toolkit.missing)}"
             )
         draft.done(ToolkitRecord(wheels.version, wheels.machine, wheels.packages))
     for path in fetched:
@@ -155,7 +153,7 @@ def _installed(wheels: Wheels) -> CudaToolkit | None:
 
 
 def _check_disk(wheels: Wheels) -> None:
-    """For the wheels that are still to come, and for all of them unpacked."""
+    """Check for room for the missing wheels, and for all of them unpacked."""
     folder = wheels.root.parent
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +163,7 @@ def _check_disk(wheels: Wheels) -> None:
 
 
 def _unpack(wheel: Path, package: str, root: Path) -> None:
-    """The wheel's toolkit files to where they belong in `root`; its licence to licenses/<package>/."""
+    """Unpack the wheel's toolkit files to their places in `root`, its licence to licenses/<package>/."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             for member, target in _members(archive, wheel.name, package):
@@ -195,9 +193,7 @@ def _members(archive: zipfile.ZipFile, name: str, package: str) -> Iterator[tupl
 
 
 def _link_names(libraries: Path) -> None:
-    """libcublas.so -> libcublas.so.13, which is what a linker looks for. `lib` means the same as lib64, for what looks
-    there.
-    """
+    """libcublas.so -> libcublas.so.13, for linkers. `lib` is a link to lib64, for programs that look there."""
     for path in sorted(libraries.glob("lib*.so.*")):
         link = path.with_name(path.name.partition(".so.")[0] + ".so")
         if not link.exists():

@@ -1,1 +1,1 @@
-"""What `apex doctor` tells: the machine, and which builds are feasible on it."""
+"""For `apex doctor`: the machine, and which builds are feasible on it."""

@@ -1,4 +1,4 @@
-"""What could be built on this machine, with what, and about how long it takes."""
+"""What can be built on this machine, with what, and about how long it takes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OLDEST_DRIVER = {"12": 525, "13": 580}
 
 @dataclass(frozen=True)
 class BuildOption:
-    """One build that could be made. `minutes` is about what it takes here, 0 where it is in the cache.
+    """One possible build. `minutes` is an estimate, 0 if it is in the cache.
 
     `command` makes it; `why_not` says what prevents it, and `hint` what to try; `notes` are remarks.
     """
@@ -51,7 +51,7 @@ class BuildOption:
 
 
 def build_options(pin: Pin, survey: Survey, plugins: Plugins) -> tuple[BuildOption, ...]:
-    """The CPU build, and a CUDA build for the GPUs of this machine, or an example where it has none."""
+    """The CPU build, and a CUDA build for this machine's GPUs, or an example if it has none."""
     cuda: tuple[GpuTarget, ...]
     if survey.gpus:
         cuda, name, command = targets_of(survey.gpus, plugins), "cuda, for this machine's GPUs", "apex build"

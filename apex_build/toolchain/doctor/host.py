@@ -1,6 +1,4 @@
-"""What this machine has for building: processor, memory, disk, compilers and build tools; and what the cache takes of
-it.
-"""
+"""What this machine has for building: processor, memory, disk, compilers and build tools; and the cache's size."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ _CXX = re.compile(r"(c|g|clang)\+\+(-\d+)?")
 
 @dataclass(frozen=True)
 class HostCompiler:
-    """A C++ compiler in PATH, by what it says of itself. `kind`: GNU, Clang, or empty."""
+    """A C++ compiler in PATH, identified by its own output. `kind`: GNU, Clang, or empty."""
 
     path: Path
     kind: str
@@ -45,7 +43,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class CachedBuild:
-    """A build in the cache; `of` is a line about it, `damaged` one that misses files and is not used."""
+    """A build in the cache; `of` is a line about it; `damaged`: files are missing, so it is not used."""
 
     key: str
     of: str
@@ -74,7 +72,7 @@ class Machine:
 
 
 def examine() -> Machine:
-    """Look at all of it; nothing is written."""
+    """Examine everything; nothing is written."""
     compiler, error = None, ""
     try:
         compiler = find_compiler()
@@ -97,7 +95,7 @@ def examine() -> Machine:
 
 
 def compilers_in_path() -> tuple[HostCompiler, ...]:
-    """Every C++ compiler that PATH leads to, each once."""
+    """Every C++ compiler in PATH, each once."""
     found: dict[Path, HostCompiler] = {}
     for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
         try:
@@ -139,7 +137,7 @@ def cached_builds() -> tuple[CachedBuild, ...]:
 
 
 def cache_sizes() -> dict[str, int]:
-    """Bytes of each folder of the cache. A file that two of them share counts once."""
+    """Bytes of each folder of the cache. Shared files count once."""
     seen: set[tuple[int, int]] = set()
     root = places.cache_root()
     return {path.name: size for path in sorted(root.glob("*")) if path.is_dir() and (size := folder_size(path, seen))}

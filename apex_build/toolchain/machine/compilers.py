@@ -1,4 +1,4 @@
-"""Finding a C++17 compiler and saying exactly which one it is."""
+"""Find a C++17 compiler and identify it exactly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ int main(int, char ** argv) {
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C and a C++ compiler that belong together, and work."""
+    """A matching C and C++ compiler, both working."""
 
     cc: Path
     cxx: Path
@@ -73,14 +73,14 @@ def find_compiler() -> Compiler:
 
 
 def cpu_features(compiler: Compiler) -> str:
-    """sha256 that names what this machine's CPU can do, as far as it matters to code compiled for it."""
+    """sha256 of the CPU features that matter to code compiled for this machine."""
     flag = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
     macros = _macros(compiler.cxx, flag) or [platform.machine(), platform.processor()]
     return hashlib.sha256("\n".join(sorted(macros)).encode()).hexdigest()
 
 
 def accepts(compiler: Compiler, flag: str) -> bool:
-    """Whether this compiler takes a flag such as -march=..."""
+    """Whether this compiler accepts a flag such as -march=..."""
     return bool(_macros(compiler.cxx, flag))
 
 
@@ -93,7 +93,7 @@ def install_hint() -> str:
 
 
 def _from_environment() -> tuple[Path, Path]:
-    """CC and CXX; where one is missing, the other's companion (CXX=g++-12 -> gcc-12)."""
+    """CC and CXX; if one is missing, the other's companion (CXX=g++-12 -> gcc-12)."""
     cc, cxx = os.environ.get("CC", ""), os.environ.get("CXX", "")
     given = {name: _program(name, value) for name, value in (("CXX", cxx), ("CC", cc)) if value}
     cc = cc or re.sub(r"(g|clang|c)\+\+(-[\d.]+)?$", lambda found: _C_OF[found[1]] + (found[2] or ""), cxx)
@@ -136,7 +136,7 @@ def _probe_once(cc: Path, cxx: Path, *_times: int) -> Compiler:
     version = ".".join(values.get(name, "0") for name in names)
     if int(version.split(".")[0]) < _OLDEST[kind]:
         raise CompilerMissing(
-            f"{cxx} is {kind} {version}; {_OLDEST[kind]} is the oldest that will do", hint=install_hint()
+            f"{cxx} is {kind} {version}; {_OLDEST[kind]} is the oldest that works", hint=install_hint()
         )
     with scratch_folder("compiler") as scratch:
         _try(cxx, scratch / "trial.cpp", _TRIAL, ("-std=c++17", "-pthread"))

@@ -6,13 +6,13 @@ import functools
 import re
 from pathlib import Path
 
-# What a compiler may use of an x86 CPU when it compiles for that one alone, by the kernel's names.
+# x86 CPU features that a compiler may use with -march=native, by the kernel's names.
 _X86 = re.compile(r"(abm|adx|aes|amx|avx|bmi|f16c|fma|gfni|movbe|pclmul|popcnt|sse4_|ssse|vaes|vpclmul)\w*")
 
 
 @functools.lru_cache(maxsize=1)
 def cpu_flags() -> frozenset[str]:
-    """The instruction sets of this machine's CPU, as /proc/cpuinfo names them; none where that cannot be read."""
+    """The instruction sets of this machine's CPU, as /proc/cpuinfo names them; empty if it cannot be read."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""GPUs: the names that people know them under, CUDA architectures, and which of them this machine has."""
+"""GPUs: their common names, CUDA architectures, and this machine's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _QUERY = ("name", "compute_cap", "memory.total", "driver_version")
 _ANSWER = re.compile(
     r"(?P<name>\S.*), (?P<capability>\d{1,2}\.\d), (?P<memory>\d+|\[[^]]+\]), (?P<driver>\d+(?:\.\d+)*)"
 )
-# Words around a GPU's name that make no difference to a compiler.
+# Words around a GPU's name that are irrelevant to a compiler.
 _AROUND = re.compile(
     r"nvidia|geforce|tesla|quadro|laptop|mobile|gpu|max|q|d|super|blackwell|workstation|server|edition|generation|founders|nvl\d*|sxm\d*"
     r"|pcie|hbm\d?e?|ac|\d+gi?b?|nvgpu|developer|kit|superchip"
@@ -58,18 +58,18 @@ class FoundGpu:
 
 @dataclass(frozen=True)
 class Survey:
-    """What nvidia-smi said: `reason` tells why `gpus` is empty."""
+    """nvidia-smi's answer: `reason` says why `gpus` is empty."""
 
     gpus: tuple[FoundGpu, ...]
     reason: str = ""
 
 
 def resolve(names: Sequence[str], plugins: Plugins) -> tuple[GpuTarget, ...]:
-    """Targets of these names, in this order, none twice.
+    """Targets for these names, in order, without duplicates.
 
     A name is a GPU's (dgx-spark, `RTX 4090`), a group's (all-common), an architecture (sm_120, 120a, 90a-virtual) or a
-    compute capability (8.9); several may stand in one string, with commas or spaces between names that have none
-    themselves. Raises GpuUnknown with the names that are near.
+    compute capability (8.9); a string may have several, separated by commas or spaces if the names have none
+    themselves. Raises GpuUnknown with similar names.
     """
     known = plugins.gpu_targets()
     found: dict[str, GpuTarget] = {}
@@ -99,7 +99,7 @@ def runs_on(architecture: str, capability: str) -> bool:
     """Whether code for this architecture runs on a GPU of this capability (CUDA C++ Programming Guide, binary
     compatibility).
 
-    121a: on 12.1 alone. 100f: on 10.0 and later of 10.x. 86: likewise; as PTX, which `virtual` is: on everything from
+    121a: only on 12.1. 100f: on 10.0 and later of 10.x. 86: likewise; as PTX, which `virtual` is: on everything from
     8.6 on.
     """
     found = _ARCHITECTURE.fullmatch(architecture)
@@ -118,9 +118,7 @@ def dropped_by(architecture: str) -> str | None:
 
 
 def survey_gpus() -> Survey:
-    """Ask nvidia-smi. Without it, without a driver or a GPU, or where it says what we do not understand: none, with the
-    reason.
-    """
+    """Ask nvidia-smi. Without it, a driver or a GPU, or if its answer is not understood: no GPUs, with the reason."""
     program = shutil.which("nvidia-smi", path=os.pathsep.join((os.environ.get("PATH", os.defpath), _WSL)))
     if program is None:
         return Survey((), "there is no nvidia-smi in PATH, so no NVIDIA driver")
@@ -132,20 +130,20 @@ def survey_gpus() -> Survey:
     lines = [printable(line).strip() for line in said.lines if line.strip()]
     if said.returncode:
         return Survey(
-            (), f"nvidia-smi ended with code {said.returncode}: {lines[0][:200] if lines else 'without a word'}"
+            (), f"nvidia-smi ended with code {said.returncode}: {lines[0][:200] if lines else 'without output'}"
         )
     gpus = []
     for line in lines:
         answer = _ANSWER.fullmatch(line)
         if not answer:
-            return Survey((), f"nvidia-smi says what is not understood: {line[:200]!r}, expected {', '.join(_QUERY)}")
+            return Survey((), f"nvidia-smi's answer is not understood: {line[:200]!r}, expected {', '.join(_QUERY)}")
         memory = int(answer["memory"]) if answer["memory"].isdigit() else None  # [N/A]: it shares the machine's
         gpus.append(FoundGpu(answer["name"], answer["capability"], memory, answer["driver"]))
     return Survey(tuple(gpus), "" if gpus else "nvidia-smi lists no GPU")
 
 
 def targets_of(gpus: Iterable[FoundGpu], plugins: Plugins) -> tuple[GpuTarget, ...]:
-    """What to build for so that these GPUs are served: one target for each architecture."""
+    """The targets to build for these GPUs: one for each architecture."""
     known = plugins.gpu_targets().values()
     found: dict[str, GpuTarget] = {}
     for gpu in gpus:

@@ -1,6 +1,4 @@
-"""The licence texts that go with the built tools: llama.cpp's own, and what the code that it includes asks to be passed
-on.
-"""
+"""The licence texts for the built tools: llama.cpp's own, and those of the code that it includes."""
 
 from __future__ import annotations
 
@@ -15,7 +13,9 @@ _NOTICE = re.compile(rb"copyright[^\n]{0,20}(?:19|20)\d\d", re.IGNORECASE)
 
 
 def licence_texts(source: Path) -> dict[str, bytes]:
-    """By their names in a packed build. The notices inside source files are gathered into one text, each once."""
+    """Texts by their names in a packed build. Notices inside source files are collected into one text, without
+    duplicates.
+    """
     texts = {
         f"licenses/llama.cpp/{path.relative_to(source).as_posix()}": path.read_bytes()
         for pattern in _WHOLE

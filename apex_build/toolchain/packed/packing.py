@@ -1,4 +1,4 @@
-"""A finished build as one file that can be carried to another machine.
+"""A finished build as one file, to move to another machine.
 
 A zstd-compressed tar of regular files in one folder: SHA256SUMS (as `sha256sum -c` reads it), manifest.json, bin/ and
 licenses/. The same build always gives the same bytes. unpacking.py reads it.
@@ -35,8 +35,8 @@ SUFFIX = ".tar.zst"
 _OTHER_NAME = "give another name with --export"
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 _LEVEL = 9  # of zstd: beyond it, seconds become minutes for a hundredth of the size
-_WINDOW = 25  # bits; a library and its copy under another name are this close to each other
-# What a manifest says beyond what the build's key was made of.
+_WINDOW = 25  # bits; a library and its copy under another name are within this distance
+# Keys of a manifest that are not parts of the build's key.
 _RECORDED = frozenset(
     {"built", "compiler_cache", "cpu_flags", "files", "ggml_type_count", "host", "key", "patches", "recipe", "seconds"}
     | {"apex", "from", "identity", "kind", "schema"}
@@ -47,7 +47,7 @@ _RUNTIME = "cuda-runtime"  # the `part` of files that are NVIDIA's
 
 @dataclass(frozen=True)
 class PackedRecord:
-    """What the manifest beside a packed build says beyond its head: which build it is, and what it is for."""
+    """The manifest beside a packed build, beyond its head: which build it is, and what it is for."""
 
     key: str
     backend: str
@@ -68,7 +68,7 @@ class Packed:
 
 
 def pack(toolset: Toolset, source: Path, out: Path, *, cuda_runtime: bool = True, report: Report = silent) -> Packed:
-    """Write the build `toolset`, made from `source`, to `out` with its manifest and the licences of what is in it.
+    """Write the build `toolset`, made from `source`, to `out`, with its manifest and the licences of its contents.
 
     Without `cuda_runtime`, NVIDIA's libraries are left out; the packed build then has its own key. Raises
     BuildMissing (damaged, or without NVIDIA's licence), OutputUnwritable, DiskTooSmall.
@@ -114,7 +114,7 @@ def check_out(out: Path) -> None:
 
 
 def _is_packed(path: Path) -> bool:
-    """Whether it begins as `pack` begins a file."""
+    """Whether it starts like a file that `pack` wrote."""
     try:
         with (
             path.open("rb") as file,
@@ -133,7 +133,7 @@ def key_of(manifest: Mapping[str, Any]) -> str:
 
 
 def parts_of(manifest: Mapping[str, Any]) -> Parts:
-    """What the build's identity is made of: builds from before there was a schema do not say it themselves."""
+    """The parts of the build's identity: older builds, without a schema, do not list them."""
     return manifest["from"] if "from" in manifest else cache.parts_of(_ingredients(manifest))
 
 
@@ -147,7 +147,7 @@ def _ingredients(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _manifest_for(toolset: Toolset, cuda_runtime: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     manifest: dict[str, Any] = {**toolset.manifest, "files": dict(toolset.manifest["files"])}
-    if manifest.get("cpu") and "cpu_flags" not in manifest:  # made for this CPU: the other one must have what it has
+    if manifest.get("cpu") and "cpu_flags" not in manifest:  # made for this CPU: the other one needs the same features
         manifest["cpu_flags"] = sorted(cpu_flags())
     runtime = [name for name, about in manifest["files"].items() if about.get("part") == _RUNTIME]
     if runtime and not cuda_runtime:

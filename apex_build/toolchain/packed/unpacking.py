@@ -1,6 +1,4 @@
-"""Taking in a build that was packed elsewhere: judged by its headers and lists, verified byte by byte, tried,
-installed.
-"""
+"""Import a build that was packed elsewhere: check its headers and lists, verify every byte, try the tools, install."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ from apex_build.toolchain.packed.packing import MANIFEST, SUMS, key_of, parts_of
 _MAX_TEXT = 16 << 20  # bytes of the manifest, and of the list of sums
 _NAME = re.compile(r"bin/[\w.+-]+|licenses(/[\w.+ -]+)+", re.ASCII)
 _WORD = re.compile(r"[a-z][a-z0-9-]*")  # a backend's name becomes part of a file's
-# What everything else here takes for granted about a manifest.
+# What the rest of this module relies on in a manifest.
 _SHAPE: Mapping[str, type | tuple[type, ...]] = {
     **{"backend": str, "built": str, "host": str, "key": str, "source": str, "compiler_cache": str},
     **{"compiler": dict, "files": dict, "options": dict, "patches": list, "targets": list},
@@ -42,7 +40,7 @@ _SHAPE_IF_THERE: Mapping[str, type] = {"cuda": dict, "cpu_flags": list, "left_ou
 
 @dataclass(frozen=True)
 class TakenIn:
-    """A build from a file, now in the cache; `reused` where it was there before. `left_out`: see packing.py."""
+    """An imported build, now in the cache; `reused` if it was already there. `left_out`: see packing.py."""
 
     toolset: Toolset
     reused: bool
@@ -54,8 +52,8 @@ def take_in(archive: Path, *, make_current: bool = False, report: Report = silen
     it.
 
     The sums prove that nothing was damaged on the way, not who made it. Raises ArchiveUnsafe (a link, a device, a path
-    that escapes, absurd sizes), HashMismatch (a file that is not what the lists say, or no packed build), BuildForeign
-    (not for this machine), DownloadFailed (missing, or cut short), DiskTooSmall.
+    that escapes, absurd sizes), HashMismatch (a file that does not match the lists, or not a packed build),
+    BuildForeign (not for this machine), DownloadFailed (missing, or cut short), DiskTooSmall.
     """
     report(Step("unpacking", 0))
     with open_tar(archive) as tar:
@@ -81,7 +79,7 @@ def take_in(archive: Path, *, make_current: bool = False, report: Report = silen
 
 
 def _members(archive: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
-    """The archive's files by their paths in its one folder, judged from their headers alone."""
+    """The archive's files by their paths in its one folder, checked by their headers alone."""
     members: dict[str, tarfile.TarInfo] = {}
     tops = set()
     total = 0
@@ -134,7 +132,7 @@ def _manifest(archive: Path, tar: tarfile.TarFile, members: Mapping[str, tarfile
         if not _NAME.fullmatch(name) or {".", ".."} & set(name.split("/")):
             raise ArchiveUnsafe(f"{archive.name}: its {MANIFEST} names {name!r}, where no build has a file")
     if differing := sorted((set(members) - {SUMS, MANIFEST}) ^ set(files)) or _differing(members, listed, files):
-        raise HashMismatch(f"{archive}: its lists and what it holds differ: {', '.join(differing[:5])}")
+        raise HashMismatch(f"{archive}: its lists and its contents differ: {', '.join(differing[:5])}")
     if missing := [name for name in manifest["targets"] if f"bin/{name}" not in files]:
         raise HashMismatch(f"{archive} lacks tools that it names: {', '.join(missing)}")
     return dict(manifest)
@@ -150,9 +148,7 @@ def _differing(
 
 
 def _misshapen(manifest: Any) -> str:
-    """What is wrong about the kinds of its values, so that a strange manifest is met here and not in whatever reads it
-    later.
-    """
+    """What is wrong with the types of its values, so that a strange manifest fails here and not in later code."""
     if not isinstance(manifest, dict):
         return "it is not an object"
     for name, kind in (*_SHAPE.items(), *((name, kind) for name, kind in _SHAPE_IF_THERE.items() if name in manifest)):
@@ -206,7 +202,7 @@ def _check_machine(archive: Path, manifest: Mapping[str, Any]) -> None:
     if lacking := sorted(set(manifest.get("cpu_flags", ())) - cpu_flags()):
         shown = f"{', '.join(lacking[:6])}{', ...' if len(lacking) > 6 else ''}"
         raise BuildForeign(
-            f"{archive} was built for a CPU with {shown}, which this machine's lacks",
+            f"{archive} was built for a CPU with {shown}, which this machine's CPU lacks",
             hint="apex build --no-native --export FILE, on the machine where it was built",
         )
 
@@ -270,7 +266,7 @@ def _share_copies(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _try(archive: Path, folder: Path, targets: list[str]) -> None:
-    """Start each tool: what its loader does not find, or an instruction that the CPU does not know, shows at once."""
+    """Start each tool: missing libraries or unsupported instructions show at once."""
     for name in targets:
         try:
             done = run_tool([folder / "bin" / name, "--help"], timeout=120, check=False)

@@ -77,7 +77,7 @@ def test_an_architecture_that_is_not_in_the_binary(toolkit: CudaToolkit, cache: 
     lists = CMAKE_LISTS + "set_target_properties(ggml-cuda PROPERTIES CUDA_ARCHITECTURES 90a-real)\n"
     source = make_cuda_source(tmp_path / "source", CMakeLists_txt=lists)
     with pytest.raises(
-        BuildFailed, match=r"libggml-cuda\.so was built, but holds no code for sm_121a\. It holds: sm_90a \(2\)"
+        BuildFailed, match=r"libggml-cuda\.so was built, but has no code for sm_121a\. It has: sm_90a \(2\)"
     ):
         build(tiny_plan(source, SPARK, H100))
     assert [path.name for path in (cache / "builds").iterdir() if not path.name.startswith(".")] == []

@@ -139,7 +139,7 @@ def test_another_wheel_of_the_same_name(offered: Path, cache: Path) -> None:
 
 def test_a_wheel_that_lacks_a_part(offered: Path, cache: Path) -> None:
     make_wheel(offered, "nvidia-cublas", {"include/cublas_v2.h": ""})
-    with pytest.raises(ToolkitUnusable, match="do not make a whole toolkit: no cuBLAS, cuBLASLt"):
+    with pytest.raises(ToolkitUnusable, match="do not make a complete toolkit: no cuBLAS, cuBLASLt"):
         install(pinned(offered))
     assert left_behind(cache) == []
 

@@ -241,7 +241,7 @@ def test_several_gpus_and_which_targets_serve_them(
         (["No devices were found"], 6, "code 6: No devices were found"),
         (['Field "compute_cap" is not a valid field to query.'], 2, "code 2: Field"),
         ([], 0, "lists no GPU"),
-        ([], 1, "code 1: without a word"),
+        ([], 1, "code 1: without output"),
         (["NVIDIA GB10, 12.1, 580.95.05"], 0, "not understood: 'NVIDIA GB10, 12.1, 580.95.05'"),
         (["NVIDIA H100, 9.0, 81559, 580.1", "what?"], 0, r"not understood: 'what\?'"),
         (["NVIDIA H100, 9.0, eighty, 580.1"], 0, "not understood"),

@@ -89,12 +89,12 @@ def moved(to: str) -> Edit:
 @pytest.mark.parametrize(
     ("edit", "sums", "error", "says"),
     [
-        (add("bin/more"), True, HashMismatch, "its lists and what it holds differ: bin/more"),
-        (drop("bin/tool"), True, HashMismatch, "its lists and what it holds differ: bin/tool"),
-        (shorter, False, HashMismatch, "its lists and what it holds differ: bin/tool"),
+        (add("bin/more"), True, HashMismatch, "its lists and its contents differ: bin/more"),
+        (drop("bin/tool"), True, HashMismatch, "its lists and its contents differ: bin/tool"),
+        (shorter, False, HashMismatch, "its lists and its contents differ: bin/tool"),
         (drop(SUMS), False, HashMismatch, "is not a packed build: expected SHA256SUMS and manifest.json in one folder"),
         (drop(MANIFEST), False, HashMismatch, "is not a packed build"),
-        (unlisted, True, HashMismatch, "its lists and what it holds differ: bin/tool"),
+        (unlisted, True, HashMismatch, "its lists and its contents differ: bin/tool"),
         (manifested(seconds=0), False, HashMismatch, "manifest.json is not the one that its SHA256SUMS lists"),
         (
             manifested(source="0" * 64),
@@ -145,7 +145,7 @@ def moved(to: str) -> Edit:
             manifested(cpu_flags=["avx9000"]),
             True,
             BuildForeign,
-            "was built for a CPU with avx9000, which this machine's lacks",
+            "was built for a CPU with avx9000, which this machine's CPU lacks",
         ),
         (manifested(recipe=99), True, BuildForeign, "another version of apex-build: its recipe is 99"),
         (lambda files, _: files.update({MANIFEST: b"[]"}), True, HashMismatch, "it is not an object"),
