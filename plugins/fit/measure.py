@@ -82,6 +82,7 @@ class Plan:
             "chunks": self.chunks,
             "context": CONTEXT,
             "budget": self.budget,
+            "probing": sensitivity.VERSION,
             "head": self.head_score,
             "types": sorted({kind for types in self.work.types.values() for kind in types}),
         }

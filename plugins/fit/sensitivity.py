@@ -32,6 +32,7 @@ Errors = Mapping[tuple[str, str], float]  # (tensor, type in upper case) -> rela
 # 3 %, at Q5_K within 13 %; with Q3_K and Q2_K it is 10 to 50 % off.
 _LOW = ("Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q2_K", "Q4_K", "Q8_0")
 _HIGH = ("Q5_K", "Q6_K", "Q5_0", "Q8_0", "Q4_K")
+VERSION = 2  # to be raised when other probes are made, or other conclusions drawn from them
 BASELINE = Probe("the model as it is")
 _NOISY = 0.5  # half an interval, relative to the value: a probe that says less than this is given more chunks
 _EXPONENTS = (0.5, 2.0)  # what two probes may say of p: beyond it they say that one of them is noise
