@@ -366,6 +366,18 @@ class SystemUnsupported(ApexError):
     exit_code = 81
 
 
+class ClusterFailed(ApexError):
+    """No Dask scheduler at the address, or it was lost on the way."""
+
+    exit_code = 83
+
+
+class WorkersUnfit(ApexError):
+    """No worker of the cluster can take the work: another build of the tools, too little memory, too many threads."""
+
+    exit_code = 84
+
+
 class PluginIncompatible(ApexError):
     """A plugin was made for a version of the plugin API that this apex-build does not have."""
 

@@ -163,7 +163,7 @@ def helped(verb: str) -> str:
 
 COMMAND = re.compile(r"\bapex ([a-z]+(?:-[a-z]+)*)(?: ([a-z]+))?([^;,()]*)")
 OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*)")
-FOREIGN = re.compile(r"\b(llama-[a-z]+|git|pip|python|make|sudo|gguf-convert-endian|mkdir|mv|rm|df)\b[^;,]*")
+FOREIGN = re.compile(r"\b(llama-[a-z]+|dask|git|pip|python|make|sudo|gguf-convert-endian|mkdir|mv|rm|df)\b[^;,]*")
 
 
 def followed(hint: str) -> int:

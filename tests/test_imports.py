@@ -14,9 +14,8 @@ ROOMS = (
     "errors", "near", "printable", "system", "progress", "places", "parameters", "hookspecs", "plugin_api", "loaded",
     "storage",
     "fetching", "native", "gguf_model", "plugin_finding", "plugin_blame", "plugins", "source", "toolchain", "workshop",
-    "conversion", "calibration", "policy", "plugin_check", "quantization", "evaluation", "report", "sweep", "stages",
-    "api",
-    "pruning", "cli", "__main__",
+    "conversion", "calibration", "policy", "plugin_check", "quantization", "evaluation", "report", "sweep", "cluster",
+    "stages", "api", "pruning", "cli", "__main__",
 )  # fmt: skip
 TOOLCHAIN = ("backends", "machine", "cuda", "build", "doctor", "packed")
 # What plugins may import.

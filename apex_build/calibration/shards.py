@@ -321,13 +321,13 @@ def raise_first(errors: Sequence[BaseException | None], what: str) -> None:
             raise error
 
 
-def in_shards(count: int, pool: Pool) -> Callable[[Job], Made]:
-    """How `calibrate` makes an imatrix in `count` parts."""
+def in_shards(count: int, pool: Pool, counter: Callable[[Job, Path], int] | None = None) -> Callable[[Job], Made]:
+    """How `calibrate` makes an imatrix in `count` parts. `counter`: counts the text's chunks, if not the tool here."""
 
     def make(job: Job) -> Made:
         text = job.work / "text" / job.text.name
         folder = job.work / SHARDS
-        total = _total(job, text)
+        total = _total(job, text, counter)
         sha256 = job.text.sha256
         tasks = [
             Task(text, sha256, shard, folder / f"{number:04}.gguf")
@@ -362,11 +362,14 @@ def details(out: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _total(job: Job, text: Path) -> int:
+def _total(job: Job, text: Path, counter: Callable[[Job, Path], int] | None) -> int:
     try:
         return int(read_json(job.work / "total.json"))
     except (OSError, ValueError, TypeError):
-        total = count_chunks(job.model, text, job.tools, job.settings, job.report)
+        if counter is not None:
+            total = counter(job, text)
+        else:
+            total = count_chunks(job.model, text, job.tools, job.settings, job.report)
         write_json(job.work / "total.json", total)
         return total
 

@@ -122,6 +122,11 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     help="GPUs for one shard, as in CUDA_VISIBLE_DEVICES; repeat it to run shards in parallel.  "
     "[default: each GPU that holds the model]",
 )
+@click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Make the shards on a Dask cluster: tcp://HOST:8786, or local:N for N processes here.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama-imatrix's own]")
 @click.option("--gpu-layers", type=int, help="Layers on the GPU.  [default: llama-imatrix's own]")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), help=MEMORY)
@@ -155,6 +160,7 @@ def command(
     until: int | None,
     max_tokens: int | None,
     devices: tuple[str, ...],
+    cluster: str | None,
     threads: int | None,
     gpu_layers: int | None,
     memory: float | None,
@@ -179,6 +185,7 @@ def command(
       apex calibrate model-F16.gguf --domain code --domain chat --dry-run
       apex calibrate model-F16.gguf --calibration-set my-set.toml --heldout heldout
       apex calibrate model-F16.gguf --shards 4 --devices 0 --devices 1
+      apex calibrate model-F16.gguf --shards 16 --cluster tcp://node1:8786
       apex calibrate model-F16.gguf --until-experts 64 --max-tokens 2000000
     """
     plugins = load_plugins(folders)
@@ -201,6 +208,7 @@ def command(
         shards,
         tuple(devices),
         goal,
+        cluster,
         force,
         fallback_template=fallback,
         heldout=heldout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from apex_build.calibration.heldout import write_heldout
 from apex_build.calibration.run import Calibration, Check, Settings, without_own_arguments
 from apex_build.calibration.run import calibrate as run
 from apex_build.calibration.sets import CalibrationText, compose, load_set, text_of_file
-from apex_build.calibration.shards import in_shards, local_pool
+from apex_build.calibration.shards import Pool, in_shards, local_pool
 from apex_build.calibration.until import Goal, until_experts
+from apex_build.cluster.connect import connected
+from apex_build.cluster.pool import ClusterPool
 from apex_build.evaluation.rows_check import CHUNKS, RowsCheck, check_rows
 from apex_build.evaluation.task import ToolOptions
 from apex_build.gguf_model.catalogue import Model
@@ -35,7 +38,9 @@ class CalibrateOptions:
     first.
 
     `shards`: the text in so many parts, each a run of its own. `devices`: sets of GPUs, as CUDA_VISIBLE_DEVICES has
-    them, for a shard each at the same time; without, each GPU that holds the model.
+    them, for a shard each at the same time; without, each GPU that holds the model. `cluster`: the address of a Dask
+    scheduler, or local:N for N processes here; each shard is a task there. `until`: draw text until every routed expert
+    has seen so much of it, in place of running all of the text.
 
     `force` starts afresh and replaces what is there; `replace` replaces only what was made from something else.
     """
@@ -49,6 +54,7 @@ class CalibrateOptions:
     shards: int = 1
     devices: tuple[str, ...] = ()
     until: Goal | None = None
+    cluster: str | None = None
     force: bool = False
     replace: bool = False
     fallback_template: Path | None = None  # for conversations that the other does not take; None: they are left out
@@ -126,32 +132,46 @@ def calibrate(
         check = _check(found, settings, place, on_check)
     text = text or text_of(found, options, place.plugins, place.tools)
     text = keep_heldout(text, options, (*found.files, *place.plugins.files()))
-    how = _how(found, text, options, place)
-    return run(
-        found,
-        text,
-        place.tools,
-        out,
-        settings,
-        force=options.force,
-        replace=options.replace,
-        check=check,
-        report=place.report,
-        **how,
-    )
+    with ExitStack() as stack:
+        how = _how(found, text, options, place, stack)
+        return run(
+            found,
+            text,
+            place.tools,
+            out,
+            settings,
+            force=options.force,
+            replace=options.replace,
+            check=check,
+            report=place.report,
+            **how,
+        )
 
 
-def _how(model: Model, text: CalibrationText, options: CalibrateOptions, place: Workplace) -> dict[str, Any]:
+def _how(
+    model: Model, text: CalibrationText, options: CalibrateOptions, place: Workplace, stack: ExitStack
+) -> dict[str, Any]:
     """How the imatrix is made, where it is not by one run of the tool over all of the text."""
     goal, settings = options.until, options.settings
-    if options.shards == 1 and goal is None:
+    if options.shards == 1 and goal is None and options.cluster is None:
         return {}
-    devices = options.devices or devices_for(model, settings, place.tools)
-    pool = local_pool(model, place.tools, settings, devices)
+    pool: Pool
+    counter = None
+    if options.cluster is not None:
+        cluster = stack.enter_context(connected(options.cluster, place.tools, place.report))
+        shared = ClusterPool(cluster, model, place.tools, settings)
+        pool, counter, at_once = shared, shared.count, len(cluster.fit)
+    else:
+        devices = options.devices or devices_for(model, settings, place.tools)
+        pool, at_once = local_pool(model, place.tools, settings, devices), len(devices)
     if goal is None:
-        return {"make": in_shards(options.shards, pool), "more": {"shards": options.shards}}
-    width = max(options.shards, len(devices))
-    make = until_experts(goal, text.documents, pool, width=width)
+        return {"make": in_shards(options.shards, pool, counter), "more": {"shards": options.shards}}
+    width = max(options.shards, at_once)
+
+    def count(texts: Sequence[bytes]) -> list[int]:
+        return count_tokens(place.tools, model.path, texts)
+
+    make = until_experts(goal, text.documents, pool, width=width, count=count)
     return {"make": make, "more": {"until_experts": goal.tokens, "max_tokens": goal.most, "shards": width}}
 
 

@@ -1,0 +1,1 @@
+"""More than one machine: shards and points as tasks of Dask distributed (extra `cluster`)."""

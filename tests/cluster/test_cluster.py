@@ -1,0 +1,226 @@
+"""`apex calibrate --cluster` on real schedulers and workers of Dask, which are killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from apex_runs import run_apex
+
+from apex_build.native.toolset import Toolset
+
+pytestmark = pytest.mark.usefixtures("tools")
+SHARDS = ("--chunks", "24", "--shards", "4", "--no-rows-check")
+
+
+@contextmanager
+def process(*arguments: object, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("ab") as said:
+        child = subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)],
+            stdout=said, stderr=said, env={**os.environ, **environment}, cwd=log.parent,
+        )  # fmt: skip
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+@contextmanager
+def scheduler(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A scheduler and its address."""
+    told = folder / f"scheduler-{time.monotonic_ns()}.json"
+    common = ("--port", 0, "--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", told)
+    with process("distributed.cli.dask_scheduler", *common, log=folder / "scheduler.log") as child:
+        until(lambda: told.exists() and told.read_text().strip().endswith("}"), child)
+        yield child, json.loads(told.read_text())["address"]
+
+
+def worker(
+    address: str, folder: Path, *more: object, **environment: str
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    settings = ("--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--local-directory", folder / "dask")
+    threads = () if "--nthreads" in more else ("--nthreads", 1)
+    return process(
+        "distributed.cli.dask_worker", address, *settings, *threads, *more, log=folder / "worker.log", **environment
+    )
+
+
+def until(what: Callable[[], object], child: subprocess.Popen[Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def client(model: Path, out: Path, address: str, *more: object) -> subprocess.Popen[str]:
+    command = ["calibrate", model, "-o", out, *SHARDS, "--cluster", address, *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "apex_build", *map(str, command)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def tool_of(parent: int) -> bool:
+    """Whether a process has llama-imatrix running."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:
+            continue
+        if name.startswith("llama-imatrix") and int(fields.split()[1]) == parent:
+            return True
+    return False
+
+
+def kept(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in out.with_name(f".{out.name}.work").glob("shards/*.gguf")}
+
+
+@pytest.fixture(scope="module")
+def expected(tools: Toolset, testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What the same shards give without a cluster."""
+    out = tmp_path_factory.mktemp("expected") / "out.gguf"
+    run_apex("calibrate", testbed, "-o", out, *SHARDS)
+    return out.read_bytes()
+
+
+def test_two_processes_here(expected: bytes, testbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    ran = run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", "local:2")
+    assert out.read_bytes() == expected
+    assert "calibrating: 24/24 chunks" in ran.stderr and not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_worker_loses_its_shard_alone(expected: bytes, testbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with (
+        scheduler(tmp_path) as (_, address),
+        worker(address, tmp_path, "--name", "one") as one,
+        worker(address, tmp_path, "--name", "two"),
+        client(testbed, out, address) as running,
+    ):
+        until(lambda: kept(out) and tool_of(one.pid), running)
+        before = kept(out)
+        one.kill()
+        said = running.communicate(timeout=300)[1]
+        assert running.returncode == 0, said
+        assert before and len(before) < 4
+    assert out.read_bytes() == expected
+
+
+def test_a_lost_scheduler_costs_no_finished_shard(expected: bytes, testbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with scheduler(tmp_path) as (boss, address), worker(address, tmp_path), client(testbed, out, address) as running:
+        until(lambda: len(kept(out)) >= 2, running)
+        boss.kill()
+        said = running.communicate(timeout=120)[1]
+    assert running.returncode == 83 and "the scheduler is gone" in said and "the same command" in said, said
+    assert "Traceback" not in said and not out.exists()
+    before = kept(out)
+    assert len(before) >= 2
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path), client(testbed, out, address) as running:
+        later: dict[str, int] = {}
+        until(lambda: later.update(kept(out)) or not later, running)
+        said = running.communicate(timeout=300)[1]
+        assert running.returncode == 0, said
+    assert out.read_bytes() == expected
+    assert {name: later.get(name, at) for name, at in before.items()} == before, "none was made twice"
+
+
+def test_another_build_is_refused_by_name(expected: bytes, tools: Toolset, testbed: Path, tmp_path: Path) -> None:
+    """The same libraries without their manifest: apex cannot tell that they are the same."""
+    foreign, out = tmp_path / "foreign", tmp_path / "out.gguf"
+    foreign.mkdir()
+    (foreign / "bin").symlink_to(tools.bin)
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path, APEX_TOOLS=str(foreign)) as other:
+        ran = run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address, code=84)
+        assert "has another build of the tools" in ran.stderr and "127.0.0.1" in ran.stderr
+        with worker(address, tmp_path), worker(address, tmp_path, "--nthreads", 4):
+            until(lambda: (tmp_path / "worker.log").read_text().count("Registered to") >= 3, other)
+            ran = run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address)
+            assert ran.stderr.count("a worker is not used") == 2 and "would run 4 shards at a time" in ran.stderr
+    assert out.read_bytes() == expected
+
+
+def test_two_clients_at_once(expected: bytes, testbed: Path, tmp_path: Path) -> None:
+    """They want the same shards: each is made once. The same output is refused to the second."""
+    outs = [tmp_path / "one.gguf", tmp_path / "two.gguf"]
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path):
+        running = [client(testbed, out, address) for out in outs]
+        until(lambda: kept(outs[0]), running[0])
+        third = run_apex("calibrate", testbed, "-o", outs[0], *SHARDS, "--cluster", address, code=71)
+        assert "is being written by another run" in third.stderr
+        said = [one.communicate(timeout=300)[1] for one in running]
+        assert [one.returncode for one in running] == [0, 0], said
+    assert [out.read_bytes() for out in outs] == [expected, expected]
+    logs = [out.with_name(f"{out.name}.log").read_text().splitlines() for out in outs]
+    assert [line for line in logs[0] if line.startswith("$")] == [line for line in logs[1] if line.startswith("$")]
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_ctrl_c(local: bool, expected: bytes, testbed: Path, tmp_path: Path) -> None:
+    """To all processes of the terminal. Tools end at once, also those of workers that stay."""
+    out = tmp_path / "out.gguf"
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path) as one:
+        running = client(testbed, out, "local:2" if local else address)
+        until(lambda: kept(out) and (local or tool_of(one.pid)), running)
+        os.killpg(running.pid, signal.SIGINT)
+        said = running.communicate(timeout=60)[1]
+        assert running.returncode == 130 and "Traceback" not in said, said
+        assert "is kept" in said and kept(out) and not out.exists()
+        deadline = time.monotonic() + 10
+        while tool_of(one.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not tool_of(one.pid), "the worker's tool ended too"
+        assert one.poll() is None
+        run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address)
+    assert out.read_bytes() == expected
+
+
+def test_the_model_is_sent_once(expected: bytes, tools: Toolset, testbed: Path, tmp_path: Path) -> None:
+    """/proc/self/cwd is another folder for the worker: there is no such model on its machine."""
+    here, out = tmp_path / "here", tmp_path / "out.gguf"
+    here.mkdir()
+    (here / "model.gguf").write_bytes(testbed.read_bytes())
+    cache = tmp_path / "cache"
+    with (
+        scheduler(tmp_path) as (_, address),
+        worker(address, tmp_path, APEX_CACHE_DIR=str(cache), APEX_TOOLS=str(tools.root)),
+    ):
+        command = ["calibrate", "/proc/self/cwd/model.gguf", *SHARDS, "--cluster", address]
+        assert "sending model.gguf to" in run_apex(*command, "-o", out, cwd=here).stderr
+        (sent,) = (cache / "cluster" / "models").glob("*/model.gguf")
+        assert sent.read_bytes() == testbed.read_bytes()
+        again = run_apex(*command, "-o", tmp_path / "again.gguf", cwd=here)
+        assert "sending" not in again.stderr
+    assert out.read_bytes() == (tmp_path / "again.gguf").read_bytes() == expected
+
+
+def test_resources_that_workers_declare(expected: bytes, testbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with scheduler(tmp_path) as (_, address):
+        with worker(address, tmp_path, "--resources", "MEMORY=1000"):
+            ran = run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address, code=84)
+            assert "takes MEMORY=" in ran.stderr and "1000" in ran.stderr
+        with worker(address, tmp_path, "--resources", "MEMORY=1000000000 GPU=1"):
+            run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address)
+    assert out.read_bytes() == expected
+
+
+def test_bad_input(testbed: Path, tmp_path: Path) -> None:
+    command = ["calibrate", testbed, "-o", tmp_path / "x.gguf", *SHARDS, "--cluster"]
+    assert "no Dask scheduler answers" in run_apex(*command, "tcp://127.0.0.1:9", code=83).stderr
+    assert "not the address of a scheduler" in run_apex(*command, "somewhere", code=83).stderr
+    with scheduler(tmp_path) as (_, address):
+        assert "it has none" in run_apex(*command, address, code=84).stderr
+    assert not (tmp_path / "x.gguf").exists()
