@@ -29,7 +29,7 @@ Errors = Mapping[tuple[str, str], float]  # (tensor, type in upper case) -> rela
 
 # types of a group's first probe and of its second, the first of each that can be. They are far apart, with what a file
 # is made of between them: on the testbed Q3_K and Q5_K give the loss of all layers at Q4_K, IQ3_S and IQ2_XS within
-# 3 %, at Q5_K within 13 %; with Q3_K and Q2_K it is 10 to 50 % off.
+# 1 %; Q3_K and Q2_K are 5 to 33 % off.
 _LOW = ("Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q2_K", "Q4_K", "Q8_0")
 _HIGH = ("Q5_K", "Q6_K", "Q5_0", "Q8_0", "Q4_K")
 VERSION = 2  # to be raised when other probes are made, or other conclusions drawn from them
@@ -105,12 +105,12 @@ def first_probes(
     *,
     second_every: int = 6,
 ) -> tuple[Probe, ...]:
-    """The model as it is, each group at the first of `types` that its tensors can be, and some of each role, at least
-    three, at one of `second` too. One outside the layers is probed with every type that it can be. A group with a
-    tensor that can be none of them is left out.
+    """The model as it is, each group at the first of `types` that its tensors can be, and some of each role, from its
+    first layer to its last and at least three, at one of `second` too. One outside the layers is probed with every
+    type that it can be. A group with a tensor that can be none of them is left out.
     """
-    probes, seen = [BASELINE], dict[str, int]()
-    of_role = {group.role: sum(other.role == group.role for other in groups) for group in groups}
+    probes = [BASELINE]
+    twice = {name for role in {group.role for group in groups} for name in _spread(groups, role, second_every)}
     for group in groups:
         if (low := _probe(group, errors, types)) is None:
             continue
@@ -119,12 +119,17 @@ def first_probes(
             each = [_probe(group, errors, [kind]) for name, kind in errors if name == group.tensors[0]]
             probes += [one for one in each if one is not None and one.key != low.key]
             continue
-        seen[group.role] = number = seen.get(group.role, -1) + 1
-        other = _probe(group, errors, second)
-        every = max(1, min(second_every, of_role[group.role] // 3))
-        if number % every == 0 and other is not None and other.key != low.key:
+        other = _probe(group, errors, second) if group.name in twice else None
+        if other is not None and other.key != low.key:
             probes.append(other)
     return tuple(probes)
+
+
+def _spread(groups: Sequence[Group], role: str, every: int) -> list[str]:
+    """Names of groups of a role: the first, the last, and some evenly between them."""
+    names = [group.name for group in groups if group.role == role]
+    many = min(len(names), max(3, -(-len(names) // every)))
+    return [names[round(at * (len(names) - 1) / max(1, many - 1))] for at in range(many)]
 
 
 def alone(group: Group) -> bool:

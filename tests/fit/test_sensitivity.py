@@ -78,7 +78,10 @@ def test_sensitivities_are_found(fit: ModuleType, groups: list[object]) -> None:
     assert [probe.name for probe in probes[:4]] == [
         "the model as it is", "blk.0.dense.down Q3_K", "blk.0.dense.down Q5_K", "blk.1.dense.down Q3_K",
     ]  # fmt: skip
-    assert len(probes) == 1 + 16 + 8
+    assert len(probes) == 1 + 16 + 6
+    assert [probe.name.split()[0] for probe in probes if "attention Q5_K" in probe.name] == [
+        f"blk.{layer}.attention" for layer in (0, 4, 7)
+    ]
     found = fit.sensitivities(groups, scored(fit, probes, groups, truth, 1e-6), errors)
     for one in found:
         s, _ = truth(one.group.name)
@@ -87,7 +90,7 @@ def test_sensitivities_are_found(fit: ModuleType, groups: list[object]) -> None:
         real = s * np.mean([errors[name, kind] for name, kind in types.items()])
         assert one.loss({name: errors[name, kind] for name, kind in types.items()}) == pytest.approx(real, rel=0.05)
     noted = [one.note for one in found if one.note]
-    assert len(noted) == 8 and all("the product law holds" in note for note in noted)
+    assert len(noted) == 6 and all("the product law holds" in note for note in noted)
 
 
 def test_where_the_product_law_fails_the_exponent_is_refined(fit: ModuleType, groups: list[object]) -> None:
@@ -102,7 +105,7 @@ def test_where_the_product_law_fails_the_exponent_is_refined(fit: ModuleType, gr
     )
     assert found["blk.0.dense.down"].p == pytest.approx(1.4, abs=0.05)  # type: ignore[attr-defined]
     assert "the product law fails: KLD ~ E^1.4" in found["blk.0.dense.down"].note  # type: ignore[attr-defined]
-    assert found["blk.1.dense.down"].p == pytest.approx(1.4, abs=0.1)  # type: ignore[attr-defined]
+    assert found["blk.1.dense.down"].p == pytest.approx(1.4, abs=0.15)  # type: ignore[attr-defined]
     for name in ("blk.0.attention", "blk.1.attention"):
         assert found[name].p == pytest.approx(1.0, abs=0.1)  # type: ignore[attr-defined]
     own = {name: errors[name, "Q4_K"] for name in found["blk.3.dense.down"].group.tensors}  # type: ignore[attr-defined]
@@ -219,4 +222,4 @@ def test_estimates_without_an_interval_do_not_stop_it(fit: ModuleType, groups: l
     ]
     found = fit.sensitivities(groups, few, errors)
     assert len(found) == 16 and all(isinstance(one.s, Estimate) and one.s.low is None for one in found)
-    assert len(fit.more_chunks(groups, few, errors, 100)) == 25
+    assert len(fit.more_chunks(groups, few, errors, 100)) == 23
