@@ -110,7 +110,7 @@ def test_where_the_product_law_fails_the_exponent_is_refined(fit: ModuleType, gr
         assert found[name].p == pytest.approx(1.0, abs=0.1)  # type: ignore[attr-defined]
     own = {name: errors[name, "Q4_K"] for name in found["blk.3.dense.down"].group.tensors}  # type: ignore[attr-defined]
     real = 0.1 * np.mean([error**1.4 for error in own.values()])
-    assert found["blk.3.dense.down"].loss(own) == pytest.approx(real, rel=0.15)  # type: ignore[attr-defined]
+    assert found["blk.3.dense.down"].loss(own) == pytest.approx(real, rel=0.2)  # type: ignore[attr-defined]
 
 
 def test_the_exponent_goes_by_depth(fit: ModuleType, groups: list[object]) -> None:
