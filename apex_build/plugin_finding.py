@@ -21,6 +21,23 @@ PACKAGE = "package "  # what the origin of an installed plugin begins with
 _API = "APEX_API"
 _API_LINE = re.compile(rf"^{_API}\s*(?::\s*[\w.\[\]]+\s*)?=\s*(\d{{1,9}})\s*(?:#.*)?$", re.MULTILINE)
 
+_VERB = re.compile(r'^@click\.command\("([a-z][a-z-]*)"\)', re.MULTILINE)
+_SUMMARY = re.compile(r'^def command\(.*?^    """(.*?)(?:"""|\n\n)', re.DOTALL | re.MULTILINE)
+
+
+def summary_in(source: str) -> str:
+    """The first paragraph of the help of the verb that a file defines as `command`, without importing it."""
+    found = _SUMMARY.search(source)
+    return " ".join(found[1].split()) if found else ""
+
+
+def verb_in(folder: Path) -> tuple[str, str] | None:
+    """A built-in plugin's verb and its summary, where its file command.py defines it as our own verbs are defined."""
+    path = folder / "command.py"
+    source = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = _VERB.search(source)
+    return (found[1], summary_in(source)) if found else None
+
 
 def builtin_folders() -> list[Path]:
     return sorted(path.parent for path in (data_root() / "plugins").glob("*/plugin.py"))

@@ -36,6 +36,7 @@ from apex_build.plugin_finding import (
     spelt,
     state_of,
     switched_off,
+    verb_in,
 )
 from apex_build.storage.json_files import write_json
 
@@ -247,16 +248,19 @@ def _load(folders: tuple[Path, ...], data: Path, off: frozenset[str]) -> Plugins
 
 def command_summaries() -> dict[str, str]:
     """Verbs that plugins add, with their summaries, without importing plugins that were imported before."""
-    built_in, entries = _with_commands()
+    folders, entries = _with_commands()
+    in_source = {path: verb_in(path.parent) for path in folders}
+    ours = dict(verb for verb in in_source.values() if verb)
+    built_in = [path for path, verb in in_source.items() if verb is None]
     if not built_in and not entries:
-        return {}
+        return ours
     known = [[str(path), path.stat().st_mtime_ns] for path in built_in]
     key = [*known, *([entry.name, entry.value, package_of(entry), *state_of(entry)] for entry in entries)]
     cached = cache_root() / "plugin-verbs.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         before = json.loads(cached.read_text(encoding="utf-8"))
         if before["of"] == key:
-            return {str(name): str(text) for name, text in before["verbs"].items()}
+            return ours | {str(name): str(text) for name, text in before["verbs"].items()}
     plugins = load_plugins()
     found = {name: command.get_short_help_str(500) for name, command in plugins.commands().items()}
     if not plugins.broken:  # broken plugins are reported each time
@@ -264,11 +268,6 @@ def command_summaries() -> dict[str, str]:
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_json(cached, {"of": key, "verbs": found})
     return found
-
-
-def may_have_commands() -> bool:
-    """Whether any plugin may add verbs, without importing one."""
-    return any(_with_commands())
 
 
 def _with_commands() -> tuple[list[Path], list[importlib.metadata.EntryPoint]]:

@@ -7,7 +7,6 @@ import importlib
 import io
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,8 +22,6 @@ from apex_build.cli.verbs import VERBS, all_verbs
 from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
 from apex_build.printable import printable
 
-_SUMMARY = re.compile(r'^def command\(.*?^    """(.*?)(?:"""|\n\n)', re.DOTALL | re.MULTILINE)
-
 
 class Verbs(Group):
     """Imports a verb's module only when it is used, so that `apex --help` and small verbs start fast."""
@@ -36,9 +33,9 @@ class Verbs(Group):
         if name in VERBS:
             command: click.Command = importlib.import_module(f"apex_build.cli.{VERBS[name]}").command
             return with_verbosity(command)
-        from apex_build.plugins import load_plugins, may_have_commands
+        from apex_build.plugins import command_summaries, load_plugins
 
-        found = load_plugins().commands().get(name) if may_have_commands() else None
+        found = load_plugins().commands().get(name) if name in command_summaries() else None
         return with_verbosity(found) if found else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -62,9 +59,9 @@ class Verbs(Group):
 
 def summary(verb: str) -> str:
     """The first sentence of a verb's help."""
-    text = Path(__file__).with_name(f"{VERBS[verb]}.py").read_text(encoding="utf-8")
-    found = _SUMMARY.search(text)
-    return " ".join(found[1].split()) if found else ""
+    from apex_build.plugin_finding import summary_in
+
+    return summary_in(Path(__file__).with_name(f"{VERBS[verb]}.py").read_text(encoding="utf-8"))
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

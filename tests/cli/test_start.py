@@ -146,3 +146,14 @@ def test_errors_for_scripts(arguments: tuple[str, ...], code: int, kind: str, tm
     said = json.loads(ran.stderr.splitlines()[-1])["error"]
     assert (said["class"], said["exit_code"]) == (kind, code) and said["message"] and "hint" in said
     assert ran.stdout == ""
+
+
+def test_a_built_in_plugins_verb_is_listed_without_importing_the_plugin() -> None:
+    """As our own verbs, by the text of its file; what it says of itself is what the verb says."""
+    from apex_build.plugins import command_summaries, load_plugins
+
+    found = command_summaries()
+    assert {name: command.get_short_help_str(500) for name, command in load_plugins().commands().items()} == {
+        name: click.Command(name, help=text).get_short_help_str(500) for name, text in found.items()
+    }
+    assert "fit" in found

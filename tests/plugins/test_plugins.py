@@ -230,5 +230,5 @@ def test_commands_of_a_plugin(tmp_path: Path) -> None:
         "click.echo('o/')\n"
     )
     text += "@hookimpl\ndef apex_commands(): return [wave]\n"
-    assert list(load_plugins([folder(tmp_path, "mine", text)]).commands()) == ["wave"]
-    assert load_plugins().commands() == {}
+    assert "wave" in load_plugins([folder(tmp_path, "mine", text)]).commands()
+    assert "wave" not in load_plugins().commands()

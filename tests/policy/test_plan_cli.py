@@ -129,7 +129,7 @@ def test_bad_templates(apex, testbed: Path, tmp_path: Path, text: str, code: int
 
 def test_policies_are_listed_with_their_parameters(apex) -> None:  # type: ignore[no-untyped-def]
     listed = {policy["name"]: policy for policy in json.loads(apex("policies", "--json").stdout)}
-    assert set(listed) == {*TIERS, *WITH_SMALL_HEAD, "uniform", "draft-head-only"}
+    assert set(listed) == {*TIERS, *WITH_SMALL_HEAD, "uniform", "draft-head-only", "fit"}
     assert listed["i-nano"]["parameters"]["draft_head"]["default"] == "tier"
     assert "draft_head.routed" in apex("policies", "i-nano").stdout
     assert apex("policies", "nano").returncode == 60
