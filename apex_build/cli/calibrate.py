@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from apex_build.calibration.run import Calibration, Settings, arguments
-from apex_build.calibration.sets import CalibrationText, known_sets
+from apex_build.calibration.sets import known_sets
 from apex_build.calibration.until import Goal
 from apex_build.cli import show, values
+from apex_build.cli.calibrate_dry_run import measure, show_plan
 from apex_build.cli.inspect import print_coverage
 from apex_build.cli.options import PATH, json_option, plugin_option, tools_option
 from apex_build.evaluation.pace import active_parameters, expect, remember, tokens_of
@@ -140,7 +140,11 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
 @plugin_option
 @click.option("--force", is_flag=True, help="Start over, and replace an existing file.")
 @click.option("--write-text", "write_text_to", type=PATH, help="Write the text to this file and stop.")
-@click.option("--dry-run", is_flag=True, help="Show the text's parts and the command; run nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the text's parts and the command, measure a few chunks, and say how long all would take.",
+)
 @json_option
 def command(
     model_path: Path,
@@ -228,7 +232,10 @@ def command(
     tools = find_toolset(tools_path)
     if dry_run:
         wanted = [*arguments(model, settings, tools), "--file", text.name, "--output", str(out)]
-        _show_plan(text, wanted if chunks is None else [*wanted, "--chunks", str(chunks)], out, json_)
+        limit = max_tokens // context if max_tokens else chunks
+        checked = rows_check and rows == AUTO and head and model.has_head
+        measured = measure(model, text, tools, replace(settings, chunks=limit))
+        show_plan(text, wanted if chunks is None else [*wanted, "--chunks", str(chunks)], out, measured, checked, json_)
         return
     if head and not model.has_head and not json_:
         show.note("the model has no draft head: calibrating its trunk")
@@ -259,30 +266,6 @@ def command(
         show.as_json(_json(done))
         return
     _print(done)
-
-
-def _show_plan(text: CalibrationText, wanted: list[str], out: Path, json_: bool) -> None:
-    if json_:
-        parts = [{key: value for key, value in asdict(part).items() if key != "begins"} for part in text.parts]
-        show.as_json(
-            {
-                "text": {"sha256": text.sha256, "bytes": len(text.data), "parts": parts},
-                "command": wanted,
-                "output": str(out),
-            }
-        )
-        return
-    rows = [
-        (part.domain, part.source, part.documents, show.size(part.n_bytes), part.refused or "-") for part in text.parts
-    ]
-    show.table(
-        f"Calibration text, {show.size(len(text.data))}",
-        ("domain", "source", "documents", "bytes", "refused"),
-        rows,
-        right=("documents", "bytes", "refused"),
-    )
-    click.echo(f"command: {shlex.join(wanted)}")
-    click.echo(f"output:  {out}")
 
 
 def _goal(done: Calibration) -> dict[str, Any] | None:

@@ -158,7 +158,7 @@ class ClusterPool:
             raise WorkersUnfit(
                 f"a shard of {self.model.path.name} takes {said}, and no worker of {self.cluster.address} declares as "
                 f"much: {offered}",
-                hint="dask worker --resources 'GPU=1 MEMORY=BYTES', or without --resources",
+                hint="dask worker --resources 'GPU=1 MEMORY=BYTES'; without that option any worker may take a shard",
             )
         return wanted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -171,3 +172,19 @@ def test_bad_input(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path)
     assert "the text has 8 chunks: 3 shards need 9" in ran.stderr and "--shards 2" in ran.stderr
     assert "--shards" in run_apex(*common, "--devices", "0", code=2).stderr
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_the_dry_run_says_how_long_it_takes(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
+    """Some chunks are measured, and multiplied: here, and on several machines."""
+    out = tmp_path / "out.gguf"
+    common = ["calibrate", testbed, "-o", out, "--chunks", 100, "--dry-run"]
+    told = json.loads(run_apex(*common, "--no-rows-check", "--json").stdout)["forecast"]
+    assert told["chunks"] == 100 and told["measured_chunks"] == 6 and told["seconds_a_chunk"] > 0
+    seconds = told["seconds_by_workers"]
+    assert list(seconds) == ["1", "2", "4", "8", "16", "32"]
+    assert seconds["1"] == pytest.approx(told["seconds_to_start"] + 100 * told["seconds_a_chunk"])
+    assert seconds["32"] == pytest.approx(told["seconds_to_start"] + 4 * told["seconds_a_chunk"])
+    ran = run_apex(*common)
+    assert "here (100 chunks, and 24 of the check of the hidden rows)" in ran.stdout
+    assert "on N machines like this one (--shards N --cluster ADDRESS): " in ran.stdout and " on 32" in ran.stdout
+    assert list(tmp_path.iterdir()) == []
