@@ -14,7 +14,7 @@ from .shapes import document, without_nones
 
 OPTIONS = ("dataset", "name", "split", "revision", "column", "columns", "streaming")
 _SECONDS = 10.0  # that the Hub has to answer, before the cache is asked
-_TRIES = 4  # at a stream that broke off, five seconds apart; the library's own are twenty
+_TRIES = 1  # at a stream that broke off: each is retried five times below, which takes half a minute
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _EXTRA = "pip install 'apex-build[hub]'"
 
@@ -152,7 +152,7 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
 
 def _of_the_network(error: Exception) -> bool:
-    known = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+    known = ("aiohttp", "httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
     return isinstance(error, OSError) or type(error).__module__.startswith(known)
 
 
@@ -165,11 +165,14 @@ def _named(name: str, datasets: Any) -> Iterator[None]:
     """What the libraries raise for data that is not as it should be, with the dataset's name."""
     import pyarrow
 
+    known = (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, RuntimeError)
     try:
         yield
     except CalibrationSetInvalid:
         raise
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, known) and not _of_the_network(error):
+            raise
         cause = error.__cause__ if error.__cause__ is not None else error
         raise CalibrationSetInvalid(f"dataset {name}: cannot be read: {_first(cause)}") from None
 

@@ -121,6 +121,24 @@ def test_a_hub_that_never_answers_is_not_waited_for(
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
+def test_a_stream_that_breaks_off_is_told(
+    environment: dict[str, str], files: dict[str, bytes], testbed: Path, tmp_path: Path
+) -> None:
+    """Half a minute of the library's own retries, and not two."""
+    began = time.monotonic()
+    with serving(files, breaks_off="train-00000-of-00001.parquet") as address:
+        env = {**environment, "HF_ENDPOINT": address}
+        given = (
+            "--calibration-set",
+            written(tmp_path, f'revision = "{COMMIT}"'),
+            "--write-text",
+            tmp_path / "text.txt",
+        )
+        assert f"dataset {NAME}: cannot be read: " in run_apex("calibrate", testbed, *given, env=env, code=50).stderr
+    assert time.monotonic() - began < 90 and not (tmp_path / "text.txt").exists()
+
+
 # What each built-in set takes from the Hub: its columns and their shapes, as the data sets' own pages give them.
 _TURNS = [{"content": "How?", "role": "user"}, {"content": "So.", "role": "assistant"}]
 _THOUGHT = [_TURNS[0], {"content": "<think>\nHm.\n</think>\n\nSo.", "role": "assistant"}]
