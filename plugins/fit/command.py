@@ -20,7 +20,8 @@ from apex_build.plugin_api import (
 )
 
 from . import budget, errors, measure
-from .run import CHECKED, Asked, Done, Made, Row, fit, preview
+from .data import CHECKED, Asked, Done, Made, Row
+from .run import fit, preview
 
 _PATH = click.Path(path_type=Path, readable=False)
 

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from apex_build.plugin_api import (
     BudgetUnfit,
-    Chart,
-    Data,
-    EvaluateOptions,
     Ggml,
-    Mark,
     Model,
     Planned,
     PlanOptions,
     PolicyTask,
-    PolicyUnfit,
     Probe,
     QuantizeOptions,
-    Series,
-    ShapeUnfit,
-    Value,
     Workplace,
     cache_folder,
-    can_plot,
     cpus,
-    draw,
-    evaluate_files,
     fingerprint,
     footprint,
     gpus_of,
@@ -47,122 +35,12 @@ from apex_build.plugin_api import (
 )
 
 from . import budget, errors, measure, measurement, policy, refine, sensitivity
+from .check import plot, row_of, scored, tiers_of, with_check
+from .data import NAME, Asked, Done, Made, Preview, Row
 from .measurement import Measurement
 from .plugin import PARAMETERS
 
-NAME = "fit"
-CHECKED = 8  # chunks of each text, for the check
 _MARGIN = 0.03  # of a GPU's memory, for its driver and the display
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the user wants. Of `size`, `bits`, `gpu` and `curve` one is given."""
-
-    imatrix: Path
-    texts: tuple[Path, ...] = ()
-    out: Path | None = None
-    measurement: Path | None = None
-    size: int | None = None
-    bits: float | None = None
-    gpu: str | None = None
-    context: int = 8192
-    curve: tuple[int, ...] = ()
-    settings: Mapping[str, Value] = field(default_factory=dict, hash=False)
-    beside: bool = True  # score the other policies too
-    tiers: Mapping[str, str] = field(default_factory=dict, hash=False)  # parameters of the policies beside it
-    chunks: int = measure.CHUNKS
-    probe_budget: int = 0
-    check_chunks: int = CHECKED
-    sample: int = errors.SAMPLE
-    refine: int = 0
-    head_score: bool = True
-    threads: int | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Preview:
-    """All that is known before anything is measured: sizes, and how long each part takes."""
-
-    model: Model
-    data: Data
-    plan: measure.Plan
-    task: PolicyTask
-    targets: tuple[int, ...]
-    smallest: int
-    largest: int
-    at: Path
-    known: Measurement | None
-    warnings: tuple[str, ...]
-    seconds: tuple[str, str]
-    probes: int
-    room: tuple[str, ...] = ()  # what a GPU's memory goes to
-
-    def lines(self) -> list[str]:
-        errors_, probes = self.seconds
-        said = [*self.room]
-        if self.known is not None:
-            said.append(f"measured before: {self.at}")
-        else:
-            said.append(f"errors of {len(self.plan.work.types)} tensors: {errors_ or 'measured before'}")
-            many = f"{self.probes} probes of {self.plan.chunks} chunks of each of {len(self.plan.texts.probed)} texts"
-            said.append(f"{many}: {probes or 'measured before'}")
-        sizes = ", ".join(budget.shown(target) for target in self.targets)
-        between = f"(from {budget.shown(self.smallest)} to {budget.shown(self.largest)} can be made)"
-        return [*said, f"target: {sizes} {between}"]
-
-    def json(self) -> dict[str, Any]:
-        return {
-            "targets": list(self.targets),
-            "smallest": self.smallest,
-            "largest": self.largest,
-            "measured_before": self.known is not None,
-            "errors": self.seconds[0],
-            "probes": self.probes,
-            "probing": self.seconds[1],
-            "measurement": str(self.at),
-            "gpu": list(self.room),
-        }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A file, or one that could be: its divergence as predicted, and as measured on text that no probe saw."""
-
-    name: str
-    target: int | None
-    n_bytes: int
-    bits: float
-    predicted: float | None
-    measured: float | None = None
-    low: float | None = None
-    high: float | None = None
-    types: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
-
-    def json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "types"}
-
-
-@dataclass(frozen=True)
-class Made:
-    path: Path
-    n_bytes: int
-    reused: bool
-    lines: tuple[str, ...] = ()
-
-    def json(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
-
-
-@dataclass(frozen=True)
-class Done:
-    rows: tuple[Row, ...]
-    tiers: tuple[Row, ...]
-    measurement: Path
-    made: Made | None
-    plots: tuple[Path, ...]
-    warnings: tuple[str, ...]
 
 
 def preview(path: Path, asked: Asked, place: Workplace) -> Preview:
@@ -236,28 +114,29 @@ def fit(before: Preview, asked: Asked, place: Workplace) -> Done:
     found = replace(found, file=before.at)
     planned = [_planned(target, before, asked, place) for target in before.targets]
     rows = [
-        _row(f"{NAME} {budget.shown(target)}", target, one, before)
+        row_of(f"{NAME} {budget.shown(target)}", target, one, before)
         for target, one in zip(before.targets, planned, strict=True)
     ]
     warnings = [*before.warnings, *(text for one in planned for text in one.plan.warnings)]
-    tiers = _tiers(before, found, asked, place) if asked.beside else []
+    tiers = tiers_of(before, found, asked, place) if asked.beside else []
     if not asked.curve:
         nearest = min(tiers, key=lambda row: abs(row.n_bytes - rows[0].n_bytes), default=None)
         tiers = [nearest] if nearest else []
     made: Made | None = None
     plots: tuple[Path, ...] = ()
     if asked.curve:
-        scored = _scored([*rows, *tiers], before, asked, place)
-        rows, tiers = scored[: len(rows)], scored[len(rows) :]
+        every = scored([*rows, *tiers], before, asked, place)
+        rows, tiers = every[: len(rows)], every[len(rows) :]
         if asked.out is not None:
-            plots = _plot(asked.out, rows, tiers, before)
+            plots = plot(asked.out, rows, tiers, before)
             if not plots:
                 warnings.append("no plot: it needs matplotlib; pip install 'apex-build[report]'")
     else:
         assert asked.out is not None
         types, said = _refined(rows[0], before, found, asked, place)
         made = _made(rows[0], before, asked, place, types, said)
-        rows, tiers = _with_check(rows, tiers, before, asked, place)
+        rows, tiers, lost = with_check(rows, tiers, before, asked, place)
+        made = replace(made, lines=(*made.lines, *lost))
     return Done(tuple(rows), tuple(tiers), before.at, made, plots, tuple(dict.fromkeys(warnings)))
 
 
@@ -333,48 +212,6 @@ def _planned(target: int, before: Preview, asked: Asked, place: Workplace) -> Pl
     return plan_model(before.model, PlanOptions(NAME, parameters, asked.imatrix), place=place)
 
 
-def _row(name: str, target: int | None, planned: Planned, before: Preview) -> Row:
-    plan = planned.plan
-    n_bytes = plan.n_bytes + before.task.other_bytes
-    changed = {entry.name: entry.type for entry in plan.entries if entry.type != entry.from_type}
-    return Row(name, target, n_bytes, plan.bits_per_weight, plan.predicted.get(policy.KLD), types=changed)
-
-
-def _tiers(before: Preview, found: Measurement, asked: Asked, place: Workplace) -> list[Row]:
-    """What the other calibrated policies make of the model, with what this measurement predicts of them."""
-    rows = []
-    for name, one in place.plugins.policies().items():
-        if not one.calibrated or one.compute is not None or one.needs:
-            continue
-        own = {key: value for key, value in asked.tiers.items() if key in one.parameters}
-        try:
-            planned = plan_model(before.model, PlanOptions(name, own, before.data.path), place=place)
-        except (PolicyUnfit, ShapeUnfit):
-            continue
-        row = _row(name, None, planned, before)
-        rows.append(replace(row, predicted=policy.predicted(found, before.task, row.types).get(policy.KLD)))
-    return sorted(rows, key=lambda row: row.n_bytes)
-
-
-def _scored(rows: Sequence[Row], before: Preview, asked: Asked, place: Workplace) -> list[Row]:
-    """Measured on the text that no probe saw, in the model's memory: no file is written."""
-    if not rows:
-        return []
-    task = measure.task_for(before.model, place, before.plan.texts.unseen, asked.check_chunks, asked.threads, "check")
-    heads = {tensor.name for tensor in before.model.tensors if tensor.draft_head}
-    probes = [Probe("the model as it is"), *(Probe(row.name, _trunk(row.types, heads)) for row in rows)]
-    base, *scores = run_probes(task, probes, before.data.path, chunks=asked.check_chunks)
-    found = []
-    for row, score in zip(rows, scores, strict=True):
-        cost = sensitivity.difference(score, base)
-        found.append(replace(row, measured=cost.value, low=cost.low, high=cost.high))
-    return found
-
-
-def _trunk(types: Mapping[str, str], heads: set[str]) -> dict[str, str]:
-    return {name: kind for name, kind in types.items() if name not in heads}
-
-
 def _refined(
     row: Row, before: Preview, found: Measurement, asked: Asked, place: Workplace
 ) -> tuple[Path | None, tuple[str, ...]]:
@@ -424,65 +261,3 @@ def _made(
         )
     done = write_file(planned, options, place=place)
     return Made(done.path, done.done.n_bytes, done.done.reused, said)
-
-
-def _with_check(
-    rows: Sequence[Row], tiers: Sequence[Row], before: Preview, asked: Asked, place: Workplace
-) -> tuple[list[Row], list[Row]]:
-    """The written file's own divergence; that of the tier beside it from a probe."""
-    assert asked.out is not None
-    settings = {"kld.chunks": str(asked.check_chunks), "kld.context": str(measure.CONTEXT)}
-    options = EvaluateOptions(
-        before.model.path,
-        tuple(before.plan.texts.unseen.values()),
-        only=("kld",),
-        settings=settings,
-        threads=asked.threads,
-    )
-    (result,) = evaluate_files([asked.out], options, place=place)
-    if result.error is not None:
-        raise result.error
-    figure = next(one for one in result.figures if one.name == policy.KLD and not one.domain)
-    row = replace(
-        rows[0],
-        name=asked.out.name,
-        n_bytes=asked.out.stat().st_size,
-        measured=figure.value,
-        low=figure.low,
-        high=figure.high,
-    )
-    return [row], _scored(tiers, before, asked, place)
-
-
-def _plot(out: Path, rows: Sequence[Row], tiers: Sequence[Row], before: Preview) -> tuple[Path, ...]:
-    if not can_plot():
-        return ()
-    paths = (out.with_suffix(".png"), out.with_suffix(".svg"))
-    draw(chart(rows, tiers, before.model.path.name), *paths)
-    return paths
-
-
-def chart(rows: Sequence[Row], tiers: Sequence[Row], name: str) -> Chart:
-    def marks(some: Sequence[Row], *, named: bool) -> tuple[Mark, ...]:
-        return tuple(
-            Mark(
-                row.n_bytes / 1e6,
-                row.measured,
-                row.name if named else "",
-                y_interval=(row.low, row.high) if row.low is not None and row.high is not None else None,
-            )
-            for row in some
-            if row.measured is not None
-        )
-
-    predicted = tuple(Mark(row.n_bytes / 1e6, row.predicted) for row in rows if row.predicted is not None)
-    return Chart(
-        f"{name}: divergence against size",
-        "bytes of the file (MB)",
-        "KL divergence from the F16 (nats)",
-        (
-            Series("fit, measured on unseen text", marks(rows, named=False)),
-            Series("fit, predicted", predicted),
-            Series("tiers", marks(tiers, named=True), joined=False),
-        ),
-    )

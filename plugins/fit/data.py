@@ -1,0 +1,127 @@
+"""What the verb is asked for, and what it answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apex_build.plugin_api import Data, Model, PolicyTask, Value
+
+from . import budget, errors, measure
+from .measurement import Measurement
+
+NAME = "fit"
+CHECKED = 8  # chunks of each text, for the check
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wants. Of `size`, `bits`, `gpu` and `curve` one is given."""
+
+    imatrix: Path
+    texts: tuple[Path, ...] = ()
+    out: Path | None = None
+    measurement: Path | None = None
+    size: int | None = None
+    bits: float | None = None
+    gpu: str | None = None
+    context: int = 8192
+    curve: tuple[int, ...] = ()
+    settings: Mapping[str, Value] = field(default_factory=dict, hash=False)
+    beside: bool = True  # score the other policies too
+    tiers: Mapping[str, str] = field(default_factory=dict, hash=False)  # parameters of the policies beside it
+    chunks: int = measure.CHUNKS
+    probe_budget: int = 0
+    check_chunks: int = CHECKED
+    sample: int = errors.SAMPLE
+    refine: int = 0
+    head_score: bool = True
+    threads: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Preview:
+    """All that is known before anything is measured: sizes, and how long each part takes."""
+
+    model: Model
+    data: Data
+    plan: measure.Plan
+    task: PolicyTask
+    targets: tuple[int, ...]
+    smallest: int
+    largest: int
+    at: Path
+    known: Measurement | None
+    warnings: tuple[str, ...]
+    seconds: tuple[str, str]
+    probes: int
+    room: tuple[str, ...] = ()  # what a GPU's memory goes to
+
+    def lines(self) -> list[str]:
+        errors_, probes = self.seconds
+        said = [*self.room]
+        if self.known is not None:
+            said.append(f"measured before: {self.at}")
+        else:
+            said.append(f"errors of {len(self.plan.work.types)} tensors: {errors_ or 'measured before'}")
+            many = f"{self.probes} probes of {self.plan.chunks} chunks of each of {len(self.plan.texts.probed)} texts"
+            said.append(f"{many}: {probes or 'measured before'}")
+        sizes = ", ".join(budget.shown(target) for target in self.targets)
+        between = f"(from {budget.shown(self.smallest)} to {budget.shown(self.largest)} can be made)"
+        return [*said, f"target: {sizes} {between}"]
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "targets": list(self.targets),
+            "smallest": self.smallest,
+            "largest": self.largest,
+            "measured_before": self.known is not None,
+            "errors": self.seconds[0],
+            "probes": self.probes,
+            "probing": self.seconds[1],
+            "measurement": str(self.at),
+            "gpu": list(self.room),
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """A file, or one that could be: its divergence as predicted, and as measured on text that no probe saw."""
+
+    name: str
+    target: int | None
+    n_bytes: int
+    bits: float
+    predicted: float | None
+    measured: float | None = None
+    low: float | None = None
+    high: float | None = None
+    types: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
+    agreement: float | None = None  # points that the draft head is predicted to differ by
+
+    def json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "types"}
+
+
+@dataclass(frozen=True)
+class Made:
+    path: Path
+    n_bytes: int
+    reused: bool
+    lines: tuple[str, ...] = ()
+
+    def json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class Done:
+    rows: tuple[Row, ...]
+    tiers: tuple[Row, ...]
+    measurement: Path
+    made: Made | None
+    plots: tuple[Path, ...]
+    warnings: tuple[str, ...]
