@@ -1,1 +1,1 @@
-"""How good a file is: evaluators of plugins, run one after the other, their figures with intervals, recorded."""
+"""Measure files: run the plugins' evaluators one after the other, and record their figures with intervals."""

@@ -1,6 +1,4 @@
-"""The built-in evaluation set: texts and prompts of four domains for a user who gives none, apart from what calibration
-uses.
-"""
+"""The built-in evaluation set: default texts and prompts of four domains, distinct from the calibration set."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ def built_in_prompts(
     template = None
     for part in chosen.parts:
         documents = [_beginning(one) for one in sources[part.source].read(part.options, chosen.path.parent)]
-        spread = documents[:: max(1, len(documents) // count)][:count]  # from all of the set, not its start alone
+        spread = documents[:: max(1, len(documents) // count)][:count]  # from all of the set, not only its start
         conversations = [one for one in spread if one.messages]
         if conversations and template is None:
             template = chat_template(model, template_file)

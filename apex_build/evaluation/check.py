@@ -1,6 +1,7 @@
-"""`apex check`: is a file alive? The trunk writes text, its draft head is accepted, and drafting keeps the text.
+"""`apex check`: does a file work? The trunk writes text, its drafts are accepted, and drafting does not change the
+text.
 
-Files whose head no draft of was ever accepted (0 of 3595) have been published. A check takes one or two minutes.
+Files whose head never had a draft accepted (0 of 3595) have been published. A check takes one or two minutes.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from apex_build.progress import Report, silent
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a file must hold to. Acceptance in %, the share of the reference's as a fraction, perplexities as ratios."""
+    """Limits for a good file. Acceptance in %, the share of the reference's as a fraction, perplexities as ratios."""
 
     acceptance: float = 20.0
     of_reference: float = 0.5
     perplexity_ratio: float = 1.5  # of the reference's
     perplexity: float = (
-        1000.0  # without a reference; of a small vocabulary a quarter of its size, which is near to guessing
+        1000.0  # without a reference; for a small vocabulary a quarter of its size, which is close to guessing
     )
     same_text: float = 50.0
 
@@ -66,7 +67,7 @@ def check(
     options: ToolOptions = ToolOptions(),  # noqa: B008  frozen
     report: Report = silent,
 ) -> Checked:
-    """Measure the file, and the reference if there is one, and hold it to the bounds.
+    """Measure the file, and the reference if there is one, and compare with the bounds.
 
     Raises what evaluators raise where the file cannot be measured at all: it does not load, a prompt does not fit.
     """
@@ -148,6 +149,6 @@ def _of(figures: Mapping[tuple[str, str], Figure], name: str) -> dict[str, Figur
 
 
 def _value(by_domain: Mapping[str, Figure]) -> float | None:
-    """Over all domains; of a single one, which has no row for all, its own."""
+    """The value over all domains; a single domain has no row for all, so its own."""
     figure = by_domain.get("") or next(iter(by_domain.values()), None)
     return figure.value if figure else None

@@ -18,7 +18,7 @@ _SHOWN = 5  # lines
 
 
 def scored_positions(context: int) -> int:
-    """Of a chunk: those after its first half, but for the last one, whose successor is in the next chunk."""
+    """Scored positions of a chunk: its second half, without the last one, whose successor is in the next chunk."""
     return context - 1 - context // 2
 
 
@@ -46,7 +46,7 @@ def run(
 ) -> T:
     """Run llama-perplexity and `read` its lines, all of which this project's build prints (patch 0004).
 
-    It exits with 0 also where it refuses a text. Raises CalibrationSetInvalid (the text is too short), ToolFailed.
+    It exits with 0 even if it refuses a text. Raises CalibrationSetInvalid (the text is too short), ToolFailed.
     """
     try:
         ran = task.run("llama-perplexity", "-m", model, *arguments, what=what)
@@ -63,7 +63,7 @@ def run(
 
 
 def planned(lines: Sequence[str]) -> tuple[int, int] | None:
-    """(chunks, tokens in a chunk) that the tool set out to do."""
+    """(chunks, tokens in a chunk) that the tool planned."""
     found = next((found for line in lines if (found := chunks_planned(line))), None)
     return (found.chunks, found.context) if found else None
 

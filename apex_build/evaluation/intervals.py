@@ -1,7 +1,8 @@
 """95 % intervals for figures over text or prompts, part of the plugin API.
 
-Neighbours are correlated: positions of one chunk of a text, tokens of one answer. Counted as independent they give
-intervals that are about two times too narrow. So everything here works on clusters, and takes those as independent.
+Neighbours are correlated: positions of one chunk of a text, tokens of one answer. Treated as independent they give
+intervals that are about half as wide as they should be. So everything here works on clusters, and treats those as
+independent.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Labels = npt.NDArray[np.int64]
 FloatsLike = Sequence[float] | npt.NDArray[np.floating] | npt.NDArray[np.integer] | npt.NDArray[np.bool_]
 LabelsLike = Sequence[int] | npt.NDArray[np.integer]
 
-LEAST_CLUSTERS = 8  # with fewer, the scatter between clusters says too little of itself for an interval that holds
+LEAST_CLUSTERS = 8  # with fewer, the scatter between clusters is too uncertain for a valid interval
 NORMAL = NormalDist().inv_cdf(0.975)  # 1.96: half a 95 % interval, in standard errors
 
 
@@ -41,7 +42,7 @@ class Estimate(NamedTuple):
         return Estimate(self.value, low, high)
 
     def exp(self) -> Estimate:
-        """Of the exponential: a perplexity from a mean of negative log-likelihoods."""
+        """The exponential: a perplexity from a mean of negative log-likelihoods."""
         low, high = (None if bound is None else math.exp(bound) for bound in self[1:])
         return Estimate(math.exp(self.value), low, high)
 

@@ -1,4 +1,4 @@
-"""How long work will take: from what earlier work of its kind took on this machine, kept in the cache, or roughly
+"""Estimate how long work will take: from earlier work of its kind on this machine, kept in the cache, or roughly
 guessed.
 """
 
@@ -14,7 +14,7 @@ from apex_build.places import cache_root
 from apex_build.storage.json_files import write_json
 from apex_build.system import cpus
 
-# A guess where nothing was measured: operations a second of one core, two for each parameter and token.
+# A guess if nothing was measured: operations a second of one core, two for each parameter and token.
 _PER_CORE = 1.5e10
 GENERATED = 6.0  # writing a token takes about as long as reading this many in a batch, on a CPU
 _CHARACTERS = 3.5  # bytes of text in a token, about
@@ -23,14 +23,14 @@ _CHARACTERS = 3.5  # bytes of text in a token, about
 @dataclass(frozen=True)
 class Estimate:
     seconds: float
-    measured: bool  # by earlier work of the kind, and not guessed
+    measured: bool  # from earlier work of the kind, not guessed
 
     def __str__(self) -> str:
         return f"about {duration(self.seconds)}{'' if self.measured else ', roughly guessed'}"
 
 
 def active_parameters(model: Model) -> float:
-    """Parameters that a token is multiplied with: of routed experts those that are used, and no table of embeddings."""
+    """Parameters that a token is multiplied with: only active experts, without the embedding table."""
     share = model.n_expert_used / model.n_expert if model.n_expert and model.n_expert_used else 1.0
     sizes = ((tensor.n_elements, tensor.name) for tensor in model.tensors if not tensor.name.startswith("token_embd"))
     return sum(size * (share if "_exps" in name else 1.0) for size, name in sizes)
@@ -49,7 +49,7 @@ def expect(kind: str, work: float) -> Estimate:
 
 
 def remember(kind: str, work: float, seconds: float) -> None:
-    """A later run of the kind takes about as long for each unit. Failing to record it is not an error."""
+    """Record the time for each unit, for estimates of later work of the kind. Failing to record it is not an error."""
     if work <= 0 or seconds < 1:  # mostly the time to start the program
         return
     known = _known()

@@ -1,4 +1,4 @@
-"""What evaluators have before them, as pieces of one whole with an expected time."""
+"""The work of evaluators, as pieces of a whole with expected times."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def piece_of(works: Sequence[Work]) -> tuple[Piece, pace.Estimate]:
 
 
 def remember(work: Work, share: float, seconds: float) -> None:
-    """What a work took, of which `share` was to be done: the rest was in the cache."""
+    """Record the time of a work, of which `share` had to be done: the rest was cached."""
     tokens = sum(runs_of(work.evaluator, work.task).values()) * share
     pace.remember(work.evaluator.name, tokens * pace.active_parameters(work.task.model), seconds)

@@ -44,13 +44,13 @@ def logits_bytes(chunks: int, context: int, vocabulary: int) -> int:
 
 
 def chunks_in(logits: Path) -> int:
-    """Of a whole file."""
+    """Chunks in a complete file."""
     with logits.open("rb") as file:
         return int(_HEAD.unpack(file.read(_HEAD.size))[3])
 
 
 def _with_room(task: Task, reference: Model, folder: Path) -> Task:
-    """Ended where the disk is too small, before anything is written."""
+    """Stop before anything is written if the disk is too small."""
     context = task.number("context")
     vocabulary = len(reference.metadata.get("tokenizer.ggml.tokens", ()))
     each = scored_positions(context)
@@ -63,7 +63,7 @@ def _with_room(task: Task, reference: Model, folder: Path) -> Task:
 
 
 def _check_whole(path: Path, model: Path) -> None:
-    """The tool does not look whether its file could be written."""
+    """The tool does not check whether its file could be written."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(_HEAD.size)

@@ -1,4 +1,4 @@
-"""Whether a draft head drafts better with hidden rows before or after the trunk's final norm, seen on the user's own
+"""Test whether a draft head drafts better with hidden rows before or after the trunk's final norm, on the user's
 model.
 """
 
@@ -21,8 +21,8 @@ from apex_build.storage.digests import sha256_file
 from apex_build.storage.json_files import read_json, write_json
 from apex_build.storage.scratch import scratch_folder
 
-CHUNKS = 12  # as many as an interval needs, and a few more: of 512 tokens 3060 positions
-_CLEARLY = 1.0  # points of agreement: less may be chance of the text, and costs little
+CHUNKS = 12  # as many as an interval needs, and a few more: 3060 positions for 512 tokens
+_CLEARLY = 1.0  # points of agreement: less may be chance, and costs little
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def check_rows(
     """Score the first chunks of `text` with both; None if no choice is known for the architecture, or the tools have
     none.
 
-    Kept in the cache. Raises HeadRowsDoubtful if what is known of it is clearly the worse choice, ToolFailed.
+    Kept in the cache. Raises HeadRowsDoubtful if the choice known for its architecture is clearly worse, ToolFailed.
     """
     known = trained_on(model.architecture)
     if known is None or known.choice is None or not rows_can_be_chosen(tools.tool("llama-perplexity")):

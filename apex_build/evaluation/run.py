@@ -49,9 +49,7 @@ _RESULT_ROOM = 4 << 20  # bytes free, for the records of a run
 
 @dataclass(frozen=True)
 class Inputs:
-    """What evaluators may be given beside the file: each takes only what it needs or uses. `options` are for their
-    tools.
-    """
+    """Inputs of evaluators besides the file: each gets only what it needs or uses. `options` are for their tools."""
 
     reference: Model | None = None
     texts: Mapping[str, Path] = field(default_factory=dict, hash=False)  # domain -> UTF-8 text
@@ -59,7 +57,7 @@ class Inputs:
     data: Mapping[str, Path] = field(default_factory=dict, hash=False)  # evaluator -> its file
     settings: Mapping[str, str] = field(default_factory=dict, hash=False)  # evaluator.parameter -> value
     options: ToolOptions = field(default_factory=ToolOptions)
-    files: tuple[Path, ...] = ()  # further ones that were read: prompts, plugins; no output may replace them
+    files: tuple[Path, ...] = ()  # other files that were read: prompts, plugins; no output may replace them
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """`figures`, or the error that kept them from being had. `reused`: they were recorded before."""
+    """`figures`, or the error that prevented them. `reused`: they were recorded earlier."""
 
     work: Work
     figures: tuple[Figure, ...]
@@ -86,7 +84,7 @@ class Result:
 def choose(
     evaluators: Mapping[str, Evaluator], only: Sequence[str], model: Model, inputs: Inputs
 ) -> tuple[list[Evaluator], list[str]]:
-    """The evaluators for a file: those of `only`, or all that have what they need. Second, a line for each left out.
+    """The evaluators for a file: those of `only`, or all whose inputs are given. Second, a line for each one left out.
 
     Raises EvaluatorUnknown; EvaluationRefused where one of `only` lacks something.
     """
@@ -105,7 +103,7 @@ def choose(
         elif only:
             raise EvaluationRefused(f"{name} cannot be run on {model.path}: {lacking[0]}", hint=lacking[1])
         else:
-            needs = evaluators[name].needs  # what is had most easily comes first
+            needs = evaluators[name].needs  # inputs that are easiest to provide first
             lacks.append((("data" in needs, len(needs)), f"{name}: {lacking[0]}"))
     left_out = [line for _, line in sorted(lacks, key=lambda one: one[0])]
     if not chosen:
@@ -161,7 +159,7 @@ def plan_work(
 
 
 def settings_of(evaluator: Evaluator, given: Mapping[str, str], tools: Toolset) -> dict[str, Value]:
-    """The evaluator's parameters, those given as `evaluator.parameter` among them."""
+    """The evaluator's parameters, including those given as `evaluator.parameter`."""
     own = {name.partition(".")[2]: value for name, value in given.items() if name.partition(".")[0] == evaluator.name}
     return values_of(f"evaluator '{evaluator.name}'", evaluator.parameters, dict(own), Ggml(tools))
 
@@ -188,7 +186,7 @@ def _example_of(evaluators: Mapping[str, Evaluator]) -> str:
 
 
 def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool = False) -> Iterator[Result]:
-    """Do the work, what shares the machine first and what is timed last; one after the other, each with all cores.
+    """Do the work one after the other, each with all cores; timed evaluators last.
 
     Results are appended to `results`, one JSON object a line, and taken from there where they are; `force` measures
     again. An evaluator that fails gives a Result with its error, and the others still run. Raises OutputUnwritable.
@@ -209,14 +207,15 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
         try:
             if results is not None:
                 _append(results, record(result))
-        except ApexError:  # a full disk: what took hours is not lost with it
+        except ApexError:  # a full disk: hours of results are not lost
             yield result
             raise
         yield result
 
 
 def check_results(path: Path, works: Sequence[Work] = (), inputs: Inputs | None = None) -> None:
-    """Refuse before hours of work what could not be recorded after them: an input, another file, a full disk.
+    """Refuse, before hours of work, a results file that could not be written afterwards: an input, another file, a full
+    disk.
 
     Raises OutputUnwritable, DiskTooSmall.
     """
@@ -256,7 +255,7 @@ def _records(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
         content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OutputUnwritable(f"{path}: not a file of results: {error}", hint=_ELSEWHERE) from None
-    lines = content.split(b"\n")  # no other line break ends a record
+    lines = content.split(b"\n")  # only a line feed ends a record
     unfinished = lines.pop()
     kept = lines
     for number, line in enumerate([*lines, unfinished] if unfinished else lines, 1):
@@ -266,7 +265,8 @@ def _records(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
                 _figure(figure)
             if not isinstance(row["seconds"], (int, float)):
                 raise ValueError
-            if all("better" in figure for figure in row["figures"]):  # else from before, and to be measured again
+            # otherwise from an older version, and measured again
+            if all("better" in figure for figure in row["figures"]):
                 found[row["identity"]] = row
             else:
                 outdated = True
@@ -280,7 +280,7 @@ def _records(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """What a results file holds of a result."""
+    """A result as a record of the results file."""
     task = result.work.task
     return {
         "identity": result.work.identity,
@@ -311,7 +311,7 @@ def _checked(evaluator: Evaluator, figures: Sequence[Figure]) -> tuple[Figure, .
 
 
 def _plain(figure: Figure) -> Figure:
-    """The figure in Python's own kinds, NumPy's too being numbers. Raises ValueError for what cannot be recorded or
+    """The figure with plain Python numbers, also from NumPy's. Raises ValueError for what cannot be recorded or
     shown.
     """
     found: dict[str, Any] = {}
@@ -331,7 +331,7 @@ def _plain(figure: Figure) -> Figure:
 
 
 def _figure(data: Mapping[str, Any]) -> Figure:
-    """As it was recorded, whatever a later version adds. Raises TypeError, ValueError."""
+    """The figure as recorded; ignores fields added by later versions. Raises TypeError, ValueError."""
     return _plain(Figure(**{name: data[name] for name in data if name in _FIELDS}))
 
 

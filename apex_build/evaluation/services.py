@@ -20,7 +20,9 @@ def serving(evaluators: Mapping[str, Evaluator], purpose: str, meaning: str = ""
 
 
 def the_one_serving(evaluators: Mapping[str, Evaluator], purpose: str, meaning: str) -> tuple[Evaluator, Service]:
-    """For what only one can answer. Raises EvaluationRefused if none does, PluginFailed where several do."""
+    """The only evaluator that serves a purpose. Raises EvaluationRefused if there is none, PluginFailed if there are
+    several.
+    """
     found = serving(evaluators, purpose, meaning)
     if not found:
         raise EvaluationRefused(
@@ -39,6 +41,6 @@ def the_one_serving(evaluators: Mapping[str, Evaluator], purpose: str, meaning: 
 
 
 def settings_for(evaluator: Evaluator, service: Service, **further: str) -> dict[str, str]:
-    """Its settings for the purpose, as `--set` takes them; `further` ones where the evaluator has such a parameter."""
+    """Its settings for the purpose, as for `--set`; `further` ones if the evaluator has such a parameter."""
     known = {name: value for name, value in further.items() if name in evaluator.parameters}
     return {f"{evaluator.name}.{name}": value for name, value in {**service.settings, **known}.items()}

@@ -1,4 +1,4 @@
-"""What an evaluator is given, part of the plugin API: a model file, and the means to run this build's tools on it."""
+"""The input of an evaluator, part of the plugin API: a model file, and functions to run this build's tools on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies that compute: a function of the plugin gives each tensor its type, where others render a template."""
+"""Policies that compute: the plugin's function gives each tensor its type, instead of a template."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def task_of(
 
 
 def compute(policy: PolicySpec, task: PolicyTask) -> tuple[Rendered, Computed]:
-    """What the function gave, as the lines that a template would have rendered. Raises PluginFailed for what is no type
-    of a tensor of the model, and what the function raises for the user.
+    """The function's result, as the lines that a template would render. Raises PluginFailed for anything but types
+    of the model's tensors, and what the function raises for the user.
     """
     assert policy.compute is not None
     plugin, _ = library_of(policy)
@@ -40,7 +40,7 @@ def compute(policy: PolicySpec, task: PolicyTask) -> tuple[Rendered, Computed]:
         found = policy.compute(task)
     about = f"plugin '{plugin}': policy '{policy.name}'"
     if not isinstance(found, Computed):
-        raise PluginFailed(f"{about} must give a Computed, not {found!r:.200}")
+        raise PluginFailed(f"{about} must return a Computed, not {found!r:.200}")
     names = {tensor.name for tensor in task.model.tensors}
     for name, type_name in found.types.items():
         if name not in names or not isinstance(type_name, str):
@@ -53,7 +53,7 @@ def compute(policy: PolicySpec, task: PolicyTask) -> tuple[Rendered, Computed]:
 
 
 def predict(policy: PolicySpec, task: PolicyTask, types: Mapping[str, str]) -> Mapping[str, float]:
-    """What the policy expects of a file of these types; nothing for a policy that says nothing of that."""
+    """The figures that the policy expects of a file with these types; empty if it predicts none."""
     if policy.predict is None:
         return {}
     plugin, _ = library_of(policy)

@@ -1,6 +1,4 @@
-"""Asking llama-quantize itself, without writing anything: its base types, what it quantizes, what type each tensor
-would get.
-"""
+"""Ask llama-quantize, without writing anything: its base types, what it quantizes, each tensor's type."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ _asked: dict[tuple[Files, Toolset], frozenset[str]] = {}
 
 @dataclass(frozen=True)
 class DryRun:
-    """What llama-quantize says it would write."""
+    """What llama-quantize would write."""
 
     tensors: Mapping[str, TensorLine]
     fallbacks: Mapping[str, Fallback]
@@ -37,8 +35,8 @@ class DryRun:
 
 
 def dry_run(model: Model, base_type: str, rules: str, tools: Toolset, *, calibrated: bool = False) -> DryRun:
-    """`llama-quantize --dry-run` with these rules. The mixtures of some base types depend on whether an imatrix is
-    given, not on what is in it: `calibrated` gives one that is empty but for a name.
+    """`llama-quantize --dry-run` with these rules. Some base types' mixtures depend on whether there is an imatrix,
+    not on its contents: `calibrated` passes an almost empty one.
 
     Raises TypeUnknown for a base type it does not know, ShapeUnfit, and ToolFailed.
     """
@@ -60,11 +58,10 @@ def dry_run(model: Model, base_type: str, rules: str, tools: Toolset, *, calibra
 
 
 def quantizable_tensors(model: Model, tools: Toolset) -> frozenset[str]:
-    """Names of the tensors whose type llama-quantize changes when it is asked to; all others it copies, whatever the
-    rules say.
+    """Names of the tensors that llama-quantize converts on request; it copies all others, whatever the rules say.
 
-    Asked of the tool, once for a model and a build: to a type that is not quantized it converts exactly those, and a
-    tensor that has that type already shows in the run to the other. (`gguf_model.quantizable` says it of a model
+    The tool is asked once for each model and build: it converts exactly these to an unquantized type; tensors that
+    already have that type show in a run with another. (`gguf_model.quantizable` says it of a model
     without a build.)
     """
     key = (files_of(model), tools)
@@ -84,7 +81,7 @@ def _ask_quantizable(model: Model, tools: Toolset) -> frozenset[str]:
 
 
 def check_base_type(name: str, tools: Toolset) -> int:
-    """The number (LLAMA_FTYPE, `general.file_type`) of a base type. Raises TypeUnknown with names that are near."""
+    """The number (LLAMA_FTYPE, `general.file_type`) of a base type. Raises TypeUnknown with similar names."""
     known = base_types(tools)
     if name.upper() not in known:
         nearest = near(name, known, n=4) or sorted(known)
@@ -99,7 +96,7 @@ def check_base_type(name: str, tools: Toolset) -> int:
 def base_types(tools: Toolset) -> Mapping[str, int]:
     """llama-quantize's types for a whole file, from its own help: name -> LLAMA_FTYPE."""
     lines: list[str] = []
-    with contextlib.suppress(ToolFailed):  # it ends with code 1 after its help
+    with contextlib.suppress(ToolFailed):  # it exits with code 1 after its help
         run_tool([tools.tool("llama-quantize"), "--help"], on_line=lines.append, timeout=_SECONDS)
     types = output.file_types(lines)
     if not types:
@@ -132,9 +129,7 @@ def _written(path: Path, text: str) -> Path:
 
 
 def _empty_imatrix(path: Path) -> Path:
-    """An imatrix that llama-quantize loads, with one entry of no model: a dry run looks at no more than that there is
-    one.
-    """
+    """An imatrix that llama-quantize accepts, with one meaningless entry: a dry run only checks that there is one."""
     import numpy as np
 
     writer = gguf.GGUFWriter(path, "")

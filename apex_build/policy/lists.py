@@ -1,10 +1,9 @@
 """Lists of types that people share: llama.cpp's --tensor-type-file, ik_llama.cpp's --custom-q, and recipes in their
 style.
 
-All are `regex=type`. They stand one a line or several with commas or spaces between them; `#` begins a comment; the
-case of types does not count, and that of patterns neither, as llama-quantize lower-cases them. A pattern is searched in
-a tensor's name, and the first that is found decides: so the lists are taken as they are, and a rule may find any number
-of tensors, or none.
+All are `regex=type`. They are one a line, or several separated by commas or spaces; `#` starts a comment; types and
+patterns are case-insensitive, as llama-quantize lower-cases patterns. A pattern is searched in a tensor's name, and
+the first match decides: so lists are used unchanged, and a rule may match any number of tensors, or none.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def read_list(path: Path, ggml: Ggml) -> TypeList:
             f"{path}: not a list of types: not text", hint=f"apex inspect {path}  says what it may be"
         ) from None
     if len(raw) > MAX_BYTES:
-        raise TemplateFailed(f"{path}: a list of more than {MAX_BYTES >> 20} MiB is not believable")
+        raise TemplateFailed(f"{path}: a list of more than {MAX_BYTES >> 20} MiB is implausible")
     rules: list[Rule] = []
     unknown: list[TypeUnknown] = []
     for pattern, name, where in _words(text, path):
@@ -71,14 +70,14 @@ def read_list(path: Path, ggml: Ggml) -> TypeList:
         more = f"\n  and {len(unknown) - _SHOWN} more lines" if len(unknown) > _SHOWN else ""
         raise TypeUnknown(f"{shown}{more}", hint=_of_another(unknown[0].hint))
     if not rules:
-        raise TemplateFailed(f"{path}: holds no rule of the form regex=type")
+        raise TemplateFailed(f"{path}: no rule of the form regex=type")
     return TypeList(path, tuple(rules))
 
 
 def apply_list(
     found: TypeList, tensors: Sequence[Tensor], places: Mapping[str, Places] | None = None
 ) -> tuple[dict[str, Rule], list[Rule]]:
-    """Tensor name -> the rule that decides for it, and the rules that find no tensor."""
+    """Tensor name -> the rule that decides for it, and the rules that match no tensor."""
     deciding: dict[str, Rule] = {}
     idle: list[Rule] = []
     if places is None:

@@ -1,4 +1,4 @@
-"""The plan of a quantization: each tensor's type and bytes, as the policy asks and as llama-quantize will do it."""
+"""The plan of a quantization: each tensor's type and bytes, as the policy asks and llama-quantize will write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from apex_build.storage.digests import sha256_json
 MIXTURE = "mixture"
 TYPE_LIST = "tensor_types"  # among a plan's parameters: the digest of a user's list
 KEPT = "kept"
-# parameters of policies that raise what the calibration text hardly reached
+# parameters that raise the types of tensors that the calibration text hardly reached
 STARVED, STARVED_TOKENS, INHERIT = "starved", "starved_tokens", "inherit"
 
 
@@ -35,8 +35,8 @@ class Entry:
     """One tensor of a plan, in the model's order.
 
     `source` says who decided: the rule's line, 'mixture' (llama-quantize's own choice for the base type), or 'kept' (a
-    tensor that it never quantizes). `fallback` is the type that was asked for, where the shape cannot hold it and
-    llama-quantize takes `type`.
+    tensor that it never quantizes). `fallback` is the requested type, if the shape cannot hold it and llama-quantize
+    uses `type` instead.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Entry:
 class Plan:
     """What `llama-quantize --tensor-type-file RULES [--imatrix F] MODEL OUT BASE_TYPE` will write.
 
-    `identity` is a sha256 over what decides about the output: base type, rules, whether there is an imatrix, and all
+    `identity` is a sha256 over what determines the output: base type, rules, whether there is an imatrix, and all
     entries.
     """
 
@@ -71,7 +71,7 @@ class Plan:
     rules: str  # the text for --tensor-type-file, exactly as llama-quantize reads it
     entries: tuple[Entry, ...]
     identity: str
-    warnings: tuple[str, ...] = ()  # of the policy itself, and of settings that touch nothing
+    warnings: tuple[str, ...] = ()  # from the policy, and about settings without effect
     predicted: Mapping[str, float] = field(default_factory=dict, hash=False)  # figures that a policy expects
 
     @property
@@ -107,8 +107,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a plan is asked for with. `parameters`: values given by the user, as text or typed; the others take their
-    defaults. `imatrix`: there is one; a calibrated policy is planned as with one, also while there is none yet.
+    """What to plan. `parameters`: values from the user, as text or typed; the others have their defaults. `imatrix`:
+    there is one; a calibrated policy is planned as if there were one.
     """
 
     parameters: Mapping[str, Value]
@@ -140,11 +140,11 @@ def make_plans(
     *,
     imatrix: Path | None = None,
 ) -> list[Plan | ShapeUnfit]:
-    """Render the policy for the model and have llama-quantize say what it would do with it; ShapeUnfit where it would
-    do nothing.
+    """Render the policy for the model and ask llama-quantize what it would write; ShapeUnfit if it would write
+    nothing.
 
     Two child processes for the templates and the patterns of all of them, and a run of the tool for each that differs.
-    `types`: a user's list, whose rules come before the policy's. `imatrix`: for those that are wanted with one.
+    `types`: a user's list, whose rules come before the policy's. `imatrix`: for those wanted with one.
 
     Raises ParameterUnknown, TypeUnknown, TemplateFailed, TemplateUnsafe, ToolFailed; PlanMismatch where llama-quantize
     would not do what the rules say.
@@ -232,7 +232,7 @@ def starved_layers(plan: Plan, tokens: LeastTokens) -> str | None:
 
 @dataclass
 class _Asked:
-    """What all plans of one call share; `runs` keeps what the tool said."""
+    """What all plans of one call share; `runs` keeps the tool's answers."""
 
     model: Model
     policy: PolicySpec
@@ -292,7 +292,7 @@ class _Asked:
 
 
 def check_suits(policy: PolicySpec, model: Model) -> None:
-    """Raises PolicyUnfit for a policy that is about a part which the model lacks."""
+    """Raises PolicyUnfit for a policy about a part that the model lacks."""
     if "head" in policy.needs and not any(tensor.draft_head for tensor in model.tensors):
         raise PolicyUnfit(
             f"policy '{policy.name}' is about the draft head, and {model.path} has none",

@@ -1,6 +1,4 @@
-"""What a plan leaves to chance or had to change, for a user: shapes that cannot hold their type, tensors that no rule
-names.
-"""
+"""Remarks on a plan for the user: shapes that cannot hold their type, tensors without a rule."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from apex_build.native.ggml import Ggml
 from apex_build.policy.plan import MIXTURE, Entry, Plan
 
 _MUCH = 0.01  # of all bytes
-# what tiers leave to the base type on purpose
+# what the tiers leave to the base type on purpose
 _MEANT = ("embedding", "output")
 
 
@@ -18,7 +16,7 @@ def remarks(plan: Plan, ggml: Ggml) -> list[str]:
 
 
 def left_to_base_type(plan: Plan) -> str | None:
-    """What no rule names, with bytes and share; None where rules name all that is quantized."""
+    """Tensors without a rule, with bytes and share; None if every quantized tensor has one."""
     left = [entry for entry in plan.entries if entry.source == MIXTURE]
     return f"left to the mixture of {plan.base_type}: {_listed(left, plan)}" if left else None
 

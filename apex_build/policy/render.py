@@ -1,4 +1,4 @@
-"""A policy and a model give the lines of the rules; the rules find tensors. Both in a child process with limits
+"""Render a policy for a model, and match its rules with tensors. Both happen in a child process with limits
 (sandbox.py).
 """
 
@@ -26,8 +26,8 @@ _EXACT = re.compile(r"\^((?:[0-9A-Za-z_-]|\\[^0-9A-Za-z_])+)\$")  # see sandbox.
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered template. `lines`: each with where it was rendered, `FILE:LINE`; `idle`: the parameters, of those that
-    the user gave, whose value decides for no tensor: with any other value, the policy renders the same rules.
+    """A rendered template. `lines`: each with where it was rendered, `FILE:LINE`; `idle`: the user's parameters
+    without effect: with any other value, the policy renders the same rules.
     """
 
     lines: list[tuple[str, str]]
@@ -41,10 +41,10 @@ def render_each(
     quantizable: Collection[str],
     tokens: LeastTokens | None = None,
 ) -> list[Rendered]:
-    """The policy rendered with each of these parameters (`parameters.resolve`), beside the names of those that the user
-    gave.
+    """The policy rendered with each of these parameters (`parameters.resolve`), with the names of those that the
+    user gave.
 
-    `tokens`: of the imatrix, where there is one. In one child process, however many there are. Raises TemplateFailed
+    `tokens`: the imatrix's, if there is one. All in one child process. Raises TemplateFailed
     and TemplateUnsafe, naming the template's file and line.
     """
     assert policy.template is not None, "a policy that computes has nothing to render"
@@ -81,7 +81,7 @@ def render_each(
 def render(
     policy: PolicySpec, values: Mapping[str, Any], model: Model, quantizable: Collection[str]
 ) -> list[tuple[str, str]]:
-    """The lines alone, of one rendering."""
+    """Only the lines, of one rendering."""
     return render_each(policy, [(values, ())], model, quantizable)[0].lines
 
 
@@ -95,10 +95,9 @@ def template_files(policy: PolicySpec) -> Iterator[Path]:
 
 
 def _tried(policy: PolicySpec, values: Mapping[str, Any], names: Iterable[str], source: str) -> list[tuple[str, Any]]:
-    """For those of these parameters that may decide for no tensor, other values to try, each beside the parameter's
-    name.
+    """For parameters that may have no effect, other values to try, each with the parameter's name.
 
-    A text, which may have few values that a template takes, is not tried, nor what the template does not read at all
+    Not for texts, of which a template may accept few, nor for parameters that the template does not read
     (draft_loss).
     """
     return [
@@ -131,7 +130,7 @@ def _request(
 
 
 def catalogue(model: Model, quantizable: Collection[str], tokens: LeastTokens | None = None) -> dict[str, Any]:
-    """What a template is given of a model, as JSON: plain values only."""
+    """What a template gets about a model, as JSON: plain values only."""
     return {
         "model": {name: getattr(model, name) for name in sandbox.ModelView.__dataclass_fields__},
         "tensors": [
@@ -166,7 +165,7 @@ Places = list[tuple[int, int, int]]
 def find(patterns: Iterable[str], names: Sequence[str]) -> dict[str, Places]:
     """For each pattern, (index of the name, start, end) in each name that it is found in. The patterns must compile.
 
-    One that `exactly` made is looked up: no more is needed for a tier, and no process.
+    Patterns made by `exactly` are looked up directly: tiers need nothing else, and no process.
     """
     places: dict[str, Places] = {}
     numbers = {name: index for index, name in enumerate(names)}
@@ -186,7 +185,7 @@ def find(patterns: Iterable[str], names: Sequence[str]) -> dict[str, Places]:
 
 
 def only_name(pattern: str) -> str | None:
-    """The one name that a pattern of `exactly` finds; None for any other pattern."""
+    """The one name that a pattern made by `exactly` matches; None for any other pattern."""
     literal = _EXACT.fullmatch(pattern)
     return re.sub(r"\\(.)", r"\1", literal[1]) if literal else None
 

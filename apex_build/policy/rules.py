@@ -1,8 +1,8 @@
-"""The rules of llama-quantize's --tensor-type-file: parsing what a template rendered, and refusing what would not do
-what it says.
+"""The rules of llama-quantize's --tensor-type-file: parsing what a template rendered, and refusing rules that would
+not work as written.
 
 llama-quantize reads `pattern=type` words, lower-cases the pattern, and searches (not matches) it in each tensor's name;
-the first rule that is found wins. It knows no comments, and ignores a rule that finds nothing
+the first rule that is found wins. It has no comments, and ignores a rule that matches nothing
 (tools/quantize/quantize.cpp, src/llama-quant.cpp).
 """
 
@@ -102,18 +102,16 @@ def apply_rules(
 
 
 def idle_rules(rules: Sequence[Rule], deciding: Mapping[str, Rule]) -> list[str]:
-    """Warnings for rules that decide for no tensor. A line for one tensor that an earlier one names too may be
-    overruled.
-    """
+    """Warnings for rules without effect. A line for one tensor that an earlier line names too may be overruled."""
     used, named = {id(rule) for rule in deciding.values()}, {exactly(name) for name in deciding}
     idle = [rule for rule in rules if id(rule) not in used and not rule.optional and rule.pattern not in named]
-    why = "earlier rules decide for those that it finds, or llama-quantize keeps them as they are"
+    why = "earlier rules decide for the tensors that it matches, or llama-quantize copies them"
     return [f"{rule.where}: the rule '{rule.line}' decides for no tensor: {why}" for rule in idle]
 
 
 def fitted(deciding: Mapping[str, Rule], tensors: Sequence[Tensor], ggml: Ggml) -> tuple[tuple[str, Rule], ...]:
-    """For tensors whose rows cannot hold the type of their rule, a rule to stand before it: the nearest type that they
-    can hold.
+    """For tensors whose rows cannot hold their rule's type, a rule to put before it: the nearest type that they can
+    hold.
     """
     return tuple(
         (tensor.name, Rule(exactly(tensor.name), _nearest(tensor, rule.type, ggml), rule.where))
@@ -123,7 +121,7 @@ def fitted(deciding: Mapping[str, Rule], tensors: Sequence[Tensor], ggml: Ggml) 
 
 
 def _nearest(tensor: Tensor, wanted: str, ggml: Ggml) -> str:
-    """The smallest type that fits and has no fewer bits; what no block fits stays as precise as it is."""
+    """The smallest type that fits and has at least as many bits; if no block fits, the tensor keeps its type."""
     bits = ggml.type_traits(wanted).bits_per_weight
     for name in ("IQ4_NL", "Q5_0", "Q8_0"):
         traits = ggml.type_traits(name)

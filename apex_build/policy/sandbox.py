@@ -66,7 +66,7 @@ class LayerView:
 
 
 class _Library(jinja2.BaseLoader):
-    """Templates by `plugin/file`, from the folders where the plugins' policies have theirs; nothing outside those."""
+    """Templates by `plugin/file`, from the template folders of the plugins' policies; nothing outside those."""
 
     def __init__(self, folders: Mapping[str, Sequence[str]]) -> None:
         self._folders = {plugin: [Path(folder).resolve() for folder in given] for plugin, given in folders.items()}
@@ -97,13 +97,13 @@ class _Library(jinja2.BaseLoader):
 
 class _Environment(ImmutableSandboxedEnvironment):
     def join_path(self, template: str, parent: str) -> str:
-        """A name without a plugin means a file beside the including template."""
+        """A name without a plugin is a file beside the including template."""
         return template if "/" in template else f"{parent.rpartition('/')[0]}/{template}"
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not super().is_safe_attribute(obj, attr, value):
-            # the sandbox itself gives an undefined value here, which some templates swallow (`is defined`, `default`);
-            # say no aloud
+            # the sandbox itself returns an undefined value here, which some templates hide (`is defined`,
+            # `default`): raise instead
             raise SecurityError(f"access to attribute '{attr}' of a '{type(obj).__name__}' is not allowed")
         return True
 
@@ -123,7 +123,7 @@ def environment(library: Mapping[str, Sequence[str]]) -> ImmutableSandboxedEnvir
         autoescape=False,  # the output is not HTML
     )
     made.filters["exactly"] = exactly
-    for name in ("lipsum", "cycler", "joiner"):  # objects that rules have no use for
+    for name in ("lipsum", "cycler", "joiner"):  # objects that rules do not need
         del made.globals[name]
     return made
 
@@ -147,13 +147,11 @@ def render(made: jinja2.Environment, template: str, context: Mapping[str, Any]) 
 
 
 class TooMuch(Exception):
-    """More output than any set of rules has."""
+    """More output than any set of rules needs."""
 
 
 def _place(stream: Iterator[str]) -> tuple[str, int]:
-    """File and line of the innermost template that a suspended rendering stands in, through includes, blocks and
-    extends.
-    """
+    """File and line of the innermost template where a suspended rendering is, through includes, blocks and extends."""
     place = ("", 0)
     following: Any = stream
     while isinstance(following, GeneratorType):
@@ -230,7 +228,7 @@ def _rendered(
 
 
 def _rules(text: str) -> list[str]:
-    """The lines that decide: not what a policy only says."""
+    """The lines that decide, without comments."""
     return [line for line in text.splitlines() if line.partition("#")[0].strip()]
 
 

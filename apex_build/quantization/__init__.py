@@ -1,3 +1,1 @@
-"""From a plan to a file: what can be refused is refused first, llama-quantize writes, the result is checked, then put
-in place.
-"""
+"""From a plan to a file: check first, let llama-quantize write, verify the result, then put it in place."""

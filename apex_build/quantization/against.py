@@ -22,14 +22,14 @@ from apex_build.policy.plan import Entry, Plan
 from apex_build.progress import Report, Step, silent
 from apex_build.quantization.compare import Fault, Kind, Numbers, Rows, find_fault, sample
 
-COMPARED = 1 << 28  # weights: all of a model up to this size; of a larger one an even share of each tensor
+COMPARED = 1 << 28  # weights: all of a model up to this size, else an even share of each tensor
 _AT_ONCE = 1 << 22  # weights
 
 
 def check_against(
     header: Header, plan: Plan, source: Model, imatrix: Imatrix | None, tools: Toolset, report: Report = silent
 ) -> None:
-    """Raises VerificationFailed, naming the tensor, for one that is far from what its type makes of the source."""
+    """Raises VerificationFailed naming a tensor that differs from its source by far more than its type explains."""
     reading = codec(tools)
     share = COMPARED / max(1, plan.n_elements)
     done, total = 0, plan.n_elements
@@ -40,15 +40,15 @@ def check_against(
                 raise VerificationFailed(
                     f"{header.path}: {entry.name} ({entry.type}) is not what llama-quantize makes of {source.path}: "
                     f"{_place(entry, fault.row)}: {fault.what}",
-                    hint="try again; if it fails once more: memory, disk and the source file are suspects",
+                    hint="try again; if it fails again, suspect memory, disk and the source file",
                 )
             done += entry.n_elements
             report(Step("comparing with the source", done / 1e6, total / 1e6, "million weights"))
 
 
 def not_compared(plan: Plan, reading: Codec) -> list[str]:
-    """Warnings for tensors that `check_against` cannot compare, for the library decodes one of their two types not at
-    all.
+    """Warnings for tensors that `check_against` cannot compare, because the library cannot decode one of their
+    types.
     """
     blind: dict[str, list[str]] = {}
     for entry in plan.entries:
@@ -75,9 +75,7 @@ def _fault(
     picked = sample(entry.name, len(new.rows), matrices, share)
     if entry.type == entry.from_type:
         same = (new.rows[picked] == old.rows[picked]).all(axis=1)
-        return (
-            None if same.all() else Fault(int(picked[np.flatnonzero(~same)[0]]), "it was to be copied, and is another")
-        )
+        return None if same.all() else Fault(int(picked[np.flatnonzero(~same)[0]]), "it should be a copy, but differs")
     kind = Kind(entry.type, reading, functools.cache(lambda: _weights(entry, matrices, imatrix)))
 
     def rows(numbers: Numbers) -> Rows | None:
@@ -95,7 +93,7 @@ def _fault(
 
 
 def _pieces(picked: Numbers, matrices: int, columns: int) -> Iterator[Numbers]:
-    """Whole matrices together as far as memory allows, parts of one where it does not."""
+    """Pieces of whole matrices as far as memory allows, else parts of one."""
     of_matrix = len(picked) // matrices
     together = _AT_ONCE // (of_matrix * columns)
     if together:

@@ -1,7 +1,7 @@
-"""Rows of a written tensor against the same rows of the source: what is far worse than its type makes it is found.
+"""Compare rows of a written tensor with the same rows of the source, to find errors far beyond its type's.
 
-Rows whose error is far over their type's (type_errors.py), and runs of columns that all became nearly nothing, are
-quantized once more with the same library and importance: a legitimate row comes out the same, to the bit.
+Rows whose error is far over their type's (type_errors.py), and runs of columns that all became nearly zero, are
+quantized again with the same library and importance: a legitimate row is reproduced bit for bit.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Numbers = npt.NDArray[np.int64]
 LEAST_ROWS = 4  # of each matrix
 _RUN = 16  # columns: the shortest run that a type loses whole
 _LOST = 0.9  # of a run's squares: zeros are 1
-_STRONG = 0.25  # of a matrix's root mean square: weaker runs are legitimately lost beside strong ones
+_STRONG = 0.25  # of a matrix's root mean square: weaker runs are legitimately lost next to strong ones
 _TINY = 2.0**-13  # scales are half floats: below this, types of many levels have none left
-_LOOKED_AT = 8  # rows of a tensor that are quantized once more, the worst first
+_LOOKED_AT = 8  # rows of a tensor that are quantized again, the worst first
 _WORSE = 1.1
 
 
@@ -36,9 +36,7 @@ class Fault:
 
 
 def sample(name: str, n_rows: int, n_matrices: int, share: float) -> Numbers:
-    """Numbers of rows, the same count and evenly spaced in each matrix, from a place that differs from matrix to
-    matrix.
-    """
+    """Numbers of sampled rows: the same count, evenly spaced, in each matrix, with a different offset for each."""
     of_matrix = n_rows // n_matrices
     count = min(of_matrix, max(LEAST_ROWS, round(share * of_matrix)))
     start = np.random.default_rng(zlib.crc32(name.encode())).random((n_matrices, 1))
@@ -58,9 +56,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a tensor was made with. `weights`: its importance, [matrices, columns]; asked for only where something is
-    odd.
-    """
+    """How a tensor was made. `weights`: its importance, [matrices, columns]; computed only if something is odd."""
 
     type: str
     codec: Codec
@@ -75,7 +71,7 @@ def find_fault(rows: Rows, kind: Kind, *, runs: bool = True) -> Fault | None:
     decoded = kind.codec.decode(kind.type, rows.written, rows.source.shape[1])
     if decoded is None:
         return None
-    with np.errstate(all="ignore"):  # infinities of a source that holds them
+    with np.errstate(all="ignore"):  # infinities from the source
         squares = np.square(rows.source)
         errors = np.square(decoded - rows.source)
         own, error = squares.mean(axis=1), errors.mean(axis=1)
@@ -94,7 +90,7 @@ def find_fault(rows: Rows, kind: Kind, *, runs: bool = True) -> Fault | None:
             if actual > _WORSE * again + _TINY:
                 is_, does = f"{actual / size:.2f}", f"{again / size:.2f}"
                 return Fault(
-                    int(rows.numbers[index]), f"its error is {is_} of its weights, where {kind.type} makes {does} of it"
+                    int(rows.numbers[index]), f"its error is {is_} of its weights, but {kind.type} gives {does}"
                 )
     return _lost_columns(rows, errors, squares, kind) if runs else None
 

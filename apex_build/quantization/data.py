@@ -1,4 +1,4 @@
-"""Calibration data as quantizing uses it: read and examined once, however many files are made with it."""
+"""Calibration data for quantizing: read and examined once for any number of files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from apex_build.storage.digests import sha256_file
 
 @dataclass(frozen=True)
 class Data:
-    """An imatrix against a model. `warnings`: what is odd about it; `derived`: llama-quantize is given an examined
-    copy.
-    """
+    """An imatrix against a model. `warnings`: what is odd about it; `derived`: llama-quantize gets an examined copy."""
 
     path: Path
     sha256: str

@@ -1,9 +1,9 @@
-"""Can the built tools load a file? Asked of llama-perplexity, which loads a model without its weights to see what
-memory it needs.
+"""Check whether the built tools can load a file, with llama-perplexity, which loads a model without its weights to
+compute its memory.
 
 That reads the header and checks what a load checks (architecture, keys, every tensor and its shape, vocabulary, the
-graph), and takes 1.5 s for the 71 GB of a 35B-A3B. The tool is stopped there. A tool that does not say so continues and
-loads the model: that maps the file, and ends because the text is too short. No weight is multiplied in either case.
+graph), and takes 1.5 s for the 71 GB of a 35B-A3B. The tool is stopped there. An older tool continues and loads the
+model: it maps the file, and stops because the text is too short. No weight is used in either case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPTIONS = (
     "--threads",
     "1",
 )
-_SECONDS = 1800.0  # where the file is loaded for real, from a slow disk
+_SECONDS = 1800.0  # if the file is really loaded, from a slow disk
 
 
 def doubts(model: Model, tools: Toolset | None) -> list[str]:
@@ -58,7 +58,7 @@ def _in_library(text: str, tools: Toolset) -> bool:
 
 
 class _Loads(Exception):
-    """The tool has said enough."""
+    """The tool has printed enough."""
 
 
 def check_input(model: Model, tools: Toolset) -> None:
@@ -66,10 +66,10 @@ def check_input(model: Model, tools: Toolset) -> None:
     if reasons := unsound(model):
         raise LoadFailed(
             f"{model.path}: llama.cpp cannot load it: {reasons[0]}",
-            hint="apex inspect tells what is in a file; --no-load-check does without this",
+            hint="apex inspect shows what is in a file; --no-load-check skips this check",
         )
     if not trunk_blocks(model):
-        return  # a draft head alone, which the tools load beside its model only
+        return  # only a draft head, which the tools load together with its model
     try:
         stat = model.path.stat()
     except OSError as error:
@@ -112,5 +112,5 @@ def check_loads(model: Path, tools: Toolset, what: str = "") -> None:
             reason = said[0] if said else error.message
             hint = (
                 said[1] if said else None
-            ) or "apex inspect tells what is in a file; --no-load-check does without this"
+            ) or "apex inspect shows what is in a file; --no-load-check skips this check"
             raise LoadFailed(f"{name}: llama.cpp cannot load it: {reason}", hint=hint) from None

@@ -36,16 +36,16 @@ _LETTERS = 4  # of the digest for parameters
 
 
 def type_of_most_weights(plan: Plan) -> str:
-    """The file type for the name: what a person expects of size and quality.
+    """The file type for the name: what people expect of size and quality.
 
     By bytes a few weights in a larger type may outnumber all others: a 35B by i-micro has 39 % of its bytes in Q3_K and
-    32 % in IQ1_M, and at 2.3 bits a weight nobody would call it Q3_K_M.
+    32 % in IQ1_M, and at 2.3 bits per weight nobody would call it Q3_K_M.
     """
     return _most(plan, lambda entry: entry.n_elements)
 
 
 def type_of_most_bytes(plan: Plan) -> str:
-    """The file type that says what most bytes of the file are: `general.file_type`."""
+    """The file type of most bytes, for `general.file_type`."""
     return _most(plan, lambda entry: entry.n_bytes)
 
 
@@ -79,7 +79,7 @@ def tag(plan: Plan, policy: PolicySpec) -> str:
 
 
 def changed_parameters(plan: Plan, policy: PolicySpec) -> dict[str, str]:
-    """Parameters that are not as the policy has them, as texts."""
+    """Parameters that differ from the policy's defaults, as texts."""
     defaults = {name: parameter.default for name, parameter in policy.parameters.items()}
     changed = {name: str(plan.parameters[name]) for name, value in defaults.items() if plan.parameters[name] != value}
     usual = re.sub(r"\{([\w.]+)\}", lambda found: str(plan.parameters.get(found[1], found[0])), policy.base_type)
@@ -116,7 +116,7 @@ def file_name(model: Path, plan: Plan, policy: PolicySpec, template: str = TEMPL
 
 
 def source_stem(path: Path) -> str:
-    """The model's name without what says that it is F16: the files made from it are not."""
+    """The model's name without its type, such as F16, which does not apply to files made from it."""
     stem = model_stem(path)
     return _SOURCE.sub("", stem) or stem
 

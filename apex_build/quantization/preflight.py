@@ -1,4 +1,4 @@
-"""What is checked in seconds before hours of work: calibration data, shapes, the input's types, the output's folder,
+"""Checks that take seconds, before hours of work: calibration data, shapes, the input's types, the output's folder,
 the disk.
 """
 
@@ -43,7 +43,7 @@ def check_policy(policy: PolicySpec, model: Model, imatrix: Path | None) -> None
     """A calibrated policy without an imatrix is refused before anything is planned."""
     if policy.calibrated and imatrix is None:
         raise DataMissing(
-            f"policy '{policy.name}' is made for calibrated models, and no imatrix was given",
+            f"policy '{policy.name}' is for calibrated models, but no imatrix was given",
             hint=f"{_calibrate(model)}, then --imatrix "
             f"{_quoted(model.path.with_name(f'{model_stem(model.path)}.imatrix.gguf'))}",
         )
@@ -64,9 +64,7 @@ def check_data(covered: Coverage, borrowed: Sequence[str]) -> list[str]:
 def check_plan(
     plan: Plan, model: Model, covered: Coverage | None, policy: PolicySpec, ggml: Ggml, allowed: Allowed
 ) -> list[str]:
-    """Raises AlreadyQuantized, ShapeUnfit, DataMissing, HeadRowsMismatch; returns warnings for what is allowed and
-    worth a word.
-    """
+    """Raises AlreadyQuantized, ShapeUnfit, DataMissing, HeadRowsMismatch; returns warnings about what was allowed."""
     changed = [entry for entry in plan.entries if entry.type != entry.from_type]
     for entry in changed:
         if ggml.type_traits(entry.from_type).quantized and not allowed.requantize:
@@ -85,17 +83,16 @@ def check_plan(
     doubts = [f"llama.cpp cannot load {model.path} or what is made of it: {reason}" for reason in unsound(model)]
     if not trunk_blocks(model):
         doubts.append(
-            f"{model.path} holds a draft head alone: the tools load it beside its model only, so that is not tried"
+            f"{model.path} holds a draft head alone: the tools load it beside its model only, so loading is not tested"
         )
     return [*doubts, *plan.warnings, *remarks(plan, ggml), *rows, *_data(changed, model, covered, policy, allowed)]
 
 
 def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, given: Rows | None) -> list[str]:
-    """Raises HeadRowsMismatch if data of the draft head would be used that is not of the rows that it was trained
-    on.
+    """Raises HeadRowsMismatch if the draft head's data would be used but is from other rows than it was trained on.
 
-    No --allow-* option covers this: such a file looks fine and is not. `given`: rows that the user knows the head to be
-    trained on, instead of what is known of its architecture. Returns a warning where nothing is.
+    No --allow-* option covers this: such a file looks fine but is not. `given`: rows that the user says the head was
+    trained on, instead of those known for its architecture. Returns a warning if none are known.
     """
     with_data = {tensor.name for tensor in covered.head if tensor.has_data}
     used = [
@@ -114,7 +111,7 @@ def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, g
     again = f"{_calibrate(model)} --force" + (f" --mtp-rows {CHOICE_OF[given]}" if given in CHOICE_OF else "")
     if found is None:
         raise HeadRowsMismatch(
-            f"{what} does not say of which hidden rows of the trunk it is: expected {expected}. Tools that do not "
+            f"{what} does not name the trunk's hidden rows that it is from: expected {expected}. Tools that do not "
             "record it "
             "feed the heads of some models with the wrong ones",
             hint=again,
@@ -123,7 +120,7 @@ def check_head_rows(entries: Iterable[Entry], model: Model, covered: Coverage, g
     trust = (
         f"; or, if this model's head was trained on those: --mtp-rows {CHOICE_OF[found]}" if found in CHOICE_OF else ""
     )
-    raise HeadRowsMismatch(f"{what} is of {found} rows: expected {expected}, {why}", hint=again + trust)
+    raise HeadRowsMismatch(f"{what} is from {found} rows: expected {expected}, {why}", hint=again + trust)
 
 
 def _data(
@@ -178,7 +175,7 @@ def _refusal(entry: Entry, model: Model, covered: Coverage | None, policy: Polic
     if can_have_data(entry.name, entry.shape, entry.layer):
         tries.append(_calibrate(model) + (", which runs the draft head too" if entry.draft_head else ""))
     else:
-        why += ", and no calibration can record any: it is looked up by token, or outside the blocks"
+        why += ", and calibration cannot record any: it is looked up by token, or outside the blocks"
     if setting := _setting(entry, policy):
         tries.append(f"a type that needs none: --set {setting}")
     if not entry.needs_data:
@@ -187,7 +184,7 @@ def _refusal(entry: Entry, model: Model, covered: Coverage | None, policy: Polic
 
 
 def _setting(entry: Entry, policy: PolicySpec) -> str | None:
-    """A setting that this policy has, and that gives the tensor a type without data."""
+    """A setting of this policy that gives the tensor a type that needs no data."""
     if entry.draft_head:
         by_row = entry.role == "nextn" and not entry.name.endswith("eh_proj.weight")
         wanted = ["draft_head.other"] * by_row + ["draft_head"]
@@ -208,7 +205,7 @@ def _quoted(path: Path) -> str:
 def check_output(
     artifact: Artifact, inputs: Iterable[Path], n_bytes: int, *, replace: Replace = "nothing", before: int = 0
 ) -> None:
-    """Raises OutputUnwritable and DiskTooSmall. `before`: bytes that are to be written there earlier."""
+    """Raises OutputUnwritable and DiskTooSmall. `before`: bytes that will be written there earlier."""
     out = artifact.out
     check_place(out)
     check_apart(with_manifest_and_log(out), inputs)

@@ -1,4 +1,4 @@
-"""What a quantized file says of itself in its metadata: how it was made (`apex.*`), what it is and whose (`general.*`).
+"""A quantized file's metadata: how it was made (`apex.*`), what it is and whose (`general.*`).
 
 llama-quantize takes all of it as --override-kv, so texts have at most 127 bytes.
 """
@@ -56,11 +56,11 @@ def provenance(
 
 
 def description(plan: Plan, model: Model, settings: Sequence[Setting], tools: Toolset) -> dict[str, Value]:
-    """What the file is and whose: its file type by most of its bytes, its size where the model does not say it, and
+    """What the file is and whose: its file type by most of its bytes, its size if the model does not have it, and
     `settings`.
 
-    llama-quantize itself would name the base type, of which a mixture may have hardly a tensor. Raises ParameterUnknown
-    for what cannot be set here.
+    llama-quantize itself would write the base type, which hardly a tensor of a mixture may have. Raises
+    ParameterUnknown for what cannot be set here.
     """
     keys: dict[str, Value] = {}
     if (number := base_types(tools).get(type_of_most_bytes(plan))) is not None:
@@ -70,7 +70,7 @@ def description(plan: Plan, model: Model, settings: Sequence[Setting], tools: To
     for one in settings:
         if isinstance(one.value, tuple) or len(str(one.value).encode()) > _LONGEST or len(one.key.encode()) > _LONGEST:
             raise ParameterUnknown(
-                f"--meta {one.key}: llama-quantize sets no lists, and no texts of more than {_LONGEST} bytes",
+                f"--meta {one.key}: llama-quantize cannot set lists, or texts of more than {_LONGEST} bytes",
                 hint=f"set it when the model is made: apex convert --meta {one.key}=...",
             )
         keys[one.key] = (
@@ -95,10 +95,10 @@ def _size_label(model: Model) -> str:
 
 
 def identity(keys: Mapping[str, Value]) -> str:
-    """Of the whole file: it is made of what its metadata names, and of nothing else."""
+    """Identity of the whole file: its metadata names everything that it is made from."""
     return sha256_json(dict(keys))
 
 
 def _tools(tools: Toolset) -> str:
-    """The build's key where it is ours, else the digest of the tool."""
+    """The build's key if it is ours, else the digest of the tool."""
     return str(tools.manifest.get("key") or sha256_file(tools.tool("llama-quantize")))

@@ -1,4 +1,4 @@
-"""Drives llama-quantize from a plan to a checked file in its place."""
+"""Run llama-quantize, from a plan to a verified file in its place."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from apex_build.storage.scratch import scratch_folder
 
 @dataclass(frozen=True)
 class Job:
-    """One file to be written: everything is known, nothing is done. `n_bytes`: the size that the file will have."""
+    """A planned file that is not yet written. `n_bytes`: its size."""
 
     model: Model
     plan: Plan
@@ -58,12 +58,12 @@ class Job:
     tools: Toolset
     policy: PolicySpec
     types: TypeList | None = None
-    derived: bool = False  # llama-quantize is not given the imatrix itself but a copy: see `data_path`
+    derived: bool = False  # llama-quantize gets a copy of the imatrix: see `data_path`
     memory: int | None = None  # bytes that llama-quantize may take; None: by the model's size
 
     @property
     def artifact(self) -> Artifact:
-        """The file is made of what its metadata names, and of nothing else."""
+        """The file's metadata names everything that it is made from."""
         return Artifact(self.out, QUANTIZED, self.keys)
 
     @property
@@ -103,7 +103,7 @@ class QuantizedRecord:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A finished file. `reused`: it was there, made from the same parts."""
+    """A finished file. `reused`: it already existed, made from the same parts."""
 
     path: Path
     plan: Plan
@@ -128,12 +128,12 @@ def prepare(
     plan: Plan | None = None,
     data: Data | None = None,
 ) -> Job:
-    """Plan a file and refuse what can be refused: see preflight. The output's place is checked by `check_outputs` and
+    """Plan and check a file: see preflight. The output's place is checked by `check_outputs` and
     `run`.
 
     `metadata`: keys to set in the file. With `name` (see naming.file_name) `out` is the folder of a file that is named
-    by its plan. `types`: a list of types that goes before the policy's rules. `plan` and `data`: where the file has
-    been planned, and its imatrix read, already.
+    by its plan. `types`: a list of types that goes before the policy's rules. `plan` and `data`: pass them if they
+    have already been made.
     """
     check_policy(policy, model, imatrix)
     if imatrix is not None and data is None:
@@ -165,9 +165,7 @@ def added_keys(job: Job, imatrix: Imatrix | None) -> dict[str, str | int | float
 
 
 def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -> list[str]:
-    """llama-quantize's command; to be run where the imatrix is found by its name, so that the file records that and no
-    folder.
-    """
+    """llama-quantize's command; run it in the imatrix's folder, so that the file records only its name."""
     wanted = [str(job.tools.tool("llama-quantize")), "--tensor-type-file", str(rules)]
     if job.data_path is not None:
         wanted += ["--imatrix", job.data_path.name]
@@ -180,7 +178,7 @@ def arguments(job: Job, rules: Path, out: Path, *, threads: int | None = None) -
 
 
 def check_outputs(jobs: Sequence[Job], *, force: bool = False, replace: bool = False) -> None:
-    """Refuse what `run` would refuse of the last one before the first is written. Raises OutputUnwritable,
+    """Check all jobs before the first is written. Raises OutputUnwritable,
     DiskTooSmall.
     """
     taken: dict[Path, int] = {}
@@ -205,8 +203,8 @@ def run(
     """Write, verify, put in place, with a manifest (`out` + .json) and a log (`out` + .log) beside it.
 
     `load_check`: the tools load the model before anything is written, and the file before it is put in place. A file
-    made from the same parts is used again, unless `force`; another is replaced only with `force` or `replace`. A run
-    that fails or is interrupted leaves what was there before. Raises OutputUnwritable, DiskTooSmall, LoadFailed,
+    made from the same parts is used again, unless `force`; another is replaced only with `force` or `replace`. A
+    failed or interrupted run leaves the previous output. Raises OutputUnwritable, DiskTooSmall, LoadFailed,
     ToolFailed, ToolKilled, VerificationFailed.
     """
     out = job.out
@@ -246,7 +244,7 @@ def run(
 
 
 def _check_copy(job: Job) -> None:
-    """Raises OutputUnwritable if the examined copy of the imatrix would take the place of a file that is not one."""
+    """Raises OutputUnwritable if the examined copy of the imatrix would replace another file."""
     if job.derived and job.data_path is not None:
         check_place(job.data_path)
         check_apart([job.data_path], job.inputs)
@@ -254,7 +252,7 @@ def _check_copy(job: Job) -> None:
 
 
 def _examined(job: Job) -> Imatrix | None:
-    """The data that the run uses, with the copy of the imatrix written where one is needed."""
+    """The data that the run uses; writes the copy of the imatrix if one is needed."""
     if job.imatrix is None or job.data_path is None:
         return None
     found, _ = crossed(read_imatrix(job.imatrix), job.model)
@@ -266,7 +264,7 @@ def _examined(job: Job) -> Imatrix | None:
 
 @dataclass
 class _Progress:
-    """Bytes of the tensors that llama-quantize has come past."""
+    """Progress in bytes of the tensors that llama-quantize has written."""
 
     sizes: dict[str, int]
     report: Report

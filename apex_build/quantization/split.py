@@ -37,7 +37,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """What the manifest of a file that was split says beyond that of the whole."""
+    """Additional manifest fields of a file that was split."""
 
     split_size: str
     shards: tuple[Shard, ...]
@@ -52,14 +52,14 @@ def parse_size(text: str) -> int:
 
 
 def shards_of(out: Path) -> list[Path]:
-    """Shards of `out` that are there, of whatever count."""
+    """Existing shards of `out`, for any count."""
     pattern = re.compile(re.escape(out.stem) + r"-\d{5}-of-\d{5}\.gguf")
     return sorted(path for path in out.parent.glob("*.gguf") if pattern.fullmatch(path.name))
 
 
 def recorded_shards(artifact: Artifact, size: str) -> tuple[Path, ...] | None:
-    """The shards of an earlier run, if the manifest says that they are of the same parts and size and they are all
-    there.
+    """The shards of an earlier run, if they are complete, and from the same parts and size according to the
+    manifest.
     """
     found = read_manifest(artifact.manifest_path)
     if found is None or found.identity != artifact.identity or found.details.get("split_size") != size.upper():
@@ -85,11 +85,11 @@ def check_shards_free(out: Path) -> None:
 def split(
     artifact: Artifact, size: str, tools: Toolset, *, force: bool = False, report: Report = silent
 ) -> tuple[Path, ...]:
-    """Replace the finished file by its shards; the manifest beside it names them. One that is small enough stays whole.
+    """Replace the finished file with shards; the manifest beside it names them. A small enough file stays whole.
 
-    The manifest names them before the first is there: a run that is cut short is taken up by the next, from the whole
-    file, which goes last. Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed; then the file is as it
-    was.
+    The manifest names them before the first exists: the next run resumes an interrupted one from the whole file,
+    which is removed last. Raises OutputUnwritable, ToolFailed, ToolKilled, VerificationFailed; then the file is
+    unchanged.
     """
     out = artifact.out
     if out.stat().st_size <= parse_size(size):
@@ -148,7 +148,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
 
 
 def _verify(whole: Path, shards: list[Path], report: Report) -> None:
-    """Every tensor and every key of the whole file is in the shards, once and with the same bytes."""
+    """Check that every tensor and key of the whole file is in the shards, once and with the same bytes."""
     before = read_header(whole)
     headers = [read_header(path) for path in shards]
     if not headers or [one.metadata.get("split.count") for one in headers] != [len(headers)] * len(headers):
@@ -168,13 +168,13 @@ def _verify(whole: Path, shards: list[Path], report: Report) -> None:
                 if not same or not _equal(
                     ours, header.data_offset + tensor.offset, theirs, before.data_offset + other.offset, tensor.n_bytes
                 ):
-                    raise VerificationFailed(f"{header.path}: {tensor.name} is not as in {whole}")
+                    raise VerificationFailed(f"{header.path}: {tensor.name} differs from {whole}")
                 done += tensor.n_bytes
                 report(Step(f"comparing shards of {whole.name}", done / 1e6, before.file_size / 1e6, "MB"))
 
 
 def _told(header: Header) -> dict[str, Any]:
-    """The metadata but for the split itself; long arrays by their bytes."""
+    """The metadata without the split's keys; long arrays by their bytes."""
     with _mapped(header) as data:
         return {
             key: bytes(data[value.offset : value.offset + value.n_bytes]) if isinstance(value, ArrayValue) else value

@@ -1,5 +1,5 @@
-"""Is the written file what was planned? Types, sizes, metadata, every block of every tensor; then against.py, with the
-source.
+"""Check that the written file is as planned: types, sizes, metadata, every block of every tensor; against.py
+compares with the source.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def verify(
         found = written[name]
         if (found.type, found.n_bytes) != (entry.type, entry.n_bytes):
             raise VerificationFailed(
-                f"{path}: {name} is {found.type} of {found.n_bytes} bytes, planned was {entry.type} of {entry.n_bytes}"
+                f"{path}: {name} is {found.type} of {found.n_bytes} bytes, expected {entry.type} of {entry.n_bytes}"
             )
     _check_data(header, plan, tools, report)
     check_against(header, plan, source, imatrix, tools, report)
@@ -76,7 +76,7 @@ def _check_data(header: Header, plan: Plan, tools: Toolset, report: Report) -> N
                 with view[at : min(at + step, start + tensor.n_bytes)] as block:
                     if not is_valid(tensor.type, block):
                         raise VerificationFailed(
-                            f"{header.path}: {tensor.name} ({tensor.type}) holds values that are not numbers"
+                            f"{header.path}: {tensor.name} ({tensor.type}) has values that are not numbers"
                         )
             done += tensor.n_bytes
             report(Step("verifying", done / 1e6, total / 1e6, "MB"))

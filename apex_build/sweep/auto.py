@@ -1,4 +1,4 @@
-"""Values that are measured on the user's model: `draft_head=auto` becomes the smallest mixture that loses little there.
+"""Measure values on the user's model: `draft_head=auto` becomes the smallest mixture that loses little there.
 
 A type's loss on one model says little about another (docs/results/draft-head.md), so none is built in. The mixtures
 that the policy names (Parameter.measured) are swept on the trunk that the policy makes, the largest first, until one
@@ -104,7 +104,7 @@ def parameter_at_auto(policy: PolicySpec, given: Mapping[str, Value]) -> str | N
 
 
 def measure(question: Question, *, report: Report = silent, progress: Progress | None = None) -> Choice:
-    """Measure what was not measured before, and choose. A run that is interrupted is taken up where it was.
+    """Measure what was not measured before, and choose. An interrupted run is resumed.
 
     Raises EvaluationRefused for a model without a draft head, DataMissing without an imatrix that covers it, and what
     a sweep raises.
@@ -139,7 +139,7 @@ def _asked(question: Question) -> tuple[str, float]:
 
 
 def _others(question: Question, name: str) -> dict[str, Value]:
-    """What else is set: neither the parameter that is measured nor its bound."""
+    """The other settings: without the measured parameter and its bound."""
     apart = (name, question.policy.parameters[name].bound)
     return {key: value for key, value in question.parameters.items() if key not in apart}
 
@@ -155,7 +155,7 @@ def _planned(question: Question, report: Report) -> tuple[Sweep, str, float]:
     if not model.has_head:
         plain = f", or --policy {question.policy.otherwise}" if question.policy.otherwise else ""
         raise EvaluationRefused(
-            f"{model.path} has no draft head, and {name}=auto is to measure it",
+            f"{model.path} has no draft head, which {name}=auto would measure",
             hint=f"--set {name}={(*parameter.words, *parameter.measured)[0]}{plain}",
         )
     if question.imatrix is None:
@@ -191,7 +191,7 @@ def _planned(question: Question, report: Report) -> tuple[Sweep, str, float]:
 
 
 def _folder(question: Question, name: str) -> Path:
-    """Where the measurements are kept: one folder for all that decides about them. The bound does not."""
+    """The folder of the measurements: one for each set of inputs. The bound is not an input."""
     assert question.imatrix is not None
     evaluator, service = _service(question)
     parts = {
@@ -266,7 +266,7 @@ def _tokens(row: Row, baseline: Row, figures: Mapping[str, str]) -> Loss | None:
 
 
 def _clearly_over(row: Row, baseline: Row, bound: float, figures: Mapping[str, str]) -> bool:
-    """So much that no smaller one needs to be tried."""
+    """Whether it loses so much that no smaller one needs to be tried."""
     agreement, tokens = loss_of(row, figures["agreement"]), _tokens(row, baseline, figures)
     return any(
         loss is not None and loss.low is not None and loss.low > limit

@@ -22,7 +22,7 @@ class Knee:
 
 
 def size_of(row: Row, by_head: bool) -> int:
-    """Bytes that a sweep is about: of the head, or of the whole file."""
+    """The bytes that matter in a sweep: of the head, or of the whole file."""
     return (row.head_bytes if by_head else row.file_bytes or (row.head_bytes or 0) + (row.trunk_bytes or 0)) or 0
 
 
@@ -68,12 +68,12 @@ def knee_text(knee: Knee, score: str, unit: str, *, by_head: bool) -> str:
 
 
 def value_text(figure: Figure) -> str:
-    """A figure with its interval, to as many digits as the interval bears."""
+    """A figure with its interval, with as many digits as the interval justifies."""
     if figure.value is None:
         return figure.note or "-"
     return with_interval(figure.value, figure.low, figure.high)
 
 
 def mb(n_bytes: float) -> str:
-    """Bytes as MB of 10^6, with what digits tell heads apart."""
+    """Bytes as MB of 10^6, with enough digits to tell heads apart."""
     return f"{n_bytes / 1e6:.3f} MB" if n_bytes < 1e8 else f"{n_bytes / 1e6:.0f} MB"

@@ -11,9 +11,7 @@ from apex_build.sweep.rows import Row
 
 @dataclass(frozen=True)
 class Loss:
-    """What a file is worse by than the reference, paired, with its 95 % interval if that is known. Negative: it is
-    better.
-    """
+    """How much worse a file is than the reference, paired, with its 95 % interval if known. Negative: it is better."""
 
     value: float
     low: float | None
@@ -25,9 +23,7 @@ class Loss:
 
 
 def loss_of(row: Row, score: str) -> Loss | None:
-    """From the paired difference that the figure names; of one that does not say which direction is better, nothing is
-    known.
-    """
+    """From the paired difference that the figure names; None if the figure does not say which direction is better."""
     figure, paired = row.figure(score), paired_of(row, score)
     if figure is None or not figure.better or paired is None or paired.value is None:
         return None

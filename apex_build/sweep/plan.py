@@ -1,4 +1,4 @@
-"""Planning a sweep: one file for each combination of values of a policy's parameters, checked before anything is
+"""Plan a sweep: one file for each combination of values of a policy's parameters, checked before anything is
 written.
 """
 
@@ -65,7 +65,7 @@ class Sweep:
     evaluators: tuple[Evaluator, ...]
     parts: Mapping[str, Any]  # what every point's result depends on
     derived: bool  # the imatrix without the head is made of the other
-    head_only: bool  # what the values change is the draft head alone
+    head_only: bool  # the values change only the draft head
     trunk_once: bool  # and so the trunk is made once
     known: Mapping[str, Row]  # measured before, by identity
     room: int  # bytes of all files that exist at the same time
@@ -76,7 +76,7 @@ class Sweep:
 
 
 def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent) -> Sweep:
-    """Check all of it, and plan every file; nothing is written. `keep`: the files are to stay.
+    """Check everything and plan every file; nothing is written. `keep`: the files will be kept.
 
     Raises ParameterUnknown, TypeUnknown, EvaluationRefused, EvaluatorUnknown, ImatrixInvalid, ImatrixMismatch,
     HeadRowsMismatch, DataMissing (where the baseline, or no point at all, can be quantized), OutputUnwritable (also for
@@ -90,7 +90,7 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
     paired = request.inputs.reference is None
     asked = [baseline, *(one for one in combinations if one != baseline)] if paired else combinations
     with scratch_folder("sweep") as scratch:
-        # what the values change is seen from the files' plans, and decides about curves and evaluators
+        # the files' plans show what the values change; that determines curves and evaluators
         given = request.imatrix is not None or request.imatrix_without_head is not None
         plans = _plans(request, [(values, given) for values in varied(request, asked)], {}, report)
         head_only = _only_head_differs(request, list(plans.values()))
@@ -205,7 +205,7 @@ def _point(
 
 
 def _parts(request: Request, evaluators: Sequence[Evaluator], baseline: Mapping[str, str]) -> dict[str, Any]:
-    """What every point's result depends on. Not the values: a sweep may be given more of them."""
+    """What every point's result depends on. Not the values: more may be added to a sweep."""
     works = [
         plan_work(one, request.model, request.inputs, request.tools, threads=request.threads) for one in evaluators
     ]
@@ -248,7 +248,7 @@ def check_folder(folder: Path, parts: Mapping[str, Any]) -> None:
 
 
 def _written(request: Request) -> Iterator[Path]:
-    """What is there of all that a sweep writes."""
+    """All files that a sweep may write, or that exist in its folder."""
     folder = request.folder
     yield from (folder / name for name in (MANIFEST, MEASURED, RESULTS, TABLE))
     if request.imatrix is not None:

@@ -20,7 +20,7 @@ DEFAULT_BOUND = 0.5  # points
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one score. `chart` is None while nothing was measured."""
+    """The report for one score. `chart` is None while nothing was measured."""
 
     score: str
     table: Table
@@ -29,7 +29,7 @@ class Summary:
 
 
 def default_score(rows: Sequence[Row]) -> str:
-    """What the evaluators that were run want to be shown first, else their first figure."""
+    """The figure that the evaluators want shown first, else their first one."""
     found = [
         figure for row in rows for figures in row.figures.values() for figure in figures if figure.value is not None
     ]
@@ -59,7 +59,7 @@ def report_sweep(
     about: str = "",
 ) -> Summary:
     """`by_head`: the bytes that count are those of the draft head. `bound` None: half a point for a score in per cent,
-    and no knee for any other. `reference` names the file that losses are taken against, if that is not a point;
+    and no knee for other units. `reference` names the file that losses are taken against, if that is not a point;
     `counted` what n counts; `about` is the chart's subtitle: the trunk's type, the tools.
     """
     figures = [figure for row in rows if (figure := row.figure(score)) and figure.value is not None]
@@ -82,8 +82,8 @@ def report_sweep(
 
 
 def write_report(folder: Path, reports: Sequence[Summary]) -> list[Path]:
-    """table.md, and where matplotlib is there sweep.png and .svg, of a further score sweep-SCORE.png. Gives what was
-    written.
+    """table.md, and where matplotlib is there sweep.png and .svg, of a further score sweep-SCORE.png. Returns what
+    was written.
     """
     text = "\n".join(markdown(one.table) + "".join(f"- {line}\n" for line in one.knees) for one in reports)
     with whole_file(folder / TABLE) as part:
@@ -140,7 +140,7 @@ def _chart(
 
 
 def _paired_interval(row: Row, score: str, value: float | None) -> tuple[float, float] | None:
-    """The interval of the paired difference, laid about the score."""
+    """The interval of the paired difference, placed around the score."""
     paired = paired_of(row, score)
     if paired is row.figure(score):  # it is the score itself
         return None

@@ -1,4 +1,4 @@
-"""What is asked of a sweep, and what follows from it: values, curves and their imatrices, evaluators."""
+"""A sweep's request, and what follows from it: values, curves and their imatrices, evaluators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BASELINE_TYPE = "Q8_0"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. `over`: parameter -> its values; `curves`: with the head's calibration data (True), without
+    """A request. `over`: parameter -> its values; `curves`: with the head's calibration data (True), without
     (False).
 
     `imatrix_without_head`: where it is not given, `imatrix` without the head's entries. `baseline`: its values where
@@ -99,10 +99,10 @@ def _another(policy: PolicySpec, name: str, value: str) -> str:
 
 
 def evaluators_of(request: Request, *, head_only: bool) -> tuple[Request, list[Evaluator]]:
-    """Those that are asked for, or that say they are for such a sweep; and the request with the settings that these
-    want.
+    """The requested evaluators, or those that declare they are for such a sweep; and the request with the settings
+    that they want.
     """
-    # while there is no file yet the model stands for the baseline: it has the same head and vocabulary
+    # before there is a file the model stands in for the baseline: it has the same head and vocabulary
     inputs = replace(request.inputs, reference=request.inputs.reference or request.model)
     if request.only:
         return request, choose(request.evaluators, request.only, request.model, inputs)[0]

@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What the manifest says beyond its head: how many rows there are, and how many of them were measured."""
+    """The manifest beyond its head: the number of rows, and how many of them were measured."""
 
     points: int
     measured: int

@@ -1,4 +1,4 @@
-"""Running a sweep: each point's file is quantized, measured, recorded, and deleted again."""
+"""Run a sweep: quantize each point's file, measure it, record the result, and delete the file."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run_sweep(
                     outcome = files.measure(point, keep, report)
             else:
                 known = sweep.known.get(point.identity)
-                # the place in this sweep may be another: a point among others then is the baseline now
+                # its role in this sweep may have changed: an earlier point may now be the baseline
                 outcome = (
                     Outcome(replace(known, baseline=point.baseline), True)
                     if known
@@ -81,7 +81,7 @@ def run_sweep(
 
 
 def planned_works(sweep: Sweep) -> list[list[Work]]:
-    """Of each point that is to be measured: what its evaluators have before them, for the time that it takes."""
+    """The evaluators' work for each point that will be measured, for time estimates."""
     request = sweep.request
     works = [
         plan_work(one, request.model, request.inputs, request.tools, threads=request.threads)
@@ -200,4 +200,4 @@ def _delete(path: Path) -> None:
 
 
 def _no_role(_architecture: str, _tensor: str) -> None:
-    """Nobody asks for roles any more."""
+    """Roles are no longer needed."""

@@ -1,5 +1,5 @@
-"""Files that differ in the draft head alone: the trunk is quantized once, and each file made from that by quantizing
-the head.
+"""Files that differ only in the draft head: the trunk is quantized once, and each file is made from that by
+quantizing the head.
 
 llama-quantize copies a tensor that has the wanted type already, so the files are bit-identical to those made in one run
 (tests/sweep/test_shared_trunk.py); on a large model that saves nearly all of the work.
@@ -25,8 +25,8 @@ _OF_THE_HEAD = ("apex.parameters", "apex.head_rows", "apex.imatrix.examined")
 
 
 def same_trunk(jobs: Sequence[Job]) -> bool:
-    """Whether the files differ in types of the draft head alone. That the trunk has the same data is for the caller to
-    know.
+    """Whether the files differ only in types of the draft head. The caller must know that the trunk has the same
+    data.
     """
     return len({_types(job.plan, head=False) for job in jobs}) == 1
 

@@ -29,8 +29,8 @@ def holds_head(name: str, model: Model) -> bool:
 def write_without_head(imatrix: Path, model: Model, out: Path) -> None:
     """Write `imatrix` to `out`, without the draft head's entries and metadata.
 
-    The values of the others are copied bit for bit; the same input gives the same file. Raises ImatrixInvalid, also for
-    the format before GGUF.
+    The values of the others are copied bit for bit; the same input gives the same file. Raises ImatrixInvalid, also
+    for the older format.
     """
     if read_imatrix(imatrix).format != "gguf":
         raise ImatrixInvalid(

@@ -64,6 +64,9 @@ def test_a_conversation_that_the_template_refuses_is_left_out() -> None:
     assert rendered(refusing, system, HELLO) == [None, "hello"]
 
 
+ENDLESS = "more computing|not done"
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -71,7 +74,7 @@ def test_a_conversation_that_the_template_refuses_is_left_out() -> None:
         ("{{ messages.__class__.__init__.__globals__ }}", "sandbox forbids"),
         pytest.param(
             "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
-            "more computing|not done",
+            ENDLESS,
             marks=pytest.mark.slow,
         ),
         ("{{ 'x' * 10**11 }}", "memory"),
@@ -84,7 +87,8 @@ def test_a_template_that_fails_or_tries_to_leave_is_named(
 ) -> None:
     from apex_build.calibration import chat
 
-    monkeypatch.setattr(chat, "_WALL_SECONDS", 8.0)
+    if said == ENDLESS:  # elsewhere a loaded machine may take long to start the child
+        monkeypatch.setattr(chat, "_WALL_SECONDS", 8.0)
     with pytest.raises(ChatTemplateFailed, match=f"(?s)chat template of model.gguf: .*({said})"):
         rendered(template)
 

@@ -15,11 +15,9 @@ from apex_build.conversion.converter import family
 from apex_build.conversion.heads import missing_head_tensors
 from apex_build.conversion.safetensors import read_tensors
 from apex_build.errors import CheckpointInvalid
-from apex_build.places import source_root
 
 
-def require_head(checkpoint: Checkpoint) -> None:
-    source = source_root() / "pr-22673"
+def require_head(checkpoint: Checkpoint, source: Path) -> None:
     heads.require_head(checkpoint, family(source, checkpoint.architecture), source.name)
 
 
@@ -28,12 +26,12 @@ def folder(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "hf")
 
 
-def test_a_whole_checkpoint(folder: Path) -> None:
+def test_a_whole_checkpoint(folder: Path, source: Path) -> None:
     checkpoint = read_checkpoint(folder)
     assert (checkpoint.architecture, checkpoint.trunk_layers, checkpoint.head_layers) == ("Qwen3_5MoeForCausalLM", 4, 1)
     assert len(checkpoint.tensors) == len(shapes())
     assert checkpoint.tensors["mtp.fc.weight"].shape == (64, 128)
-    require_head(checkpoint)
+    require_head(checkpoint, source)
 
 
 def test_shards_with_an_index(tmp_path: Path) -> None:
@@ -42,10 +40,10 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
     assert len({tensor.file for tensor in checkpoint.tensors.values()}) == 3
 
 
-def test_a_promised_head_that_is_not_there(tmp_path: Path) -> None:
+def test_a_promised_head_that_is_not_there(tmp_path: Path, source: Path) -> None:
     checkpoint = read_checkpoint(make_checkpoint(tmp_path / "hf", without="mtp."))
     with pytest.raises(CheckpointInvalid) as caught:
-        require_head(checkpoint)
+        require_head(checkpoint, source)
     assert "promises a draft head (mtp_num_hidden_layers = 1)" in caught.value.message
     assert "mtp.fc.weight" in caught.value.message
     assert "--no-head" in str(caught.value.hint)
@@ -66,7 +64,7 @@ def test_one_tensor_of_the_head_is_lost(tmp_path: Path, lost: str) -> None:
     assert missing_head_tensors(read_checkpoint(make_checkpoint(tmp_path / "hf", without=lost))) == [lost]
 
 
-def test_the_head_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+def test_the_head_of_a_multimodal_checkpoint(tmp_path: Path, source: Path) -> None:
     folder = make_checkpoint(tmp_path / "hf", config={"architectures": ["Qwen3_5MoeForConditionalGeneration"]})
     nested = {name: value for name, value in CONFIG.items() if name != "architectures"}
     (folder / "config.json").write_text(
@@ -76,14 +74,14 @@ def test_the_head_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
     write_safetensors(folder / "model.safetensors", named)
     checkpoint = read_checkpoint(folder)
     assert (checkpoint.trunk_layers, checkpoint.head_layers) == (4, 1)
-    require_head(checkpoint)
+    require_head(checkpoint, source)
     write_safetensors(
         folder / "model.safetensors", {name: shape for name, shape in named.items() if name != "mtp.norm.weight"}
     )
     assert missing_head_tensors(read_checkpoint(folder)) == ["mtp.norm.weight"]
 
 
-def test_a_head_in_blocks_after_the_last(tmp_path: Path) -> None:
+def test_a_head_in_blocks_after_the_last(tmp_path: Path, source: Path) -> None:
     """As GLM and DeepSeek have it."""
     folder = make_checkpoint(
         tmp_path / "hf",
@@ -97,17 +95,19 @@ def test_a_head_in_blocks_after_the_last(tmp_path: Path) -> None:
     write_safetensors(
         folder / "model.safetensors", {name: shape for name, shape in tensors.items() if not name.startswith("mtp.")}
     )
-    require_head(read_checkpoint(folder))
+    require_head(read_checkpoint(folder), source)
 
 
-def test_a_head_that_the_config_does_not_mention(tmp_path: Path) -> None:
+def test_a_head_that_the_config_does_not_mention(tmp_path: Path, source: Path) -> None:
     checkpoint = read_checkpoint(make_checkpoint(tmp_path / "hf", config={"mtp_num_hidden_layers": 0}))
     with pytest.raises(CheckpointInvalid, match=r"has tensors of a draft head, such as mtp\."):
-        require_head(checkpoint)
+        require_head(checkpoint, source)
 
 
-def test_no_head_promised_none_there(tmp_path: Path) -> None:
-    require_head(read_checkpoint(make_checkpoint(tmp_path / "hf", config={"mtp_num_hidden_layers": 0}, without="mtp.")))
+def test_no_head_promised_none_there(tmp_path: Path, source: Path) -> None:
+    require_head(
+        read_checkpoint(make_checkpoint(tmp_path / "hf", config={"mtp_num_hidden_layers": 0}, without="mtp.")), source
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_file_is_missing(folder: Path, gone: str, says: str) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointInvalid, match="is not a folder"):
+    with pytest.raises(CheckpointInvalid, match="does not exist"):
         read_checkpoint(tmp_path / "nothing")
 
 

@@ -98,14 +98,14 @@ def test_data_of_other_rows_is_refused(
         said = run_apex(*command, "--imatrix", pre, *options, code=45).stderr
         assert (
             f"{pre}: the data of the draft head (blk.6." in said
-            and "-> IQ2_XXS) is of pre_norm rows: expected post_norm" in said
+            and "-> IQ2_XXS) is from pre_norm rows: expected post_norm" in said
         )
         assert f"try:   apex calibrate {testbed} --force" in said and "--mtp-rows pre" in said
         said = run_apex(*command, "--imatrix", old, *options, code=45).stderr
         assert f"{old}: the data of the draft head (blk.6." in said and "does not say of which hidden rows" in said
         assert f"try:   apex calibrate {testbed} --force" in said and "--mtp-rows" not in said
     said = run_apex(*command, "--imatrix", calibrated, "--mtp-rows", "pre", code=45).stderr
-    assert "is of post_norm rows: expected pre_norm, as --mtp-rows says" in said and "--force --mtp-rows pre" in said
+    assert "is from post_norm rows: expected pre_norm, as --mtp-rows says" in said and "--force --mtp-rows pre" in said
     if verb == "plan":
         run_apex(*command, "--imatrix", pre, "--mtp-rows", "pre")
     assert not (tmp_path / "x.gguf").exists() and not (tmp_path / "out").exists()

@@ -64,7 +64,7 @@ def test_plan_sweep_and_quantize_take_it_as_any_other(plugin: Path, testbed: Pat
     ("spec", "says"),
     [
         ('PolicySpec("none", None, "Q8_0")', "neither a template nor a function"),
-        ('PolicySpec("wrong", None, "Q8_0", compute=lambda task: {})', "must give a Computed"),
+        ('PolicySpec("wrong", None, "Q8_0", compute=lambda task: {})', "must return a Computed"),
         ('PolicySpec("wrong", None, "Q8_0", compute=lambda task: Computed({"no": "Q8_0"}))', "'no' the type 'Q8_0'"),
         (
             'PolicySpec("wrong", None, "Q8_0", compute=lambda task: Computed({}, (), {"kld": float("nan")}))',

@@ -222,7 +222,7 @@ def test_a_weight_that_no_calibration_reaches(testbed: Path, tools: Toolset, tmp
     policy = load_plugins().policy("i-nano")
     small: dict[str, Value] = {"edge": 1, "near": 1, "attention_edge": 1, "draft_head": "IQ2_XXS"}
     with pytest.raises(
-        DataMissing, match=r"nextn\.embed_tokens\.weight of the draft head -> IQ2_XXS.*no calibration can record any"
+        DataMissing, match=r"nextn\.embed_tokens\.weight of the draft head -> IQ2_XXS.*calibration cannot record any"
     ) as caught:
         prepare(model, policy, small, tools, tmp_path / "x.gguf", imatrix=imatrix)
     assert caught.value.hint == "a type that needs none: --set draft_head.other=Q8_0"

@@ -62,7 +62,7 @@ def test_the_styles(tools: Toolset, tmp_path: Path, text: str, rules: list[str])
         ("token_embd q8_0", TemplateFailed, "list.txt:1: .* is not of the form regex=type"),
         ("a=q4_k\n(=q4_k", TemplateFailed, "list.txt:2: .* is not a regular expression"),
         (r"blk\.\D=q4_k", TemplateFailed, "lower-cases patterns"),
-        ("# nothing\n", TemplateFailed, "holds no rule"),
+        ("# nothing\n", TemplateFailed, "no rule of the form"),
         ("\xff\x00".encode("latin1").decode("latin1"), TemplateFailed, "is not of the form"),
     ],
 )

@@ -124,6 +124,7 @@ def test_names_are_unique_for_each_policy_and_its_parameters() -> None:
     assert {"i-compact", "compact", "i-nano", "i-nano-mtp"} <= {policy.name for policy in builtin()}
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_the_tag_that_is_asked_for_finds_its_own_file_and_no_other() -> None:
     """llama.cpp's -hf repo:TAG searches TAG followed by . or - in the names (F16, so, finds BF16 too, of everybody)."""
     names = sorted({name for name in default_names() if "-BF16" not in name})
@@ -132,6 +133,7 @@ def test_the_tag_that_is_asked_for_finds_its_own_file_and_no_other() -> None:
         assert [one for one in names if re.search(f"{tag}[.-]", one, re.IGNORECASE)] == [name]
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_what_was_tried_before() -> None:
     assert (hub_label("model-F16-i-nano.gguf"), download_tag("model-F16-i-nano.gguf")) == ("F16", "NANO")
     assert (hub_label("model-i-nano-mtp.gguf"), download_tag("model-i-nano-mtp.gguf")) == (None, "MTP")
@@ -257,7 +259,7 @@ def test_the_file_type_is_that_of_most_bytes(tools: Toolset, testbed: Path, tmp_
         ("file_type=7", "states a fact about the file"),
         ("qwen35moe.block_count=3", "no reader of GGUF files knows this key"),
         ("tokenizer.chat_template=x", "no reader of GGUF files knows this key"),
-        ("tags=a,b", "sets no lists"),
+        ("tags=a,b", "cannot set lists"),
         ("description=" + "x" * 200, "no texts of more than 127 bytes"),
         ("sampling.temp=hot", "expected a number"),
     ],

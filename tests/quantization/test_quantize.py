@@ -26,7 +26,7 @@ def on_tmpfs(folder: Path, options: str, *arguments: object, code: int) -> subpr
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces on this machine")
     command = [*prefix, sys.executable, "-m", "apex_build", *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert "Traceback" not in ran.stderr and ran.returncode == code, ran.stderr[-2000:]
     return ran
 
@@ -252,7 +252,7 @@ def test_a_disk_that_fills_up(testbed: Path, tmp_path: Path, tools: Toolset) -> 
         pytest.skip("no mount namespaces on this machine")
     command = [*prefix, sys.executable, script, tmp_path / "disk", "quantize", testbed, "--policy", "compact", "-o"]
     ran = subprocess.run(
-        [str(p) for p in [*command, tmp_path / "disk" / "x.gguf"]], capture_output=True, text=True, timeout=300
+        [str(p) for p in [*command, tmp_path / "disk" / "x.gguf"]], capture_output=True, text=True, timeout=3000
     )
     assert ran.returncode in (30, 31, 75), ran.stderr
     assert "Traceback" not in ran.stderr and "x.gguf'" not in ran.stdout and ".part" not in ran.stdout

@@ -240,7 +240,7 @@ def test_interrupted_download(world: World, server: Server) -> None:
     assert server.holding.wait(30)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _out, err = process.communicate(timeout=20)
+    _out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert world.left_over() == []

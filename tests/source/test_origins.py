@@ -205,12 +205,12 @@ def test_interrupt(world: World, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "apex_build", "source", "fetch", "--pin", str(world.toml)]
     environment = os.environ | {"PATH": f"{slow.parent}:{os.environ['PATH']}"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _out, err = process.communicate(timeout=20)
+    _out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert world.left_over() == []
