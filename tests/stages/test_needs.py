@@ -152,7 +152,7 @@ def _completion(port: int, child: subprocess.Popen[bytes], prompt: str) -> None:
 def test_what_does_not_fit_is_said(testbed: Path, place: Workplace) -> None:
     small = Machine("small", 1 << 50, 32 << 20)
     found = _needs(testbed, place, small)
-    assert not found["evaluate"].fits and "kld.chunks=N" in str(found["evaluate"].advice)
+    assert not found["evaluate"].fits and "EVALUATOR.chunks=N" in str(found["evaluate"].advice)
     tight = _needs(testbed, place, replace(AMPLE, memory=60 << 20))
     assert (
         tight["calibrate"].fits
