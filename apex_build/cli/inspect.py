@@ -139,7 +139,7 @@ def _plot(grid: ExpertGrid | None, found: Imatrix, plots: Sequence[Path]) -> Non
     if grid is None:
         raise ImatrixInvalid(f"{found.path}: no counts of experts to draw: a dense model's, or of the older format")
     if not available():
-        click.echo(MISSING, err=True)
+        click.echo(f"warning: {MISSING}", err=True)
         return
     draw_heat(grid, f"Calibration tokens of each expert: {found.path.name}", *plots)
     for path in plots:

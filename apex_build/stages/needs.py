@@ -109,7 +109,7 @@ _DISK = {
     "convert": "no room for checkpoint and file: convert from one disk to another",
     "calibrate": "no room for the imatrix with its copies: -o on another disk",
     "quantize": "no room for the file: -o on another disk",
-    "evaluate": "no room for the reference's probabilities: APEX_CACHE_DIR on another disk, or --set EVALUATOR.chunks=N",
+    "evaluate": "no room for the reference's probabilities: another APEX_CACHE_DIR, or --set EVALUATOR.chunks=N",
 }
 
 

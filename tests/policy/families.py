@@ -127,7 +127,7 @@ def _rules(model: Model, policy: PolicySpec) -> dict[str, str]:
     """Tensor -> type, by the policy's template: rendered here, since our own templates need no process with limits."""
     names = {tensor.name for tensor in model.tensors if quantizable(tensor.name, tensor.shape)}
     values = {name: parameter.default for name, parameter in policy.parameters.items()}
-    request = render._request(policy, model, names)
+    request = render._request(policy, model, names, None)
     parameters = {name.replace(".", "_"): value for name, value in values.items()}
     made, seen = sandbox.environment(request["library"]), sandbox.views(request["catalogue"])
     text, _ = sandbox.render(made, request["template"], {**seen, **parameters})
