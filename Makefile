@@ -3,19 +3,20 @@ PYTHON ?= python3
 VENV   := .venv
 STAMP  := $(VENV)/.installed
 
-# make build GPU=dgx-spark; GPU="h100 rtx4090"; GPU=all-common. Without GPU: for those of this machine, for the CPU where there is none.
+# make build GPU=dgx-spark; GPU="h100 rtx4090"; GPU=all-common.
+# Without GPU: for this machine's GPUs, or the CPU if it has none.
 BUILD  := apex build $(foreach name,$(GPU),--gpu $(name))
 
 .PHONY: help build demo test test-fast test-all lint dist clean
 
 help:
 	@echo "make build   fetch, verify, patch and compile llama.cpp's tools; GPU=dgx-spark for a GPU that is elsewhere"
-	@echo "make demo    the whole road on a small model: build, calibrate, quantize, compare"
-	@echo "make test    lint, and the tests on the real tools; PIN=latest for those of patches and main road with that pin's"
-	@echo "make test-fast   what needs neither the tools nor a package index, and is quick: under a minute"
-	@echo "make test-all    lint, and the tests on every Python that is here"
+	@echo "make demo    all steps on a small model: build, calibrate, quantize, compare"
+	@echo "make test    lint, and the tests with the real tools; PIN=latest: the main ones with that pin's tools"
+	@echo "make test-fast   the tests that need neither the tools nor a package index, and are quick"
+	@echo "make test-all    lint, and the tests on every Python that is installed"
 	@echo "make lint    ruff and mypy"
-	@echo "make dist    the sdist and the wheel in dist/, and the wheel tried in a fresh environment"
+	@echo "make dist    sdist and wheel in dist/; tries the wheel in a fresh environment"
 
 build: $(STAMP)
 	$(VENV)/bin/$(BUILD)
@@ -23,8 +24,9 @@ build: $(STAMP)
 demo: $(STAMP)
 	$(VENV)/bin/apex demo
 
-# make test PIN=latest: the tests of the patches and of the main road, with the tools of another pin
-ROAD   := tests/patches tests/calibration/test_run.py tests/quantization/test_quantize.py tests/evaluation/test_draft_head.py
+# make test PIN=latest: the tests of the patches and of the main steps, with the tools of another pin
+ROAD   := tests/patches tests/calibration/test_run.py tests/quantization/test_quantize.py \
+          tests/evaluation/test_draft_head.py
 
 ifdef PIN
 test: $(STAMP)
@@ -57,6 +59,9 @@ dist: $(STAMP)
 	dist/tried/bin/apex --help
 	dist/tried/bin/apex doctor
 	dist/tried/bin/apex plan tests/testbed/testbed-f16.gguf --policy compact
+	dist/tried/bin/apex plugins new policy tried-policy -o dist/tried
+	dist/tried/bin/python -m pip install --quiet --disable-pip-version-check pytest
+	cd dist/tried && bin/python -m pytest -q tried-policy
 	rm -rf dist/tried
 
 $(STAMP): pyproject.toml
