@@ -1,3 +1,3 @@
-"""From a calibration set to an imatrix: documents, the text they make with the model's chat template, and llama-imatrix
-over it.
+"""From a calibration set to an imatrix: documents, their text in the model's chat template, and llama-imatrix over
+it.
 """

@@ -1,4 +1,4 @@
-"""Conversations as the model's own chat template writes them."""
+"""Render conversations with the model's chat template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apex_build.hookspecs import Document
 from apex_build.native.sandbox_child import OutOfBounds, ask
 
 _WALL_SECONDS = 300.0
-# The names that transformers gives a template for the special tokens that a tokenizer has (special_tokens_map).
+# The names under which transformers passes special tokens to a template (special_tokens_map).
 _SPECIAL_TOKENS = {
     "bos_token": "bos",
     "eos_token": "eos",
@@ -61,7 +61,7 @@ def chat_template(model: Model, file: Path | None = None) -> ChatTemplate:
 
 
 def template_of_file(model: Model, file: Path) -> ChatTemplate:
-    """A template that the user gives, with the model's special tokens. Raises ChatTemplateFailed."""
+    """The user's template, with the model's special tokens. Raises ChatTemplateFailed."""
     try:
         return ChatTemplate(file.read_text(encoding="utf-8"), str(file), _variables(model))
     except (OSError, UnicodeDecodeError) as error:
@@ -93,11 +93,11 @@ class Rendered:
 
 
 def render(template: ChatTemplate, documents: Sequence[Document], *, answer_begins: bool = False) -> list[str | None]:
-    """The text of each conversation, None for one that the template refuses (a role or tools it does not know).
+    """The text of each conversation, None if the template refuses it (an unknown role, or tools).
 
     `answer_begins`: up to where the model is to answer, as a server gives it to the model.
 
-    Raises ChatTemplateFailed for a template that fails, leaves the sandbox, or does not come to an end.
+    Raises ChatTemplateFailed for a template that fails, leaves the sandbox, or does not end.
     """
     found = try_render(template, documents, answer_begins=answer_begins)
     for one, document in zip(found, documents, strict=True):
@@ -110,7 +110,7 @@ def render(template: ChatTemplate, documents: Sequence[Document], *, answer_begi
 
 
 def try_render(template: ChatTemplate, documents: Sequence[Document], *, answer_begins: bool = False) -> list[Rendered]:
-    """The same, but a conversation that the template fails on does not stop the others."""
+    """As `render`, but a conversation that the template fails on does not stop the others."""
     if template.tool_use and any(document.tools for document in documents):
         return _by_tools(template, documents, answer_begins)
     conversations = [_conversation(document, answer_begins) for document in documents]
@@ -140,7 +140,7 @@ def try_render(template: ChatTemplate, documents: Sequence[Document], *, answer_
 
 
 def _by_tools(template: ChatTemplate, documents: Sequence[Document], answer_begins: bool) -> list[Rendered]:
-    """Each with the template that transformers takes for it."""
+    """Each conversation with the template that transformers would use."""
     both = {True: replace(template, text=template.tool_use, tool_use=""), False: replace(template, tool_use="")}
     found: dict[int, Rendered] = {}
     for tools, one in both.items():

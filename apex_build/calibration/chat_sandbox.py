@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from apex_build.native import sandbox_child
 
 CPU_SECONDS = 120
-# What all conversations together may become: templates add a few words to each message, and some repeat the tools.
+# A limit for all conversations together: templates add a few words to each message, and some repeat the tools.
 _BASE_CHARACTERS = 8 << 20
 _TIMES_GIVEN = 8
 DATE = datetime(2026, 1, 1)
@@ -63,7 +63,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """`dict`, of which a template gets the two uses that are harmless."""
+    """`dict`, reduced to its two harmless uses for templates."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

@@ -1,6 +1,4 @@
-"""How far two imatrices of one model are apart: what matters is how each matrix weighs its columns, and on how many
-tokens that stands.
-"""
+"""How far two imatrices of one model are apart: how each matrix weights its columns, and from how many tokens."""
 
 from __future__ import annotations
 

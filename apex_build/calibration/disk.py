@@ -1,4 +1,4 @@
-"""A calibration's folder and disk: what it takes, and whether the tool has written what it was to write."""
+"""A calibration's folder and disk: the space it needs, and whether the tool wrote a complete file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COPIES = 4  # of the imatrix, on the disk together
 
 
 def imatrix_bytes(model: Model) -> int:
-    """About what an imatrix of the model takes, rather more: 4 bytes for each column of each weight's matrices, names,
+    """The approximate size of the model's imatrix, rather too high: 4 bytes for each column of each matrix, names,
     counts.
     """
     weights = [tensor for tensor in model.tensors if len(tensor.shape) > 1]

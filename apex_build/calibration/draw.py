@@ -1,4 +1,4 @@
-"""Which documents of a set are taken: no duplicates, a share held out, and tokens by weight."""
+"""Choose documents of a set: no duplicates, a share held out, tokens by weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Count = Callable[[Sequence[bytes]], list[int]]  # tokens of each text
 # and the held-out share are gone.
 BYTES_A_TOKEN = 8
 _PERMUTATIONS = 128  # of MinHash: a similarity within a few percent
-_SHORT = 64  # bytes: a heading is no document, and may come again
+_SHORT = 64  # bytes: shorter texts, such as headings, may repeat
 _WORDS = 5  # in a row, that two texts have in common
 
 
@@ -41,7 +41,7 @@ def draw(
     count: Count | None,
     heldout: float,
 ) -> list[Drawn]:
-    """Of each part's texts those to take. Raises CalibrationSetInvalid if a library is missing."""
+    """The texts to take from each part. Raises CalibrationSetInvalid if a library is missing."""
     drawn = _distinct(chosen, parts)
     if chosen.seed is not None:
         drawn = [_shuffled(one, f"{chosen.seed}:{number}") for number, one in enumerate(drawn)]
@@ -62,7 +62,7 @@ def budgets(chosen: CalibrationSet) -> list[int | None]:
 
 
 def _distinct(chosen: CalibrationSet, parts: Sequence[Sequence[bytes]]) -> list[Drawn]:
-    """The first of each text and, if the set asks, of each that is nearly the same; over all parts."""
+    """The first of equal texts and, if the set asks for it, of nearly equal ones; over all parts."""
     seen: set[bytes] = set()
     near = _Near(chosen.near_duplicates) if chosen.near_duplicates else None
     drawn = []

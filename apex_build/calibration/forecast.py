@@ -1,4 +1,4 @@
-"""How long a calibration will take: a few chunks are run, and what is seen of them is multiplied."""
+"""Predict how long a calibration will take: run a few chunks, and extrapolate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, Step, silent
 from apex_build.storage.scratch import scratch_folder
 
-_MEASURED = 6  # chunks, of which the first is left out: it warms everything up
+_MEASURED = 6  # chunks, without the first one, which warms up
 _LEAST = 3  # chunks of a shard
 
 
@@ -29,12 +29,12 @@ class Forecast:
     chunk: float  # seconds
 
     def seconds(self, workers: int = 1, before: int = 0) -> float:
-        """Of a run on so many machines like this one, a shard each; `before`: chunks that are run here first."""
+        """Seconds for a run on several such machines, a shard each; `before`: chunks that are run here first."""
         return self.start + self.chunk * (before + -(-self.chunks // workers))
 
     @property
     def workers(self) -> list[int]:
-        """Numbers of machines that it can be spread over."""
+        """Possible numbers of machines."""
         return [number for number in (1, 2, 4, 8, 16, 32) if number == 1 or self.chunks >= _LEAST * number]
 
 

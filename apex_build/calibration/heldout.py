@@ -1,4 +1,4 @@
-"""The text that a set keeps apart from calibration, written for `apex evaluate`: its default where there is one."""
+"""The text that a set holds out from calibration, written for `apex evaluate`, which uses it by default."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apex_build.storage.manifest import manifest_of
 from apex_build.storage.outputs import MANIFEST, beside, write_text
 
 FILE = "heldout.json"
-_LEAST = 5 << 10  # bytes: less is not two chunks of 512 tokens, which is what evaluators need
+_LEAST = 5 << 10  # bytes: evaluators need at least two chunks of 512 tokens
 
 
 def write_heldout(text: CalibrationText, folder: Path, inputs: Iterable[Path], *, force: bool = False) -> list[Path]:

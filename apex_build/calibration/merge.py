@@ -1,5 +1,4 @@
-"""Imatrices put together, and carried from one format to the other: counts and sums of squares, without running
-anything.
+"""Merge imatrices, and convert between formats: counts and sums of squares, without running anything.
 
 Sums are added in double precision and rounded once. The format before GGUF (.dat) keeps means instead of sums, one
 count for all experts, and not how many tokens a chunk had: what it cannot hold is lost, with a warning.
@@ -25,7 +24,7 @@ from apex_build.storage.digests import sha256_file
 from apex_build.storage.manifest import MERGED, Manifest, manifest_of
 from apex_build.storage.outputs import MANIFEST, beside, check_apart, check_place, with_manifest_and_log
 
-_CHUNK_SIZE = 512  # llama-imatrix's default, for a format that does not tell it
+_CHUNK_SIZE = 512  # llama-imatrix's default, for the format that does not record it
 _MAX_COUNT = 1 << 24  # whole numbers up to here are exact in the counts' F32
 
 Sums = npt.NDArray[np.float64]
@@ -39,7 +38,7 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class MergedRecord:
-    """What the manifest of a merged or converted imatrix says beyond its head."""
+    """The manifest of a merged or converted imatrix, beyond its head."""
 
     merged: tuple[SourceRecord, ...]
     format: str
@@ -51,7 +50,7 @@ class MergedRecord:
 
 @dataclass(frozen=True)
 class Merged:
-    """What is to be written: name -> sums [matrices, row length] and counts [matrices], made when asked for."""
+    """The data to write: name -> sums [matrices, row length] and counts [matrices], computed on demand."""
 
     sources: tuple[Imatrix, ...]
     chunk_size: int
@@ -66,7 +65,7 @@ class Merged:
         return sorted({name for source in self.sources for name in source.entries})
 
     def sums(self, name: str) -> tuple[Sums, Sums]:
-        """Sums of squares and counts of one weight, of all files that have it."""
+        """Sums of squares and counts of one weight, over all files that have it."""
         parts = [
             _as_sums(source, source.entries[name], self.chunk_size) for source in self.sources if name in source.entries
         ]
@@ -109,7 +108,7 @@ def plan_merge(paths: Sequence[Path], chunk_size: int | None = None) -> Merged:
 
 
 def write_gguf(merged: Merged, part: Path, keys: Mapping[str, int] | None = None) -> None:
-    """As llama-imatrix writes it: entries by name. `keys`: further numbers of ours."""
+    """Write as llama-imatrix does: entries by name. `keys`: additional numbers."""
     writer = gguf.GGUFWriter(part, "")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", list(merged.datasets))
@@ -137,7 +136,7 @@ def write_gguf(merged: Merged, part: Path, keys: Mapping[str, int] | None = None
 
 
 def write_legacy(merged: Merged, part: Path) -> list[str]:
-    """As llama-imatrix --output-format dat writes it. Returns what the format could not hold."""
+    """Write as llama-imatrix --output-format dat does. Returns what the format could not hold."""
     stored = [name for name in merged.names if merged.sums(name)[1].any()]
     partial = 0
     with part.open("wb") as file:
@@ -173,7 +172,7 @@ def _as_sums(source: Imatrix, entry: Entry, chunk_size: int) -> tuple[Sums, Sums
 
 
 def check_same_model(found: Sequence[Imatrix]) -> None:
-    """Raises ImatrixMismatch, saying what tells the models apart."""
+    """Raises ImatrixMismatch, saying how the models differ."""
     first = found[0]
     models = {fingerprint: one.path for one in reversed(found) if (fingerprint := _model_of(one.path))}
     if len(models) > 1:
@@ -233,7 +232,7 @@ def merge(
 
 
 def _heads_in_all(found: Sequence[Imatrix]) -> None:
-    """A head's data would stand on another text than the trunk's, and the file would not say so."""
+    """Refuse a merge where the head's data would come from less text than the trunk's: the file would not show it."""
     with_head = [one for one in found if one.head_tokens]
     without = [one for one in found if not one.head_tokens and one.format == "gguf"]
     if with_head and without:

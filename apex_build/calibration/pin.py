@@ -1,4 +1,4 @@
-"""A calibration set with the revisions that its data has now, so that it stays what it is."""
+"""Pin a calibration set to the current revisions of its data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the manifest of an imatrix says beyond its head: its text, and which hidden rows the draft head was run with."""
+"""The manifest of an imatrix beyond its head: its text, and the draft head's hidden rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What a set says of a part (`origin`, `licence`), and what it gave."""
+    """A part's `origin` and `licence` according to the set, and what it gave."""
 
     domain: str
     source: str
@@ -53,7 +53,7 @@ class TextRecord:
 
 @dataclass(frozen=True)
 class RowsRecord:
-    """`source`: who said so."""
+    """`source`: where this is known from."""
 
     rows: str | None
     source: str

@@ -1,4 +1,4 @@
-"""llama-imatrix over a calibration text: resumable, checked, and in place only when it is whole."""
+"""Run llama-imatrix over a calibration text: resumable, verified, and put in place only when complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left
 _NO_SAVES = 1_000_000_000
-SHARDS = "shards"  # folder of a run in parts, in its work folder
+SHARDS = "shards"  # folder for a run in shards, in its work folder
 Check = Callable[[Path], "DataclassInstance | None"]  # of the text, before the run: what the manifest is to say of it
 Parts = Mapping[str, Any]
 
@@ -54,7 +54,7 @@ class Settings:
     context: int = 512
     chunks: int | None = None  # maximum; None for the whole text
     head: bool = True  # run the draft head, where the model has one
-    rows: str = AUTO  # hidden rows that it is fed with: as known of the architecture, or pre or post the final norm
+    rows: str = AUTO  # hidden rows that it reads: those known for the architecture, or pre or post the final norm
     threads: int | None = None
     gpu_layers: int | None = None
     snapshot_every: int = 10  # chunks
@@ -62,7 +62,7 @@ class Settings:
     memory: int | None = None  # bytes that llama-imatrix may take; None: by the model's size
 
     def decisive(self, tools: Toolset) -> dict[str, Any]:
-        """What changes the result, and so may not change between the parts of one run."""
+        """Settings that affect the result, and so may not change between parts of one run."""
         rows = {} if self.rows == AUTO else {"rows": self.rows}
         extra = resolve(tools.tool("llama-imatrix"), self.extra)
         files = {"files": dict(extra.files)} if extra.files else {}
@@ -80,14 +80,14 @@ class Calibration:
     coverage: Coverage
     perplexity: float | None
     seconds: float
-    resumed_at: int  # chunks that an interrupted run had done
-    reused: bool  # the same work was done before: nothing was run
+    resumed_at: int  # chunks done by an interrupted run
+    reused: bool  # the same work was done before
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be written: the imatrix of `text` to `part`. `work` is the folder for what is to outlive an
-    interruption; the text is in it.
+    """A run to do: writes the imatrix of `text` to `part`. `work` is the folder that survives an interruption; the
+    text is in it.
     """
 
     model: Model
@@ -139,7 +139,7 @@ _OWN_OPTIONS = {
 
 
 def without_own_arguments(extra: Sequence[str]) -> tuple[str, ...]:
-    """Of further arguments for llama-imatrix those that llama-perplexity takes too."""
+    """The additional arguments for llama-imatrix that llama-perplexity accepts too."""
     kept, value_of_own = [], False
     for argument in extra:
         if not value_of_own and argument not in _OWN_FLAGS | _OWN_OPTIONS:
@@ -189,7 +189,7 @@ def calibrate(
     check_apart((*with_manifest_and_log(out), *files_in(work_folder(out))), inputs)
     if (
         len(text.data) < _LEAST_CHUNKS * settings.context
-    ):  # a token is a byte at the least; llama-imatrix counts them exactly
+    ):  # a token is at least a byte; llama-imatrix counts them exactly
         raise CalibrationSetInvalid(
             f"{text.name}: the text has {len(text.data)} bytes, and calibration needs at least {_LEAST_CHUNKS} chunks "
             "of "
@@ -200,11 +200,11 @@ def calibrate(
     may: Replace = "anything" if force else "own" if replace else "nothing"
     with making(artifact, inputs=inputs, reuse=not force, replace=may, intact=lambda one: _is_whole(out, one)) as draft:
         if draft.found:
-            remove_work(out)  # ended between the last two steps
+            remove_work(out)  # stopped between the last two steps
             return Calibration(out, artifact.identity, coverage(read_imatrix(out), model), None, 0.0, 0, True)
         check_work(out, force=force)
         check_disk(work_folder(out), model, text)
-        place = {f"text/{text.name}": text.data}  # a folder of its own: a text may have any name
+        place = {f"text/{text.name}": text.data}  # a separate folder: a text may have any name
         with unfinished_work(artifact, place, _worth_keeping, fresh=force) as work:
             rows_check = _checked(work, text, check, model, tools)
             made = (make or _run)(Job(model, text, tools, out, settings, work, draft.part, report))
@@ -238,7 +238,7 @@ def _checked(
 
 
 def _run(job: Job) -> Made:
-    """By one run of the tool, from the last snapshot on."""
+    """Run the tool once, from the last snapshot."""
     model, settings, work = job.model, job.settings, job.work
     snapshot, done = _snapshot(work)
     partial = work / "imatrix.gguf"
@@ -248,7 +248,7 @@ def _run(job: Job) -> Made:
     if settings.chunks is not None:
         command += ["--chunks", str(settings.chunks - done)]
     watch = Watch(model, job.tools, settings, job.report, done, work)
-    partial.unlink(missing_ok=True)  # of a run that was ended before its last step
+    partial.unlink(missing_ok=True)  # of a run that stopped before its last step
     log = beside(job.out, LOG)
     memory = memory_for(model, settings)
     ran = run_tool(command, cwd=work / "text", log=log, on_line=watch.line, explain=output.explain, memory=memory)
@@ -268,7 +268,7 @@ def perplexity_of(ran: ToolRun) -> float | None:
 
 
 def _head_not_run(model: Model, tools: Toolset) -> VerificationFailed:
-    alone = f"apex calibrate {shlex.quote(str(model.path))} --no-mtp, for an imatrix of the trunk alone"
+    alone = f"apex calibrate {shlex.quote(str(model.path))} --no-mtp, for an imatrix of only the trunk"
     if not any(tensor.draft_head for tensor in model.tensors):
         return VerificationFailed(
             f"{model.path}: its metadata say that it has a draft head ({model.architecture}.nextn_predict_layers is "
@@ -294,7 +294,7 @@ def verify(found: Imatrix, model: Model, settings: Settings, tools: Toolset) -> 
         expected = CHOICES[asked[-1]] if asked else known.rows if known else None
         if expected and found.head_rows != expected and (asked or found.head_rows):
             raise VerificationFailed(
-                f"{model.path}: the draft head was to be run with {expected} rows, and was with "
+                f"{model.path}: the draft head should have been run with {expected} rows, but was run with "
                 f"{found.head_rows or 'unnamed ones'}"
             )
     without = [tensor.name for tensor in covered.head if not tensor.has_data]
@@ -307,7 +307,7 @@ def verify(found: Imatrix, model: Model, settings: Settings, tools: Toolset) -> 
 
 @dataclass
 class Watch:
-    """Turns the tool's output into progress, and removes snapshots in `work` that a newer one has made useless."""
+    """Turn the tool's output into progress, and remove snapshots in `work` that are superseded."""
 
     model: Model
     tools: Toolset
@@ -346,7 +346,7 @@ def _snapshots(work: Path) -> list[tuple[Path, int]]:
 
 
 def _snapshot(work: Path) -> tuple[Path | None, int]:
-    """The newest snapshot to resume from, and the chunks it holds: whole, and with enough left for llama-imatrix to
+    """The newest complete snapshot to resume from, and its chunks, if enough chunks are left for llama-imatrix to
     start.
     """
     try:
@@ -357,7 +357,7 @@ def _snapshot(work: Path) -> tuple[Path | None, int]:
         try:
             found = read_imatrix(path)
             check_values(found)
-        except ImatrixInvalid:  # cut short by what ended the run
+        except ImatrixInvalid:  # cut short when the run was stopped
             path.unlink()
             continue
         if found.chunk_count == chunks and total - chunks >= _RESUMABLE:

@@ -1,4 +1,4 @@
-"""Calibration sets as they are written: a TOML file that names parts, each from a source."""
+"""The files of calibration sets: TOML with parts, each from a source."""
 
 from __future__ import annotations
 

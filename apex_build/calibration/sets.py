@@ -1,4 +1,4 @@
-"""The text that a calibration set makes for a model."""
+"""Compose the text of a calibration set for a model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PartText:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text of one domain that is not calibrated on."""
+    """Held-out text of one domain."""
 
     domain: str
     data: bytes
@@ -84,13 +84,13 @@ class CalibrationText:
 
     @property
     def tokens(self) -> int | None:
-        """Of all parts; None if they were not counted."""
+        """Tokens of all parts; None if they were not counted."""
         counts = [part.tokens for part in self.parts]
         return sum(count or 0 for count in counts) if counts and None not in counts else None
 
 
 def text_of_file(path: Path) -> CalibrationText:
-    """A text of the user's own, as it is."""
+    """The user's text, unchanged."""
     try:
         data = path.read_bytes()
         data.decode("utf-8")

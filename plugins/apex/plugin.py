@@ -1,5 +1,5 @@
-"""The APEX tiers: a type for each tensor by its role and its depth (Adaptive Precision for EXpert models); and the head
-alone.
+"""The APEX tiers: a type for each tensor by role and depth (Adaptive Precision for EXpert models); and policies for
+the head.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _HERE = Path(__file__).parent
 _INHERIT = ("inherit",)
 _TRUNK = ("inherit", "keep")
 QUARTER = "quarter"  # a mixture for the head, in head.jinja
-# What draft_head=auto chooses among: routed experts (of a dense head: feed-forward) and the rest. The head's part of a
-# model's quality is not known before it is measured: docs/results/draft-head.md.
+# What draft_head=auto chooses among: routed experts (of a dense head: feed-forward) and the rest. What a head loses
+# is not known before it is measured: docs/results/draft-head.md.
 MEASURED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K+Q5_K", "Q3_K+Q5_K", "IQ3_XXS+Q5_K", "IQ2_S+Q5_K", "IQ2_XXS+Q4_K")
 HEAD_PARTS = {
     "draft_head.routed": Parameter("inherit", "type", "the head's routed experts", _INHERIT),
@@ -32,7 +32,7 @@ HEAD_PARTS = {
 PARAMETERS = {
     "edge": Parameter(5, "int", "routed and shared experts: this many layers at either end of the trunk are 'edge'"),
     "near": Parameter(5, "int", "routed experts: this many layers next to the edges are 'near', the rest is 'middle'"),
-    "routed": Parameter("inherit", "type", "all of the trunk's routed experts; 'keep' leaves them as they are", _TRUNK),
+    "routed": Parameter("inherit", "type", "all of the trunk's routed experts; 'keep' copies them", _TRUNK),
     "shared": Parameter("inherit", "type", "the trunk's shared experts", _TRUNK),
     "dense": Parameter("inherit", "type", "the trunk's dense feed-forward", _TRUNK),
     "attention": Parameter("inherit", "type", "the trunk's attention and SSM", _TRUNK),
@@ -94,9 +94,7 @@ def _policy(name: str, tier: str, *, calibrated: bool) -> PolicySpec:
 
 
 def _with_small_head(policy: PolicySpec) -> PolicySpec:
-    """The tier with the smallest head that loses little: only tiers for use with calibration data, which small heads
-    need.
-    """
+    """The tier with the smallest head that loses little: only calibrated tiers, since small heads need data."""
     parameters = {**policy.parameters, "draft_head": replace(PARAMETERS["draft_head"], default="auto")}
     description = (
         f"{policy.name}, with the smallest draft head that loses little, measured on the model (draft_head=auto)"
@@ -112,7 +110,7 @@ def _with_small_head(policy: PolicySpec) -> PolicySpec:
 
 
 def _head_alone() -> PolicySpec:
-    trunk = "the type of the trunk, token_embd and output; 'keep' leaves them as they are"
+    trunk = "the type of the trunk, token_embd and output; 'keep' copies them"
     return PolicySpec(
         name="draft-head-only",
         template=_HERE / "draft-head-only.jinja",
@@ -126,5 +124,5 @@ def _head_alone() -> PolicySpec:
         },
         needs=("head",),
         sweeps=True,
-        description="the trunk of one type, the draft head of another: what does the head's type cost?",
+        description="one type for the trunk, another for the draft head: what does the head's type cost?",
     )

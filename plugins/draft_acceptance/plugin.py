@@ -29,7 +29,7 @@ from apex_build.plugin_api import (
 
 APEX_API = 3
 
-# for apex check: drafts of two tokens are what mixture-of-experts models do best with
+# for apex check: mixture-of-experts models do best with drafts of two tokens
 _CHECKED = {name: f"greedy.n2.{name}" for name in ("acceptance", "same_text", "drafted", "accepted")}
 
 
@@ -50,7 +50,7 @@ def apex_evaluators() -> list[Evaluator]:
                 "rows": Parameter(
                     "auto",
                     "text",
-                    "hidden rows that the head is fed with: pre or post the final norm; auto: as the server does it",
+                    "hidden rows that the head reads: pre or post the final norm; auto: the server's choice",
                 ),
                 "context": Parameter(
                     2048, "int", "tokens of the context, which holds a prompt and what is written after it"
@@ -89,13 +89,15 @@ class Writing:
     drafts: tuple[Draft, ...] | None  # as Server.drafts gives them
 
     def at(self, place: int) -> tuple[int, int]:
-        """Accepted and drafted tokens at this place of the drafts, the first being 1."""
+        """Accepted and drafted tokens at this position in the drafts, starting at 1."""
         drafts = self.drafts or ()
         return sum(draft.accepted >= place for draft in drafts), sum(draft.drafted >= place for draft in drafts)
 
     @property
     def evaluations(self) -> int:
-        """Of the trunk. What no draft accounts for was written alone: the last token, for which nothing is drafted."""
+        """Evaluations of the trunk. Tokens outside drafts were written alone: the last one, for which nothing is
+        drafted.
+        """
         drafts = self.drafts or ()
         return sum(draft.evaluations for draft in drafts) + max(
             0, self.written - sum(draft.written for draft in drafts)
@@ -151,7 +153,7 @@ def _write(
     answer = server.completion(prompt.text, n_predict=n_predict, cache_prompt=False, **options)
     drafts = server.drafts(answer, since) if told else None
     drafted, accepted = (int(answer["timings"].get(name, 0)) for name in ("draft_n", "draft_n_accepted"))
-    if drafts is not None:  # the server counts a token twice that it evaluates twice
+    if drafts is not None:  # the server counts a token twice if it evaluates it twice
         accepted = sum(draft.accepted for draft in drafts)
     done()
     return Writing(
@@ -160,7 +162,7 @@ def _write(
 
 
 def _figures(name: str, length: int, writings: Sequence[Writing]) -> list[Figure]:
-    """Over all prompts, and where they have several domains over those of each."""
+    """Figures over all prompts, and for each domain if there are several."""
     domains = {"": list(writings)}
     names = dict.fromkeys(writing.domain for writing in writings)
     if len(names) > 1:
@@ -186,11 +188,13 @@ def _figures(name: str, length: int, writings: Sequence[Writing]) -> list[Figure
 def _ratio(
     name: str, group: Sequence[Writing], pairs: Sequence[tuple[int, int]], unit: str, domain: str, told: bool = True
 ) -> Figure:
-    """Sum of the firsts over sum of the seconds, one pair a prompt; the prompts of each domain are a stratum."""
+    """The sum of first values over the sum of second values, one pair for each prompt; each domain's prompts are a
+    stratum.
+    """
     over, under = zip(*pairs, strict=True)
     label = _label(name)
     if not told or not sum(under):
-        note = "nothing was drafted" if told else "this llama-server does not tell what became of each draft"
+        note = "nothing was drafted" if told else "this llama-server does not report each draft"
         return Figure(name, None, unit=unit, n=len(pairs), domain=domain, note=note, better="higher", label=label)
     strata = [sorted({one.domain for one in group}).index(one.domain) for one in group]
     value, low, high = ratio_interval(over, under, strata).times(100 if unit == "%" else 1)

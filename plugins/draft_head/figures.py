@@ -27,7 +27,7 @@ from .scores import check_same_positions, rows_choice, scored
 
 Values = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-SHOWN = "depth1.agreement"  # what a reader asks first
+SHOWN = "depth1.agreement"  # the main figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +49,12 @@ class Column:
         return mean.exp() if self.exponential else mean.times(self.scale).within(0.0, self.most)
 
     def difference(self, other: Column) -> Estimate:
-        """Of the means, from the differences at each position."""
+        """The difference of the means, from the differences at each position."""
         return clustered_mean(self.values - other.values, self.chunk, self.text).times(self.scale)
 
 
 def draft_head(task: Task) -> list[Figure]:
-    """All texts together, then each. A chunk is the unit that is taken as independent, the texts are strata."""
+    """Figures for all texts together, then for each. Chunks are taken as independent, texts are strata."""
     if not task.model.has_head:
         raise EvaluationRefused(f"{task.model.path} has no draft head to score", hint=f"apex inspect {task.model.path}")
     context, depth = task.number("context"), task.number("depth")
@@ -97,7 +97,7 @@ def draft_head(task: Task) -> list[Figure]:
 
 
 def columns_of(parts: list[HeadScores], depth: int, context: int) -> Iterator[tuple[str, Column]]:
-    """What is averaged for each figure, by the figure's name. Parts are texts."""
+    """The values to average for each figure, by the figure's name. Parts are texts."""
     text = np.concatenate([np.full(len(part.pos), number) for number, part in enumerate(parts)])
     pos, at, agree, p, kld, nll = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("pos", "depth", "agree", "p", "kld", "nll")
@@ -153,5 +153,5 @@ def _figure(
         plot=name == SHOWN,
     )
     if not all(math.isfinite(number) for number in estimate if number is not None):
-        return replace(about, note="scores that are no finite numbers")
+        return replace(about, note="scores that are not finite numbers")
     return replace(about, value=estimate.value, low=estimate.low, high=estimate.high)

@@ -28,7 +28,7 @@ def apex_evaluators() -> list[Evaluator]:
                 "rows": Parameter(
                     "auto",
                     "text",
-                    "hidden rows that the head is fed with: pre or post the final norm; auto: as it was trained",
+                    "hidden rows that the head reads: pre or post the final norm; auto: those it was trained on",
                 ),
                 "parse_special": Parameter(True, "flag", "parse chat markup (<|im_start|>) in the texts as tokens"),
             },
@@ -36,7 +36,7 @@ def apex_evaluators() -> list[Evaluator]:
             runs=_runs,
             serves=(
                 Service("head"),
-                # drafts of two tokens are what mixture-of-experts models do best with
+                # mixture-of-experts models do best with drafts of two tokens
                 Service("auto", {"agreement": "depth1.agreement", "tokens": "tokens.2"}, {"depth": "2"}),
             ),
             description="the head's drafts against the trunk's choices, by depth; paired with the reference's where "
@@ -46,7 +46,7 @@ def apex_evaluators() -> list[Evaluator]:
 
 
 def _runs(task: Task) -> dict[str, float]:
-    """The reference's are passed over where they are kept in the cache."""
+    """The reference's runs are skipped if they are cached."""
     models = [task.model, *([task.reference] if task.reference and task.reference.has_head else [])]
     names = [model.path.name for model in models]
     each = 1 + 0.4 * task.number("depth")  # every draft runs the head and the output once more

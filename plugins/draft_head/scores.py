@@ -132,7 +132,7 @@ def _load(path: Path) -> HeadScores:
 
 
 def _named(error: ToolFailed, model: Path, text: Path) -> ApexError:
-    """The tool says neither which file nor which text it was."""
+    """The error with the file and the text, which the tool does not name."""
     try:
         refuse_short(error.message.split("\n"), text)
     except CalibrationSetInvalid as short:

@@ -44,8 +44,10 @@ _EVALUATORS: tuple[tuple[str, str, Reader, str], ...] = (
 @hookimpl
 def apex_evaluators() -> list[Evaluator]:
     parameters = {
-        "tasks": Parameter(0, "int", "how many tasks, taken at random, the same each time; 0: all"),
-        "context": Parameter(2048, "int", "tokens at once; a task needs room for its question and all of its answers"),
+        "tasks": Parameter(0, "int", "number of tasks, chosen at random but always the same; 0: all"),
+        "context": Parameter(
+            2048, "int", "tokens evaluated at once; a task needs room for its question and all its answers"
+        ),
     }
     return [
         Evaluator(
@@ -56,7 +58,7 @@ def apex_evaluators() -> list[Evaluator]:
 
 
 def evaluate(mode: str, read: Reader, task: Task) -> list[Figure]:
-    """The share of tasks whose right choice the model finds the most likely, with its Wilson 95 % interval."""
+    """The share of tasks whose right choice is the most likely one for the model, with its Wilson 95 % interval."""
     if task.data is None:
         raise EvaluationRefused(f"{task.evaluator} needs its data file", hint=f"--data {task.evaluator}=FILE")
     tasks = read(task.data, task.model.metadata.get("tokenizer.ggml.add_bos_token") is True)

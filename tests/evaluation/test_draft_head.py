@@ -303,7 +303,7 @@ def test_scores_that_are_no_scores(tools: Toolset, testbed: Path, texts: dict[st
     columns = dict(figures.columns_of([scores.read_head_scores(tmp_path / "x.csv")], 1, 128))
     made = {name: figures._figure(name, column.estimate(), column, "") for name, column in columns.items()}
     assert made["depth1.agreement"].value == 100 == made["depth1.agreement"].low
-    assert made["depth1.kld"].value is None and "no finite numbers" in made["depth1.kld"].note
+    assert made["depth1.kld"].value is None and "not finite numbers" in made["depth1.kld"].note
     assert made["depth1.ppl"].value == pytest.approx(np.exp(2.0))
 
 

@@ -266,7 +266,7 @@ def test_the_main_road(name: str, models: Callable[..., Path], tools: Toolset, t
     common = ("calibrate", model, "--text", text, "-o", imatrix, "--chunks", 4, "--context", CONTEXT, "--threads", 1)
     if name in SERVES.heads_idle:
         said = run_apex(*common, code=75).stderr
-        assert "the draft head was not run" in said and "--no-mtp, for an imatrix of the trunk alone" in said
+        assert "the draft head was not run" in said and "--no-mtp, for an imatrix of only the trunk" in said
         other = name in (load_pin("latest").serves or SERVES).heads
         assert ("apex build --pin latest, then the same with APEX_PIN=latest" in said) == other
         run_apex(*common, "--no-mtp")

@@ -226,5 +226,7 @@ def test_a_tool_that_takes_other_rows_than_asked_is_found_out(
     model = read_model(testbed, load_plugins().role_of)
     settings = Settings(context=128, chunks=3, threads=1)
     deaf = Toolset(tmp_path, {**tools.manifest, "key": "deaf"})
-    with pytest.raises(VerificationFailed, match=r"was to be run with post_norm rows, and was with pre_norm"):
+    with pytest.raises(
+        VerificationFailed, match=r"should have been run with post_norm rows, but was run with pre_norm"
+    ):
         calibrate(model, text_of_file(heldout / "code.txt"), deaf, tmp_path / "x.gguf", settings)
