@@ -121,7 +121,14 @@ def run_probes(
                 f"{task.model.path}: llama-perplexity ended without its scores of {lost[0].name}",
                 hint="df -h, and run again",
             )
-    return tuple(_score(probe, found) for probe in probes)
+    scores = tuple(_score(probe, found) for probe in probes)
+    for score in scores:
+        if not (np.isfinite(score.kld).all() and np.isfinite(score.head).all()):
+            raise ToolFailed(
+                f"{task.model.path}: with the types of probe {score.probe.name} the divergence is not a finite number",
+                hint="is the model sound without them? apex check FILE",
+            )
+    return scores
 
 
 def probe_seconds(

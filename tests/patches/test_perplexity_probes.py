@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import time
@@ -261,8 +262,9 @@ def test_values_that_cannot_be_quantized_are_refused(run: Run, testbed: Path, tm
         tmp_path / "spoilt.gguf",
         lambda name, values: values * np.nan if name == "blk.5.ffn_up_exps.weight" else values,
     )
-    ran = run(probe("a", {"blk.5.ffn_up_exps.weight": "q8_0"}), model=model)
-    assert ran.returncode == 1 and "values of blk.5.ffn_up_exps.weight can not be quantized" in ran.stdout + ran.stderr
+    for kind in ("q8_0", "iq2_s"):  # some quantizers abort
+        ran = run(probe("a", {"blk.5.ffn_up_exps.weight": kind}), model=model)
+        assert ran.returncode == 1 and "blk.5.ffn_up_exps.weight can not be quantized" in ran.stdout + ran.stderr
 
 
 def test_an_imatrix_that_does_not_fit(run: Run, calibrated: Path, tmp_path: Path) -> None:
@@ -282,6 +284,14 @@ def test_an_imatrix_that_does_not_fit(run: Run, calibrated: Path, tmp_path: Path
     assert (
         "imatrix size 256 is different from tensor size 2048 for blk.2.ffn_down_exps.weight" in ran.stdout + ran.stderr
     )
+    spoilt = changed(
+        calibrated,
+        tmp_path / "spoilt.gguf",
+        lambda name, values: values * np.inf if name == "blk.2.ffn_down_exps.weight.in_sum2" else values,
+    )
+    ran = run(probe("a", {"blk.2.ffn_down_exps.weight": "iq2_xxs"}), "--imatrix", spoilt)
+    assert ran.returncode == 1
+    assert re.search(r"non-finite value \S+ for blk\.2\.ffn_down_exps\.weight", ran.stdout + ran.stderr)
     (tmp_path / "text.txt").write_text("no imatrix")
     ran = run(low, "--imatrix", tmp_path / "text.txt")
     assert ran.returncode == 1 and "failed to load the imatrix" in ran.stdout + ran.stderr
