@@ -226,7 +226,7 @@ def test_bad_input(arguments: list[str], code: int, said: str, testbed: Path, tm
 
 def test_a_file_that_is_quantized_already(nano: Path, tmp_path: Path) -> None:
     ran = run_apex("quantize", nano, "--policy", "compact", "-o", tmp_path / "x.gguf", code=74)
-    assert "quantized already" in ran.stderr and "--allow-requantize" in ran.stderr
+    assert "already quantized" in ran.stderr and "--allow-requantize" in ran.stderr
     assert not list(tmp_path.iterdir())
 
 
