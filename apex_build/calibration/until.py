@@ -20,8 +20,11 @@ from apex_build.gguf_model.imatrix import GOAL
 from apex_build.progress import Report, Step
 from apex_build.storage.disk import check_room, writing
 
-_FIRST, _LEAST, _MOST = 16, 4, 256  # chunks of the first round, and the bounds of a later one
-_GROWTH = 0.25  # of what was run so far: how much a round adds
+_MOST = 256  # chunks of a round
+# Chunks of the first round, the least of a later one, and how much that adds to what was run so far. Each round loads
+# the model: of a large one they are fewer.
+_SMALL_ROUNDS, _LARGE_ROUNDS = (8, 4, 0.25), (32, 16, 0.5)
+_FEWEST = 4  # chunks of one of several runs of a round
 _BYTES = 3.5  # of a token, before any was counted
 _SMALL = 50_000_000  # bytes of an imatrix that can be saved after each chunk
 _SEVERAL = 4  # chunks, for larger ones
@@ -148,9 +151,11 @@ class _Drawing:
         context = self.job.settings.context
         if not self.left or self.budget() < 2 * context:
             return []
-        least, most = self.width * _LEAST * context, self.width * _MOST * context
+        small = imatrix_bytes(self.job.model) < _SMALL
+        begin, fewest, growth = _SMALL_ROUNDS if small else _LARGE_ROUNDS
+        least, most = self.width * fewest * context, self.width * _MOST * context
         if first:
-            wanted, chosen, total = min(self.budget(), self.width * _FIRST * context), [], 0.0
+            wanted, chosen, total = min(self.budget(), self.width * begin * context), [], 0.0
             for number in self.left:
                 if total >= wanted:
                     break
@@ -159,7 +164,7 @@ class _Drawing:
         else:
             if self.fewest() >= self.goal.tokens:
                 return []
-            wanted = min(self.budget(), max(least, min(most, _GROWTH * self.spent)))
+            wanted = min(self.budget(), max(least, min(most, growth * self.spent)))
             measured, sizes = self.measured, self.sizes
             chosen = choose(
                 measured, self.goal.tokens, self.pieces, self.features, sizes, self.left, min(least, wanted), wanted
@@ -176,7 +181,7 @@ class _Drawing:
         most = int(self.budget()) // context if self.goal.most else _NO_BOUND
         every = 1 if imatrix_bytes(self.job.model) < _SMALL else _SEVERAL
         total = sum(self.sizes[one] for one in chosen)
-        width = max(1, min(self.width, int(total // (_LEAST * context))))
+        width = max(1, min(self.width, int(total // (_FEWEST * context))))
         groups: list[list[int]] = [[] for _ in range(width)]
         filled = 0.0
         for one in chosen:
