@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from apex_build.cli.options import PATH, json_option, plugin_option, tools_optio
 from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
 from apex_build.evaluation.pace import Estimate
 from apex_build.evaluation.pieces import piece_of, remember
-from apex_build.evaluation.run import Result, Work, evaluate, record, recorded, with_report
+from apex_build.evaluation.run import Result, Work, record, recorded, with_report
 from apex_build.evaluation.task import ToolOptions
 from apex_build.hookspecs import Figure
 from apex_build.loaded import LoadedEvaluator
@@ -24,7 +25,7 @@ from apex_build.parameters import parse_settings
 from apex_build.plugins import load_plugins
 from apex_build.printable import printable
 from apex_build.progress import Whole
-from apex_build.stages.evaluate import EvaluateOptions, plan
+from apex_build.stages.evaluate import EvaluateOptions, measuring, plan
 from apex_build.stages.given import workplace
 
 
@@ -86,6 +87,11 @@ def evaluation_options(function: Any) -> Any:
 @click.option("--all", "all_", is_flag=True, help="Show every figure with its interval, by domain; same as -v.")
 @click.option("--list", "list_", is_flag=True, help="List the evaluators with their parameters.")
 @click.option("--force", is_flag=True, help="Measure again what is in the results file.")
+@click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Measure on a Dask cluster, all but what is timed: tcp://HOST:8786, or local:N for N processes here.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, and show what would run.")
 @tools_option
 @plugin_option
@@ -106,6 +112,7 @@ def command(
     all_: bool,
     list_: bool,
     force: bool,
+    cluster: str | None,
     dry_run: bool,
     tools_path: Path | None,
     folders: tuple[Path, ...],
@@ -124,6 +131,7 @@ def command(
           --set draft-head.depth=1
       apex evaluate i-nano.gguf --only draft-acceptance --prompts prompts.jsonl --json
       apex evaluate i-nano.gguf --only hellaswag --data hellaswag=hellaswag_val_full.txt
+      apex evaluate *.gguf --reference F16.gguf --text wiki.txt --cluster tcp://node1:8786
       apex evaluate --list
     """
     plugins = load_plugins(folders)
@@ -145,7 +153,8 @@ def command(
         results=results,
         force=force,
     )
-    planned = plan(files, options, place=workplace(tools_path, folders))
+    where = workplace(tools_path, folders)
+    planned = plan(files, options, place=where)
     works = planned.works
     if planned.without:
         click.echo(f"warning: without --text: the built-in texts are left out: {printable(planned.without)}", err=True)
@@ -167,11 +176,11 @@ def command(
     if to_do:
         takes = Estimate(sum(one.seconds for one in to_do), all(one.measured for one in to_do))
         show.note(f"{len(to_do)} of {len(works)} measurements to do: {takes}")
-    with show.progress() as report:
+    with show.progress() as report, ExitStack() as stack:
         whole = Whole("evaluating", report, [piece for piece, _ in pieces])
         reporting = [with_report(work, whole.of(number)) for number, work in enumerate(works)]
         try:
-            for result in evaluate(reporting, results, force=force):
+            for result in stack.enter_context(measuring(cluster, where.tools, report))(reporting, results, force=force):
                 done.append(result)
                 share, seconds = whole.finish(
                     place[result.work.identity], reused=result.reused or result.error is not None

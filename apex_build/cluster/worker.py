@@ -23,11 +23,16 @@ from apex_build import __version__
 from apex_build.calibration.run import Settings
 from apex_build.calibration.shards import Shard, Task, count_chunks, counts_file, make_shard
 from apex_build.errors import ApexError, ModelMissing, WorkersUnfit
+from apex_build.evaluation.task import Prompt, ToolOptions
+from apex_build.evaluation.task import Task as EvaluationTask
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.model import read_model
+from apex_build.hookspecs import Figure
+from apex_build.loaded import origin_of
 from apex_build.native.run import Stopped
 from apex_build.native.toolset import Toolset, find_toolset
+from apex_build.parameters import Value
 from apex_build.places import cache_root
 from apex_build.plugins import load_plugins
 from apex_build.progress import Report, Step, silent
@@ -153,6 +158,50 @@ def run_shard(order: ShardOrder) -> ShardResult:
         )
 
 
+@dataclass(frozen=True)
+class EvaluationOrder:
+    """One evaluator on one file. `texts` by domain, compressed; `data`: the evaluator's file."""
+
+    evaluator: str
+    version: int
+    code: str
+    model: ModelOrder
+    reference: ModelOrder | None
+    tools: str
+    texts: dict[str, bytes]
+    prompts: tuple[Prompt, ...]
+    data: bytes | None
+    data_name: str
+    settings: dict[str, Value]
+    threads: int | None
+    options: ToolOptions
+
+
+def run_evaluation(order: EvaluationOrder) -> tuple[tuple[Figure, ...], float]:
+    """The figures, and the seconds it took. Raises WorkersUnfit where this worker has another plugin."""
+    tools, plugins = _tools(order), load_plugins()
+    evaluator = plugins.evaluators().get(order.evaluator)
+    if evaluator is None or evaluator.version != order.version or origin_of(evaluator)[1] != order.code:
+        found = "no" if evaluator is None else "another"
+        raise WorkersUnfit(f"{platform.node()} has {found} evaluator '{order.evaluator}'")
+    model = _model(order.model)
+    reference = _model(order.reference) if order.reference else None
+    with scratch_folder("evaluation") as folder:
+        texts = {}
+        for number, (domain, text) in enumerate(order.texts.items()):
+            texts[domain] = folder / f"{number}.txt"
+            texts[domain].write_bytes(zlib.decompress(text))
+        data = folder / order.data_name if order.data is not None else None
+        if data is not None and order.data is not None:
+            data.write_bytes(zlib.decompress(order.data))
+        task = EvaluationTask(
+            order.evaluator, model, tools, reference, texts, order.prompts, data, order.settings, order.threads,
+            silent, order.options, order.code,
+        )  # fmt: skip
+        began = time.monotonic()
+        return tuple(evaluator.evaluate(task)), time.monotonic() - began
+
+
 def count(order: ShardOrder) -> int:
     """Whole chunks of the text."""
     tools, model = _tools(order), _model(order.model)
@@ -160,7 +209,7 @@ def count(order: ShardOrder) -> int:
         return count_chunks(model, _task(order, folder).text, tools, order.settings)
 
 
-def _tools(order: ShardOrder) -> Toolset:
+def _tools(order: ShardOrder | EvaluationOrder) -> Toolset:
     tools = find_toolset()
     if tools.identity != order.tools:
         raise WorkersUnfit(f"{platform.node()} has another build of the tools: {tools.identity}, not {order.tools}")

@@ -213,6 +213,14 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
         yield result
 
 
+def taken(work: Work, figures: Sequence[Figure], seconds: float, results: Path | None) -> Result:
+    """The result of work that was done elsewhere, checked and recorded. Raises PluginFailed, OutputUnwritable."""
+    result = Result(work, _checked(work.evaluator, figures), seconds)
+    if results is not None:
+        _append(results, record(result))
+    return result
+
+
 def check_results(path: Path, works: Sequence[Work] = (), inputs: Inputs | None = None) -> None:
     """Refuse, before hours of work, a results file that could not be written afterwards: an input, another file, a full
     disk.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from apex_build.calibration.heldout import heldout_of
+from apex_build.cluster.connect import connected
+from apex_build.cluster.evaluations import ClusterEvaluations
 from apex_build.errors import ChatTemplateFailed
 from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
 from apex_build.evaluation.run import (
@@ -22,6 +26,8 @@ from apex_build.evaluation.run import (
 from apex_build.evaluation.run import evaluate as run
 from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.catalogue import Model
+from apex_build.native.toolset import Toolset
+from apex_build.progress import Report
 from apex_build.stages.given import ModelFile, Workplace, check_data_files, texts_by_domain, workplace
 
 _PROMPTS = 12  # of each domain, of the built-in set
@@ -32,6 +38,7 @@ class EvaluateOptions:
     """`only`: these evaluators; by default all whose inputs are given. `settings`: evaluator.parameter -> value.
 
     `results`: a file that results are appended to, and reused from (unless `force`).
+    `cluster`: the address of a Dask scheduler, or local:N; each evaluator of each file is a task there.
     """
 
     reference: Path | None = None
@@ -44,6 +51,7 @@ class EvaluateOptions:
     tools: ToolOptions = field(default_factory=ToolOptions)
     results: Path | None = None
     force: bool = False
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,25 @@ def evaluate(
     """
     place = place or workplace()
     planned = plan(files, options, place=place)
-    return tuple(run([with_report(work, place.report) for work in planned.works], options.results, force=options.force))
+    works = [with_report(work, place.report) for work in planned.works]
+    with measuring(options.cluster, place.tools, place.report) as measure:
+        return tuple(measure(works, options.results, force=options.force))
+
+
+class Measure(Protocol):
+    """`evaluation.run.evaluate`, or the same on a cluster."""
+
+    def __call__(self, works: Sequence[Work], results: Path | None, *, force: bool = False) -> Iterator[Result]: ...
+
+
+@contextmanager
+def measuring(cluster: str | None, tools: Toolset, report: Report) -> Iterator[Measure]:
+    """How to measure: here, or on a cluster. Raises ClusterFailed, WorkersUnfit."""
+    if cluster is None:
+        yield run
+        return
+    with connected(cluster, tools, report) as found:
+        yield ClusterEvaluations(found, tools, report)
 
 
 def _with_built_in(inputs: Inputs, model: Model, only: Sequence[str], place: Workplace) -> tuple[Inputs, str, str]:

@@ -224,3 +224,18 @@ def test_bad_input(testbed: Path, tmp_path: Path) -> None:
     with scheduler(tmp_path) as (_, address):
         assert "it has none" in run_apex(*command, address, code=84).stderr
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_evaluations(testbed: Path, heldout: Path, tmp_path: Path) -> None:
+    """A task for each evaluator and file; the figures are those of one machine."""
+    common = ["evaluate", testbed, "--text", heldout / "chat.txt", "--only", "perplexity,draft-head"]
+    common += ["--set", "perplexity.chunks=2", "--set", "draft-head.chunks=2", "--set", "draft-head.depth=1", "--json"]
+    here = json.loads(run_apex(*common, "--results", tmp_path / "here.jsonl").stdout)
+    results = tmp_path / "there.jsonl"
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path):
+        there = json.loads(run_apex(*common, "--results", results, "--cluster", address).stdout)
+    assert [one["figures"] for one in there] == [one["figures"] for one in here] and len(there) == 2
+    assert [one["identity"] for one in there] == [one["identity"] for one in here]
+    again = run_apex(*common, "--results", results)
+    assert "measurements to do" not in again.stderr, "recorded: nothing is measured again"
+    assert [one["figures"] for one in json.loads(again.stdout)] == [one["figures"] for one in here]

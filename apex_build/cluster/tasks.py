@@ -1,0 +1,184 @@
+"""Tasks on a cluster: each to whatever worker is fit and has the models, and again elsewhere where a worker is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from apex_build.cluster import worker as remote
+from apex_build.cluster.connect import Cluster
+from apex_build.errors import ApexError, ClusterFailed, WorkersUnfit
+from apex_build.gguf_model.catalogue import Model
+from apex_build.gguf_model.fingerprint import fingerprint
+from apex_build.native.toolset import Toolset
+from apex_build.progress import Report, Step
+
+if TYPE_CHECKING:
+    from distributed import Future
+
+_BLOCK = 32 << 20
+_LOOK = 1.0  # seconds between two looks at the workers
+_ALONE = 60.0  # seconds without a worker, before it is given up
+_LOST = "what is done is kept: start the scheduler and the workers again, then the same command"
+
+
+def order_of(model: Model) -> remote.ModelOrder:
+    names = tuple(path.name for path in model.files)
+    return remote.ModelOrder(str(model.path.absolute()), fingerprint(model), names)
+
+
+@dataclass
+class ClusterTasks:
+    """`models`: what every worker must have. `ready`: addresses of those that do."""
+
+    cluster: Cluster
+    tools: Toolset
+    models: tuple[Model, ...]
+    ready: set[str] = field(default_factory=set)
+
+    def submit(self, function: Callable[..., Any], order: Any, key: str) -> Future:
+        restricted = bool(self.cluster.refused) or self.ready != set(self.cluster.fit)
+        return self.cluster.client.submit(
+            function,
+            order,
+            key=key,
+            resources=self._resources() or None,
+            workers=sorted(self.ready) if restricted else None,
+            allow_other_workers=False,
+            pure=False,
+        )
+
+    def run(
+        self,
+        numbers: Iterable[int],
+        submit: Callable[[int], Future],
+        take: Callable[[int, Future], None],
+        report: Report,
+    ) -> None:
+        """Submit each number, and take what comes of it. Raises ClusterFailed, WorkersUnfit, and what `take` does."""
+        missing = list(numbers)
+        waiting: dict[int, Future] = {}
+        allowed: dict[int, set[str]] = {}
+        alone: float | None = None
+        try:
+            while missing or waiting:
+                self.alive()
+                self.cluster.look(self.tools)
+                if self.cluster.fit:
+                    alone = None
+                    self.prepare(report)
+                else:
+                    alone = alone or time.monotonic()
+                    if time.monotonic() - alone > _ALONE:
+                        self.cluster.check()
+                for number in [one for one in waiting if not allowed[one] & self.ready]:
+                    # its workers are gone, and where some are refused it may not go to just any other
+                    self.cluster.client.cancel([waiting.pop(number)])
+                    missing.append(number)
+                if self.ready:
+                    for number in missing:
+                        waiting[number] = submit(number)
+                        allowed[number] = set(self.ready)
+                    missing = []
+                if not waiting:
+                    time.sleep(_LOOK)
+                    continue
+                _await([*waiting.values()])
+                for number in [one for one, future in waiting.items() if future.done()]:
+                    take(number, waiting.pop(number))
+        except (OSError, TimeoutError) as error:
+            raise self.lost(str(error)) from None
+        finally:
+            if waiting and self.cluster.alive:
+                self.cluster.client.cancel([*waiting.values()])
+
+    def alive(self) -> None:
+        if not self.cluster.alive:
+            raise self.lost("")
+
+    def lost(self, why: str) -> ClusterFailed:
+        said = f": {why.splitlines()[0]}" if why else ""
+        return ClusterFailed(f"{self.cluster.address}: the scheduler is gone{said}", hint=_LOST)
+
+    def _resources(self) -> dict[str, float]:
+        """What a shard takes, of the kinds that workers declare (dask worker --resources 'GPU=1 MEMORY=64e9')."""
+        kinds = {kind for found in self.cluster.fit.values() for kind in found.resources}
+        needed = {
+            "GPU": 1.0,
+            "MEMORY": float(max(sum(tensor.n_bytes for tensor in model.tensors) for model in self.models)),
+        }
+        wanted = {kind: amount for kind, amount in needed.items() if kind in kinds}
+        most = [found.resources for found in self.cluster.fit.values()]
+        if wanted and not any(all(has.get(kind, 0) >= amount for kind, amount in wanted.items()) for has in most):
+            said = ", ".join(f"{kind}={amount:g}" for kind, amount in wanted.items())
+            offered = "; ".join(str(has) for has in most[:3])
+            raise WorkersUnfit(
+                f"a task with {self.models[0].path.name} takes {said}, and no worker of {self.cluster.address} "
+                f"declares as much: {offered}",
+                hint="dask worker --resources 'GPU=1 MEMORY=BYTES'; without that option any worker may take a shard",
+            )
+        return wanted
+
+    def result(self, future: Future, what: str) -> Any:
+        """What a task gave. Raises its error, named."""
+        while not future.done():
+            self.alive()
+            _await([future])
+        if future.status == "finished":
+            return future.result(timeout=60)
+        self.alive()
+        if future.status != "error":
+            raise self.lost(f"{what} was {future.status}")
+        error = future.exception(timeout=60)
+        if isinstance(error, ApexError):
+            error.message = f"{what}: {error.message}"
+            raise error
+        kind = type(error).__name__
+        if kind == "KilledWorker":
+            raise ClusterFailed(
+                f"{what}: the workers that took it died, several times",
+                hint="look at the workers' own output: most often memory ran out; then the same command again",
+            )
+        raise ClusterFailed(f"{what}: {kind}: {str(error).splitlines()[0] if str(error) else ''}", hint=_LOST)
+
+    def prepare(self, report: Report) -> None:
+        """Let every fit worker have the models: at the same path, or sent, once for all that share a cache."""
+        self.ready &= self.cluster.fit.keys()
+        new = sorted(self.cluster.fit.keys() - self.ready)
+        if not new:
+            return
+        for model in self.models:
+            has = self.cluster.client.run(remote.has_model, order_of(model), workers=new, on_error="return")
+            sent: set[tuple[str, str]] = set()
+            for address, found in has.items():
+                about = self.cluster.fit[address]
+                if found is not True and (about.host, about.cache) not in sent:
+                    self._send(model, address, about.host, report)
+                    sent.add((about.host, about.cache))
+        self.ready |= set(new)
+
+    def _send(self, model: Model, address: str, host: str, report: Report) -> None:
+        client, order = self.cluster.client, order_of(model)
+        total = sum(path.stat().st_size for path in model.files)
+        done = 0
+        for path in model.files:
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    offset = file.tell() - len(block)
+                    wrote = client.run(remote.write_block, order, path.name, offset, block, workers=[address])[address]
+                    if wrote != hashlib.sha256(block).hexdigest():
+                        raise ClusterFailed(f"{host} wrote another block of {path.name} than it was sent")
+                    done += len(block)
+                    report(Step(f"sending {model.path.name} to {host}", done / 1e6, total / 1e6, "MB"))
+        if not client.run(remote.finish_model, order, workers=[address])[address]:
+            raise ClusterFailed(f"{host}: the model that arrived is not {model.path}")
+
+
+def _await(futures: Sequence[Future]) -> None:
+    """Until one of them is done, but no longer than to the next look at the workers."""
+    end = time.monotonic() + _LOOK
+    while time.monotonic() < end and not any(future.done() for future in futures):
+        time.sleep(0.05)
