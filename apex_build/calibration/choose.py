@@ -23,7 +23,8 @@ _WORD = re.compile(rb"\w+|[^\w\s]", re.ASCII)
 _RIDGE = 0.3  # of a stretch's own weight: how far the average is trusted over few stretches
 _DOMAIN = 0.5  # the length of a document's domain beside that of its words
 _BLIND = 0.2  # of a round: documents in their own order, so that nothing is overlooked
-_STARVING = 96  # experts that are looked at, those with least tokens first
+_UNSEEN = 0.5  # tokens: what an expert that was not seen at all counts as
+_DOUBT = 2.0  # tokens: an expert that saw so many is believed by half
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def choose(
     `budget` together; fewer where those are expected to be enough.
     """
     missing = np.maximum(goal - measured.total, 0)
-    starving = np.argsort(-missing, kind="stable")[:_STARVING]
-    starving = starving[missing[starving] > 0]
+    starving = np.flatnonzero(missing)
+    mean = (measured.total[starving] + _UNSEEN) / sum(measured.tokens)
     order = sorted(left)
     rates = _rates(measured, starving, np.stack([features[number] for number in order]))
     sizes = np.array([tokens[number] for number in order])
@@ -94,7 +95,8 @@ def choose(
             at = int(np.argmax(free))
             blind += sizes[at]
         else:
-            gain = (np.minimum(rates * sizes[:, None], open_) / missing[starving]).sum(axis=1) / sizes
+            # what blind drawing would need for the same: an expert that few tokens reach counts for more
+            gain = (np.minimum(rates * sizes[:, None], open_) / mean).sum(axis=1) / sizes
             at = int(np.argmax(np.where(free, gain, -1)))
         open_ = np.maximum(open_ - rates[at] * sizes[at], 0)
         free[at] = False
@@ -110,7 +112,9 @@ def _rates(measured: Measured, starving: npt.NDArray[np.intp], wanted: Floats) -
     got = np.stack([counts[starving] for counts in measured.counts]) / seen[:, None]
     mean = (got * seen[:, None]).sum(axis=0) / seen.sum()
     kernel = known @ known.T + _RIDGE * np.eye(len(known))
-    weights = known.T @ np.linalg.solve(kernel, got - mean)
+    tokens = mean * seen.sum()
+    trust = tokens / (tokens + _DOUBT)
+    weights = known.T @ np.linalg.solve(kernel, got - mean) * trust
     # never less than a part of the average: an expert that was not seen at all must not be given up
     rates: Floats = np.maximum(mean + wanted @ weights, 0.1 * mean + 1e-9)
     return rates
