@@ -50,6 +50,7 @@ from apex_build.storage.manifest import IMATRIX, Manifest
 from apex_build.storage.outputs import LOG, beside, whole_file
 from apex_build.storage.scratch import scratch_folder
 
+NO_BOUND = 1 << 24  # chunks of a shard that takes all of its text
 _LEAST = 3  # chunks of a shard: llama-imatrix does not start where fewer are left
 _UBATCH = 512  # llama.cpp's default
 _TRIES = 2  # of a shard whose tool was killed
@@ -158,7 +159,8 @@ def make_shard(
     with making(artifact, replace="own", wait=f"another run that makes {task.out.name}", report=report) as draft:
         noted = _Noted(model, draft.part, task.every)
         if draft.found and (not task.every or counts_file(task.out).is_file()):
-            report(Step("calibrating", task.shard.chunks, task.shard.chunks, "chunks"))
+            if task.shard.chunks < NO_BOUND:
+                report(Step("calibrating", task.shard.chunks, task.shard.chunks, "chunks"))
             return draft.found
         command = arguments(model, replace(settings, snapshot_every=task.every), tools)
         command += ["--file", task.text.name, "--output", str(draft.part.absolute())]
@@ -253,6 +255,12 @@ class Together:
     tasks: Sequence[Task]
     done: dict[int, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def whole(self, number: int) -> None:
+        """The shard is there."""
+        chunks = self.tasks[number].shard.chunks
+        if chunks < NO_BOUND:
+            self.of(number)(Step("calibrating", chunks, chunks, "chunks"))
 
     def of(self, number: int) -> Report:
         def take(step: Step) -> None:

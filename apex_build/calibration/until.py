@@ -13,7 +13,7 @@ import numpy as np
 from apex_build.calibration.choose import Floats, Measured, Piece, choose, cut, features_of
 from apex_build.calibration.disk import imatrix_bytes
 from apex_build.calibration.run import SHARDS, Job, Made
-from apex_build.calibration.shards import Pool, Shard, Task, counts_file, put_together, routed_of
+from apex_build.calibration.shards import NO_BOUND, Pool, Shard, Task, counts_file, put_together, routed_of
 from apex_build.errors import CalibrationSetInvalid
 from apex_build.gguf_model.catalogue import Tensor
 from apex_build.gguf_model.imatrix import GOAL
@@ -28,7 +28,6 @@ _FEWEST = 4  # chunks of one of several runs of a round
 _BYTES = 3.5  # of a token, before any was counted
 _SMALL = 50_000_000  # bytes of an imatrix that can be saved after each chunk
 _SEVERAL = 4  # chunks, for larger ones
-_NO_BOUND = 1 << 24  # chunks
 _NAMED = 50  # starved experts in the manifest, for each layer
 
 Count = Callable[[Sequence[bytes]], Sequence[int]]  # tokens of each text
@@ -178,7 +177,7 @@ class _Drawing:
     def tasks(self, number: int, chosen: Sequence[int]) -> Iterator[tuple[Task, list[int]]]:
         """The round's runs, with their pieces."""
         context = self.job.settings.context
-        most = int(self.budget()) // context if self.goal.most else _NO_BOUND
+        most = int(self.budget()) // context if self.goal.most else NO_BOUND
         every = 1 if imatrix_bytes(self.job.model) < _SMALL else _SEVERAL
         total = sum(self.sizes[one] for one in chosen)
         width = max(1, min(self.width, int(total // (_FEWEST * context))))
@@ -196,7 +195,7 @@ class _Drawing:
                 (folder / "text").mkdir(parents=True, exist_ok=True)
                 (folder / "text" / self.job.text.name).write_bytes(text)
             share = sum(self.sizes[one] for one in group) / total
-            chunks = max(2, int(most * share)) if self.goal.most else _NO_BOUND
+            chunks = max(2, int(most * share)) if self.goal.most else NO_BOUND
             sha256 = hashlib.sha256(text).hexdigest()
             yield Task(folder / "text" / self.job.text.name, sha256, Shard(0, chunks), folder / "1.gguf", every), group
 

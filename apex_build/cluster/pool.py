@@ -50,10 +50,6 @@ class ClusterPool:
             said = event[1]
             together.of(said["number"])(Step("calibrating", said["done"], said["total"], "chunks"))
 
-        def whole(number: int) -> None:
-            chunks = tasks[number].shard.chunks
-            together.of(number)(Step("calibrating", chunks, chunks, "chunks"))
-
         def submit(number: int) -> Future:
             task = tasks[number]
             key = sha256_json(parts_of(self.model, task, self.settings, self.tools))
@@ -61,12 +57,12 @@ class ClusterPool:
 
         def take(number: int, future: Future) -> None:
             self._take(tasks[number], f"shard {number + 1} of {len(tasks)}", future)
-            whole(number)
+            together.whole(number)
 
         missing: list[int] = []
         for number, task in enumerate(tasks):
             if _is_there(self.model, task, self.tools, self.settings):
-                whole(number)
+                together.whole(number)
             else:
                 missing.append(number)
         if missing:
