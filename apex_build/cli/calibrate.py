@@ -108,7 +108,7 @@ def _whole_rows(_context: click.Context, _parameter: click.Parameter, value: int
     "until",
     type=click.IntRange(min=1),
     metavar="TOKENS",
-    help="Draw text until every routed expert has seen so many tokens, more of what reaches those that lack them.",
+    help="Draw text until every routed expert has seen this many tokens, more of what reaches experts with few.",
 )
 @click.option(
     "--max-tokens",

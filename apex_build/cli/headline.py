@@ -61,7 +61,7 @@ def figure_text(figure: Figure | None) -> str:
 
 
 def _digits(figure: Figure, least: int, most: int, *, of_interval: int, of_value: int) -> int:
-    """Decimals, so that the interval, or without one the value, is so many units of the last; none for a count."""
+    """Decimals for which the interval, or without one the value, is at least that many units; none for a count."""
     value = abs(figure.value or 0.0)
     if value == int(value) and figure.low is None:
         return 0
