@@ -74,7 +74,7 @@ def test_a_head_alone_is_told_and_not_run(
     head_alone: Path, tools: Toolset, heldout: Path, calibrated: Path, tmp_path: Path
 ) -> None:
     said = run_apex("calibrate", head_alone, "--text", heldout / "chat.txt", code=ModelInvalid.exit_code).stderr
-    assert "none of the trunk's 6 blocks is in the file" in said and "draft head alone" in said
+    assert "none of the trunk's 6 blocks is in the file" in said and "it holds only a draft head" in said
     given = ("--only", "draft-head", "--text", heldout / "chat.txt", "--results", tmp_path / "r.jsonl")
     run_apex("evaluate", head_alone, *given, code=ModelInvalid.exit_code)
     assert "6 in the trunk (none of them in this file), 1 in the draft head" in run_apex("inspect", head_alone).stdout

@@ -96,7 +96,7 @@ def test_the_verbs_refuse_before_they_begin(tools: Toolset, testbed: Path, heldo
         said = run_apex(
             *wanted, "--tool-argument=-c", "--tool-argument", 256, *more, code=ParameterUnknown.exit_code
         ).stderr
-        assert "--tool-argument -c: apex sets this of llama-imatrix itself" in said and "--context" in said
+        assert "--tool-argument -c: apex sets this option of llama-imatrix itself" in said and "--context" in said
     evaluate = ("evaluate", testbed, "--only", "perplexity", *text, "--results", tmp_path / "r.jsonl", "--dry-run")
     for argument in ("-c", "llama-bench:-r", "llama-server:--port"):
         run_apex(*evaluate, "--tool-argument", argument, code=ParameterUnknown.exit_code)

@@ -35,7 +35,7 @@ def test_bytes_of_a_row(tools: Toolset) -> None:
     ggml = Ggml(tools)
     assert ggml.row_bytes("Q4_K", 2048) == 8 * 144
     assert ggml.row_bytes("F32", 0) == 0
-    with pytest.raises(ShapeUnfit, match="a row of 100 values cannot be Q4_K: its blocks hold 256"):
+    with pytest.raises(ShapeUnfit, match="a row of 100 values cannot be Q4_K, whose blocks hold 256"):
         ggml.row_bytes("q4_k", 100)
 
 
