@@ -152,4 +152,4 @@ def test_a_server_that_does_not_tell_of_its_drafts(
     assert not any(domain for _, domain in found)  # both prompts are chat
     assert (found["greedy.n2.drafted", ""].value or 0) > 0 and found["greedy.n2.acceptance", ""].value is not None
     for name in ("greedy.n2.acceptance_at_1", "greedy.n2.tokens_per_step"):
-        assert found[name, ""].value is None and "does not tell" in found[name, ""].note
+        assert found[name, ""].value is None and "does not report each draft" in found[name, ""].note

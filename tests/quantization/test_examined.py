@@ -71,7 +71,7 @@ def test_runs_of_zeros_lose_no_weights(
     out = tmp_path / "out" / "x.gguf"
     out.parent.mkdir()
     ran = run_apex("quantize", testbed, "--policy", policy, *SMALL, "--imatrix", bad, "-o", out)
-    assert "128 values of 1 entry are zero or next to it, 128 side by side in blk.2.ffn_up_exps.weight" in ran.stderr
+    assert "128 values of 1 entry are zero or almost zero, 128 side by side in blk.2.ffn_up_exps.weight" in ran.stderr
     source = values(testbed, name, tools).reshape(8, -1, 256)[3, :, :128]
     written = values(out, name, tools).reshape(8, -1, 256)[3, :, :128]
     assert np.sqrt(np.square(written - source).sum() / np.square(source).sum()) < 0.6

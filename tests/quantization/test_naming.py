@@ -260,7 +260,7 @@ def test_the_file_type_is_that_of_most_bytes(tools: Toolset, testbed: Path, tmp_
         ("qwen35moe.block_count=3", "no reader of GGUF files knows this key"),
         ("tokenizer.chat_template=x", "no reader of GGUF files knows this key"),
         ("tags=a,b", "cannot set lists"),
-        ("description=" + "x" * 200, "no texts of more than 127 bytes"),
+        ("description=" + "x" * 200, "or texts of more than 127 bytes"),
         ("sampling.temp=hot", "expected a number"),
     ],
 )

@@ -71,7 +71,7 @@ def test_half_a_toolkit(home: Path) -> None:
     assert plan.toolkit.origin == "pypi"
     (note,) = plan.notes
     assert note.startswith(
-        f"{home} is only a part of a CUDA toolkit (missing: cuBLAS headers, cuBLAS, cuBLASLt; there: nvcc, "
+        f"{home} is an incomplete CUDA toolkit (missing: cuBLAS headers, cuBLAS, cuBLASLt; there: nvcc, "
     )
     with pytest.raises(ToolkitUnusable) as caught:
         plan_cuda([SPARK], GCC, "system")
@@ -207,7 +207,7 @@ def test_the_binary_is_believed_not_the_flags() -> None:
     ):
         with pytest.raises(BuildFailed, match=said) as caught:
             check_device_code(found, ["121a-real", asked], 138, Path("lib"))
-        assert "It holds: sm_121a (138), sm_89 (138), sm_90a (137)" in caught.value.message
+        assert "It has: sm_121a (138), sm_89 (138), sm_90a (137)" in caught.value.message
 
 
 def test_gpu_and_cpu_do_not_go_together() -> None:

@@ -75,7 +75,7 @@ def test_an_nvcc_without_cublas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found["host_compilers"] == {"GNU": 15}
     (note,) = (note for note in told["could_be_built"][1]["notes"] if str(root) in note)
     assert note.startswith(
-        f"not used: {root} is only a part of a CUDA toolkit (missing: cuBLAS headers, cuBLAS, cuBLASLt; there: nvcc,"
+        f"not used: {root} is an incomplete CUDA toolkit (missing: cuBLAS headers, cuBLAS, cuBLASLt; there: nvcc,"
     )
     assert "cuBLAS headers, cuBLAS, cuBLASLt" in said()
 
