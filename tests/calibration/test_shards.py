@@ -134,7 +134,7 @@ def test_what_is_done_is_kept(how: signal.Signals, four: Path, testbed: Path, tm
     out = tmp_path / "out.gguf"
     child = started(testbed, out, "--shards", 4, "--no-rows-check")
     shards = tmp_path / ".out.gguf.work" / "shards"
-    until(lambda: (shards / "0002.gguf").exists(), child)
+    until(lambda: (shards / "0001.gguf").exists(), child)
     child.send_signal(how)
     _, said = child.communicate(timeout=60)
     assert child.returncode in (130, 143, -how), said.decode()
@@ -143,7 +143,7 @@ def test_what_is_done_is_kept(how: signal.Signals, four: Path, testbed: Path, tm
     time.sleep(0.3)
     assert not list(tools_running(shards)), "the tool ended with us"
     kept = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.gguf")}
-    assert {"0001.gguf", "0002.gguf"} <= set(kept) and len(kept) < 4
+    assert "0001.gguf" in kept and len(kept) < 4
     resumed = started(testbed, out, "--shards", 4, "--no-rows-check")
     until(lambda: (shards / "0004.gguf").exists(), resumed)
     again = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.gguf")} or kept
