@@ -201,9 +201,10 @@ def _rendered(
 ) -> list[Rendered]:
     """In one child process, or two where some are planned with the imatrix and others without."""
     found: dict[int, Rendered] = {}
-    for calibrated in dict.fromkeys(with_data):
-        numbers = [number for number, one in enumerate(with_data) if one == calibrated]
-        some = render_each(policy, [given[one] for one in numbers], model, quantizable, tokens if calibrated else None)
+    seen = [tokens if one else None for one in with_data]
+    for of in {id(one): one for one in seen}.values():
+        numbers = [number for number, one in enumerate(seen) if one is of]
+        some = render_each(policy, [given[one] for one in numbers], model, quantizable, of)
         found |= zip(numbers, some, strict=True)
     return [found[number] for number in range(len(given))]
 

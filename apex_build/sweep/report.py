@@ -9,7 +9,7 @@ from pathlib import Path
 from apex_build.errors import EvaluationRefused
 from apex_build.report import plot
 from apex_build.report.plot import Chart, Mark, Series
-from apex_build.storage.outputs import whole_file
+from apex_build.storage.outputs import remove_parts, whole_file
 from apex_build.sweep.knee import Knee, find_knees, knee_text, size_of
 from apex_build.sweep.loss import loss_of, paired_of
 from apex_build.sweep.rows import TABLE, Row, curve_name
@@ -86,6 +86,7 @@ def write_report(folder: Path, reports: Sequence[Summary]) -> list[Path]:
     was written.
     """
     text = "\n".join(markdown(one.table) + "".join(f"- {line}\n" for line in one.knees) for one in reports)
+    remove_parts(folder / TABLE)
     with whole_file(folder / TABLE) as part:
         part.write_text(text, encoding="utf-8")
     written = [folder / TABLE]
@@ -94,6 +95,8 @@ def write_report(folder: Path, reports: Sequence[Summary]) -> list[Path]:
             stem = "sweep" if number == 0 else f"sweep-{one.score}"
             if one.chart:
                 outs = [folder / f"{stem}.png", folder / f"{stem}.svg"]
+                for out in outs:
+                    remove_parts(out)
                 plot.draw(one.chart, *outs)
                 written += outs
     return written

@@ -102,7 +102,10 @@ def test_data_of_other_rows_is_refused(
         )
         assert f"try:   apex calibrate {testbed} --force" in said and "--mtp-rows pre" in said
         said = run_apex(*command, "--imatrix", old, *options, code=45).stderr
-        assert f"{old}: the data of the draft head (blk.6." in said and "does not name the trunk's hidden rows that it is from" in said
+        assert (
+            f"{old}: the data of the draft head (blk.6." in said
+            and "does not name the trunk's hidden rows that it is from" in said
+        )
         assert f"try:   apex calibrate {testbed} --force" in said and "--mtp-rows" not in said
     said = run_apex(*command, "--imatrix", calibrated, "--mtp-rows", "pre", code=45).stderr
     assert "is from post_norm rows: expected pre_norm, as --mtp-rows says" in said and "--force --mtp-rows pre" in said

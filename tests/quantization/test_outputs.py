@@ -211,7 +211,7 @@ def test_an_imatrix_of_the_old_format(testbed: Path, heldout: Path, tmp_path: Pa
     out = tmp_path / "x.gguf"
     common = ["quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", tmp_path / "old.dat", "-o", out]
     ran = run_apex(*common, "--set", "draft_head=IQ2_XXS", code=45)  # it cannot tell of which hidden rows its data is
-    assert "old.dat: the data of the draft head (blk.6.nextn.eh_proj.weight -> IQ2_XXS) does not say" in ran.stderr
+    assert "old.dat: the data of the draft head (blk.6.nextn.eh_proj.weight -> IQ2_XXS) does not name" in ran.stderr
     run_apex(*common, "--set", "draft_head=Q8_0")
     assert read_header(out).metadata["quantize.imatrix.file"] == "old.dat"
 

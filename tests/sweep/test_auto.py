@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,12 @@ def question(
     return Question(
         model, plugins.policy("i-nano"), parameters, calibrated, tools, plugins.evaluators(), texts, threads=1, chunks=8
     )
+
+
+def measured(files: Iterable[Path]) -> list[str]:
+    """Identities of the rows that have figures."""
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [one["identity"] for one in rows if one["measured"]]
 
 
 def row(value: str, size: int, loss: tuple[float, float, float], *, baseline: bool = False) -> Row:
@@ -150,7 +157,7 @@ def test_an_interrupted_measurement_is_resumed_and_shown_and_the_file_says_it(
     dry = run_apex(*command[3:], "--dry-run", env=environment)
     assert "not measured" in dry.stdout and not out.exists()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        while not list((tmp_path / "cache").glob("evaluation/auto/*/sweep.jsonl")):
+        while not measured((tmp_path / "cache").glob("evaluation/auto/*/sweep.jsonl")):
             assert child.poll() is None, child.communicate()
             time.sleep(0.2)
         child.send_signal(signal.SIGINT)
