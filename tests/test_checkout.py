@@ -24,9 +24,11 @@ HOST = re.compile(r"\w+://(?:[^\s/@\"']*@)?([\w.-]+)")
 PUBLIC = {
     *(
         "creativecommons.org",
+        "distributed.dask.org",
         "editorconfig.org",
         "github.com",
         "huggingface.co",
+        "jobqueue.dask.org",
         "keepachangelog.com",
         "matplotlib.org",
         "purl.org",
@@ -35,7 +37,7 @@ PUBLIC = {
     ),
     *("git-lfs", "localhost"),
 }
-INVENTED = re.compile(r"[\d.]+|127|.*\.(?:example|invalid|test)|(?:.*\.)?example\.(?:com|net|org)")
+INVENTED = re.compile(r"[\d.]+|127|host|node\d|.*\.(?:example|invalid|test)|(?:.*\.)?example\.(?:com|net|org)")
 
 
 def texts() -> Iterator[tuple[str, str]]:

@@ -277,8 +277,8 @@ def test_a_sweep_writes_over_no_input(
 def test_every_option_that_writes_is_in_these_tests() -> None:
     """A new one belongs into COMMANDS, or beside the verb's own tests."""
     elsewhere = {  # verb, option -> where it is tried
-        ("build", "--export"), ("convert", "--output"), ("demo", "--output"), ("imatrix", "--output"),
-        ("plugins", "--output"), ("sweep", "--output"),
+        ("build", "--export"), ("calibration-sets", "--output"), ("convert", "--output"), ("demo", "--output"),
+        ("imatrix", "--output"), ("plugins", "--output"), ("sweep", "--output"),
     }  # fmt: skip
     here = {
         (name.split()[0], {"-o": "--output"}.get(word, word))
