@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -221,9 +222,10 @@ def alive(pid: int) -> bool:
 def killed_with_its_children(process: subprocess.Popen[bytes], name: str) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        found = [pid for pid in children(process.pid) if name in Path(f"/proc/{pid}/cmdline").read_bytes().decode()]
-        if found and name in str(Path(f"/proc/{found[0]}/exe").readlink()):
-            break
+        with suppress(FileNotFoundError):  # a child that has ended since
+            found = [pid for pid in children(process.pid) if name in Path(f"/proc/{pid}/cmdline").read_bytes().decode()]
+            if found and name in str(Path(f"/proc/{found[0]}/exe").readlink()):
+                break
         time.sleep(0.05)
     else:
         raise AssertionError(f"{name} was never started")
