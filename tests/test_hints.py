@@ -205,6 +205,7 @@ def followed(hint: str) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_hints_can_be_followed(name: str) -> None:
     assert hints()[name], f"{name} never says what to try"

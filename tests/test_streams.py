@@ -25,6 +25,7 @@ def apex(
     return subprocess.run(command, check=False, preexec_fn=shell, timeout=120, **streams)  # type: ignore[call-overload,no-any-return]
 
 
+@pytest.mark.slow
 def test_nothing_to_write_to(testbed: Path) -> None:
     done = apex("inspect", testbed, shell=lambda: os.close(1), stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -58,6 +59,7 @@ def odd(testbed: Path, tmp_path: Path) -> Path:
     return tmp_path / NAME
 
 
+@pytest.mark.slow
 def test_names_cannot_steer_a_terminal(odd: Path) -> None:
     for more in ((), ("--json",)):
         said = run_apex("inspect", odd, *more).stdout

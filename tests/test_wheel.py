@@ -36,6 +36,7 @@ def apex(installed: Path, tmp_path: Path, *arguments: object) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_data_and_nothing_else_of_the_checkout(installed: Path) -> None:
     names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     for wanted in (
@@ -49,6 +50,7 @@ def test_the_wheel_holds_the_data_and_nothing_else_of_the_checkout(installed: Pa
     assert {name.split("/")[0] for name in names if not name.startswith("apex_build-")} == {"apex_build"}
 
 
+@pytest.mark.slow
 def test_it_works_outside_the_checkout(installed: Path, tmp_path: Path, tools: Toolset, testbed: Path) -> None:
     assert "i-nano" in apex(installed, tmp_path, "policies")
     planned = apex(installed, tmp_path, "plan", testbed, "--policy", "compact", "--tools", tools.root, "--json")

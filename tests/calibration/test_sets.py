@@ -55,6 +55,7 @@ def test_the_default_set_holds_every_domain_from_the_start(model: Model) -> None
         assert "<think>" in piece and "<tool_call>" in piece and "<|im_start|>user" in piece and "def " in piece
 
 
+@pytest.mark.slow
 def test_the_text_is_the_same_each_time(model: Model) -> None:
     texts = [compose(load_set("default"), load_plugins().calibration_sources(), model).sha256 for _ in range(2)]
     assert texts[0] == texts[1]
@@ -206,6 +207,7 @@ def test_a_template_that_takes_nothing_is_quoted(model: Model, tmp_path: Path) -
     assert "--chat-template FILE" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_the_whole_default_set_with_a_template_that_knows_neither(testbed: Path, tmp_path: Path) -> None:
     """As `apex calibrate` meets it in fine-tunes of Gemma 2."""
     (tmp_path / "gemma.jinja").write_text(GEMMA)
@@ -216,6 +218,7 @@ def test_the_whole_default_set_with_a_template_that_knows_neither(testbed: Path,
     assert (tmp_path / "text.txt").read_text().count("<start_of_turn>user") > 50
 
 
+@pytest.mark.slow
 def test_a_system_that_cannot_bound_a_template(testbed: Path, tmp_path: Path) -> None:
     """macOS has no sched_getaffinity, and refuses the limit of memory: the template is not to blame."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -64,6 +64,7 @@ def written(folder: Path, *lines: str, dataset: str = NAME) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_pinning_writes_the_revisions_that_the_hub_has(hub: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "pinned.toml"
     path = written(tmp_path, 'revision = "main"')
@@ -75,6 +76,7 @@ def test_pinning_writes_the_revisions_that_the_hub_has(hub: dict[str, str], tmp_
     assert out.read_text().startswith("# a comment\n")
 
 
+@pytest.mark.slow
 def test_a_revision_or_a_dataset_that_does_not_exist(hub: dict[str, str], testbed: Path, tmp_path: Path) -> None:
     other = COMMIT[::-1]
     for dataset, said in ((NAME, f"the Hub has no revision {other}"), ("no/set", "the Hub has no such dataset")):
@@ -83,6 +85,7 @@ def test_a_revision_or_a_dataset_that_does_not_exist(hub: dict[str, str], testbe
         assert f"dataset {dataset}: {said}" in run_apex(*given, env=hub, code=50).stderr
 
 
+@pytest.mark.slow
 def test_what_is_cached_is_used_without_network_and_no_other_revision(
     environment: dict[str, str], files: dict[str, bytes], testbed: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +175,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["apex-diverse", "multilingual", "wikitext"])
 def test_built_in_sets_take_the_shapes_of_their_data(name: str, model: Model, tmp_path: Path) -> None:
     """On local copies of the columns: the data itself cannot be fetched here."""
@@ -197,6 +201,7 @@ def test_built_in_sets_take_the_shapes_of_their_data(name: str, model: Model, tm
         assert b"<think>\nHm.\n</think>" in text.data and b'"name": "f"' in text.data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["apex-diverse", "multilingual", "wikitext"])
 def test_built_in_sets_are_refused_until_they_are_pinned(name: str, model: Model) -> None:
     pytest.importorskip("datasets")

@@ -216,6 +216,7 @@ def child(folder: Path, *, revision: str = COMMIT, **environment: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
 def test_without_network_what_is_missing_is_named_at_once(environment: dict[str, str], tmp_path: Path) -> None:
     began = time.monotonic()

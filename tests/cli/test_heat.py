@@ -57,6 +57,7 @@ def test_even_counts_are_even(tmp_path: Path) -> None:
     assert expert_grid(read_imatrix(written(tmp_path / "dense.gguf", np.ones((2, 1), dtype=np.float32)))) is None
 
 
+@pytest.mark.slow
 def test_the_plots(skewed: Path, tmp_path: Path) -> None:
     outs = [tmp_path / "x.png", tmp_path / "x.svg"]
     plots = [word for out in outs for word in ("--plot", out)]
@@ -72,6 +73,7 @@ def test_the_plots(skewed: Path, tmp_path: Path) -> None:
     assert [out.read_bytes() for out in outs] == first, "the same data, the same bytes"
 
 
+@pytest.mark.slow
 def test_bad_input(skewed: Path, testbed: Path, tmp_path: Path) -> None:
     assert ".png or .svg" in run_apex("inspect", skewed, "--plot", tmp_path / "x.txt", code=2).stderr
     assert "is a model" in run_apex("inspect", testbed, "--plot", tmp_path / "x.png", code=2).stderr

@@ -78,6 +78,7 @@ def on_a_terminal(code: str, columns: int = 80) -> str:
     return said.decode()
 
 
+@pytest.mark.slow
 def test_80_columns_hold_the_bar_the_clock_and_the_time_left() -> None:
     code = """
 from apex_build.cli import show

@@ -112,6 +112,7 @@ def test_a_policy_that_a_broken_plugin_may_have_had(tmp_path: Path, testbed: Pat
     assert "Plugins that were left out: broken" in ran.stderr
 
 
+@pytest.mark.slow
 def test_verbs_of_an_installed_plugin_are_looked_up_once(tmp_path: Path) -> None:
     """The help does not import it again until it has changed."""
     code = HOOK + "def apex_commands():\n import click\n print('LOADED', file=__import__('sys').stderr)\n"

@@ -327,6 +327,7 @@ def test_an_environment_of_our_own_is_made_once_and_whole(
     assert not steps
 
 
+@pytest.mark.slow
 def test_an_environment_that_pip_cannot_fill_is_taken_away(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

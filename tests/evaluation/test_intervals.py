@@ -105,6 +105,7 @@ def test_shares(successes: int, n: int, low: float, high: float) -> None:
     assert share_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clusters", [8, 15, 60])
 def test_of_a_hundred_intervals_ninety_five_hold(clusters: int) -> None:
     """Values of a cluster share a part, as positions of a chunk do: taken as independent, they give intervals that do
@@ -124,6 +125,7 @@ def test_of_a_hundred_intervals_ninety_five_hold(clusters: int) -> None:
     assert np.mean(naive) < 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clusters", [12, 48])
 def test_of_a_hundred_bootstrap_intervals_ninety_five_hold(clusters: int) -> None:
     random = np.random.default_rng(clusters)

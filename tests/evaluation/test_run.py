@@ -147,6 +147,7 @@ def test_files_of_one_name_have_columns_of_their_own(tools: Toolset, place: Path
         assert f"{path.stat().st_size} B" in " ".join(ran.stdout.split())
 
 
+@pytest.mark.slow
 def test_runs_may_share_a_file_of_results(tmp_path: Path) -> None:
     """A line may be longer than one write, and what looks cut short is another run's line."""
     with multiprocessing.get_context("spawn").Pool(3) as pool:

@@ -76,6 +76,7 @@ def test_the_testbed_reads_as_gguf_py_reads_it(testbed: Path) -> None:
     assert_same_as_gguf_py(testbed)
 
 
+@pytest.mark.slow
 def test_71_gb_with_248320_tokens_cost_no_more_than_the_header(large: Path) -> None:
     assert large.stat().st_size > 71e9
     assert large.stat().st_blocks * 512 < 50e6

@@ -114,6 +114,7 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
         run_tool(python("print()"), log=tmp_path / "file" / "a.log")
 
 
+@pytest.mark.slow
 def test_a_child_past_its_time_is_ended_with_its_own_children(tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     # the grandchild has a process group of its own, as a compiler under Ninja has; a shell starts at once, on a busy
@@ -139,6 +140,7 @@ def test_an_error_in_the_callback_ends_the_child(tmp_path: Path) -> None:
 STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN);"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("kind", ["plain", "stubborn", "flood"])
 def test_ctrl_c_and_sigterm_end_the_child_too(tmp_path: Path, number: signal.Signals, code: int, kind: str) -> None:

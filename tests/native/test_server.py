@@ -166,6 +166,7 @@ def test_a_signal_takes_the_server_down(tools: Toolset, testbed: Path, number: s
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "])
 def test_an_answer_in_drops_ends_at_the_deadline(start: bytes) -> None:
     """The drops have no end: only the deadline ends this."""

@@ -300,6 +300,7 @@ def test_a_tool_that_takes_too_much_memory_is_ended() -> None:
         run_tool([sys.executable, "-c", code], memory=200 << 20)
 
 
+@pytest.mark.slow
 def test_what_is_only_mapped_does_not_count(tmp_path: Path) -> None:
     file = tmp_path / "model"
     with file.open("wb") as made:

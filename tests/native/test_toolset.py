@@ -107,6 +107,7 @@ DAMAGED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_pointer_is_none(content: str, cache: Path) -> None:
     pointer = cache / "builds" / "current-cpu.json"

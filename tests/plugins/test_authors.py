@@ -108,6 +108,7 @@ def test_the_evaluator_measures(
     assert 0 < figure["value"] <= 100 and (figure["n"], figure["better"], figure["plot"]) == (2, "higher", True)
 
 
+@pytest.mark.slow
 def test_the_gpu_is_listed(projects: dict[str, Path]) -> None:
     listed = json.loads(run_apex("build", "--list-gpus", "--plugin", folder(projects, "gpu"), "--json").stdout)
     assert PRINTED["gpu"] in [target["name"] for target in listed]

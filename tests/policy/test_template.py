@@ -156,6 +156,7 @@ def test_endless_output_and_loops_end(make_policy: MakePolicy, small: Model) -> 
         assert says in refused(make_policy, small, text, TemplateFailed)
 
 
+@pytest.mark.slow
 def test_endless_computing_ends(make_policy: MakePolicy, small: Model) -> None:
     message = refused(
         make_policy,

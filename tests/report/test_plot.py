@@ -35,6 +35,7 @@ CHART = Chart(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_png_and_svg(tmp_path: Path) -> None:
     assert available()
     draw(CHART, tmp_path / "a.png", tmp_path / "a.svg")

@@ -67,6 +67,7 @@ BAD: dict[str, Callable[[], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("reader", ["source", "build"])
 def test_refused_soon_and_by_an_error_of_ours(

@@ -35,6 +35,7 @@ def callers_timer(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, left)
 
 
+@pytest.mark.slow
 def test_a_deadline_holds_under_a_later_timer_which_goes_on() -> None:
     with callers_timer(1.5):
         with pytest.raises(OutOfTime), deadline(0.05):

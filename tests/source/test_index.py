@@ -199,6 +199,7 @@ def test_bad_index(world: World, apex: Apex, server: Server, code: int, words: s
     assert not world.tree.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["drops of a header", "drops of a page", "drops of a file"], indirect=True)
 def test_a_server_that_answers_in_drops_is_given_up(
     world: World, apex: Apex, server: Server, monkeypatch: pytest.MonkeyPatch

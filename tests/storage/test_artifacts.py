@@ -110,6 +110,7 @@ def kill_everywhere(
 needs_tracing = pytest.mark.skipif(not traceable(), reason="the system does not let a process trace its child")
 
 
+@pytest.mark.slow
 @needs_tracing
 @pytest.mark.parametrize("old", [False, True], ids=["nothing before", "an old one before"])
 def test_a_file_that_is_killed_at_any_system_call(
@@ -125,6 +126,7 @@ def test_a_file_that_is_killed_at_any_system_call(
     assert stops > 60
 
 
+@pytest.mark.slow
 @needs_tracing
 @pytest.mark.parametrize("movable", [True, False], ids=["moved in", "made at its place"])
 @pytest.mark.parametrize("old", [False, True], ids=["nothing before", "an old one before"])

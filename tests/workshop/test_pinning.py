@@ -57,6 +57,7 @@ def test_a_release(world: World, run: Run, tmp_path: Path) -> None:
     assert said.code == OutputUnwritable.exit_code and out.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_release_that_does_not_say_its_commit(world: World, run: Run, tmp_path: Path) -> None:
     release(world, commit="")
     out = tmp_path / "next.toml"

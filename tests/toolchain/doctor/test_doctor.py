@@ -191,6 +191,7 @@ def test_a_file_of_two_names_counts_once(tmp_path: Path) -> None:
     assert folder_size(tmp_path) == once >= 1 << 20
 
 
+@pytest.mark.slow
 def test_a_plugin_that_fails_does_not_silence_it(tmp_path: Path) -> None:
     info = tmp_path / "packages" / "broken-1.0.dist-info"
     info.mkdir(parents=True)
