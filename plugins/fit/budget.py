@@ -50,7 +50,7 @@ def types_of(text: str, known: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name.lstrip("-") not in known:
             raise TypeUnknown(
-                f"--types: '{name.lstrip('-')}' is none of the candidates: {', '.join(known)}",
+                f"--types: '{name.lstrip('-')}' is not a candidate; the candidates: {', '.join(known)}",
                 hint="--types Q8_0,Q6_K,Q5_K,Q4_K,Q3_K,Q2_K, or --types=-IQ3_XXS,-IQ2_S to leave some out",
             )
     out = {name[1:] for name in names if name.startswith("-")}

@@ -200,7 +200,7 @@ def _known(
     if found.parts == plan.parts:
         return found, ()
     if found.parts.get("model") == fingerprint(model) and found.parts.get("tools") == place.tools.identity:
-        return None, ()  # of this model, otherwise measured: it is written anew
+        return None, ()  # of this model, measured in another way: it is replaced
     if not given:
         measurement.check(replace(found, file=at), model, place.tools.identity)
     return found, tuple(measurement.check(replace(found, file=at), model, place.tools.identity))
