@@ -235,7 +235,7 @@ def test_a_sweep_that_is_killed_resumes(command: list[object], scales: Path, tmp
     for _ in range(4):
         child = subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            child.wait(chance.uniform(2, 6))
+            child.wait(chance.uniform(0.3, 2.5))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
