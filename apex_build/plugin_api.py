@@ -103,6 +103,7 @@ if TYPE_CHECKING:
     from apex_build.storage.json_files import read_json, write_json
     from apex_build.storage.outputs import check_place, whole_file
     from apex_build.storage.scratch import scratch_folder
+    from apex_build.storage.sizes import parse_bytes
     from apex_build.system import cpus
     from apex_build.toolchain.machine.gpus import resolve as gpus_of
 
@@ -173,6 +174,7 @@ _LATER = {
     "values_of": ("parameters", "values_of"),
     "parse_settings": ("parameters", "parse_settings"),
     "cpus": ("system", "cpus"),
+    "parse_bytes": ("storage.sizes", "parse_bytes"),
     "check_place": ("storage.outputs", "check_place"),
     "whole_file": ("storage.outputs", "whole_file"),
     "footprint": ("native.footprint", "footprint"),
@@ -278,6 +280,7 @@ __all__ = [
     "note",
     "other_bytes",
     "padded_bytes",
+    "parse_bytes",
     "parse_settings",
     "plan_files",
     "plan_model",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, Rows
+from apex_build.storage.sizes import parse_bytes
 
 PATH = click.Path(path_type=Path, readable=False)  # files that cannot be read are reported by the code that reads them
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 class _Size(click.ParamType[int]):
@@ -23,10 +21,9 @@ class _Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?)?b?", str(value).strip().lower())
-        if not found:
+        if (n_bytes := parse_bytes(str(value))) is None:
             self.fail(f"{value!r} is not a size; for example: 20GB, 500M, 1.5GiB", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2] or ""])
+        return n_bytes
 
 
 SIZE = _Size()

@@ -1,9 +1,19 @@
-"""Disk usage of files."""
+"""Sizes as people write them, and disk usage of files."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.ASCII | re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int | None:
+    """Bytes of 20GB, 500M, 1.5GiB or 123456; None for what is not a size."""
+    found = _SIZE.fullmatch(text)
+    return int(float(found[1]) * _UNITS[(found[2] or "").lower()]) if found else None
 
 
 def folder_size(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from apex_build.plugin_api import Ggml, Model, ParameterUnknown, Tensor, TypeUnknown
+from apex_build.plugin_api import Ggml, Model, ParameterUnknown, Tensor, TypeUnknown, parse_bytes
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 HEAD = "draft_head"
 
 
 def size_of(text: str) -> int:
     """Bytes of 12.5GiB, 800MB or 123456. Raises ParameterUnknown."""
-    found = _SIZE.fullmatch(text)
-    if found is None or not float(found[1]):
+    n_bytes = parse_bytes(text)
+    if not n_bytes:
         raise ParameterUnknown(f"'{text}' is not a size", hint="for example 12.5GiB, 800MB or 12500000000")
-    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+    return n_bytes
 
 
 def shown(n_bytes: float) -> str:
