@@ -19,7 +19,6 @@ from apex_build.native.toolset import Toolset
 _BASE = 18 << 20
 _A_TOKEN = 320
 _TIMEOUT = 300.0
-_TRIES = 5  # it does not wait for its log, and sometimes exits before the last lines are written
 _DEBUG = "5"  # llama.cpp's level for the sizes of single buffers
 
 
@@ -57,11 +56,8 @@ def footprint(
     command: list[str | Path] = [program, "--model", model, "--ctx-size", str(context), "--batch-size", str(batch)]
     command += ["--ubatch-size", str(min(batch, 512)), "--parallel", str(sequences)]
     command += ["--fit-print", "on", "-lv", _DEBUG]
-    for _ in range(_TRIES):
-        found = output.allocations(run_tool(command, explain=output.explain, timeout=_TIMEOUT).lines)
-        if found.compute_buffers:
-            break
-    else:
+    found = output.allocations(run_tool(command, explain=output.explain, timeout=_TIMEOUT).lines)
+    if not found.compute_buffers:
         raise ToolFailed(f"{model}: {program.name} did not say how much memory it would allocate")
     return Footprint(
         context,

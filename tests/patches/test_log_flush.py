@@ -1,0 +1,73 @@
+"""The last lines of a tool are printed, however slowly its output is read."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf_edit import changed
+
+from apex_build.native.toolset import Toolset
+
+
+def read_late(tool: Path, *arguments: object) -> tuple[int, str]:
+    """Exit code and output of a tool whose output nobody reads until it has ended, or waits for its reader.
+
+    The pipe holds one page: the log's thread is stopped in the middle of its lines while the program goes to its end.
+    """
+    process = subprocess.Popen(
+        [str(part) for part in (tool, *arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        seen = -1.0
+        for _ in range(600):
+            time.sleep(0.3)
+            used = _processor_time(process.pid)
+            if process.poll() is not None or used == seen:
+                break
+            seen = used
+        said = process.stdout.read().decode(errors="replace")
+        return process.wait(60), said
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _processor_time(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return float(int(fields[11]) + int(fields[12]))
+
+
+def test_the_tensor_whose_values_are_not_finite(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+    """This ends by exit() in the middle of the program."""
+
+    def spoil(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if name == "blk.2.post_attention_norm.weight":
+            values[7] = np.nan
+        return values
+
+    model = changed(testbed, tmp_path / "spoilt.gguf", spoil)
+    tool, out = tools.tool("llama-imatrix"), tmp_path / "out.gguf"
+    code, said = read_late(tool, "-m", model, "-f", heldout / "code.txt", "-o", out, "--chunks", 1, "-lv", 5)
+    assert code == 1 and "detected in blk.2.ffn_" in said
+
+
+def test_the_estimate_of_perplexity(tools: Toolset, testbed: Path, heldout: Path) -> None:
+    code, said = read_late(
+        tools.tool("llama-perplexity"), "-m", testbed, "-f", heldout / "code.txt", "--chunks", 2, "-c", 256
+    )
+    assert code == 0 and "Final estimate: PPL = " in said
+
+
+@pytest.mark.parametrize("context", [512, 4096])
+def test_the_sizes_of_the_buffers(context: int, tools: Toolset, testbed: Path) -> None:
+    code, said = read_late(tools.tool("llama-fit-params"), "-m", testbed, "-c", context, "--fit-print", "on", "-lv", 5)
+    assert code == 0 and "compute buffer size" in said
