@@ -33,7 +33,7 @@ def command() -> None:
       apex calibration-sets list
       apex calibration-sets show apex-diverse
       apex calibration-sets check my-set.toml --model model-F16.gguf
-      apex calibration-sets pin apex-diverse -o apex-diverse.toml
+      apex calibration-sets pin my-set.toml -o pinned.toml
     """
 
 
@@ -157,8 +157,8 @@ def pin(name: str, out: Path, folders: tuple[Path, ...], force: bool) -> None:
 
     \b
     Examples:
-      apex calibration-sets pin apex-diverse -o apex-diverse.toml
-      apex calibrate model-F16.gguf --calibration-set apex-diverse.toml
+      apex calibration-sets pin my-set.toml -o pinned.toml
+      apex calibrate model-F16.gguf --calibration-set pinned.toml
     """
     chosen = load_set(name)
     text, revisions = pinned(chosen, load_plugins(folders).calibration_sources(), out)
