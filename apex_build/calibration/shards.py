@@ -1,9 +1,10 @@
-"""A calibration in parts: each a run of llama-imatrix over some whole chunks of the text, and their sums added up.
+"""Calibrate in parts: run llama-imatrix over some whole chunks of the text at a time, and add up the results.
 
-Every part is run over the same text, from its own first chunk on (`--chunk`), so that its chunks are those of one run.
-A run adds one sum of squares for each batch of up to 512 tokens to a weight's total, in single precision; the parts are
-added in double precision and rounded once. So counts are those of one run exactly; sums are, wherever no more than two
-batches or only one part reached a matrix, and are within (batches + 1) * 2^-24 of them elsewhere (`rounding`).
+Every part reads the same text and starts at its first chunk (`--chunk`), so the parts see the same chunks as a single
+run. llama-imatrix adds one sum of squares for each batch of up to 512 tokens to a weight's total, in single precision;
+the parts are added in double precision and rounded once. So counts equal those of a single run exactly. Sums do too
+where at most two batches or only one part reached a matrix, and elsewhere differ by at most (batches + 1) * 2^-24 of
+their value (`rounding`).
 """
 
 from __future__ import annotations
@@ -50,36 +51,36 @@ from apex_build.storage.manifest import IMATRIX, Manifest
 from apex_build.storage.outputs import LOG, beside, whole_file
 from apex_build.storage.scratch import scratch_folder
 
-NO_BOUND = 1 << 24  # chunks of a shard that takes all of its text
-_LEAST = 3  # chunks of a shard: llama-imatrix does not start where fewer are left
+NO_BOUND = 1 << 24  # chunks of a shard that covers all of its text
+_LEAST = 3  # minimum chunks of a shard: llama-imatrix does not start with fewer
 _UBATCH = 512  # llama.cpp's default
-_TRIES = 2  # of a shard whose tool was killed
+_TRIES = 2  # maximum runs of a shard whose tool is killed
 
 
 @dataclass(frozen=True)
 class Shard:
-    first: int  # its first chunk
+    first: int  # number of its first chunk
     chunks: int
 
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to be made: of the text in a file that is alone in its folder."""
+    """A shard to make, from a text file that is alone in its folder."""
 
     text: Path
     sha256: str  # of the text
     shard: Shard
     out: Path
-    every: int = 0  # chunks: how often to note the tokens of each routed expert, beside `out` (`counts_file`)
+    every: int = 0  # record the tokens of each routed expert after this many chunks, beside `out` (`counts_file`)
 
 
-# Makes the file of each task. What is there already is kept; whatever ends it keeps what is done.
+# Makes the file of each task, unless it is there already. If a pool is interrupted, finished files stay.
 Pool = Callable[[Sequence[Task], Report], None]
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest of a shard says beyond its head. `device`: as in CUDA_VISIBLE_DEVICES."""
+    """What the manifest of a shard adds to the common keys. `device`: as in CUDA_VISIBLE_DEVICES."""
 
     perplexity: float | None
     seconds: float
@@ -87,29 +88,30 @@ class ShardRecord:
 
 
 def split(total: int, count: int) -> tuple[Shard, ...]:
-    """`total` chunks in `count` parts, as even as can be. Raises CalibrationSetInvalid."""
+    """Split `total` chunks into `count` parts, as evenly as possible. Raises CalibrationSetInvalid."""
     if count > 1 and total < count * _LEAST:
         raise CalibrationSetInvalid(
-            f"the text has {total} chunks: {count} shards need {count * _LEAST}, {_LEAST} each",
-            hint=f"--shards {max(1, total // _LEAST)}, or more text",
+            f"the text is too short for {count} shards: expected at least {count * _LEAST} chunks ({_LEAST} each), "
+            f"found {total}",
+            hint=f"use --shards {max(1, total // _LEAST)}, or more text",
         )
     ends = [total * number // count for number in range(count + 1)]
     return tuple(Shard(first, end - first) for first, end in itertools.pairwise(ends))
 
 
 def rounding(chunks: int, context: int) -> float:
-    """How far the sums of a calibration in parts may be from those of one run over so many chunks, as a part."""
+    """How far the sums of a calibration in parts may differ from a single run over `chunks` chunks, relatively."""
     return (chunks * math.ceil(context / _UBATCH) + 1) * 2.0**-24
 
 
 def count_chunks(model: Model, text: Path, tools: Toolset, settings: Settings, report: Report = silent) -> int:
-    """Whole chunks in a text, as llama-imatrix counts them before it begins."""
+    """The number of whole chunks in a text, as llama-imatrix prints it before it starts."""
 
     def line(said: str) -> None:
         if plan := output.planned(said):
             raise _Counted(plan.chunks)
 
-    report(Step("counting the text's chunks", 0))
+    report(Step("counting chunks of the text", 0))
     trunk = replace(settings, head=False)
     command = [*arguments(model, trunk, tools), "--file", text.name, "--output"]
     memory = memory_for(model, settings)
@@ -120,7 +122,7 @@ def count_chunks(model: Model, text: Path, tools: Toolset, settings: Settings, r
             )
         except _Counted as counted:
             return min(counted.chunks, settings.chunks or counted.chunks)
-    raise AssertionError("llama-imatrix ended without saying over how many chunks")
+    raise AssertionError("llama-imatrix exited without printing the number of chunks")
 
 
 class _Counted(Exception):
@@ -130,7 +132,7 @@ class _Counted(Exception):
 
 
 def parts_of(model: Model, task: Task, settings: Settings, tools: Toolset) -> dict[str, Any]:
-    """What decides about a shard's data."""
+    """Everything that determines a shard's data."""
     return {
         "model": fingerprint(model),
         "text": task.sha256,
@@ -151,7 +153,7 @@ def make_shard(
     stopped: Callable[[], bool] | None = None,
     report: Report = silent,
 ) -> Manifest:
-    """Run the tool over one shard, unless its file is there. `device`: the GPUs that it sees.
+    """Run llama-imatrix over one shard, unless its file exists. `device`: the GPUs that the tool may use.
 
     Raises ToolFailed, ToolKilled, VerificationFailed; Stopped.
     """
@@ -192,7 +194,7 @@ def make_shard(
 
 
 def routed_of(model: Model, *, head: bool = True) -> tuple[Tensor, ...]:
-    """For each layer one tensor of its routed experts: the others of the layer see the same tokens."""
+    """One tensor of routed experts per layer: the others of the layer see the same tokens."""
     found: dict[int, Tensor] = {}
     for tensor in sorted(model.tensors, key=lambda one: one.name):
         if (
@@ -206,7 +208,7 @@ def routed_of(model: Model, *, head: bool = True) -> tuple[Tensor, ...]:
 
 
 def expert_tokens(found: Imatrix, tensors: Sequence[Tensor]) -> npt.NDArray[np.float64]:
-    """The tokens of each expert of these tensors, one after the other."""
+    """The number of tokens that each expert of these tensors saw, tensor by tensor."""
     counts = [found.entries[one.name].counts if one.name in found.entries else (0.0,) * one.shape[2] for one in tensors]
     return np.array([count for each in counts for count in each])
 
@@ -217,7 +219,7 @@ def counts_file(out: Path) -> Path:
 
 @dataclass
 class _Noted:
-    """The tokens of each routed expert at every few chunks, read from the tool's periodic copies."""
+    """The tokens of each routed expert after every few chunks, read from the tool's periodic copies."""
 
     model: Model
     part: Path
@@ -249,7 +251,7 @@ class _Noted:
 
 @dataclass
 class Together:
-    """One bar for shards that are made side by side."""
+    """One progress bar for shards that run in parallel."""
 
     report: Report
     tasks: Sequence[Task]
@@ -257,7 +259,7 @@ class Together:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def whole(self, number: int) -> None:
-        """The shard is there."""
+        """Count a shard whose file exists."""
         chunks = self.tasks[number].shard.chunks
         if chunks < NO_BOUND:
             self.of(number)(Step("calibrating", chunks, chunks, "chunks"))
@@ -278,7 +280,7 @@ class Together:
 
 
 def local_pool(model: Model, tools: Toolset, settings: Settings, devices: Sequence[str | None] = (None,)) -> Pool:
-    """Shards on this machine: one at a time, or one for each of these sets of GPUs."""
+    """A pool that runs shards on this machine: one at a time for each of these sets of GPUs."""
 
     def run(tasks: Sequence[Task], report: Report) -> None:
         free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -301,7 +303,8 @@ def local_pool(model: Model, tools: Toolset, settings: Settings, devices: Sequen
                     except ToolKilled as error:
                         if tried == _TRIES:
                             raise
-                        said = f"shard {number + 1} of {len(tasks)} is run again: {error.message.splitlines()[0]}"
+                        reason = error.message.splitlines()[0]
+                        said = f"running shard {number + 1} of {len(tasks)} again: {reason}"
                         together.of(number)(Step(said, 0, said=True))
             finally:
                 free.put(device)
@@ -318,7 +321,7 @@ def local_pool(model: Model, tools: Toolset, settings: Settings, devices: Sequen
 
 
 def raise_first(errors: Sequence[BaseException | None], what: str) -> None:
-    """Of what ended some of several tasks the first that is no consequence of another, named."""
+    """Raise the first error that is not a consequence of another, naming its task."""
     found = [(number, error) for number, error in enumerate(errors, 1) if error is not None]
     for number, error in found:
         if isinstance(error, ApexError):
@@ -330,7 +333,9 @@ def raise_first(errors: Sequence[BaseException | None], what: str) -> None:
 
 
 def in_shards(count: int, pool: Pool, counter: Callable[[Job, Path], int] | None = None) -> Callable[[Job], Made]:
-    """How `calibrate` makes an imatrix in `count` parts. `counter`: counts the text's chunks, if not the tool here."""
+    """Make an imatrix in `count` parts, for `calibrate`. `counter`: counts the chunks of the text; default: the local
+    tool.
+    """
 
     def make(job: Job) -> Made:
         text = job.work / "text" / job.text.name
@@ -352,7 +357,7 @@ def in_shards(count: int, pool: Pool, counter: Callable[[Job, Path], int] | None
 
 
 def put_together(tasks: Sequence[Task], part: Path, job: Job, keys: Mapping[str, int] | None = None) -> Made:
-    """The sum of the shards, verified, and their logs one after the other."""
+    """Add up the shards, verify the sum, and join their logs."""
     write_gguf(plan_merge([task.out for task in tasks]), part, keys)
     made = read_imatrix(part)
     verify(made, job.model, job.settings, job.tools)
@@ -383,7 +388,7 @@ def _total(job: Job, text: Path, counter: Callable[[Job, Path], int] | None) -> 
 
 
 def _perplexity(tasks: Sequence[Task], records: Sequence[Mapping[str, Any]]) -> float | None:
-    """Of the whole text: each chunk scores as many tokens."""
+    """The perplexity of the whole text; every chunk scores the same number of tokens."""
     values = [value for record in records if isinstance(value := record.get("perplexity"), float) and value > 0]
     if len(values) < len(tasks):
         return None

@@ -1,4 +1,4 @@
-"""Drawing text until every routed expert has seen enough of it: in rounds, each measured before the next is chosen."""
+"""Draw text until every routed expert has seen enough tokens, in rounds: measure one before choosing the next."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from apex_build.gguf_model.imatrix import GOAL
 from apex_build.progress import Report, Step
 from apex_build.storage.disk import check_room, writing
 
-_MOST = 256  # chunks of a round
-# Chunks of the first round, the least of a later one, and how much that adds to what was run so far. Each round loads
-# the model: of a large one they are fewer.
+_MOST = 256  # maximum chunks of a round
+# Chunks of the first round, minimum chunks of a later one, and its size relative to what was run so far. Each round
+# loads the model, so there are fewer rounds of a large one.
 _SMALL_ROUNDS, _LARGE_ROUNDS = (8, 4, 0.25), (32, 16, 0.5)
-_FEWEST = 4  # chunks of one of several runs of a round
-_BYTES = 3.5  # of a token, before any was counted
-_SMALL = 50_000_000  # bytes of an imatrix that can be saved after each chunk
-_SEVERAL = 4  # chunks, for larger ones
-_NAMED = 50  # starved experts in the manifest, for each layer
+_FEWEST = 4  # minimum chunks of a run, if a round has several
+_BYTES = 3.5  # bytes per token, until tokens have been counted
+_SMALL = 50_000_000  # bytes of an imatrix that is saved after each chunk
+_SEVERAL = 4  # larger ones are saved after this many chunks
+_NAMED = 50  # maximum of starved experts per layer in the manifest
 
 Count = Callable[[Sequence[bytes]], Sequence[int]]  # tokens of each text
 
 
 @dataclass(frozen=True)
 class Goal:
-    """Tokens for every routed expert of every layer; `most`: tokens of text to spend on it, None for all there is."""
+    """Tokens that every routed expert of every layer needs; `most`: maximum tokens of text to run, None: no limit."""
 
     tokens: int
     most: int | None = None
@@ -50,7 +50,7 @@ class DomainRecord:
 
 @dataclass(frozen=True)
 class StarvedRecord:
-    """Experts of one layer with fewer tokens than asked for: (number, tokens), those with least first."""
+    """Experts of one layer that got fewer tokens than the goal: (number, tokens), fewest first."""
 
     layer: int
     count: int
@@ -61,7 +61,7 @@ class StarvedRecord:
 class GoalRecord:
     until_experts: int
     max_tokens: int | None
-    tokens: int  # of text that were run
+    tokens: int  # of text run
     rounds: int
     experts: int
     fewest: int
@@ -73,8 +73,8 @@ class GoalRecord:
 def until_experts(
     goal: Goal, documents: Sequence[tuple[str, bytes]], pool: Pool, *, width: int = 1, count: Count | None = None
 ) -> Callable[[Job], Made]:
-    """How `calibrate` makes an imatrix of text drawn from `documents` (domain, text), in the order that drawing blindly
-    would take them. `width`: runs of a round, for a pool that makes several at a time; `count`: the model's tokenizer.
+    """Make an imatrix from text drawn from `documents` (domain, text), for `calibrate`. The first round takes them in
+    order. `width`: runs per round, for a pool that works in parallel; `count`: the model's tokenizer.
     """
 
     def make(job: Job) -> Made:
@@ -94,9 +94,9 @@ def until_experts(
                 tasks.append(task)
         if not tasks:
             raise CalibrationSetInvalid(
-                f"{job.text.name}: {goal.most} tokens are less than the least that can be run: 2 chunks of "
+                f"{job.text.name}: {goal.most} tokens are too few to run: expected at least 2 chunks of "
                 f"{job.settings.context} tokens",
-                hint="a larger --max-tokens, or more text",
+                hint="raise --max-tokens, or add text",
             )
         made_of = put_together(tasks, job.part, job, {GOAL: goal.tokens})
         return Made(made_of.imatrix, made_of.perplexity, made_of.seconds, 0, drawing.record(number - 1))
@@ -116,7 +116,7 @@ class _Drawing:
     sizes: list[float]  # tokens
     left: list[int]
     routed: tuple[Tensor, ...]
-    mask: np.ndarray[tuple[int], np.dtype[np.bool_]]  # experts that count, of all that are noted
+    mask: np.ndarray[tuple[int], np.dtype[np.bool_]]  # which of the recorded experts count
     measured: Measured
     spent: int = 0
     drawn: dict[str, tuple[int, float]] | None = None
@@ -131,8 +131,8 @@ class _Drawing:
         )
         if not mask.any():
             raise CalibrationSetInvalid(
-                f"{job.model.path} has no routed experts, and text was to be drawn until each has {goal.tokens} tokens",
-                hint=f"apex calibrate {job.model.path}, without --until-experts",
+                f"{job.model.path} has no routed experts to draw text for (asked for {goal.tokens} tokens each)",
+                hint=f"run apex calibrate {job.model.path} without --until-experts",
             )
         pieces = cut(documents, int(2 * job.settings.context * _BYTES))
         domains = sorted({piece.domain for piece in pieces})
@@ -146,7 +146,7 @@ class _Drawing:
         return math.inf if self.goal.most is None else self.goal.most - self.spent
 
     def next(self, *, first: bool) -> list[int]:
-        """Numbers of the pieces of the next round; none where the goal is reached, or nothing is left to draw."""
+        """Numbers of the pieces for the next round; empty if the goal is reached or no text is left."""
         context = self.job.settings.context
         if not self.left or self.budget() < 2 * context:
             return []
@@ -168,14 +168,14 @@ class _Drawing:
             chosen = choose(
                 measured, self.goal.tokens, self.pieces, self.features, sizes, self.left, min(least, wanted), wanted
             )
-        if sum(self.sizes[number] for number in chosen) < 2.2 * context:  # the tool runs no fewer chunks
+        if sum(self.sizes[number] for number in chosen) < 2.2 * context:  # the tool needs at least 2 chunks
             return []
         taken = set(chosen)
         self.left = [number for number in self.left if number not in taken]
         return chosen
 
     def tasks(self, number: int, chosen: Sequence[int]) -> Iterator[tuple[Task, list[int]]]:
-        """The round's runs, with their pieces."""
+        """The runs of a round, with their pieces."""
         context = self.job.settings.context
         most = int(self.budget()) // context if self.goal.most else NO_BOUND
         every = 1 if imatrix_bytes(self.job.model) < _SMALL else _SEVERAL
@@ -200,14 +200,14 @@ class _Drawing:
             yield Task(folder / "text" / self.job.text.name, sha256, Shard(0, chunks), folder / "1.gguf", every), group
 
     def measure(self, task: Task, group: Sequence[int]) -> None:
-        """Add what a run was measured to give, stretch by stretch."""
+        """Add the measured tokens of a run, stretch by stretch."""
         context = self.job.settings.context
         with np.load(counts_file(task.out)) as noted:
             marks, counts = noted["marks"], noted["counts"][:, self.mask]
         tokens = int(marks[-1]) * context
         ends = np.cumsum([self.sizes[one] for one in group])
         if self.count is None and tokens + context < task.shard.chunks * context:
-            # all of the text was run, and what the tool dropped at its end is less than a chunk
+            # the run covers the whole text, except for less than a chunk that the tool dropped at its end
             self._scale((tokens + context / 2) / float(ends[-1]))
             ends *= (tokens + context / 2) / ends[-1]
         before, counted = 0, np.zeros(counts.shape[1])
@@ -224,12 +224,12 @@ class _Drawing:
             self.drawn[self.pieces[one].domain] = pieces + bool(share), of + share * tokens
 
     def _scale(self, factor: float) -> None:
-        """What is left has about as many tokens for its bytes as what was run."""
+        """Correct the sizes of the pieces that are left: they have about as many tokens per byte as those run."""
         for one in self.left:
             self.sizes[one] *= factor
 
     def _between(self, group: Sequence[int], ends: Floats, start: float, end: float) -> Iterator[tuple[Piece, bytes]]:
-        """The text between two places of a run, counted in tokens."""
+        """The text between two positions of a run, in tokens."""
         begin = 0.0
         for one, stop in zip(group, ends, strict=True):
             piece = self.pieces[one]

@@ -1,8 +1,8 @@
-"""Part 3: a type for each tensor, so that the sum of the losses is least under a number of bytes.
+"""Part 3: choose a type for each tensor so that the total loss is smallest within a number of bytes.
 
-Each tensor's lower convex hull of loss over bytes, and the steps along all hulls in the order of what a byte buys: the
-solution of the Lagrangian. What remains of the budget is filled with single steps, off the hulls too, and with
-exchanges of two tensors, until none pays. The same items always give the same types.
+Take each tensor's lower convex hull of loss over bytes, and walk the steps of all hulls in order of loss saved per
+byte: this is the Lagrangian solution. Spend the rest of the budget on single steps, also off the hulls, and on
+exchanges between two tensors, until nothing helps any more. The same items always give the same types.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_EXCHANGES = 200  # at most; each looks at all steps of all tensors once
+_EXCHANGES = 200  # maximum; each one looks at every step of every tensor once
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor, and what it can be given."""
+    """A tensor and the types it can get."""
 
     name: str
     options: tuple[Option, ...]
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Allocation:
-    """`looked_at`: how many steps were weighed, for a test of the time that it takes."""
+    """`looked_at`: number of steps considered; a test checks the cost with it."""
 
     types: Mapping[str, str]
     n_bytes: int
@@ -43,7 +43,7 @@ class Allocation:
 
 @dataclass
 class _State:
-    """`ladders`: each item's options worth having, the smallest first, each with less loss than the one before."""
+    """`ladders`: the useful options of each item, smallest first, each with less loss than the one before."""
 
     items: Sequence[Item]
     ladders: list[list[Option]]
@@ -70,21 +70,21 @@ class _State:
 
 
 def smallest(items: Sequence[Item]) -> int:
-    """Bytes of the smallest choice."""
+    """Size in bytes of the smallest allocation."""
     return sum(min(option.n_bytes for option in item.options) for item in items)
 
 
 def largest(items: Sequence[Item]) -> int:
-    """Bytes beyond which nothing is gained."""
+    """Size in bytes beyond which the loss gets no smaller."""
     return sum(_ladder(item)[-1].n_bytes for item in items)
 
 
 def allocate(items: Sequence[Item], budget: int) -> Allocation:
-    """The least loss within `budget` bytes, which must be at least the `smallest`."""
+    """Minimize the loss within `budget` bytes; `budget` must be at least `smallest(items)`."""
     state = _State(items, [_ladder(item) for item in items], [0] * len(items))
     assert state.n_bytes <= budget
     for _, item, to in _steps(state):
-        # an item whose step does not fit stays, and its later steps with it: they only cost more
+        # skip an item's later steps too once one does not fit: they need even more bytes
         if to > state.at[item] and _reaches(state, item, to, budget):
             state.move(item, to)
     _fill(state, budget)
@@ -96,14 +96,14 @@ def allocate(items: Sequence[Item], budget: int) -> Allocation:
 
 
 def cheapest(items: Sequence[Item], bound: float) -> Allocation:
-    """The fewest bytes whose loss is within `bound`; the least loss where none is."""
+    """Minimize the bytes with a loss of at most `bound`; if nothing stays within it, minimize the loss."""
     state = _State(items, [_ladder(item) for item in items], [0] * len(items))
     for _, item, to in _steps(state):
         if state.loss <= bound:
             break
         if to > state.at[item]:
             state.move(item, to)
-    while True:  # steps back that the bound allows, the one that saves most first
+    while True:  # undo steps while the loss stays within the bound, the largest saving first
         loss = state.loss
         back = [
             (ladder[at - 1].n_bytes - ladder[at].n_bytes, item)
@@ -125,7 +125,7 @@ def _ladder(item: Item) -> list[Option]:
 
 
 def _hull(ladder: Sequence[Option]) -> list[int]:
-    """The options of a ladder that are on its lower convex hull."""
+    """Indices of the options on the ladder's lower convex hull."""
     hull: list[int] = []
     for index, option in enumerate(ladder):
         while len(hull) > 1 and _gain(ladder[hull[-1]], option) >= _gain(ladder[hull[-2]], ladder[hull[-1]]):
@@ -135,12 +135,12 @@ def _hull(ladder: Sequence[Option]) -> list[int]:
 
 
 def _gain(before: Option, after: Option) -> float:
-    """Loss that each byte more takes away."""
+    """Loss saved per additional byte."""
     return (before.loss - after.loss) / max(1, after.n_bytes - before.n_bytes)
 
 
 def _steps(state: _State) -> list[tuple[float, int, int]]:
-    """Along all hulls, what buys most for a byte first: (minus the gain, item, option to go to)."""
+    """Steps along all hulls, the largest gain per byte first: (minus the gain, item, new option)."""
     steps = []
     for item, ladder in enumerate(state.ladders):
         hull = _hull(ladder)
@@ -155,7 +155,7 @@ def _reaches(state: _State, item: int, to: int, budget: int) -> bool:
 
 
 def _fill(state: _State, budget: int) -> None:
-    """Single steps of whatever length that fit in what is left, the one that takes away most first."""
+    """Take single steps of any length that fit into the remaining bytes, the one that saves most loss first."""
     while True:
         best: tuple[float, int, int] | None = None
         for item, ladder in enumerate(state.ladders):
@@ -173,7 +173,7 @@ def _fill(state: _State, budget: int) -> None:
 
 
 def _exchange(state: _State, budget: int) -> bool:
-    """One tensor down and another up, where the two together take most loss away. False if none does."""
+    """Move one tensor down and another up, choosing the pair that saves most loss. False if no pair saves any."""
     downs, ups = [], []
     for item, (ladder, at) in enumerate(zip(state.ladders, state.at, strict=True)):
         now = ladder[at]
@@ -185,7 +185,7 @@ def _exchange(state: _State, budget: int) -> bool:
     state.looked_at += len(downs) + len(ups)
     if not downs or not ups:
         return False
-    # what saves at least so many bytes: the cheapest of those, and the cheapest of another tensor
+    # for each number of bytes to save: the cheapest step that saves as many, and the cheapest one of another tensor
     downs.sort(key=lambda one: (-one[0], one[1], one[2], one[3]))
     firsts: list[int] = []
     seconds: list[int] = []

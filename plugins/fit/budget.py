@@ -1,4 +1,4 @@
-"""What a user says of a file's size: bytes, bits per weight, and which types tensors may or must have."""
+"""Parse what the user asks for: bytes, bits per weight, and the types that tensors may or must have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEAD = "draft_head"
 
 
 def size_of(text: str) -> int:
-    """Bytes of 12.5GiB, 800MB or 123456. Raises ParameterUnknown."""
+    """Parse 12.5GiB, 800MB or 123456 as bytes. Raises ParameterUnknown."""
     n_bytes = parse_bytes(text)
     if not n_bytes:
         raise ParameterUnknown(f"'{text}' is not a size", hint="for example 12.5GiB, 800MB or 12500000000")
@@ -24,12 +24,12 @@ def shown(n_bytes: float) -> str:
 
 
 def bytes_for(bits: float, model: Model) -> int:
-    """Of a file whose tensors have so many bits a weight on average, its header aside."""
+    """Size of all tensors together at this average of bits per weight, without the file's header."""
     return int(bits * sum(tensor.n_elements for tensor in model.tensors) / 8)
 
 
 def pairs_of(text: str, what: str, ggml: Ggml, also: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """`A=TYPE,B=TYPE`. Raises ParameterUnknown, TypeUnknown."""
+    """Parse `A=TYPE,B=TYPE`. Raises ParameterUnknown, TypeUnknown."""
     found = []
     for one in filter(None, (part.strip() for part in text.split(","))):
         name, equals, type_name = one.rpartition("=")
@@ -41,7 +41,7 @@ def pairs_of(text: str, what: str, ggml: Ggml, also: Sequence[str] = ()) -> list
 
 
 def types_of(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """The candidate types that a user leaves: a list, or with a minus those to leave out. Raises TypeUnknown."""
+    """The candidate types: those listed, or all but those listed with a minus. Raises TypeUnknown."""
     names = [one.strip().upper() for one in text.split(",") if one.strip()]
     if not names:
         return tuple(known)
@@ -57,12 +57,12 @@ def types_of(text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def kept(tensor: Tensor, patterns: Sequence[tuple[re.Pattern[str], str]]) -> str | None:
-    """The type that the first pattern found in the tensor's name asks for."""
+    """The type given with the first pattern that matches the tensor's name."""
     return next((type_name for pattern, type_name in patterns if pattern.search(tensor.name)), None)
 
 
 def compiled(pairs: Sequence[tuple[str, str]], model: Model) -> list[tuple[re.Pattern[str], str]]:
-    """Raises ParameterUnknown for a pattern that is none, or is found in no tensor."""
+    """Raises ParameterUnknown for a pattern that is invalid or matches no tensor."""
     found = []
     for pattern, type_name in pairs:
         try:
@@ -70,11 +70,11 @@ def compiled(pairs: Sequence[tuple[str, str]], model: Model) -> list[tuple[re.Pa
         except (re.error, RecursionError, OverflowError) as error:
             raise ParameterUnknown(f"keep: '{pattern}' is not a regular expression: {error}") from None
         if not any(made.search(tensor.name) for tensor in model.tensors):
-            raise ParameterUnknown(f"keep: '{pattern}' is found in no tensor of {model.path.name}")
+            raise ParameterUnknown(f"keep: '{pattern}' matches no tensor of {model.path.name}")
         found.append((made, type_name))
     return found
 
 
 def least_bits(tensor: Tensor, least: Mapping[str, float]) -> float:
-    """Of --min: by the draft head, if it is of that, or by its role."""
+    """The minimum bits per weight that --min sets for the tensor's role, or for the draft head it belongs to."""
     return max(least.get(HEAD, 0.0) if tensor.draft_head else 0.0, least.get(tensor.role, 0.0))

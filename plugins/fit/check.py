@@ -1,4 +1,4 @@
-"""Part 4: what a file's divergence is on text that no probe saw, beside the predicted one and beside the tiers."""
+"""Part 4: measure a file's divergence on text that no probe used, and compare it with the prediction and the tiers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def row_of(name: str, target: int | None, planned: Planned, before: Preview) -> 
 
 
 def tiers_of(before: Preview, found: Measurement, asked: Asked, place: Workplace) -> list[Row]:
-    """What the other calibrated policies make of the model, with what this measurement predicts of them."""
+    """The files that the other calibrated policies would write, with the divergence that this measurement predicts."""
     rows = []
     for name, one in place.plugins.policies().items():
         if not one.calibrated or one.compute is not None or one.needs:
@@ -61,7 +61,7 @@ def tiers_of(before: Preview, found: Measurement, asked: Asked, place: Workplace
 
 
 def scored(rows: Sequence[Row], before: Preview, asked: Asked, place: Workplace) -> list[Row]:
-    """Measured on the text that no probe saw, in the model's memory: no file is written."""
+    """Score the rows on the text that no probe used. The types are changed in memory: no file is written."""
     if not rows:
         return []
     task = measure.task_for(before.model, place, before.plan.texts.unseen, asked.check_chunks, asked.threads, "check")
@@ -82,9 +82,7 @@ def _trunk(types: Mapping[str, str], heads: set[str]) -> dict[str, str]:
 def with_check(
     rows: Sequence[Row], tiers: Sequence[Row], before: Preview, asked: Asked, place: Workplace
 ) -> tuple[list[Row], list[Row], tuple[str, ...]]:
-    """The written file's own divergence, and what its draft head lost; the divergence of the tier beside it from a
-    probe.
-    """
+    """Evaluate the written file: its divergence, and the agreement its draft head lost. Score the tiers with probes."""
     assert asked.out is not None
     chunks, context = str(asked.check_chunks), str(measure.CONTEXT)
     settings = {"kld.chunks": chunks, "kld.context": context}

@@ -1,4 +1,4 @@
-"""The verb: measure what is not measured yet, allocate, quantize, verify, score."""
+"""The verb `fit`: measure whatever has not been measured yet, allocate types, quantize, verify, score."""
 
 from __future__ import annotations
 
@@ -28,46 +28,54 @@ _PATH = click.Path(path_type=Path, readable=False)
 
 @click.command("fit")
 @click.argument("model_path", metavar="MODEL", type=_PATH)
-@click.option("--imatrix", type=_PATH, required=True, help="Calibration data: apex calibrate makes it.")
+@click.option("--imatrix", type=_PATH, required=True, help="Calibration data, as written by apex calibrate.")
 @click.option(
     "--text", "texts", metavar="FILE", type=_PATH, multiple=True,
-    help="Text that MODEL was not calibrated on: one half is for the probes, the other for the check.  "
+    help="Text that MODEL was not calibrated on: the probes use one half, the check the other.  "
     "[default: built in]",
 )  # fmt: skip
-@click.option("--target-size", metavar="SIZE", help="Bytes of the whole file, such as 12.5GiB.")
-@click.option("--target-bpw", type=click.FloatRange(min=0, min_open=True), help="Bits a weight, over all tensors.")
-@click.option("--gpu", metavar="NAME", help="What fits on this GPU with --context tokens.")
+@click.option("--target-size", metavar="SIZE", help="Size of the whole file, such as 12.5GiB.")
+@click.option("--target-bpw", type=click.FloatRange(min=0, min_open=True), help="Average bits per weight.")
+@click.option("--gpu", metavar="NAME", help="Fill the memory of this GPU, leaving room for --context tokens.")
 @click.option(
-    "--context", type=click.IntRange(min=1), default=8192, show_default=True, help="--gpu: tokens of context."
+    "--context",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    help="Context length for --gpu, in tokens.",
 )
-@click.option("--curve", metavar="SIZE,SIZE,...", help="Several sizes; a plot of divergence against size, and no file.")
+@click.option("--curve", metavar="SIZE,SIZE,...", help="Plot divergence against these sizes instead of writing a file.")
 @click.option("-o", "--output", "out", type=_PATH, help="The file to write; with --curve, the plot.")
 @click.option(
     "--measurement", "at", metavar="FILE", type=_PATH,
-    help="Where the measurement is, or is to be written; one of another model of the same shapes is used as it is.  "
+    help="Read the measurement from FILE, or write it there.  A measurement of another model with the same tensor "
+    "shapes is used as it is.  "
     "[default: beside the output]",
 )  # fmt: skip
-@click.option("--types", default="", metavar="TYPES", help="Choose from these (Q4_K,Q3_K), or not these (-IQ3_S).")
-@click.option("--keep", multiple=True, metavar="PATTERN=TYPE", help="Tensors of a given type, or `keep`: as they are.")
-@click.option("--min", "least", multiple=True, metavar="ROLE=TYPE", help="No type of fewer bits for a role.")
+@click.option(
+    "--types", default="", metavar="TYPES", help="Use only these types (Q4_K,Q3_K), or all but these (-IQ3_S)."
+)
+@click.option("--keep", multiple=True, metavar="PATTERN=TYPE",
+              help="Give matching tensors this type, or `keep` to leave them as they are.")  # fmt: skip
+@click.option("--min", "least", multiple=True, metavar="ROLE=TYPE", help="Use at least as many bits for this role.")
 @click.option(
     "--draft-loss", type=click.FloatRange(min=0), default=0.5, show_default=True,
     help="Points of agreement that the draft head may lose.",
 )  # fmt: skip
 @click.option(
     "--head-score/--no-head-score", default=True, show_default=True,
-    help="Measure what types cost the draft head; without, it gets a cautious mixture.",
+    help="Measure what each type costs the draft head; otherwise it gets a cautious mixture of types.",
 )  # fmt: skip
 @click.option("--chunks", type=click.IntRange(min=2), default=measure.CHUNKS, show_default=True,
-              help="Chunks of each text that every probe is scored on.")  # fmt: skip
+              help="Chunks of each text to score every probe on.")  # fmt: skip
 @click.option("--probe-budget", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Evaluations of a chunk more, for probes that noise hides.")  # fmt: skip
+              help="Extra chunks to evaluate, in total, for probes whose cost is lost in noise.")  # fmt: skip
 @click.option("--check-chunks", type=click.IntRange(min=1), default=CHECKED, show_default=True,
-              help="Chunks of each text for the check.")  # fmt: skip
+              help="Chunks of each text to score the result on.")  # fmt: skip
 @click.option("--sample", type=click.IntRange(min=1), default=errors.SAMPLE, show_default=True,
-              help="Weights of each tensor that the errors are measured on.")  # fmt: skip
+              help="Weights of each tensor to measure the errors on.")  # fmt: skip
 @click.option("--refine", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Measure so many exchanges of two tensors' types, and keep those that pay.")  # fmt: skip
+              help="Try this many exchanges of bits between two tensors, and keep those that help.")  # fmt: skip
 @click.option(
     "--tiers/--no-tiers", "beside", default=True, show_default=True, help="Score the tiers beside the result."
 )
@@ -76,7 +84,7 @@ _PATH = click.Path(path_type=Path, readable=False)
     "tiers",
     metavar="NAME=VALUE",
     multiple=True,
-    help="A parameter of the policies that stand beside it (edge=1).",
+    help="Set a parameter of the policies that the result is compared with (edge=1).",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--tools", "tools_path", type=_PATH, help="Folder of the native tools.  [default: those in use]")
@@ -114,11 +122,11 @@ def command(
     dry_run: bool,
     json_: bool,
 ) -> None:
-    """The best file of MODEL that a number of bytes can buy, measured on MODEL itself.
+    """Write the best quantization of MODEL that fits a size, measured on MODEL itself.
 
-    Measures what each type costs each tensor, and what each part of the model costs the whole; then gives each tensor a
-    type so that the divergence is least, writes the file, and scores it on text that no probe saw. What is measured is
-    kept: an interrupted run resumes, and another size costs seconds.
+    Measures the error of each type on each tensor, and how much the divergence of the whole model depends on each part;
+    then gives each tensor the type that keeps the divergence smallest, writes the file, and scores it on text that no
+    probe used. Measurements are kept: an interrupted run resumes, and another size takes seconds.
 
     \b
     Examples:
@@ -162,7 +170,7 @@ def command(
         force=force,
     )
     if curve and not asked.curve:
-        raise ParameterUnknown("--curve takes sizes with commas between them", hint="--curve 10GiB,11GiB")
+        raise ParameterUnknown("--curve takes sizes separated by commas", hint="--curve 10GiB,11GiB")
     with progress() as report:
         place = workplace(tools_path, folders, report=report)
         before = preview(model_path, asked, place)
@@ -227,5 +235,5 @@ def _number(value: float | None) -> str:
 
 
 def settings_text(settings: Mapping[str, object]) -> str:
-    """As --set takes it."""
+    """Format settings as --set options."""
     return " ".join(f"--set {name}={value}" for name, value in settings.items() if value != "")

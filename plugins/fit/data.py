@@ -1,4 +1,4 @@
-"""What the verb is asked for, and what it answers with."""
+"""The request to the verb `fit`, and its results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECKED = 8  # chunks of each text, for the check
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user wants. Of `size`, `bits`, `gpu` and `curve` one is given."""
+    """The user's options. Exactly one of `size`, `bits`, `gpu` and `curve` is set."""
 
     imatrix: Path
     texts: tuple[Path, ...] = ()
@@ -31,7 +31,7 @@ class Asked:
     curve: tuple[int, ...] = ()
     settings: Mapping[str, Value] = field(default_factory=dict, hash=False)
     beside: bool = True  # score the other policies too
-    tiers: Mapping[str, str] = field(default_factory=dict, hash=False)  # parameters of the policies beside it
+    tiers: Mapping[str, str] = field(default_factory=dict, hash=False)  # parameters of the other policies
     chunks: int = measure.CHUNKS
     probe_budget: int = 0
     check_chunks: int = CHECKED
@@ -44,7 +44,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Preview:
-    """All that is known before anything is measured: sizes, and how long each part takes."""
+    """What is known before measuring: sizes, and how long each part takes."""
 
     model: Model
     data: Data
@@ -58,7 +58,7 @@ class Preview:
     warnings: tuple[str, ...]
     seconds: tuple[str, str]
     probes: int
-    room: tuple[str, ...] = ()  # what a GPU's memory goes to
+    room: tuple[str, ...] = ()  # how the GPU's memory is used
 
     def lines(self) -> list[str]:
         errors_, probes = self.seconds
@@ -67,10 +67,11 @@ class Preview:
             said.append(f"measured before: {self.at}")
         else:
             said.append(f"errors of {len(self.plan.work.types)} tensors: {errors_ or 'measured before'}")
-            many = f"{self.probes} probes of {self.plan.chunks} chunks of each of {len(self.plan.texts.probed)} texts"
+            texts = len(self.plan.texts.probed)
+            many = f"{self.probes} probes of {self.plan.chunks} chunks from each of {texts} texts"
             said.append(f"{many}: {probes or 'measured before'}")
         sizes = ", ".join(budget.shown(target) for target in self.targets)
-        between = f"(from {budget.shown(self.smallest)} to {budget.shown(self.largest)} can be made)"
+        between = f"(possible: {budget.shown(self.smallest)} to {budget.shown(self.largest)})"
         return [*said, f"target: {sizes} {between}"]
 
     def json(self) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Row:
-    """A file, or one that could be: its divergence as predicted, and as measured on text that no probe saw."""
+    """A file, written or only planned: its divergence as predicted, and as measured on text that no probe used."""
 
     name: str
     target: int | None
@@ -100,7 +101,7 @@ class Row:
     low: float | None = None
     high: float | None = None
     types: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
-    agreement: float | None = None  # points that the draft head is predicted to differ by
+    agreement: float | None = None  # predicted change of the draft head's agreement, in points
 
     def json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "types"}

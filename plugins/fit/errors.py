@@ -1,8 +1,8 @@
-"""Part 1: what each candidate type costs each tensor, by the build's own quantizers on sampled rows.
+"""Part 1: measure the error of each candidate type on each tensor, with the build's own quantizers on sampled rows.
 
-The error is relative: the squared error of the weights, each column weighed by its mean square in the imatrix and each
-expert by how often it was used, over the squares of the weights themselves. That is the noise in the tensor's output as
-a share of the output.
+The error is relative: the squared error of the weights over the squares of the weights, where each column is weighted
+by its mean square in the imatrix, and each expert by how often it was used. This is the noise in the tensor's output as
+a fraction of the output.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ from apex_build.plugin_api import (
 Floats = npt.NDArray[np.float64]
 Report = Callable[[Step], None]
 
-VERSION = 1  # to be raised when the errors of the same tensor would be others
-SAMPLE = 1 << 17  # weights of a tensor that are looked at, and at least one row of each expert
+VERSION = 1  # raise it when a change of the code changes the errors of a tensor
+SAMPLE = 1 << 17  # weights to sample from a tensor; at least one row of each expert
 TASK = "measuring errors"
 
-# type -> microseconds for a thousand weights on one core of 2024, to quantize and restore; the smallest types first
+# type -> microseconds to quantize and restore a thousand weights on one core of 2024; smallest types first
 _COST = {
     "IQ1_S": 230, "IQ1_M": 1150, "IQ2_XXS": 520, "IQ2_XS": 930, "IQ2_S": 760, "Q2_K": 360, "IQ3_XXS": 1110,
     "IQ3_S": 800, "Q3_K": 50, "IQ4_XS": 510, "IQ4_NL": 510, "Q4_0": 30, "Q4_1": 180, "Q4_K": 180, "Q5_0": 30,
     "Q5_1": 180, "Q5_K": 180, "Q6_K": 120, "Q8_0": 10,
 }  # fmt: skip
 TYPES = tuple(_COST)
-# where rows are whole blocks of 256, these are never better than a type beside them
+# if rows consist of whole blocks of 256, there is always a better type of about the same size
 _FOR_SHORT_ROWS = frozenset({"IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1"})
 _BLOCK = 256
 _PACE = "errors of types"
-_GUESS = 0.75e10  # operations that `expect` takes a core to do in a second, for work that it has not seen
+_GUESS = 0.75e10  # operations per second and core that `expect` assumes for work it has never timed
 
 
 @dataclass(frozen=True)
 class TypeLoss:
-    """Of a type on a tensor: the relative error, and the standard deviation that the sampling gives it."""
+    """The relative error of a type on a tensor, and the standard deviation due to sampling."""
 
     error: float
     deviation: float
@@ -72,7 +72,7 @@ Errors = Mapping[str, Mapping[str, TypeLoss]]  # tensor -> type ->
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured of a model. `types`: candidates of each tensor, by its name."""
+    """What to measure on a model. `types`: the candidates for each tensor, by its name."""
 
     model: Model
     data: Data | None
@@ -94,20 +94,20 @@ class Work:
 
     @property
     def kept(self) -> Path:
-        """The file that holds what is measured, a line for each tensor and type."""
+        """The file of measured errors, one line for each tensor and type."""
         return cache_folder("fit", self.identity[:32]) / "errors.jsonl"
 
 
 def candidates(
     tensor: Tensor, ggml: Ggml, data: Data | None, wanted: Sequence[str] = TYPES, base_type: str = "Q8_0"
 ) -> tuple[str, ...]:
-    """The types that the tensor can be given: its rows hold them, they are known to this build, and there is data where
-    they need it.
+    """The types that the tensor can get: this build knows them, their blocks divide its rows, and the imatrix covers
+    the tensor if they need that.
     """
     columns = tensor.shape[0]
     has_data = data is not None and data.covered.has_data(tensor.name)
     if data is not None and tensor.name in data.covered.missing:
-        wanted = [one for one in wanted if one == "Q8_0"]  # any other would use data, and there is none
+        wanted = [one for one in wanted if one == "Q8_0"]  # every other type uses the imatrix, which lacks the tensor
     known = set(ggml.type_names())
     found = []
     for name in wanted:
@@ -122,7 +122,7 @@ def candidates(
 
 
 def measure(work: Work, *, threads: int, report: Report) -> Errors:
-    """Measure what is not measured yet. What is measured is kept, line by line, whatever ends the run."""
+    """Measure whatever has not been measured yet. Each result is kept at once, so an interrupted run loses none."""
     known = read_kept(work.kept)
     tensors = {tensor.name: tensor for tensor in work.model.tensors}
     left = {name: tuple(one for one in types if one not in known.get(name, {})) for name, types in work.types.items()}
@@ -134,7 +134,7 @@ def measure(work: Work, *, threads: int, report: Report) -> Errors:
 
 
 def seconds(work: Work, threads: int) -> str:
-    """How long `measure` will take, in words; empty if nothing is to be done."""
+    """How long `measure` will take, in words; empty if everything is measured."""
     known = read_kept(work.kept)
     cost = sum(
         _cost(tensor, [one for one in work.types.get(tensor.name, ()) if one not in known.get(tensor.name, {})], work)
@@ -144,7 +144,7 @@ def seconds(work: Work, threads: int) -> str:
 
 
 def read_kept(path: Path) -> dict[str, dict[str, TypeLoss]]:
-    """What was measured before; a last line that was cut short is passed over."""
+    """The errors measured so far; a last line that was cut short is ignored."""
     found: dict[str, dict[str, TypeLoss]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -160,12 +160,12 @@ def read_kept(path: Path) -> dict[str, dict[str, TypeLoss]]:
 
 
 def _cost(tensor: Tensor, types: Sequence[str], work: Work) -> float:
-    """Seconds of one core."""
+    """Seconds on one core."""
     return sum(_COST.get(one, 500) for one in types) * 1e-9 * _rows(tensor, work.sample)[1] * tensor.shape[0]
 
 
 def _rows(tensor: Tensor, sample: int) -> tuple[int, int]:
-    """Rows that are taken of each matrix, and of all."""
+    """Number of rows to sample from each matrix, and in total."""
     matrices = tensor.shape[2] if len(tensor.shape) > 2 else 1
     of_matrix = tensor.n_elements // tensor.shape[0] // matrices
     share = max(1, round(sample / (matrices * tensor.shape[0])))
@@ -175,7 +175,7 @@ def _rows(tensor: Tensor, sample: int) -> tuple[int, int]:
 def _measure(work: Work, left: Sequence[tuple[Tensor, tuple[str, ...]]], threads: int, report: Report) -> None:
     coder = codec(work.tools)
     for name in {one for _, types in left for one in types} | {tensor.type for tensor, _ in left}:
-        coder.decodes(name)  # declared once, before threads share it
+        coder.decodes(name)  # declare the C functions before threads share them
     total = sum(_cost(tensor, types, work) for tensor, types in left) or 1.0
     done = 0.0
     lock = threading.Lock()
@@ -187,7 +187,7 @@ def _measure(work: Work, left: Sequence[tuple[Tensor, tuple[str, ...]]], threads
         ThreadPoolExecutor(threads) as pool,
     ):
         if kept.tell():
-            kept.write("\n")  # after a line that was cut short
+            kept.write("\n")  # the last line may be cut short
 
         def one(tensor: Tensor, types: tuple[str, ...]) -> float:
             for kind, found in _errors(tensor, types, mapped[tensor.name], work, coder, stop):
@@ -198,7 +198,7 @@ def _measure(work: Work, left: Sequence[tuple[Tensor, tuple[str, ...]]], threads
             return _cost(tensor, types, work)
 
         report(Step(TASK, 0, 100, "%", left=total / threads))
-        # the dearest first, so that no thread is alone with one at the end
+        # the most expensive first, so that no single thread works on one at the end
         waiting = {
             pool.submit(one, tensor, types)
             for tensor, types in sorted(left, key=lambda item: -_cost(item[0], item[1], work))
@@ -245,8 +245,8 @@ def _errors(
 
 
 def _ratio(noise: Floats, signal: Floats, used: Floats, share: float) -> TypeLoss:
-    """Of sums over all rows, each matrix weighed by its use; the deviation from the scatter of the rows, of which
-    `share` was taken.
+    """The error over all rows, each matrix weighted by its use; the deviation follows from the scatter between rows, a
+    fraction `share` of which was sampled.
     """
     whole = float((signal.sum(axis=1) * used).sum())
     if whole <= 0:
@@ -260,7 +260,7 @@ def _ratio(noise: Floats, signal: Floats, used: Floats, share: float) -> TypeLos
 
 
 def _weights(tensor: Tensor, matrices: int, work: Work) -> tuple[npt.NDArray[np.float32] | None, Floats]:
-    """The weights of the columns of each matrix, and how often each is used, of all."""
+    """The column weights of each matrix, and the share of tokens that use each matrix."""
     even = np.full(matrices, 1 / matrices)
     imatrix = work.data.covered.imatrix if work.data else None
     entry = imatrix.entries.get(tensor.name) if imatrix else None

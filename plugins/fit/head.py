@@ -1,7 +1,7 @@
-"""What types cost the draft head: agreement with the trunk, in points, from probes of its parts and of all of it.
+"""Measure what types cost the draft head, in points of agreement with the trunk, by probing its parts and all of it.
 
-A part's own loss of agreement is lost in noise; its loss of divergence is not. So the parts are weighed by what each
-adds to the head's divergence from the trunk, and probes of the whole head say how many points go with that.
+The agreement that a single part loses drowns in noise; the divergence that it adds does not. So each part is weighted
+by the divergence that it adds between head and trunk, and probes of the whole head convert divergence to points.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .sensitivity import Errors
 
 _AGREE, _KLD, _N = 1, 3, 0  # columns of ProbeScore.head
 _WHOLE = ("Q3_K", "Q2_K", "IQ4_NL", "Q4_0")
-_POINTS = 60.0  # for each nat, where the probes of the whole head do not say (docs/results/draft-head.md: 46 to 80)
+_POINTS = 60.0  # per nat, if the probes of the whole head do not tell (docs/results/draft-head.md: 46 to 80)
 
 
 def parts(model: Model, types: Sequence[str], errors: Errors) -> tuple[tuple[sensitivity.Group, ...], list[Probe]]:
-    """The head's parts, with a probe of each; then probes of the whole."""
+    """The head's parts, and the probes: one of each part, then some of the whole head."""
     heads = {tensor.name for tensor in model.tensors if tensor.draft_head}
     groups = sensitivity.groups_of(model, [name for name in types if name in heads])
     probes = list(sensitivity.first_probes(groups, errors, second=()))
@@ -43,7 +43,7 @@ def measure(
 ) -> tuple[HeadPart, ...]:
     scores = run_probes(task, probes, imatrix, chunks=chunks, head_depth=1)
     base = next(score for score in scores if not score.probe.types)
-    nats = {}  # of each part, for a unit of error
+    nats = {}  # of each part, per unit of error
     for group in groups:
         own = [score for score in scores if score.probe.types.keys() == set(group.tensors)]
         if own:
@@ -68,13 +68,13 @@ def measure(
 
 
 def _lost(score: ProbeScore, base: ProbeScore, column: int) -> Estimate:
-    """Agreement that is lost, or divergence that is added, at a position; paired."""
+    """Agreement lost or divergence added per position, paired."""
     sign = 1 if column == _KLD else -1
     return clustered_ratio(sign * (score.head[:, 0, column] - base.head[:, 0, column]), base.head[:, 0, _N], base.text)
 
 
 def _cautious(lost: Estimate) -> float:
-    """Where noise hides it, a part is not taken to cost nothing: half of what the interval allows around 0."""
+    """At least half the interval's half-width: a part whose cost is lost in noise may not be free."""
     return max(lost.value, 0.0 if lost.high is None else (lost.high - lost.value) / 2, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Parts 1 and 2 together: all that a measurement holds, each piece kept as soon as it is there."""
+"""Parts 1 and 2 together: make a measurement, keeping each piece as soon as it is done."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from .errors import Errors
 from .measurement import Anchor, Measurement, Score, Sensitivity
 
 CONTEXT = 512
-PROBED = ("Q2_K", "Q3_K", "IQ4_NL", "Q4_0", "Q8_0")  # what probes are of, whatever a file is made of
+PROBED = ("Q2_K", "Q3_K", "IQ4_NL", "Q4_0", "Q8_0")  # types of probes, whatever types the file may have
 CHUNKS = 4  # of each text, for the probes
-_LEAST_TEXT = 2 * 4 * CONTEXT  # bytes of half a text: two chunks of it at four bytes a token
-_ANCHORS = (2.1, 2.5, 3.0, 3.6, 4.3, 5.2, 6.2)  # bits a weight of the trunk
+_LEAST_TEXT = 2 * 4 * CONTEXT  # bytes of half a text: two chunks at four bytes a token
+_ANCHORS = (2.1, 2.5, 3.0, 3.6, 4.3, 5.2, 6.2)  # bits per weight of the trunk
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Each text in two halves: what the probes see, and what they do not."""
+    """Each text in two halves: one that the probes use, and one that they do not."""
 
     probed: Mapping[str, Path]
     unseen: Mapping[str, Path]
@@ -44,8 +44,8 @@ class Texts:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured, and on what. `budget`: evaluations of a chunk by which probes that noise hides may be
-    scored on more of them.
+    """What to measure, and on which texts. `budget`: extra chunks to evaluate, in total, for probes whose cost is lost
+    in noise.
     """
 
     work: errors.Work
@@ -67,12 +67,12 @@ class Plan:
 
     @property
     def most(self) -> int:
-        """Chunks of each text that the reference is made for."""
+        """Chunks of each text in the reference."""
         return 2 * self.chunks if self.budget else self.chunks
 
     @property
     def parts(self) -> dict[str, object]:
-        """What a measurement is made of."""
+        """What determines a measurement."""
         return {
             "errors": self.work.identity,
             "model": fingerprint(self.model),
@@ -89,7 +89,7 @@ class Plan:
 
 
 def split(texts: Mapping[str, Path]) -> Texts:
-    """Each text cut in the middle, at the end of a line. Raises CalibrationSetInvalid for one that is too short."""
+    """Cut each text in the middle, at the end of a line. Raises CalibrationSetInvalid if a text is too short."""
     probed: dict[str, Path] = {}
     unseen: dict[str, Path] = {}
     for name, path in texts.items():
@@ -97,8 +97,8 @@ def split(texts: Mapping[str, Path]) -> Texts:
         cut = content.rfind(b"\n", 0, len(content) // 2 + 1) + 1 or len(content) // 2
         if min(cut, len(content) - cut) < _LEAST_TEXT:
             raise CalibrationSetInvalid(
-                f"{path}: {len(content)} bytes are too short a text for the probes: expected at least "
-                f"{2 * _LEAST_TEXT}, one half for them and one for the check",
+                f"{path}: text too short for the probes: expected at least {2 * _LEAST_TEXT} bytes (one half for the "
+                f"probes, one for the check), found {len(content)}",
                 hint="give a longer text, or several joined into one",
             )
         folder = cache_folder("fit", "texts", sha256_json([path.name, sha256_file(path)])[:32])
@@ -135,7 +135,7 @@ def plain(found: Errors) -> dict[tuple[str, str], float]:
 
 
 def expected(plan: Plan, place: Workplace) -> tuple[str, str, int]:
-    """How long the errors and the probes will take, in words (empty: nothing to be done), and how many probes."""
+    """How long the errors and the probes will take, in words (empty: nothing left to do), and how many probes."""
     some = {name: {kind: errors.TypeLoss(0.1, 0.0) for kind in types} for name, types in plan.work.types.items()}
     _, probes = first(plan, some)
     task = task_for(plan.model, place, plan.texts.probed, plan.most, plan.threads)
@@ -144,7 +144,7 @@ def expected(plan: Plan, place: Workplace) -> tuple[str, str, int]:
 
 
 def measure(plan: Plan, place: Workplace) -> Measurement:
-    """What is measured before is not measured again; a run that is cut short is resumed by the same call."""
+    """Measure whatever has not been measured yet; the same call resumes an interrupted run."""
     found = errors.measure(plan.work, threads=plan.cores, report=place.report)
     groups, probes = first(plan, found)
     task = task_for(plan.model, place, plan.texts.probed, plan.most, plan.threads)
@@ -182,7 +182,7 @@ def measure(plan: Plan, place: Workplace) -> Measurement:
 
 
 def _anchored(made: Measurement, plan: Plan, task: Task, scores: Sequence[ProbeScore]) -> Measurement:
-    """With whole files of several sizes, as they would be allocated, measured: how the tensors' losses add up."""
+    """Add anchors: allocate and measure whole files of several sizes, to see how the losses of tensors add up."""
     assert plan.policy_task is not None
     choices = policy.choices_of(plan.policy_task, made)
     tensors = {tensor.name: tensor for tensor in plan.model.tensors}

@@ -1,5 +1,5 @@
-"""What was measured of a model, as a file: errors of types, scores of probes, sensitivities. One JSON object of the
-form that all manifests have.
+"""The measurement of a model as a file: errors of types, scores of probes, sensitivities. The JSON has the form of a
+manifest.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .errors import TypeLoss
 
 SCHEMA = 1
 KIND = "fit-measurement"
-_AGAIN = "apex fit MODEL measures again; what it has measured of this model it keeps"
+_AGAIN = "run apex fit MODEL to measure again; it reuses what it has already measured on this model"
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of a tensor: a type of relative error e costs `value` times e to the power of `exponent`. `low` and `high` bound
-    the 95 % interval of `value`; `group`: what was measured together. `measured`: what types cost that were
-    probed each, instead.
+    """How sensitive the model is to a tensor: a type with relative error e costs `value` times e to the power of
+    `exponent`. `low` and `high` bound the 95 % interval of `value`; `group`: the tensors measured together. `measured`:
+    the cost of types that were probed themselves, to be used instead.
     """
 
     value: float
@@ -37,7 +37,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Anchor:
-    """A whole file's types, measured: the sum of the tensors' losses, and the divergence that the probe had."""
+    """A whole file, measured: the sum of its tensors' losses, and the divergence of the probe."""
 
     total: float
     measured: float
@@ -47,7 +47,7 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Score:
-    """A probe: which tensors were of which types (in words), and its divergence."""
+    """A probe: its tensors and their types (in words), and its divergence."""
 
     name: str
     value: float
@@ -58,7 +58,7 @@ class Score:
 
 @dataclass(frozen=True)
 class HeadPart:
-    """A part of the draft head, measured apart: points of agreement that it costs for each unit of error."""
+    """A part of the draft head: points of agreement that it costs per unit of error."""
 
     tensors: tuple[str, ...]
     points: float
@@ -68,7 +68,7 @@ class HeadPart:
 
 @dataclass(frozen=True)
 class Measurement:
-    """`parts`: what it was made of, by digests; `errors`: tensor -> type -> relative error."""
+    """`parts`: digests of its inputs; `errors`: tensor -> type -> relative error."""
 
     model: str  # the file's name
     shapes: str
@@ -85,7 +85,7 @@ class Measurement:
         return sha256_json(self.parts)
 
     def loss(self, tensor: str, type_name: str) -> float:
-        """The divergence that the type on this tensor costs, by itself; 0 for a copied one or one of the draft head."""
+        """The divergence that this type costs on this tensor alone; 0 if the tensor is copied or in the draft head."""
         of = self.errors.get(tensor, {}).get(type_name)
         sensitivity = self.sensitivities.get(tensor)
         if of is None or sensitivity is None:
@@ -95,7 +95,7 @@ class Measurement:
         return float(sensitivity.value * max(0.0, of.error) ** sensitivity.exponent)
 
     def divergence(self, total: float) -> float:
-        """What a file has whose tensors' losses add up to `total`: on the line between the anchors, in logarithms."""
+        """The divergence of a file whose losses add up to `total`: interpolated between the anchors, in logarithms."""
         known = sorted((one.total, one.measured) for one in self.anchors if one.total > 0 and one.measured > 0)
         if not known or total <= 0:
             return total
@@ -111,7 +111,7 @@ class Measurement:
 
 
 def shapes_of(model: Model) -> str:
-    """Equal for models whose tensors have the same names and shapes, such as fine-tunes of one model."""
+    """A digest that models with the same tensor names and shapes share, such as fine-tunes of one model."""
     return sha256_json([[tensor.name, list(tensor.shape)] for tensor in model.tensors])
 
 
@@ -141,8 +141,8 @@ def write(found: Measurement, path: Path) -> None:
 
 
 def read(path: Path) -> Measurement:
-    """Keys that a later version adds are passed over. Raises MeasurementUnfit for what is no measurement, or is cut
-    short.
+    """Read a measurement, ignoring keys added by later versions. Raises MeasurementUnfit if the file is something else
+    or is cut short.
     """
     try:
         value = read_json(path)
@@ -155,7 +155,10 @@ def read(path: Path) -> Measurement:
             f"{path}: not a measurement of apex fit", hint="apex fit MODEL --imatrix FILE writes one"
         )
     if not isinstance(value.get("schema"), int) or value["schema"] > SCHEMA:
-        raise MeasurementUnfit(f"{path}: of schema {value.get('schema')}: this apex-build knows up to {SCHEMA}")
+        raise MeasurementUnfit(
+            f"{path}: unsupported schema: expected {SCHEMA} or lower, found {value.get('schema')}",
+            hint="upgrade apex-build",
+        )
     try:
         return _parsed(value, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -163,22 +166,23 @@ def read(path: Path) -> Measurement:
 
 
 def check(found: Measurement, model: Model, build: str) -> list[str]:
-    """Warnings for a measurement of another model of the same shapes. Raises MeasurementUnfit for one of other shapes,
-    or made by other tools.
+    """Warn about a measurement of another model with the same shapes. Raises MeasurementUnfit if the shapes or the
+    tools differ.
     """
     where = found.file or "the measurement"
     if build and found.parts.get("tools") != build:
         raise MeasurementUnfit(
-            f"{where} was made with another build of the tools, whose quantizers may have other errors: expected "
+            f"{where} was made with another build of the tools, whose quantizers may make different errors: expected "
             f"{build[:12]}, found {str(found.parts.get('tools'))[:12]}",
-            hint="apex fit MODEL measures again; or --tools FOLDER, the build that it was made with",
+            hint="run apex fit MODEL to measure again; or use the build it was made with: --tools FOLDER",
         )
     if found.shapes != shapes_of(model):
         raise MeasurementUnfit(
-            f"{where} is of another model, {found.model}: its tensors are not those of {model.path}", hint=_AGAIN
+            f"{where} belongs to another model, {found.model}: its tensors differ from those of {model.path}",
+            hint=_AGAIN,
         )
     if found.parts.get("model") != fingerprint(model):
-        return [f"{where} was measured on another model of the same shapes, {found.model}"]
+        return [f"{where} was measured on another model with the same tensor shapes, {found.model}"]
     return []
 
 
@@ -212,7 +216,7 @@ def _parsed(value: Mapping[str, Any], path: Path) -> Measurement:
         for one in value.get("draft_head", ())
     )
     if not isinstance(value["from"], dict):
-        raise ValueError("from is no object")
+        raise ValueError("'from' is not an object")
     return Measurement(
         str(value["model"]), str(value["shapes"]), value["from"], errors, sensitivities, anchors, scores, head, path
     )
@@ -221,5 +225,5 @@ def _parsed(value: Mapping[str, Any], path: Path) -> Measurement:
 def _number(value: Any) -> float:
     found = float(value)
     if not math.isfinite(found):
-        raise ValueError(f"{value!r} is no finite number")
+        raise ValueError(f"{value!r} is not a finite number")
     return found

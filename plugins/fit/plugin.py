@@ -1,4 +1,4 @@
-"""`fit`: the best file that a number of bytes can buy, measured on the model itself: docs/fit.md."""
+"""`fit`: the best quantization that fits a size, measured on the model itself. See docs/fit.md."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 APEX_API = 3
 
 PARAMETERS = {
-    "measurement": Parameter("", "file", "what apex fit measured of the model"),
-    "target_size": Parameter("", "text", "bytes of the whole file, such as 12.5GiB; or"),
-    "target_bpw": Parameter(0.0, "number", "bits a weight, over all tensors"),
-    "types": Parameter("", "text", "the types to choose from, as Q4_K,Q3_K; or -IQ2_XXS,-IQ3_S to leave some out"),
-    "keep": Parameter("", "text", "tensors of a given type, PATTERN=TYPE,...; the word keep leaves them as they are"),
-    "min": Parameter("", "text", "no type of fewer bits for a role, as attention=Q4_K,output=Q6_K; or for draft_head"),
+    "measurement": Parameter("", "file", "measurement of the model, as written by apex fit"),
+    "target_size": Parameter("", "text", "size of the whole file, such as 12.5GiB; or set target_bpw"),
+    "target_bpw": Parameter(0.0, "number", "average bits per weight"),
+    "types": Parameter("", "text", "types to choose from, such as Q4_K,Q3_K; or all but some, such as -IQ2_XXS,-IQ3_S"),
+    "keep": Parameter("", "text", "type of matching tensors, PATTERN=TYPE,...; 'keep' as type leaves them as they are"),
+    "min": Parameter("", "text", "least bits per role, such as attention=Q4_K,output=Q6_K; draft_head is a role here"),
     "draft_loss": Parameter(0.5, "number", "points of agreement that the draft head may lose"),
 }
 
@@ -32,7 +32,7 @@ def apex_policies() -> list[PolicySpec]:
             "Q8_0",
             calibrated=True,
             parameters=PARAMETERS,
-            description="the least divergence that a number of bytes can buy, from a measurement of the model",
+            description="the least divergence for a given size, according to a measurement of the model",
             compute=_compute,
             predict=_predict,
         )
@@ -41,13 +41,13 @@ def apex_policies() -> list[PolicySpec]:
 
 @hookimpl
 def apex_commands() -> list[click.Command]:
-    from .command import command  # with NumPy, and only where the verb is asked for
+    from .command import command  # imports NumPy, so only when the verb is used
 
     return [command]
 
 
 def _compute(task: PolicyTask) -> Computed:
-    from .policy import compute  # with NumPy: not for every start of `apex`
+    from .policy import compute  # imports NumPy, so not at every start of `apex`
 
     return compute(task)
 

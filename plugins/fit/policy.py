@@ -1,4 +1,4 @@
-"""The policy: from a measurement and a number of bytes to a type for each tensor."""
+"""The policy `fit`: choose a type for each tensor from a measurement and a size."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .errors import TYPES
 from .measurement import Measurement
 
 KLD = "kld.mean"
-AGREEMENT = "depth1.agreement.difference"  # points: what the draft head loses is below 0
-# where the head was not scored: what cost little on the heads that were (docs/results/draft-head.md)
+AGREEMENT = "depth1.agreement.difference"  # points; negative if the draft head loses agreement
+# for a head that was not scored: types that cost little on the heads that were (docs/results/draft-head.md)
 _CAUTIOUS = {"routed": "Q4_K", "dense": "Q4_K"}
 _CAUTIOUS_OTHER = "Q5_K"
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What there is to choose: trunk and draft head apart, and the bytes of the file that are not to be chosen."""
+    """The choices: for the trunk, for the draft head, and the bytes of the file that are fixed."""
 
     trunk: tuple[Item, ...]
     head: tuple[Item, ...]
@@ -56,10 +56,10 @@ def compute(task: PolicyTask) -> Computed:
     bound = float(task.parameters["draft_loss"])
     head, trunk = _allocated(choices, target, bound)
     if choices.head and not found.head:
-        warnings.append("the draft head was not scored: it gets a cautious mixture")
+        warnings.append("the draft head was not scored: it gets a cautious mixture of types")
     elif head.loss > bound * (1 + 1e-9):
         warnings.append(
-            f"the draft head loses {head.loss:.2f} points of agreement: {bound:g} cannot be had in this size"
+            f"the draft head loses {head.loss:.2f} points of agreement: a loss of {bound:g} does not fit this size"
         )
     types = {**trunk.types, **head.types}
     return Computed(types, tuple(warnings), predicted(found, task, types))
@@ -70,18 +70,18 @@ def check_target(target: int, choices: Choices, model: Model) -> None:
     where = f"{model.path.name}: a file of {budget.shown(target)}"
     if target < choices.smallest:
         raise BudgetUnfit(
-            f"{where} cannot be made: the smallest has {choices.smallest} bytes ({budget.shown(choices.smallest)})",
-            hint=f"a size of {choices.smallest}; other settings of keep, min and types may allow a smaller one",
+            f"{where} is not possible: the smallest has {choices.smallest} bytes ({budget.shown(choices.smallest)})",
+            hint=f"ask for {choices.smallest} bytes; or change keep, min or types to allow a smaller file",
         )
     if target > choices.largest:
         raise BudgetUnfit(
-            f"{where} cannot be filled: the largest has {choices.largest} bytes ({budget.shown(choices.largest)})",
-            hint=f"a size of {choices.largest}",
+            f"{where} is not possible: the largest has {choices.largest} bytes ({budget.shown(choices.largest)})",
+            hint=f"ask for {choices.largest} bytes",
         )
 
 
 def predict(task: PolicyTask, types: Mapping[str, str]) -> Mapping[str, float]:
-    """Of types that anything chose. Nothing without a measurement of this model."""
+    """Predict figures for types, whatever chose them. Empty without a measurement of this model."""
     if not task.parameters.get("measurement"):
         return {}
     found = measured(task)
@@ -94,7 +94,7 @@ def measured(task: PolicyTask) -> Measurement:
     if not path:
         raise ParameterUnknown(
             f"policy '{task.policy}' needs a measurement of the model",
-            hint=f"apex fit {task.model.path} --imatrix FILE makes one; then --set measurement=FILE",
+            hint=f"apex fit {task.model.path} --imatrix FILE writes one; then --set measurement=FILE",
         )
     state = Path(path).stat()
     return _read(path, state.st_mtime_ns, state.st_size)
@@ -106,7 +106,7 @@ def _read(path: str, _time: int, _size: int) -> Measurement:
 
 
 def target_of(task: PolicyTask) -> int:
-    """Bytes of the file. Raises ParameterUnknown unless exactly one of the two parameters says it."""
+    """Bytes of the file. Raises ParameterUnknown unless exactly one of the two parameters is set."""
     size, bits = str(task.parameters["target_size"]), float(task.parameters["target_bpw"])
     if bool(size) == bool(bits):
         raise ParameterUnknown(
@@ -127,7 +127,7 @@ def choices_of(task: PolicyTask, found: Measurement) -> Choices:
     }
     kinds = {budget.HEAD, *(tensor.role for tensor in task.model.tensors)}
     if unknown := least.keys() - kinds:
-        raise ParameterUnknown(f"min: no tensor is '{min(unknown)}'. There are: {', '.join(sorted(kinds))}")
+        raise ParameterUnknown(f"min: no tensor has the role '{min(unknown)}'; roles: {', '.join(sorted(kinds))}")
     trunk: list[Item] = []
     head: list[Item] = []
     fixed = task.other_bytes
@@ -159,7 +159,7 @@ def predicted(found: Measurement, task: PolicyTask, types: Mapping[str, str]) ->
 
 
 def _allocated(choices: Choices, target: int, bound: float) -> tuple[Allocation, Allocation]:
-    """The head gets the fewest bytes that its bound allows, and no more than leaves room for the smallest trunk."""
+    """Give the head the fewest bytes that keep its loss within the bound, but leave room for the smallest trunk."""
     rest = target - choices.fixed
     head = allocate.cheapest(choices.head, bound)
     if head.n_bytes > (most := rest - allocate.smallest(choices.trunk)):
@@ -195,7 +195,7 @@ def _item(
         return Item(tensor.name, (option(fitting[0] if fitting else tensor.type),))
     known = tuple(found.errors.get(tensor.name, {}))
     if not tensor.draft_head and tensor.name not in found.sensitivities:
-        known = tuple(one for one in known if one == "Q8_0")  # nothing is known of what it costs
+        known = tuple(one for one in known if one == "Q8_0")  # the cost of other types is unknown
     kinds = [
         one
         for one in known
@@ -205,7 +205,7 @@ def _item(
 
 
 def _head_points(found: Measurement) -> dict[str, float]:
-    """Points that a unit of error costs, of each tensor of the head: its share of its part's."""
+    """Points of agreement per unit of error, for each tensor of the head: its share of its part's points."""
     return {name: part.points / len(part.tensors) for part in found.head for name in part.tensors}
 
 

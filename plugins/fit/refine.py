@@ -1,4 +1,4 @@
-"""--refine: exchanges of two tensors' types near the optimum, measured one by one; those that pay are kept."""
+"""--refine: try exchanges of bits between two tensors near the optimum, measure each, and keep those that help."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .allocate import Item, Option
 
 @dataclass(frozen=True)
 class Exchange:
-    """`types`: of the two tensors, after it. `n_bytes`: that it adds; `loss`: as predicted, that it adds."""
+    """`types`: of the two tensors afterwards. `n_bytes`, `loss`: the bytes and the predicted loss that it adds."""
 
     types: Mapping[str, str]
     n_bytes: int
@@ -21,7 +21,7 @@ class Exchange:
 
 
 def exchanges(items: Sequence[Item], types: Mapping[str, str], slack: int, count: int) -> list[Exchange]:
-    """One tensor a step up and another a step down, within `slack` bytes more: those that the prediction likes most."""
+    """Move one tensor up and another down, adding at most `slack` bytes; the best by prediction come first."""
     ups, downs = [], []
     for item in items:
         ladder = sorted(item.options, key=lambda one: (one.n_bytes, one.loss))
@@ -41,13 +41,13 @@ def exchanges(items: Sequence[Item], types: Mapping[str, str], slack: int, count
 
 
 def probes(types: Mapping[str, str], some: Sequence[Exchange]) -> list[Probe]:
-    """The file as it is, and with each of the exchanges."""
+    """A probe of the file as allocated, and one for each exchange."""
     return [Probe("as allocated", types), *(Probe(_name(one), {**types, **one.types}) for one in some)]
 
 
 def that_pay(some: Sequence[Exchange], scores: Sequence[ProbeScore], slack: int) -> list[Exchange]:
-    """Those whose divergence is surely lower than that of the file as it is (the first score), the best first; each
-    tensor once, and within the slack together.
+    """Exchanges that lower the divergence of the file as allocated (the first score) beyond doubt, best first. Each
+    tensor changes only once, and together they stay within the slack.
     """
     base, *others = scores
     measured = [(sensitivity.difference(score, base), one) for score, one in zip(others, some, strict=True)]

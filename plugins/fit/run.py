@@ -1,4 +1,4 @@
-"""From a model and a budget to a file: the steps of the verb, without a word printed."""
+"""The steps of the verb, from a model and a size to a file; nothing is printed here."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ from .data import NAME, Asked, Done, Made, Preview, Row
 from .measurement import Measurement
 from .plugin import PARAMETERS
 
-_MARGIN = 0.03  # of a GPU's memory, for its driver and the display
+_MARGIN = 0.03  # share of a GPU's memory to leave for its driver and the display
 
 
 def preview(path: Path, asked: Asked, place: Workplace) -> Preview:
-    """Check all of it. Raises BudgetUnfit, MeasurementUnfit, CalibrationSetInvalid, ParameterUnknown, TypeUnknown."""
+    """Check the whole request. Raises BudgetUnfit, MeasurementUnfit, CalibrationSetInvalid, ParameterUnknown,
+    TypeUnknown.
+    """
     model = place.model(path)
     data = read_data(asked.imatrix, model)
     ggml = Ggml(place.tools)
@@ -68,7 +70,7 @@ def preview(path: Path, asked: Asked, place: Workplace) -> Preview:
     )
     choices = policy.choices_of(task, _blank(model, types, head=asked.head_score))
     room, targets = _targets(model, asked, place)
-    if room:  # more memory than the model as it is takes
+    if room:  # the GPU may have more memory than the largest file needs
         targets = tuple(min(target, choices.largest) for target in targets)
     for target in targets:
         policy.check_target(target, choices, model)
@@ -130,7 +132,7 @@ def fit(before: Preview, asked: Asked, place: Workplace) -> Done:
         if asked.out is not None:
             plots = plot(asked.out, rows, tiers, before)
             if not plots:
-                warnings.append("no plot: it needs matplotlib; pip install 'apex-build[report]'")
+                warnings.append("no plot written: plots need matplotlib; pip install 'apex-build[report]'")
     else:
         assert asked.out is not None
         types, said = _refined(rows[0], before, found, asked, place)
@@ -141,7 +143,7 @@ def fit(before: Preview, asked: Asked, place: Workplace) -> Done:
 
 
 def _blank(model: Model, types: Mapping[str, tuple[str, ...]], *, head: bool) -> Measurement:
-    """One that says nothing of what types cost, for what there will be to choose from."""
+    """A measurement in which every type costs nothing, to find out what choices there will be."""
     nothing = measurement.Sensitivity(0.0, None, None, 1.0, "")
     known = {name: dict.fromkeys(some, errors.TypeLoss(0.0, 0.0)) for name, some in types.items()}
     heads = tuple(tensor.name for tensor in model.tensors if tensor.draft_head and tensor.name in types)
@@ -152,7 +154,7 @@ def _blank(model: Model, types: Mapping[str, tuple[str, ...]], *, head: bool) ->
 
 
 def _targets(model: Model, asked: Asked, place: Workplace) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """What a GPU's memory goes to, in words; and the bytes of each file. Raises BudgetUnfit, GpuUnknown."""
+    """How the GPU's memory is used, in words, and the size of each file in bytes. Raises BudgetUnfit, GpuUnknown."""
     if asked.curve:
         return (), asked.curve
     if asked.size is not None:
@@ -162,7 +164,9 @@ def _targets(model: Model, asked: Asked, place: Workplace) -> tuple[tuple[str, .
     assert asked.gpu is not None
     (target, *_) = gpus_of([asked.gpu], place.plugins)
     if not target.memory_gib:
-        raise BudgetUnfit(f"the memory of '{target.name}' is not known", hint="--target-size SIZE")
+        raise BudgetUnfit(
+            f"the memory size of '{target.name}' is unknown", hint="use --target-size SIZE instead of --gpu"
+        )
     vocabulary = len(model.metadata.get("tokenizer.ggml.tokens", ()))
     taken = footprint(place.tools, model.path, context=asked.context, vocabulary=vocabulary)
     memory = int(target.memory_gib * 2**30)
@@ -177,11 +181,11 @@ def _targets(model: Model, asked: Asked, place: Workplace) -> tuple[tuple[str, .
     listed = ", ".join(f"{name} {budget.shown(size)}" for name, size in parts.items() if size)
     if left <= 0:
         raise BudgetUnfit(
-            f"{target.name}: {budget.shown(memory)} of memory do not hold {asked.context} tokens of context: {listed}",
-            hint=f"--context {max(1, asked.context // 4)}, or another GPU: apex build --list-gpus",
+            f"{target.name}: {budget.shown(memory)} of memory cannot hold {asked.context} tokens of context: {listed}",
+            hint=f"--context {max(1, asked.context // 4)}, or another GPU (apex build --list-gpus shows them)",
         )
-    said = f"{target.name}: {budget.shown(memory)}, for {asked.context} tokens of context {listed}"
-    return (f"{said}; left for the file {budget.shown(left)}",), (left,)
+    said = f"{target.name}: {budget.shown(memory)}; with {asked.context} tokens of context: {listed}"
+    return (f"{said}; left for the file: {budget.shown(left)}",), (left,)
 
 
 def _beside(asked: Asked, model: Model) -> Path:
@@ -193,14 +197,16 @@ def _beside(asked: Asked, model: Model) -> Path:
 def _known(
     at: Path, plan: measure.Plan, model: Model, place: Workplace, *, given: bool
 ) -> tuple[Measurement | None, tuple[str, ...]]:
-    """The measurement that is there, if it is this one; or, where the user names it, of a model of the same shapes."""
+    """The measurement in `at` if it fits the plan; a file that the user named may also belong to a model with the same
+    shapes.
+    """
     if not at.exists():
         return None, ()
     found = measurement.read(at)
     if found.parts == plan.parts:
         return found, ()
     if found.parts.get("model") == fingerprint(model) and found.parts.get("tools") == place.tools.identity:
-        return None, ()  # of this model, measured in another way: it is replaced
+        return None, ()  # of this model, with other settings: replace it
     if not given:
         measurement.check(replace(found, file=at), model, place.tools.identity)
     return found, tuple(measurement.check(replace(found, file=at), model, place.tools.identity))
@@ -215,7 +221,7 @@ def _planned(target: int, before: Preview, asked: Asked, place: Workplace) -> Pl
 def _refined(
     row: Row, before: Preview, found: Measurement, asked: Asked, place: Workplace
 ) -> tuple[Path | None, tuple[str, ...]]:
-    """A list of types that goes before the policy's, where exchanges pay; and what became of them, in words."""
+    """A file of types to override the policy's, if exchanges help; and a line that tells how many did."""
     if not asked.refine:
         return None, ()
     items = policy.choices_of(before.task, found).trunk
@@ -229,19 +235,20 @@ def _refined(
     scores = run_probes(task, tried, before.data.path, chunks=before.plan.chunks)
     kept = refine.that_pay(some, scores, slack)
     if not kept:
-        return None, (f"refined: none of {len(some)} exchanges surely pays",)
+        return None, (f"refined: none of {len(some)} exchanges helps beyond doubt",)
     changed = {name: kind for one in kept for name, kind in one.types.items()}
     (together,) = run_probes(
         task, [Probe("all that pay", {**plain, **changed})], before.data.path, chunks=before.plan.chunks
     )
     gain = sensitivity.difference(together, scores[0])
     if gain.value >= 0:
-        return None, (f"refined: {len(kept)} of {len(some)} exchanges pay alone, and not together",)
+        return None, (f"refined: {len(kept)} of {len(some)} exchanges help alone, but not together",)
     text = "".join(f"^{re.escape(name)}$={kind}\n" for name, kind in sorted(changed.items()))
     path = cache_folder("fit", "refined", sha256_json([row.target, text])[:32]) / "types.txt"
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
-    return path, (f"refined: {len(kept)} of {len(some)} exchanges pay, {-gain.value:.5f} nats on the probes' text",)
+    gained = f"{-gain.value:.5f} nats less on the probes' text"
+    return path, (f"refined: {len(kept)} of {len(some)} exchanges help: {gained}",)
 
 
 def _made(
@@ -256,7 +263,7 @@ def _made(
     (planned,) = plan_files(before.model, asked.out, options, place=place)
     if row.target is not None and planned.job.n_bytes > row.target:
         raise BudgetUnfit(
-            f"{asked.out}: would have {planned.job.n_bytes} bytes, expected at most {row.target}",
+            f"{asked.out}: would be too large: expected at most {row.target} bytes, found {planned.job.n_bytes}",
             hint=f"--target-size {row.target - (planned.job.n_bytes - row.target)}",
         )
     done = write_file(planned, options, place=place)

@@ -1,14 +1,14 @@
-"""How much of the divergence each part of a model is good for, from probes of it and from the errors of its types.
+"""Part 2: how much each part of a model adds to the divergence, from probes of it and from the errors of its types.
 
-The model of the loss: a group of tensors, one role in one layer, costs
+The model of the loss: a group of tensors (one role in one layer) costs
 
-    KLD = s * mean(e**p)        e: the relative error that the chosen type makes of each of its tensors
+    KLD = s * mean(e**p)        e: the relative error of the chosen type on each of its tensors
 
-with a sensitivity `s` of the group. p = 1 is the product law, and holds where an error passes on as it is; below a
-router or another threshold p is smaller (the testbed: 0.7 in the first layer, 1.0 in the last). Groups that are probed
-with two types tell p, each for itself and for those near it in depth. A matrix outside the layers is probed with every
-type that it can be, and taken as measured: a mean error says little of it. Groups add up; how well they do is measured
-with probes of the whole model (`Total`).
+where `s` is the sensitivity of the group. p = 1 is the product law, which holds where errors propagate linearly; if a
+router or another threshold follows, p is smaller (the testbed: 0.7 in the first layer, 1.0 in the last). Groups probed
+with two types yield p, for themselves and for groups at a similar depth. A matrix outside the layers is probed with
+every type that it can have, and its cost is used as measured: a mean error predicts it badly. The costs of groups add
+up; probes of the whole model show how well (`Total`).
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from apex_build.plugin_api import NORMAL, Estimate, Model, Probe, ProbeScore, Te
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Errors = Mapping[tuple[str, str], float]  # (tensor, type in upper case) -> relative error; missing: cannot be
+Errors = Mapping[tuple[str, str], float]  # (tensor, type in upper case) -> relative error; missing: not possible
 
-# types of a group's first probe and of its second, the first of each that can be. They are far apart, with what a file
-# is made of between them: on the testbed Q3_K and Q5_K give the loss of all layers at Q4_K, IQ3_S and IQ2_XS within
-# 1 %; Q3_K and Q2_K are 5 to 33 % off.
+# Types for a group's first and second probe; the first possible one of each is used. They are far apart, so that the
+# types of a file lie between them: on the testbed Q3_K and Q5_K predict the loss of all layers at Q4_K, IQ3_S and
+# IQ2_XS within 1 %; Q3_K and Q2_K are 5 to 33 % off.
 _LOW = ("Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q2_K", "Q4_K", "Q8_0")
 _HIGH = ("Q5_K", "Q6_K", "Q5_0", "Q8_0", "Q4_K")
-VERSION = 2  # to be raised when other probes are made, or other conclusions drawn from them
+VERSION = 2  # raise it when a change of the code makes other probes, or draws other conclusions from them
 BASELINE = Probe("the model as it is")
-_NOISY = 0.5  # half an interval, relative to the value: a probe that says less than this is given more chunks
-_EXPONENTS = (0.5, 2.0)  # what two probes may say of p: beyond it they say that one of them is noise
-# standard deviations: of p around 1 before anything is known; of a group's p around what its probes say, and around
-# that of another one beside it
+_NOISY = 0.5  # half an interval, relative to the value: less certain probes get more chunks
+_EXPONENTS = (0.5, 2.0)  # bounds of p: if two probes yield a value outside, one of them is noise
+# standard deviations: of p around 1 without probes; of a group's p around the value from its own probes, and around the
+# value from another group at a similar depth
 _PRIOR, _OWN, _ANOTHER = 0.5, 0.05, 0.2
-_OTHER_ROLE = 0.2  # what a group of another role counts, of one of the same
-_APART = 0.2  # logarithm of the ratio of two errors: nearer ones say nothing of p
+_OTHER_ROLE = 0.2  # weight of a group of another role, relative to one of the same role
+_APART = 0.2  # minimum logarithm of the ratio of two errors: closer ones do not tell p
 _NORMAL = NormalDist()
 _Probed = tuple[ProbeScore, tuple[float, ...]]  # with the errors of its tensors
 
@@ -48,15 +48,15 @@ _Probed = tuple[ProbeScore, tuple[float, ...]]  # with the errors of its tensors
 @dataclass(frozen=True)
 class Group:
     name: str
-    role: str  # what it is pooled with: `routed.down`, `attention`
+    role: str  # groups of the same role may be pooled: `routed.down`, `attention`
     layer: int | None
     tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`s`: with its 95 % interval. `pooled_with`: groups whose probes were put together with this one's, since noise
-    hides each. `note`: what the probes said of the product law, where they said anything.
+    """`s`: with its 95 % interval. `pooled_with`: groups whose probes were combined with this one's, because each alone
+    is lost in noise. `note`: whether the product law holds, if the probes tell.
     """
 
     group: Group
@@ -64,10 +64,10 @@ class Sensitivity:
     p: float = 1.0
     pooled_with: tuple[str, ...] = ()
     note: str = ""
-    measured: Mapping[str, float] = field(default_factory=dict, hash=False)  # type -> divergence, where each was probed
+    measured: Mapping[str, float] = field(default_factory=dict, hash=False)  # type -> divergence, if probed itself
 
     def loss(self, errors: Mapping[str, float]) -> float:
-        """The group's divergence where its tensors have these relative errors, by the law."""
+        """The divergence of the group that the law predicts for these relative errors of its tensors."""
         return float(self.s.value * _strength([errors[name] for name in self.group.tensors], self.p))
 
 
@@ -83,8 +83,8 @@ class Total:
 
 
 def groups_of(model: Model, can_be: Sequence[str]) -> tuple[Group, ...]:
-    """The tensors `can_be` that a type is to be chosen for, in groups: of feed-forward networks down apart from gate
-    and up, the rest of a layer by role; each of those outside layers by itself.
+    """Group the tensors in `can_be`, which get a type. In a layer: by role, with the down matrices of feed-forward
+    networks apart from gate and up. Each tensor outside the layers is a group.
     """
     wanted = frozenset(can_be)
     members: dict[tuple[str, int | None], list[str]] = {}
@@ -105,9 +105,9 @@ def first_probes(
     *,
     second_every: int = 6,
 ) -> tuple[Probe, ...]:
-    """The model as it is, each group at the first of `types` that its tensors can be, and some of each role, from its
-    first layer to its last and at least three, at one of `second` too. One outside the layers is probed with every
-    type that it can be. A group with a tensor that can be none of them is left out.
+    """Probe the model as it is; each group with the first of `types` that its tensors can have; and, of each role, at
+    least three groups spread from its first layer to its last, with one of `second` too. A tensor outside the layers is
+    probed with every type that it can have. A group with a tensor that can have none of the types is left out.
     """
     probes = [BASELINE]
     twice = {name for role in {group.role for group in groups} for name in _spread(groups, role, second_every)}
@@ -126,22 +126,23 @@ def first_probes(
 
 
 def _spread(groups: Sequence[Group], role: str, every: int) -> list[str]:
-    """Names of groups of a role: the first, the last, and some evenly between them."""
+    """Names of some groups of a role: the first, the last, and others evenly spaced between them."""
     names = [group.name for group in groups if group.role == role]
     many = min(len(names), max(3, -(-len(names) // every)))
     return [names[round(at * (len(names) - 1) / max(1, many - 1))] for at in range(many)]
 
 
 def alone(group: Group) -> bool:
-    """Whether it is probed with every type that it can be."""
+    """Whether the group is probed with every type that it can have."""
     return group.layer is None and len(group.tensors) == 1
 
 
 def more_chunks(
     groups: Sequence[Group], scores: Sequence[ProbeScore], errors: Errors, budget: int
 ) -> tuple[Probe, ...]:
-    """The probes that noise hides, with the baseline, those first that may cost most; as many as `budget` evaluations
-    of a chunk allow, where each is to get as many chunks more as it has. None: nothing would be told by more chunks.
+    """The baseline and the probes whose cost is lost in noise, the potentially most expensive first. Each is to get as
+    many chunks again as it had, so there are only as many probes as `budget` extra chunks allow. Empty if more chunks
+    would not help.
     """
     base = _baseline(scores)
     hidden = []
@@ -157,13 +158,13 @@ def more_chunks(
 
 
 def difference(score: ProbeScore, base: ProbeScore) -> Estimate:
-    """What a probe costs: its divergence less that of the model as it is, on the chunks that both have."""
+    """The cost of a probe: its divergence minus the baseline's, on the chunks that both have."""
     probed, plain = _paired(score, base)
     return clustered_ratio(probed[0] - plain, probed[1], probed[2])
 
 
 def sensitivities(groups: Sequence[Group], scores: Sequence[ProbeScore], errors: Errors) -> tuple[Sensitivity, ...]:
-    """Of each group that was probed, in their order."""
+    """The sensitivity of each group that was probed, in order."""
     base = _baseline(scores)
     found = {group.name: _of(group, scores, errors) for group in groups}
     slopes = {group.name: slope for group in groups if (slope := _slope(found[group.name], base)) is not None}
@@ -182,7 +183,9 @@ def sensitivities(groups: Sequence[Group], scores: Sequence[ProbeScore], errors:
 
 
 def total_of(predicted: Sequence[float], measured: Sequence[float]) -> Total:
-    """From probes of the whole model: one gives the factor, more the power as well (least squares of logarithms)."""
+    """Fit `Total` to probes of the whole model: one gives the factor, several the power too (least squares of
+    logarithms).
+    """
     pairs = [(math.log(a), math.log(b)) for a, b in zip(predicted, measured, strict=True) if a > 0 and b > 0]
     if not pairs:
         return Total()
@@ -204,7 +207,7 @@ def _role(tensor: Tensor) -> str:
 
 
 def _probe(group: Group, errors: Errors, types: Sequence[str]) -> Probe | None:
-    """Each tensor at the first of the types that it can be."""
+    """A probe of the group, with each tensor at the first of the types that it can have."""
     chosen = {name: next((kind for kind in types if (name, kind) in errors), None) for name in group.tensors}
     if None in chosen.values():
         return None
@@ -217,7 +220,7 @@ def _baseline(scores: Sequence[ProbeScore]) -> ProbeScore:
 
 
 def _of(group: Group, scores: Sequence[ProbeScore], errors: Errors) -> list[_Probed]:
-    """The group's own probes, each with the errors of its tensors, the least error first."""
+    """The group's own probes, each with the errors of its tensors, smallest error first."""
     own = frozenset(group.tensors)
     found = [
         (score, tuple(errors[name, kind.upper()] for name, kind in score.probe.types.items()))
@@ -232,8 +235,8 @@ def _strength(errors: Sequence[float], p: float = 1.0) -> float:
 
 
 def _paired(score: ProbeScore, base: ProbeScore) -> tuple[tuple[Floats, Floats, Ints], Floats]:
-    """(divergence, positions, text) of the chunks that both have, and the baseline's divergence: of each text the
-    first ones.
+    """(divergence, positions, text) of the chunks that both have, and the baseline's divergence on them. Both have the
+    first chunks of each text.
     """
     kept, plain = [], []
     for text in np.unique(score.text):
@@ -246,7 +249,7 @@ def _paired(score: ProbeScore, base: ProbeScore) -> tuple[tuple[Floats, Floats, 
 
 
 def _scatter(sums: Floats, text: Ints) -> float:
-    """Half a 95 % interval of a total of independent chunks; infinite where they are too few."""
+    """Half a 95 % interval of a total over independent chunks; infinite for too few chunks."""
     groups = [sums[text == one] for one in np.unique(text)]
     freedom = len(sums) - len(groups)
     if freedom < 3 or min(map(len, groups)) < 2:
@@ -255,7 +258,7 @@ def _scatter(sums: Floats, text: Ints) -> float:
 
 
 def _slope(found: Sequence[_Probed], base: ProbeScore) -> Estimate | None:
-    """p, from the probes with the least and the greatest error; the noise of both is paired."""
+    """p, from the probes with the smallest and the largest error; their noise is paired."""
     if len(found) < 2:
         return None
     (low, low_errors), (high, high_errors) = found[0], found[-1]
@@ -264,7 +267,7 @@ def _slope(found: Sequence[_Probed], base: ProbeScore) -> Estimate | None:
         return None
     (a, _, text), plain_a = _paired(low, base)
     (b, _, _), plain_b = _paired(high, base)
-    if len(a) != len(b):  # one was given more chunks
+    if len(a) != len(b):  # only one of them got more chunks
         return None
     first, second = a - plain_a, b - plain_b
     if first.sum() <= 0 or second.sum() <= 0 or any((difference(one, base).low or 0.0) < 0 for one in (low, high)):
@@ -275,8 +278,8 @@ def _slope(found: Sequence[_Probed], base: ProbeScore) -> Estimate | None:
 
 
 def _exponent(group: Group, groups: Sequence[Group], slopes: Mapping[str, Estimate]) -> float:
-    """The p of a group: the mean of what probes say of it, of others near it in depth and of its role, and of 1, each
-    with the weight of what it can be trusted for this group.
+    """The p of a group: a weighted mean of 1 and of the values from its own probes and those of other groups. A group
+    at a similar depth and of the same role weighs more.
     """
     weight, total = 1 / _PRIOR**2, 1 / _PRIOR**2
     span = max(2.0, len({one.layer for one in groups if one.layer is not None}) / 6)
@@ -297,13 +300,13 @@ def _exponent(group: Group, groups: Sequence[Group], slopes: Mapping[str, Estima
 
 
 def _by_type(found: Sequence[_Probed], base: ProbeScore) -> dict[str, float]:
-    """What each type costs, of a group of one tensor."""
+    """The cost of each type that was probed on a group of one tensor."""
     kinds = [next(iter(score.probe.types.values())).upper() for score, _ in found]
     return {kind: max(0.0, difference(score, base).value) for kind, (score, _) in zip(kinds, found, strict=True)}
 
 
 def _fit(found: Sequence[_Probed], base: ProbeScore, p: float) -> Estimate:
-    """s, by the mean of the logarithms of what each probe says: neither a low nor a high type is favoured."""
+    """s: the geometric mean over the probes, so that neither low nor high types dominate."""
     each = [difference(score, base).times(1.0 / _strength(errors, p)) for score, errors in found]
     values = [one.value for one in each]
     value = math.exp(sum(map(math.log, values)) / len(values)) if min(values) > 0 else sum(values) / len(values)
@@ -316,7 +319,7 @@ def _fit(found: Sequence[_Probed], base: ProbeScore, p: float) -> Estimate:
 def _pooled(
     each: Sequence[Sensitivity], found: Mapping[str, Sequence[_Probed]], base: ProbeScore
 ) -> tuple[Sensitivity, ...]:
-    """Groups of one role of which noise hides the sensitivity get the same one: that of all of them together."""
+    """Give groups of one role whose sensitivity is lost in noise the same one, measured on all of them together."""
     hidden: dict[str, list[Sensitivity]] = {}
     for one in each:
         if one.s.value <= 0 or (one.s.low is not None and one.s.low <= 0):
@@ -337,8 +340,8 @@ def _pooled(
 
 
 def _together(members: Sequence[tuple[Sequence[_Probed], float]], base: ProbeScore) -> tuple[Floats, float, Ints]:
-    """Of the groups' probes with the greatest errors: what they cost in each chunk, what their sensitivity is
-    multiplied with to give that, and the chunks' texts. A chunk that only some were scored on counts for those.
+    """Combine the groups' probes with the largest errors: their cost in each chunk, the factor between their
+    sensitivity and the total cost, and the chunks' texts. A chunk that only some were scored on counts for those.
     """
     costs, scale = np.zeros(len(base.kld)), 0.0
     place = {chunk: at for at, chunk in enumerate(_chunks(base))}
@@ -352,7 +355,7 @@ def _together(members: Sequence[tuple[Sequence[_Probed], float]], base: ProbeSco
 
 
 def _chunks(score: ProbeScore) -> list[tuple[int, int]]:
-    """(text, number in it) of each chunk: those of a text come in order, from its first."""
+    """(text, number within the text) of each chunk; the chunks of a text are in order and start at its first."""
     counted: dict[int, int] = {}
     found = []
     for text in score.text.tolist():
@@ -362,8 +365,8 @@ def _chunks(score: ProbeScore) -> list[tuple[int, int]]:
 
 
 def _positive(value: float, half: float) -> float:
-    """What to expect of a quantity that cannot be negative and was measured as `value` +- `half` (95 %): the mean of
-    the normal distribution above 0.
+    """The expected value of a quantity that cannot be negative and was measured as `value` +- `half` (95 %): the mean
+    of the normal distribution truncated at 0.
     """
     if not math.isfinite(half) or half <= 0:
         return max(value, 0.0)

@@ -72,7 +72,9 @@ def test_whole_chunks_as_even_as_can_be() -> None:
     assert split(24, 4) == (Shard(0, 6), Shard(6, 6), Shard(12, 6), Shard(18, 6))
     assert [shard.chunks for shard in split(25, 4)] == [6, 6, 6, 7]
     assert split(2, 1) == (Shard(0, 2),)
-    with pytest.raises(CalibrationSetInvalid, match="the text has 11 chunks: 4 shards need 12"):
+    with pytest.raises(
+        CalibrationSetInvalid, match=r"too short for 4 shards: expected at least 12 chunks .*, found 11"
+    ):
         split(11, 4)
 
 
@@ -125,7 +127,7 @@ def test_a_killed_tool_is_run_again(four: Path, testbed: Path, tmp_path: Path) -
         os.kill(process, signal.SIGKILL)
     _, said = child.communicate(timeout=300)
     assert child.returncode == 0, said.decode()
-    assert b"of 4 is run again: llama-imatrix was ended by SIGKILL" in said
+    assert b"of 4 again: llama-imatrix was ended by SIGKILL" in said
     assert out.read_bytes() == four.read_bytes()
 
 
@@ -169,7 +171,7 @@ def test_each_set_of_gpus_has_a_shard(four: Path, testbed: Path, tmp_path: Path)
 def test_bad_input(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
     common = ["calibrate", testbed, "-o", tmp_path / "x.gguf", "--text", heldout / "chat.txt", "--no-rows-check"]
     ran = run_apex(*common, "--chunks", 8, "--shards", 3, code=50)
-    assert "the text has 8 chunks: 3 shards need 9" in ran.stderr and "--shards 2" in ran.stderr
+    assert "expected at least 9 chunks (3 each), found 8" in ran.stderr and "--shards 2" in ran.stderr
     assert "--shards" in run_apex(*common, "--devices", "0", code=2).stderr
     assert not (tmp_path / "x.gguf").exists()
 

@@ -118,5 +118,5 @@ def test_bad_input(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path)
     run_apex("calibrate", testbed, *common, "--max-tokens", 9999, code=2)
     run_apex("calibrate", testbed, *common, "--until-experts", 64, "--chunks", 9, code=2)
     ran = run_apex("calibrate", testbed, *common, "--until-experts", 64, "--max-tokens", 600, code=50)
-    assert "600 tokens are less than the least that can be run" in ran.stderr
+    assert "600 tokens are too few to run" in ran.stderr
     assert not out.exists()

@@ -103,9 +103,9 @@ def test_sizes_that_cannot_be(model: Model, measured: Path) -> None:
 
 def test_settings_that_mean_nothing(model: Model, measured: Path) -> None:
     at = {"target_bpw": 4.0}
-    assert "found in no tensor" in refused(ParameterUnknown, model, measured, keep="nothing=Q4_K", **at).message
+    assert "matches no tensor" in refused(ParameterUnknown, model, measured, keep="nothing=Q4_K", **at).message
     assert "regular expression" in refused(ParameterUnknown, model, measured, keep="(=Q4_K", **at).message
-    assert "no tensor is 'ears'" in refused(ParameterUnknown, model, measured, min="ears=Q4_K", **at).message
+    assert "no tensor has the role 'ears'" in refused(ParameterUnknown, model, measured, min="ears=Q4_K", **at).message
     refused(TypeUnknown, model, measured, types="Q4_Z", **at)
     refused(TypeUnknown, model, measured, keep="output=Q4_Z", **at)
 
@@ -113,8 +113,8 @@ def test_settings_that_mean_nothing(model: Model, measured: Path) -> None:
 def test_a_measurement_of_something_else(model: Model, other: Any, measured: Path, tmp_path: Path) -> None:
     at = {"target_bpw": 4.0}
     fine = planned(model, other(model="0" * 64), **at).plan
-    assert any("another model of the same shapes, another-F16.gguf" in warning for warning in fine.warnings)
-    assert "tensors are not those" in refused(MeasurementUnfit, model, other(shapes="0" * 64), **at).message
+    assert any("another model with the same tensor shapes, another-F16.gguf" in text for text in fine.warnings)
+    assert "its tensors differ from those of" in refused(MeasurementUnfit, model, other(shapes="0" * 64), **at).message
     assert "another build" in refused(MeasurementUnfit, model, other(tools="0" * 32), **at).message
     text = measured.read_text("utf-8")
     for wrong, says in ((text[: len(text) // 2], "cut short"), ("{}", "not a measurement"), ("[1", "cut short")):

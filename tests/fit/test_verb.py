@@ -98,8 +98,8 @@ def test_what_is_refused_before_anything_is_measured(
     short = tmp_path / "short.txt"
     short.write_text("a few words\n" * 20, "utf-8")
     given = ["fit", testbed, "--imatrix", calibrated, "--target-bpw", "4", *out]
-    assert "too short a text for the probes" in run_apex(*given, "--text", short, code=50).stderr
-    assert "do not hold" in run_apex(*arguments, "--gpu", "rtx5060", "--context", "90000000", *out, code=68).stderr
+    assert "text too short for the probes" in run_apex(*given, "--text", short, code=50).stderr
+    assert "cannot hold" in run_apex(*arguments, "--gpu", "rtx5060", "--context", "90000000", *out, code=68).stderr
     assert "there is no GPU" in run_apex(*arguments, "--gpu", "rtx0", *out, code=25).stderr
     run_apex(*arguments, *out, code=2)
     run_apex(*arguments, "--target-size", "8MiB", "--target-bpw", "3", *out, code=2)
