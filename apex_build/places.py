@@ -58,7 +58,7 @@ def newer_build() -> str:
     """What to do where the tools in use know too little: for a hint."""
     if chosen_pin_name() == NEWEST_PIN:
         return _NEWER_STILL.format(command="apex build")
-    return f"apex build --pin {NEWEST_PIN}, then the same with {PIN_VARIABLE}={NEWEST_PIN} before it"
+    return f"apex build --pin {NEWEST_PIN}, then run the same command with {PIN_VARIABLE}={NEWEST_PIN}"
 
 
 def newer_converter(used: str) -> str:

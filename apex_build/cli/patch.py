@@ -1,4 +1,4 @@
-"""`apex patch`: the patch series on a fetched tree."""
+"""`apex patch`: work with the patch series of a fetched tree."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from apex_build.workshop.overview import Overview, overview
 
 @click.group(cls=Group)
 def command() -> None:
-    """Apply our patches to the fetched tree, show their state, and write commits back as patches.
+    """Apply our patches to the fetched tree, show their state, and save commits as patches.
 
-    A series is a folder of mailable patches (git format-patch) and a file `series` that lists them. In the tree each is
-    a commit above the tag apex-base: work there with git as usual, commit, and save.
+    A series is a folder of mailable patches (git format-patch) and a file `series` that lists them. In the tree, each
+    patch is a commit on top of the tag apex-base: edit and commit with git as usual, then run apex patch save.
     """
 
 
@@ -33,10 +33,10 @@ def command() -> None:
 @pin_option
 @json_option
 def apply(pin_name: str, json_: bool) -> None:
-    """Bring the tree to the base and the whole series.
+    """Apply the whole series to the tree.
 
-    A patch that does not apply is named with its file and hunk, and the tree stays as it was. Uncommitted edits and
-    commits that the series does not hold are never thrown away.
+    If a patch does not apply, its file and hunk are named and the tree is left unchanged. Uncommitted edits and commits
+    that are not in the series are never discarded.
 
     \b
     Examples:
@@ -52,7 +52,7 @@ def apply(pin_name: str, json_: bool) -> None:
     for name in names:
         click.echo(f"applied {name}")
     if not names:
-        click.echo("nothing to apply: the tree has the whole series")
+        click.echo("nothing to apply: the whole series is applied")
 
 
 @command.command()
@@ -74,17 +74,17 @@ def status(pin_name: str | None, all_: bool, build_: bool, jobs: int | None, as_
 
     \b
     tree      applied, changed (the tree has another version), missing, conflict
-    applies   on the pin's source: yes, offset, conflict, upstream (it has it)
-    builds    as the cache of builds knows: -, where nobody tried
-    tests     as the last `apex patch test` found: -, where it was not run
+    applies   to the pin's source: yes, offset, conflict, upstream (already there)
+    builds    yes, no, or - if it was never built
+    tests     results of the last `apex patch test`, or - if it never ran
 
-    Below: what is not saved yet, and what is missing to be green, as `apex pin bump` wants it.
+    Below the table: unsaved work, and what is missing for the pin to be green, which `apex pin bump` requires.
 
     \b
     Examples:
       apex patch status
       apex patch status --all --json
-      apex patch status --build                # long: compiles patch by patch
+      apex patch status --build                # takes long: compiles patch by patch
     """
     if all_ and pin_name:
         raise click.UsageError("--all and --pin exclude each other")
@@ -180,10 +180,10 @@ def _tests(found: dict[str, Any] | None) -> str:
 @click.option("--force", is_flag=True, help="Overwrite patch files that were changed since they were applied.")
 @json_option
 def save(pin_name: str, force: bool, json_: bool) -> None:
-    """Write the tree's commits, from apex-base on, back as the series.
+    """Save the tree's commits on top of apex-base as the series.
 
     The same commits always give the same bytes: applying a saved series and saving it again changes nothing.
-    Uncommitted edits are not part of it.
+    Uncommitted edits are not saved.
 
     \b
     Examples:

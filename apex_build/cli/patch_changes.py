@@ -1,4 +1,4 @@
-"""`apex patch edit`, `new`, `drop`, `reorder`, `port`: changing a series, and porting it to another pin."""
+"""`apex patch edit`, `new`, `drop`, `reorder`, `port`: change a series, or port it to another pin."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from apex_build.workshop import changing, porting
 @pin_option
 @json_option
 def edit(patch: str | None, pin_name: str, json_: bool) -> None:
-    """Open the tree for work: one commit a patch, on top of apex-base.
+    """Open the tree for editing: one commit per patch, on top of apex-base.
 
-    With PATCH (a number, a name or a word of its subject) an interactive rebase stops at that patch. Change files
-    there, then do as is printed. Nothing is saved before `apex patch save`; `apex build` compiles what is in the tree.
+    With PATCH (a number, a name or a word of its subject), start an interactive rebase that stops at that patch. Edit
+    files there, then follow the printed steps. Nothing is saved until `apex patch save`; `apex build` compiles the tree
+    as it is.
 
     \b
     Examples:
-      apex patch edit            # where the tree is, and which commit is which
+      apex patch edit            # print the tree's folder, and the commit of each patch
       apex patch edit 3          # stop at the third patch
     """
     pin = load_pin(pin_name)
@@ -41,37 +42,37 @@ def edit(patch: str | None, pin_name: str, json_: bool) -> None:
     for commit, name in opened.commits:
         click.echo(f"{'->' if name == opened.at else '  '} {commit[:9]} {name}")
     if opened.at is None:
-        click.echo(f"change the commits:  {git} rebase -i apex-base")
+        click.echo(f"edit the commits:    {git} rebase -i apex-base")
     else:
-        click.echo(f"change files, then:  {git} commit -a --amend")
+        click.echo(f"edit files, then:    {git} commit -a --amend")
         click.echo(f"                     {git} rebase --continue")
-        click.echo(f"or leave it:         {git} rebase --abort")
+        click.echo(f"or give up:          {git} rebase --abort")
     click.echo(f"then:                {verb(pin, 'save')}")
 
 
 @click.command()
 @click.argument("subject")
 @click.argument("files", nargs=-1)
-@click.option("--message", "-m", default="", metavar="TEXT", help="The message's body: why, and how it was tested.")
+@click.option("--message", "-m", default="", metavar="TEXT", help="Body of the message: why, and how it was tested.")
 @click.option(
     "--message-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="The same, from a file.",
+    help="Read the body from a file.",
 )
 @pin_option
 @json_option
 def new(
     subject: str, files: tuple[str, ...], message: str, message_file: Path | None, pin_name: str, json_: bool
 ) -> None:
-    """Make a patch from the tree's edits, and save it.
+    """Make a patch from the edits in the tree, and save it.
 
-    It comes last in the series. FILES, relative to the tree, are what goes into it; by default all edits and new files.
-    Its author is that of the series.
+    The patch is added at the end of the series, with the author of the series. It contains FILES (relative to the
+    tree); by default, all edits and new files.
 
     \b
     Examples:
-      apex patch new "imatrix : say which tensors have no data"
+      apex patch new "imatrix : list tensors without data"
       apex patch new "perplexity : fix a typo" tools/perplexity/README.md
     """
     if message and message_file:
@@ -88,9 +89,9 @@ def new(
 @pin_option
 @json_option
 def drop(patch: str, pin_name: str, json_: bool) -> None:
-    """Take a patch out of the series and the tree, and save the rest.
+    """Remove a patch from the series and the tree, and save the rest.
 
-    Refused, changing nothing, if a later patch depends on it.
+    If a later patch depends on it, nothing is changed and the command fails.
 
     \b
     Examples:
@@ -111,10 +112,10 @@ def drop(patch: str, pin_name: str, json_: bool) -> None:
 @pin_option
 @json_option
 def reorder(patches: tuple[str, ...], pin_name: str, json_: bool) -> None:
-    """Put these patches first, in this order, and save.
+    """Move these patches to the front, in this order, and save.
 
-    The others follow as they were. Refused where a patch does not go where it is put, or the files in the end would
-    differ; nothing is changed then.
+    The others keep their order. If a patch does not apply in its new place, or the patched files would differ, nothing
+    is changed and the command fails.
 
     \b
     Examples:
@@ -128,7 +129,7 @@ def reorder(patches: tuple[str, ...], pin_name: str, json_: bool) -> None:
 
 
 def tell(pin: Pin, saved: Saved, json_: bool = False, **more: Any) -> None:
-    """What a verb wrote into the series, for people or as JSON, `more` in it."""
+    """Print what a verb changed in the series, as text or as JSON; `more`: further keys of the JSON."""
     if json_:
         lists = {"patches": saved.names, "written": saved.written, "removed": saved.removed}
         folder = {"pin": pin.name, "folder": str(saved.folder)}
@@ -155,7 +156,7 @@ def tell(pin: Pin, saved: Saved, json_: bool = False, **more: Any) -> None:
 @click.option(
     "--from", "from_name", metavar="PIN", shell_complete=values.pins, help=f"Pin to port from. [default: {DEFAULT_PIN}]"
 )
-@click.option("--dry-run", is_flag=True, help="Only say which patches apply as they are.")
+@click.option("--dry-run", is_flag=True, help="Only print which patches apply without merging.")
 @click.option("--continue", "continue_", is_flag=True, help="Continue after resolving the conflict (and git add).")
 @click.option("--skip", is_flag=True, help="Continue without the conflicting patch.")
 @click.option("--abort", is_flag=True, help="Restore the tree's previous state.")
@@ -170,11 +171,11 @@ def port(
     abort: bool,
     json_: bool,
 ) -> None:
-    """Port patches to another pin, and save them in its series. The series they come from stays.
+    """Port patches to another pin, and save them in its series. The series they come from is not changed.
 
-    Without PATCH, all that the other series has no patch of the same subject of. They are merged three-way, one by one.
-    At a conflict git stops with its marks in the files (of the other pin's tree, with the common version between):
-    edit, git add, and --continue. What --abort takes away is kept as a commit, and named.
+    Without PATCH, ports all patches whose subjects the other series lacks. They are merged three-way, one by one. At a
+    conflict git stops and leaves conflict markers (diff3 style) in the other pin's tree: edit the files, git add, and
+    run again with --continue. --abort restores the tree, keeps its previous state as a commit, and prints that.
 
     \b
     Examples:
@@ -196,14 +197,14 @@ def port(
             if json_:
                 show.as_json({"pin": onto.name, "kept": kept})
                 return
-            click.echo(f"{onto.name} is restored; the port's progress: git show {kept[:9]} there, or {porting.ABORTED}")
+            click.echo(f"{onto.name} is restored; the aborted port is kept as commit {kept[:9]} ({porting.ABORTED})")
             return
         if continue_ or skip:
             _tell_port(onto, porting.continue_port(onto, report, skip=skip), json_)
             return
         origin = load_pin(from_name)
         if origin == onto:
-            raise click.UsageError("--onto and --from name the same pin")
+            raise click.UsageError("--onto and --from are the same pin")
         if not dry_run:
             _tell_port(onto, porting.port(onto, origin, patches, report), json_)
             return
@@ -224,13 +225,13 @@ def _tell_port(onto: Pin, ported: porting.Ported, json_: bool) -> None:
         return
     for names, what in (
         (port.done, "ported"),
-        (port.upstream, "not needed, the source has it"),
-        (port.skipped, "left out"),
+        (port.upstream, "already in the source"),
+        (port.skipped, "skipped"),
     ):
         for name in names:
             click.echo(f"{what}: {name}")
     if ported.saved is None:
-        click.echo(f"nothing to port: {onto.name} has a patch of each subject of {port.origin}")
+        click.echo(f"nothing to port: {onto.name} has all patches of {port.origin}, by their subjects")
         return
     tell(onto, ported.saved)
     click.echo(f"next: apex build{onto.option}, apex patch test{onto.option}")

@@ -1,4 +1,4 @@
-"""`apex patch test`, `export`: llama.cpp's own tests on the series, and what upstream is given of it."""
+"""`apex patch test`, `export`: run llama.cpp's own tests on the series, and export it for upstream."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from apex_build.workshop import exporting, upstream_tests
 @click.option(
     "--to", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="[default: PIN-patches]"
 )
-@click.option("--force", is_flag=True, help="Overwrite files of the same names that hold something else.")
+@click.option("--force", is_flag=True, help="Overwrite existing files that differ.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def export(pin_name: str, folder: Path | None, force: bool, as_json: bool) -> None:
-    """Write the series as mail, with drafts of pull requests.
+    """Write the series as mail for git am, with drafts of pull requests.
 
-    git am takes the mail. The draft of a patch has what and why from the commit's message, how it was tested, our
-    figures, and what upstream's CONTRIBUTING.md asks of whoever sends it. The lines that are added are checked by the
-    tree's .editorconfig, and by clang-format where that is installed. Refused where the patches have more than one
-    author.
+    The draft for a patch has its commit message, how it was tested, our figures, and what upstream's CONTRIBUTING.md
+    asks of contributors. Added lines are checked against the tree's .editorconfig, and with clang-format if it is
+    installed. Fails if the patches have more than one author.
 
     \b
     Examples:
@@ -59,25 +58,30 @@ def export(pin_name: str, folder: Path | None, force: bool, as_json: bool) -> No
 
 @click.command()
 @pin_option
-@click.option("--only", multiple=True, metavar="REGEX", help="Tests whose name has a match; may be repeated.")
+@click.option("--only", multiple=True, metavar="REGEX", help="Run tests whose names match; may be repeated.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=1), default=1800, show_default=True, metavar="SECONDS", help="For one test."
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=1800,
+    show_default=True,
+    metavar="SECONDS",
+    help="Limit for each test.",
 )
 @click.option(
     "--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Compilers at once. [default: by CPUs and memory]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def test(pin_name: str, only: tuple[str, ...], timeout: float, jobs: int | None, as_json: bool) -> None:
-    """Run llama.cpp's own tests without the series, and with it.
+    """Run llama.cpp's own tests without and with the series.
 
-    Those that a CPU can run without a download are built first: quantization functions, ggml's operations on the CPU,
-    tokenizers, GGUF, chat templates, grammars, arguments. What ran is remembered, and shown by `apex patch status`;
-    after a change to the series only its side runs again. Exit code 28 where a test passes without the series and fails
-    with it.
+    Builds and runs the tests that need only a CPU and no download: quantization functions, ggml's operations on the
+    CPU, tokenizers, GGUF, chat templates, grammars, arguments. Results are remembered and shown by `apex patch status`;
+    after a change to the series, only the tests with it run again. Exits with code 28 if a test passes without the
+    series and fails with it.
 
     \b
     Examples:
-      apex patch test                            # an hour or so on two cores
+      apex patch test                            # takes about an hour on two cores
       apex patch test --only quantize --only gguf
       apex patch test --pin latest --jobs 2 --json
     """
@@ -113,7 +117,7 @@ def test(pin_name: str, only: tuple[str, ...], timeout: float, jobs: int | None,
         names = ", ".join(found.broken)
         raise UpstreamTestsFailed(
             f"{pin.name}: {len(found.broken)} of llama.cpp's tests pass without the series and fail with it: {names}",
-            hint=f"what they said: {upstream_tests.logs(pin)}; apex patch edit{pin.option} opens the series",
+            hint=f"their output is in {upstream_tests.logs(pin)}; apex patch edit{pin.option} opens the series",
         )
     if not as_json:
         click.echo(
@@ -124,5 +128,5 @@ def test(pin_name: str, only: tuple[str, ...], timeout: float, jobs: int | None,
 
 def _say(which: str, outcomes: Mapping[str, str], reused: int) -> None:
     passed = sum(state == "passed" for state in outcomes.values())
-    remembered = f", {reused} of them before" if reused else ""
+    remembered = f", {reused} of them earlier" if reused else ""
     click.echo(f"{which}: {len(outcomes)} run{remembered}, {passed} passed")

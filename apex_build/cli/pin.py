@@ -1,4 +1,4 @@
-"""`apex pin`: which upstream commits there are pins of, new ones, and moving a pin on."""
+"""`apex pin`: list pins of upstream commits, add one, or move one to another commit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from apex_build.workshop import pinning
 
 @click.group(cls=Group)
 def command() -> None:
-    """Pins: list them, add one, or move a pin on to a newer one.
+    """List pins, add one, or move a pin to a newer commit.
 
-    A pin is a file that names an upstream commit, what carries it, and the digest of its tree.
+    A pin is a file that names an upstream commit, the sdist that contains it, and the digest of its tree.
     """
 
 
@@ -56,11 +56,11 @@ def list_(as_json: bool) -> None:
 @command.command()
 @click.argument("name")
 @click.option(
-    "--pypi", "version", metavar="VERSION", help="A release of llama-cpp-python, whose sdist carries llama.cpp."
+    "--pypi", "version", metavar="VERSION", help="A release of llama-cpp-python, whose sdist contains llama.cpp."
 )
-@click.option("--git", "commit", metavar="COMMIT", help="A commit of upstream's git, in full.")
-@click.option("--commit", "of", metavar="COMMIT", help="--pypi: the commit, where the sdist does not name it.")
-@click.option("--repository", metavar="URL", help="--git: another repository than upstream's.")
+@click.option("--git", "commit", metavar="COMMIT", help="A commit of upstream's git, all 40 digits.")
+@click.option("--commit", "of", metavar="COMMIT", help="With --pypi: the commit, if the sdist does not name it.")
+@click.option("--repository", metavar="URL", help="With --git: fetch from this repository instead of upstream's.")
 @click.option(
     "-o",
     "out",
@@ -80,8 +80,8 @@ def add(
 ) -> None:
     """Pin a release of llama-cpp-python, or a commit.
 
-    It is fetched once; from then on its sha256, and the digest of its tree, must be the same. In a checkout the new pin
-    is one of the pins; elsewhere its file is written here, and --pin FILE.toml names it.
+    Fetches it once and records its sha256 and the digest of its tree; later fetches must match both. In a checkout the
+    file is written beside the other pins; elsewhere, to the current folder, and --pin FILE.toml selects it.
 
     \b
     Examples:
@@ -89,9 +89,9 @@ def add(
       apex pin add next --git 0c1e57098bba43ac29e6e3b677cdceebdd22334f
     """
     if bool(version) == bool(commit):
-        raise click.UsageError("either --pypi VERSION or --git COMMIT is needed")
+        raise click.UsageError("give either --pypi VERSION or --git COMMIT")
     if (of and commit) or (repository and version):
-        raise click.UsageError("--commit goes with --pypi, --repository with --git")
+        raise click.UsageError("--commit needs --pypi, and --repository needs --git")
     path = pinning.pin_file(name, out)
     with show.progress() as report:
         if version:
@@ -122,13 +122,13 @@ def add(
     required=True,
     metavar="PIN",
     shell_complete=values.pins,
-    help="The pin that it becomes: green, see `apex patch status`.",
+    help="The pin to copy; it must be green (see `apex patch status`).",
 )
 @json_option
 def bump(name: str, to: str, json_: bool) -> None:
-    """Let a pin be what another one is: its commit, and its series.
+    """Move a pin to the commit and the series of another pin.
 
-    Refused unless the other one is green: its patches apply, it builds, and breaks none of llama.cpp's tests.
+    Fails unless the other pin is green: its patches apply, it builds, and it breaks none of llama.cpp's tests.
 
     \b
     Examples:

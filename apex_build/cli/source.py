@@ -31,9 +31,9 @@ pin_option = click.option(
 
 @click.group(cls=Group)
 def command() -> None:
-    """Fetch llama.cpp at a pinned commit, and check it.
+    """Fetch llama.cpp at a pinned commit, and verify it.
 
-    The tree is laid out as a git repository with one base commit, tagged apex-base; our patches are commits on it.
+    The tree is a git repository with one base commit, tagged apex-base; our patches are commits on top of it.
     """
 
 
@@ -46,21 +46,21 @@ def command() -> None:
     "--archive",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The sdist, or a tarball of the tree, on this machine.",
+    help="Use this local sdist, or tarball of the tree.",
 )
 @click.option(
-    "--repository", metavar="URL", help="git repository to use instead of the pin's (a mirror or a local clone)."
+    "--repository", metavar="URL", help="Use this git repository instead of the pin's (a mirror or a local clone)."
 )
-@click.option("--force", is_flag=True, help="Replace the tree. Refused if it holds unsaved work.")
+@click.option("--force", is_flag=True, help="Replace the tree, unless it has unsaved work.")
 @click.option("--no-patches", is_flag=True, help="Do not apply our patches.")
 def fetch(
     pin_name: str, origin: Any, archive: Path | None, repository: str | None, force: bool, no_patches: bool
 ) -> None:
-    """Fetch, verify and lay out a pinned tree, with our patches applied.
+    """Fetch, verify and lay out a pinned tree, and apply our patches.
 
-    From PyPI, the file is found on the index that pip is configured with (proxy and certificates too), checked against
-    the pin's sha256 before it is opened, and none of its code is run. Every origin must give the tree digest that
-    the pin names.
+    By default the sdist comes from the index that pip is configured to use (with its proxy and certificates). It is
+    checked against the pin's sha256 before it is opened, and none of its code is run. Every origin must give the tree
+    digest that the pin names.
 
     \b
     Examples:
@@ -85,7 +85,7 @@ def fetch(
     if done.laid_out:
         click.echo(
             f"{pin.name}: laid out at {done.path} in {time.monotonic() - began:.1f} s, tree digest {pin.tree_digest} "
-            "as pinned"
+            "matches the pin"
         )
     else:
         click.echo(f"{pin.name}: already at {done.path}")
@@ -110,10 +110,10 @@ def _origin(origin: str | None, archive: Path | None, repository: str | None) ->
 @pin_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(pin_name: str, as_json: bool) -> None:
-    """Check a tree completely; any edit is an error.
+    """Verify that a tree has no edits and matches its pin.
 
-    The base commit's content must have the pin's digest, no file may differ from the last commit, and the commits must
-    be the whole patch series in order.
+    The content of the base commit must have the pin's digest, no file may differ from the last commit, and the commits
+    must be the whole patch series, in order.
 
     \b
     Examples:
@@ -186,7 +186,7 @@ def _row(pin: Pin) -> dict[str, Any]:
             ]
             row["state"] = ", ".join(f"{n} {what}" for n, what in notes if n) or "as laid out"
             if found.outdated:
-                row["state"] = f"has another digest ({row['state']}): fetch again"
+                row["state"] = f"differs from the pin's digest ({row['state']}): fetch again"
     except ApexError as error:
         row |= {"path": row.get("path", ""), "state": error.message, "problem": error.message}
     return row

@@ -1,1 +1,1 @@
-"""Where llama.cpp comes from: pins, fetching, the tree as a git repository, and our patches on it."""
+"""The source of llama.cpp: pins, fetching, the tree as a git repository, and our patches on it."""

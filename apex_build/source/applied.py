@@ -1,4 +1,4 @@
-"""Which commit of a tree is which patch of the series, and what in a tree is not saved elsewhere."""
+"""Match the commits of a tree with the patches of the series, and find work in a tree that is not saved elsewhere."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from apex_build.storage.json_files import write_json
 
 @dataclass(frozen=True)
 class Record:
-    """What apex itself did in this tree, kept inside its `.git`: `made` maps commits that it made from patch files to
-    the files' sha256, `had` lists the sha256 of every patch file that was applied to this tree or saved from it.
+    """What apex did in this tree, kept inside its `.git`: `made` maps the commits it made from patch files to the
+    sha256 of the files; `had` lists the sha256 of every patch file that was applied to this tree or saved from it.
     """
 
     made: dict[str, str] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Record:
 @dataclass(frozen=True)
 class Applied:
     """`commits`: commit -> its patch, base to HEAD without merges; `commit_of`: name of a patch -> its commit;
-    `unsaved`: (commit, subject) that is a person's work the series does not hold; `complete`: the commits are the
+    `unsaved`: (commit, subject) of the user's commits that are not in the series; `complete`: the commits equal the
     series, in order.
     """
 
@@ -39,7 +39,7 @@ class Applied:
 
 
 def find_applied(path: Path, series: Sequence[Patch]) -> Applied:
-    """A patch and a commit match when apex made one from the other here, or when they say the same (a rebase changes
+    """A patch and a commit match if apex made one from the other here, or if their content is equal (a rebase changes
     hashes).
     """
     base, head = base_and_head(path)
@@ -59,8 +59,8 @@ def find_applied(path: Path, series: Sequence[Patch]) -> Applied:
 
 
 def unsaved_work(path: Path, series: Sequence[Patch]) -> tuple[str, ...]:
-    """All that exists only in this tree, a line each: edits, new and ignored files, commits of any branch, tag or
-    stash.
+    """Everything that exists only in this tree, a line each: edits, new and ignored files, commits of any branch, tag
+    or stash.
     """
     base, _head = base_and_head(path)
     edited, untracked = edits(path)
@@ -88,7 +88,7 @@ def record(path: Path) -> Record:
             {str(commit): str(patch) for commit, patch in data["made"].items()}, frozenset(map(str, data["had"]))
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return Record()  # without it nothing is lost: commits are then matched by what they say
+        return Record()  # nothing is lost: commits are then matched by their content
 
 
 def remember(path: Path, *, made: Mapping[str, str] | None = None, had: Iterable[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Fetching a pinned tree from any of its three origins, and having it ready for a build."""
+"""Fetch a pinned tree from any of its three origins, and make it ready for a build."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Origin = Literal["pypi", "git", "archive"]
 
 @dataclass(frozen=True)
 class Fetched:
-    """`laid_out` is False when the tree was there already; `applied` names the patches that were applied now."""
+    """`laid_out` is False if the tree existed; `applied` names the patches that were applied now."""
 
     path: Path
     laid_out: bool
@@ -59,11 +59,11 @@ def fetch(
     patches: bool = True,
     report: Report = silent,
 ) -> Fetched:
-    """Lay the pin's tree out at `tree_path(pin)`, verified, with its series applied unless `patches` is False.
+    """Lay out the pin's tree at `tree_path(pin)`, verify it, and apply its series unless `patches` is False.
 
-    A tree that is there is kept, unless `force` is given or it was laid out for another digest. It is replaced only
-    when nothing in it would be lost (TreeEdited names what would). Raises also DownloadFailed, HashMismatch,
-    ArchiveUnsafe, PatchConflict.
+    An existing tree is kept, unless `force` is given or it was laid out for another digest. It is only replaced if no
+    work would be lost (TreeEdited names the work). Also raises DownloadFailed, HashMismatch, ArchiveUnsafe,
+    PatchConflict.
     """
     path = tree_path(pin)
     with locked(path, wait=True, report=report):
@@ -75,13 +75,13 @@ def fetch(
         with new_folder(path) as part:
             lay_out(pin, _files(pin, origin, archive, repository, report), part, report)
             applied = apply_to(pin, part) if patches else ()
-            _refuse_loss(pin, path)  # fetching takes a while: look again
+            _refuse_loss(pin, path)  # fetching takes a while: check again
             put_in_place(part, path)
         return Fetched(path, True, applied)
 
 
 def ensure_source(pin: Pin, report: Report = silent) -> Path:
-    """The tree, ready for a build: fetched if it is missing, its series applied if that takes nothing away.
+    """The tree, ready for a build: fetched if it is missing, with its series applied if no work is lost by that.
 
     A tree with work in it (edits, commits not in the series, a rebase) is returned as it is: `tree_identity` tells
     builds apart.
@@ -101,8 +101,8 @@ def ensure_source(pin: Pin, report: Report = silent) -> Path:
 
 
 def verify(pin: Pin) -> Verified:
-    """Strict: the base commit's content has the pin's digest, no file differs from HEAD, and the commits are the whole
-    series.
+    """Check that the content of the base commit has the pin's digest, no file differs from HEAD, and the commits equal
+    the series.
 
     Raises SourceMissing, HashMismatch, TreeEdited, PatchConflict.
     """
@@ -112,12 +112,12 @@ def verify(pin: Pin) -> Verified:
     found = series_status(pin)
     if found.unsaved:
         names = ", ".join(f"{commit[:9]} {subject!r}" for commit, subject in found.unsaved)
-        raise TreeEdited(f"{path} has commits that the series does not hold: {names}", hint=verb(pin, "save"))
+        raise TreeEdited(f"{path} has commits that are not in the series: {names}", hint=verb(pin, "save"))
     if not found.complete:
         lacking = (
             ", ".join(patch.name for patch in found.patches if patch.state != "applied") or "the order of the series"
         )
-        raise TreeEdited(f"{path} does not have its series applied in full: {lacking}", hint=fetch_command(pin))
+        raise TreeEdited(f"the series is not fully applied in {path}: missing {lacking}", hint=fetch_command(pin))
     return Verified(path, digest, True, tuple(patch.name for patch in found.patches))
 
 
@@ -129,7 +129,7 @@ def _files(
     if origin == "pypi" or archive is None:
         archive = download_sdist(pin, report)
     elif archive.name == pin.file:
-        check_sdist(archive, pin)  # a known file is checked before it is opened, any other by what it holds
+        check_sdist(archive, pin)  # check a known file before opening it; any other is checked by its content
     return read_archive(archive, pin.folder, pin.commit)
 
 
@@ -140,13 +140,15 @@ def _refuse_loss(pin: Pin, path: Path) -> None:
         work = unsaved_work(path, read_series(pin))
     if work:
         raise TreeEdited(
-            f"{path} holds work that fetching again would lose: {some(work, '; ')}",
+            f"{path} has work that fetching again would lose: {some(work, '; ')}",
             hint=f"git -C {path} commit -a, then {verb(pin, 'save')}; or move the folder away",
         )
 
 
 def further_files(pin: Pin, want: Callable[[str], bool], report: Report = silent) -> Iterator[tuple[str, bytes]]:
-    """Files of the pinned commit that no build uses, such as its tests: from the same verified archive, or from git."""
+    """Files of the pinned commit that builds do not use, such as its tests: from the same verified archive, or from
+    git.
+    """
     if not pin.file:
         return upstream_files(pin, None, report, want)
     return read_archive(download_sdist(pin, report), pin.folder, pin.commit, want)

@@ -1,4 +1,4 @@
-"""Running git so that the user's own configuration, hooks and environment cannot change what comes out."""
+"""Run git so that the user's configuration, hooks and environment cannot change the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from apex_build.errors import ApexError, ArchiveUnsafe, DiskTooSmall, GitFailed
 from apex_build.fetching.archive import MAX_FILE
 from apex_build.source.tree_digest import check_path, wanted
 
-# Variables that would point git at another repository (set, for instance, while a hook of the outer project runs).
+# Variables that point git at another repository (set, for instance, while a hook of an enclosing project runs).
 _LOCAL = {
     "GIT_ALTERNATE_OBJECT_DIRECTORIES",
     "GIT_CEILING_DIRECTORIES",
@@ -39,7 +39,7 @@ _SETTINGS = {
     "core.hooksPath": os.devnull,
     "core.quotePath": "false",
     "gc.auto": "0",
-    "http.lowSpeedLimit": "1000",  # bytes a second; git gives up a server that is slower for the time below
+    "http.lowSpeedLimit": "1000",  # bytes per second; git gives up if the server is slower for the time below
     "http.lowSpeedTime": "60",
     "i18n.commitEncoding": "UTF-8",
     "i18n.logOutputEncoding": "UTF-8",
@@ -48,7 +48,7 @@ _SETTINGS = {
 
 
 def environment(extra: Mapping[str, str] | None = None, *, own: bool = True) -> dict[str, str]:
-    """Environment for git. `own=False` keeps the user's configuration, which the network may need (proxy,
+    """The environment for git. `own=False` keeps the user's configuration, which the network may need (proxy,
     certificates).
     """
     env = {
@@ -64,8 +64,8 @@ def environment(extra: Mapping[str, str] | None = None, *, own: bool = True) -> 
 
 
 def command(repository: Path | None, *arguments: str | Path) -> list[str]:
-    """git's argument list. The repository is named, never searched for: a folder without one must not lead to the one
-    around it.
+    """The command line for git. It names the repository instead of letting git search for one: a folder without a
+    repository must not resolve to an enclosing one.
     """
     line = ["git"]
     for key, value in _SETTINGS.items():
@@ -83,7 +83,7 @@ def run(
     cwd: Path | None = None,
     own: bool = True,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run git to its end and return it, whatever its return code. `own` as in `environment`."""
+    """Run git and return the completed process, whatever its return code. `own` as in `environment`."""
     try:
         return subprocess.run(
             command(repository, *arguments),
@@ -99,8 +99,8 @@ def run(
 
 def missing(folder: Path | None = None) -> GitFailed:
     if folder is not None and not folder.is_dir():
-        return GitFailed(f"the folder {folder} is gone")
-    return GitFailed("git was not found", hint="sudo apt-get install git")
+        return GitFailed(f"the folder {folder} does not exist any more")
+    return GitFailed("git not found", hint="sudo apt-get install git")
 
 
 def git(
@@ -110,7 +110,7 @@ def git(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> str:
-    """Run git and return what it printed, without the last line's end. Raises GitFailed with git's own words."""
+    """Run git and return its output, without the final newline. Raises GitFailed with git's message."""
     done = run(repository, *arguments, feed=feed, env=env, cwd=cwd)
     if done.returncode != 0:
         where = f" in {repository}" if repository else ""
@@ -125,16 +125,16 @@ def failed(what: str, stderr: bytes) -> ApexError:
 
 def last_words(stderr: bytes) -> str:
     lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    return "; ".join(lines[-4:]) or "it said nothing"
+    return "; ".join(lines[-4:]) or "no message"
 
 
 def committed_files(
     repository: Path, revision: str, env: Mapping[str, str] | None = None, want: Callable[[str], bool] = wanted
 ) -> Iterator[tuple[str, bytes]]:
-    """The wanted files of a commit: (path, content), read from the objects, so that no attribute or line-end rule
-    applies.
+    """The wanted files of a commit: (path, content), read from git's objects, so that attributes and line-ending rules
+    do not apply.
 
-    Raises ArchiveUnsafe for a link or a submodule among them.
+    Raises ArchiveUnsafe if one is a link or a submodule.
     """
     listing = git(repository, "ls-tree", "-r", "-z", "--full-tree", revision, env=env)
     entries: list[tuple[str, str]] = []
@@ -171,7 +171,9 @@ def _contents(
                 raise GitFailed(f"{repository}: the content of {path} (object {object_id}) is missing or damaged")
             size = int(head[2])
             if size > MAX_FILE:
-                raise ArchiveUnsafe(f"{path} has {size} bytes; no source file is larger than {MAX_FILE}")
+                raise ArchiveUnsafe(
+                    f"{path} is too large for a source file: expected at most {MAX_FILE} bytes, found {size}"
+                )
             content = reader.stdout.read(size + 1)[:-1]
             if len(content) != size:
                 raise GitFailed(f"{repository}: the content of {path} (object {object_id}) is cut short")

@@ -1,4 +1,6 @@
-"""Patch files (`git format-patch`): read, compared with commits, and made into commits that are the same everywhere."""
+"""Patch files (`git format-patch`): read them, compare them with commits, and commit them with the same hashes
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,7 @@ from apex_build.storage.scratch import scratch_folder
 COMMITTER = {"GIT_COMMITTER_NAME": "apex-build", "GIT_COMMITTER_EMAIL": "apex-build@localhost"}
 _FROM = re.compile(rb"\AFrom ([0-9a-f]{40}) ")
 _FOOTER = re.compile(rb"\n-- \n[^ +\-\\@\n][^\n]*\n*\Z")  # `-- ` and git's version
-# Whatever the tree's own configuration says, and whatever else is in its object store, a commit is always written the
-# same.
+# A commit is always written the same way, regardless of the tree's configuration and of other objects in its store.
 _FORMAT = [
     "format-patch",
     "--quiet",
@@ -45,9 +46,9 @@ _FORMAT = [
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch file. `date` is git's raw form (seconds and zone), `message` the whole commit message. `key` names what
-    the patch says, whatever flags or version of git wrote it: author, date, message, and the diff without line numbers
-    and object names.
+    """A patch file. `date` is in git's raw form (seconds and zone), `message` is the whole commit message. `key`
+    identifies the content regardless of the flags and the version of git that wrote it: author, date, message, and the
+    diff without line numbers and object names.
     """
 
     name: str
@@ -89,7 +90,7 @@ def read_patch(name: str, content: bytes) -> Patch:
     lacking += ["Date"] if when is None else []
     if lacking or when is None:
         raise PatchConflict(
-            f"{name} is not a mailable patch: it has no line {', '.join(lacking)}",
+            f"{name} is not a mailable patch: missing {', '.join(lacking)}",
             hint="write it with git format-patch, or apex patch save",
         )
     zone = when[9] or 0
@@ -103,7 +104,7 @@ def read_patch(name: str, content: bytes) -> Patch:
 
 
 def _plain(diff: bytes) -> list[bytes]:
-    """The diff without what depends on where, or by which git, it was made."""
+    """The lines of the diff, without those that depend on where, or by which git, it was made."""
     lines = (b"@@" if line.startswith(b"@@ ") else line for line in diff.rstrip(b"\n").split(b"\n"))
     return [line for line in lines if not line.startswith(b"index ")]
 
@@ -117,8 +118,8 @@ def merges_between(path: Path, base: str, head: str) -> list[str]:
 
 
 def format_patches(path: Path, base: str, head: str) -> dict[str, Patch]:
-    """Commit -> its patch, for base..head without merges, in order. The patches' content is canonical: no commit names
-    in it.
+    """Commit -> its patch, for base..head without merges, in order. The content of a patch is canonical: it does not
+    name the commit.
     """
     patches: dict[str, Patch] = {}
     with scratch_folder("patches") as temp:
@@ -126,17 +127,16 @@ def format_patches(path: Path, base: str, head: str) -> dict[str, Patch]:
         for file in sorted(temp.iterdir(), key=lambda file: int(file.name.split("-", 1)[0])):
             content = file.read_bytes()
             commit = _FROM.match(content)
-            assert commit, "git format-patch begins with the commit"
+            assert commit, "the output of git format-patch starts with the commit"
             patches[commit[1].decode()] = read_patch(file.name, _FROM.sub(b"From " + b"0" * 40 + b" ", content))
     return patches
 
 
 def commit_patches(path: Path, parent: str, patches: Sequence[Patch], *, three_way: bool = False) -> list[str]:
-    """Commits of the patches on top of `parent`, made beside the working tree, which stays as it is. Raises
-    ApplyFailed.
+    """Commit the patches on top of `parent` without touching the working tree; returns the commits. Raises ApplyFailed.
 
-    `three_way`: merge where the lines around a change differ, by the blobs that a patch names, if the repository has
-    them. The committer is fixed and commits at the author's time, so the same series gives the same hashes everywhere.
+    `three_way`: merge if the context of a change differs, using the blobs that the patch names if the repository has
+    them. The committer is fixed and the commit time is the author's, so a series gives the same hashes everywhere.
     """
     commits: list[str] = []
     with scratch_folder("index") as temp:
@@ -146,7 +146,7 @@ def commit_patches(path: Path, parent: str, patches: Sequence[Patch], *, three_w
             how = ("--cached", "--3way") if three_way else ("--cached",)
             done = run(path, "apply", *how, "--whitespace=nowarn", "-", feed=patch.diff, env=index)
             if done.returncode != 0:
-                git(path, "read-tree", parent, env=index)  # once more without merging: git then names the hunk
+                git(path, "read-tree", parent, env=index)  # try again without merging: git then names the hunk
                 plain = run(path, "apply", "--cached", "--check", "-", feed=patch.diff, env=index)
                 raise ApplyFailed(patch, explain(patch.diff, plain.stderr or done.stderr))
             tree = git(path, "write-tree", env=index)
@@ -158,9 +158,9 @@ def commit_patches(path: Path, parent: str, patches: Sequence[Patch], *, three_w
 
 
 def explain(diff: bytes, stderr: bytes) -> str:
-    """What git apply said, with the hunk that failed: `src/a.cpp, hunk 2 of 3 (@@ -10,7 +10,8 @@)`."""
+    """The reason why git apply failed, with the hunk: `src/a.cpp, hunk 2 of 3 (@@ -10,7 +10,8 @@)`."""
     if not diff:
-        return "it holds no change"
+        return "it changes nothing"
     reasons: list[str] = []
     for line in stderr.decode("utf-8", "replace").splitlines():
         text = line.removeprefix("error: ").strip()

@@ -1,4 +1,4 @@
-"""Pins: which upstream commit a tree is, and what its content must be, whatever way it came."""
+"""Pins: the upstream commit of a tree, and the digest of its content, whatever its origin."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _FOLDER = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 class Pin:
     """One upstream commit.
 
-    `requirement`, `file`, `size` and `sha256` name the sdist that carries it, `folder` the tree in it; all are empty
-    for a pin that only git has. `tree_digest` is the digest of the files a build uses (see source/tree_digest.py), the
-    same from every origin; `patches` is its series' folder, `own_file` its TOML file, for a pin that does not come with
-    apex-build, and `serves` what its tools can do, if the file says so.
+    `requirement`, `file`, `size` and `sha256` describe the sdist that contains it, `folder` is the tree inside; all are
+    empty for a pin that comes from git only. `tree_digest` is the digest of the files that a build uses (see
+    source/tree_digest.py), the same from every origin. `patches` is the folder of its series and `own_file` its TOML
+    file, if the pin is not shipped with apex-build. `serves`: what its tools can do, if the file says so.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Pin:
 
     @property
     def option(self) -> str:
-        """What a command line needs to mean this pin, for a hint: nothing for the chosen one."""
+        """The option that selects this pin, for a hint: empty for the chosen one."""
         given = str(self.own_file or self.name)
         return "" if given == places.chosen_pin() else f" --pin {given}"
 
     @property
     def carrier(self) -> str:
-        """What it is fetched as, for people."""
+        """What is fetched, for messages."""
         return self.requirement or f"git {self.commit[:12]}"
 
     @property
@@ -64,10 +64,9 @@ class Pin:
 
 
 def load_pin(name: str | None = None) -> Pin:
-    """The pin of this name, or the one in this TOML file when `name` is a path that ends in `.toml`; without a name the
-    chosen one.
+    """The pin with this name, or in this TOML file if `name` ends in `.toml`; without a name, the chosen one.
 
-    Raises PinUnknown, also for a file that lacks a key or holds a value of the wrong form.
+    Raises PinUnknown, also if the file lacks a key or has an invalid value.
     """
     name = name or places.chosen_pin()
     if name.endswith(".toml"):
@@ -80,7 +79,7 @@ def load_pin(name: str | None = None) -> Pin:
 
 
 def all_pins() -> list[Pin]:
-    """The pins that come with apex-build, the default one first."""
+    """The pins shipped with apex-build, the default one first."""
     pins = [_read(path) for path in sorted(_folder().glob("*.toml"))]
     return sorted(pins, key=lambda pin: pin.name != DEFAULT_PIN)
 
@@ -93,9 +92,9 @@ def _read(path: Path) -> Pin:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PinUnknown(f"there is no pin file {path}", hint="apex source status") from None
+        raise PinUnknown(f"pin file {path} not found", hint="apex source status") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise PinUnknown(f"the pin file {path} cannot be read: {error}") from None
+        raise PinUnknown(f"cannot read the pin file {path}: {error}") from None
     sdist = data.get("sdist", {})
     if not isinstance(sdist, dict):
         raise PinUnknown(f"{path}: `sdist` must be a table, found {sdist!r}")

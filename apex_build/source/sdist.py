@@ -1,4 +1,4 @@
-"""The source distribution of llama.cpp that a pin names: fetched from the package index, and read."""
+"""Fetch the source distribution of llama.cpp that a pin names from the package index, and read it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from apex_build.source.tree_digest import check_path, wanted
 
 
 def check_sdist(path: Path, pin: Pin) -> None:
-    """Raise DownloadFailed when the file is shorter than the pinned one, HashMismatch when it is another."""
+    """Raise DownloadFailed if the file is shorter than the pinned one, HashMismatch if it differs."""
     check(path, _sdist(pin))
 
 
 def download_sdist(pin: Pin, report: Report = silent) -> Path:
-    """The pinned sdist in the cache, verified; fetched if it is not there. Raises as `download`."""
+    """The pinned sdist in the cache, fetched if it is missing, and verified. Raises as `download`."""
     return download(_sdist(pin), report)
 
 
@@ -35,9 +35,8 @@ def read_archive(
     """The wanted files of llama.cpp in a tar archive: (path, content).
 
     The tree may be in `<top>/<folder>/` (an sdist), in `<top>/` (git archive, or a hosting site's tarball) or at the
-    top. Raises ArchiveUnsafe for a path that escapes or a device anywhere, and for a link, a duplicate or an absurd
-    size where it would count; DownloadFailed for an archive that is cut short; HashMismatch for one that holds
-    something else.
+    top. Raises ArchiveUnsafe if any member is a device or has a path that escapes, or if a wanted file is a link, a
+    duplicate or absurdly large; DownloadFailed if the archive is cut short; HashMismatch if it contains something else.
     """
     with open_tar(archive) as tar:
         members: list[tuple[str, tarfile.TarInfo]] = []
@@ -60,7 +59,7 @@ def read_archive(
 
 
 def _top(archive: Path, paths: list[str], folder: str) -> str:
-    """The folder of llama.cpp's own CMakeLists.txt in the archive, with its slash."""
+    """The folder of llama.cpp's CMakeLists.txt in the archive, with a trailing slash."""
     roots = {path[: -len("CMakeLists.txt")] for path in paths if path.rpartition("/")[2] == "CMakeLists.txt"}
     trees = sorted(root for root in roots if f"{root}ggml/" in roots)
     for form in (rf"[^/]+/{re.escape(folder)}/", r"[^/]+/", r""):
@@ -69,7 +68,7 @@ def _top(archive: Path, paths: list[str], folder: str) -> str:
             raise ArchiveUnsafe(f"{archive.name}: more than one source tree in the archive: {', '.join(found[:4])}")
         if found:
             return found[0]
-    raise HashMismatch(f"{archive} holds no llama.cpp: no CMakeLists.txt with a ggml/ beside it was found")
+    raise HashMismatch(f"{archive} does not contain llama.cpp: no CMakeLists.txt beside a folder ggml/")
 
 
 def _choose(
@@ -85,15 +84,16 @@ def _choose(
         if link:
             kind = "symbolic" if member.issym() else "hard"
             raise ArchiveUnsafe(
-                f"{archive.name}: {member.name!r} is a {kind} link to {member.linkname!r}, where a file should be"
+                f"{archive.name}: {member.name!r}: expected a file, found a {kind} link to {member.linkname!r}"
             )
         if path in chosen:
             raise ArchiveUnsafe(f"{archive.name}: the member {member.name!r} occurs twice")
         if member.size > MAX_FILE:
             raise ArchiveUnsafe(
-                f"{archive.name}: the member {member.name!r} claims {member.size} bytes, more than {MAX_FILE}"
+                f"{archive.name}: the member {member.name!r} is too large: expected at most {MAX_FILE} bytes, found "
+                f"{member.size}"
             )
-        if hasattr(tarfile, "data_filter"):  # Python 3.10.12, 3.11.4 and later: the library's own judgement as well
+        if hasattr(tarfile, "data_filter"):  # Python 3.10.12, 3.11.4 and later: let the library check it too
             try:
                 tarfile.data_filter(member, str(archive.parent / "nowhere"))
             except tarfile.FilterError as error:
@@ -103,15 +103,13 @@ def _choose(
 
 
 def _check_commit(archive: Path, comment: str, commit: str) -> None:
-    """git archive writes the commit's name into the archive; if it is there, it must be the pinned one."""
+    """git archive writes the name of the commit into the archive; if present, it must be the pinned one."""
     if re.fullmatch(r"[0-9a-f]{40}", comment) and comment != commit:
-        raise HashMismatch(f"{archive.name} is of upstream commit {comment}, the pin is {commit}")
+        raise HashMismatch(f"{archive.name}: expected upstream commit {commit}, found {comment}")
 
 
 def commit_of(archive: Path, folder: str) -> str | None:
-    """The commit that an sdist says its llama.cpp is of: it carries what git kept of the submodule. None if it says
-    nothing.
-    """
+    """The commit of the llama.cpp in an sdist, read from git's folder for the submodule; None if that is missing."""
     with open_tar(archive) as tar:
         for member in members_of(archive, tar):
             if member.isfile() and member.name.endswith(f"/.git/modules/{folder}/HEAD") and member.size < 100:

@@ -1,6 +1,6 @@
-"""The patch series: patches/llama.cpp/<pin>/series and the patch files it names.
+"""The patch series: patches/llama.cpp/<pin>/series and the patch files it lists.
 
-Applied to the tree as commits, and written back from them.
+Apply them to the tree as commits, and save commits as patch files.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _PATCH_NAME = re.compile(r"[0-9]{4}-[^/\\\s]+\.patch")
 
 @dataclass(frozen=True)
 class PatchState:
-    """A patch of the series. `changed`: the tree has a commit of this subject that says something else; `missing`: not
-    applied, but it would apply; `conflict`: not applied and does not apply, `detail` names file and hunk. `commit` is
-    its commit in the tree.
+    """A patch of the series. `changed`: the tree has a commit with this subject but other content; `missing`: not
+    applied, but it would apply; `conflict`: does not apply, `detail` names file and hunk. `commit`: its commit in the
+    tree.
     """
 
     name: str
@@ -43,9 +43,9 @@ class PatchState:
 
 @dataclass(frozen=True)
 class SeriesStatus:
-    """`unsaved`: (commit, subject) of the tree that the series does not hold; `edited`, `untracked`: uncommitted edits,
-    new files; `unlisted`: patch files beside the series that it does not name; `complete`: the tree is the base and the
-    series, in order.
+    """`unsaved`: (commit, subject) in the tree that are not in the series; `edited`, `untracked`: uncommitted edits,
+    new files; `unlisted`: patch files beside the series that it does not list; `complete`: the tree is the base with
+    the series, in order.
     """
 
     patches: tuple[PatchState, ...]
@@ -67,8 +67,8 @@ class Saved:
 
 
 def read_series(pin: Pin) -> tuple[Patch, ...]:
-    """The patches that `series` names, in order; none without such a file. Raises PatchConflict for a file that is not
-    a patch.
+    """The patches that the file `series` lists, in order; none if it is missing. Raises PatchConflict if one is not a
+    patch.
     """
     series = pin.patches_folder / "series"
     patches: list[Patch] = []
@@ -76,20 +76,20 @@ def read_series(pin: Pin) -> tuple[Patch, ...]:
         try:
             content = (pin.patches_folder / name).read_bytes() if _PATCH_NAME.fullmatch(name) else None
         except OSError as error:
-            raise PatchConflict(f"{series} names {name}, which cannot be read: {error.strerror}") from None
+            raise PatchConflict(f"cannot read {name}, listed in {series}: {error.strerror}") from None
         if content is None:
             raise PatchConflict(
-                f"{series} names {name!r}; a patch is named NNNN-what-it-does.patch and is beside the series"
+                f"{series} lists {name!r}: expected a file beside it with a name like NNNN-what-it-does.patch"
             )
         if any(patch.name == name for patch in patches):
-            raise PatchConflict(f"{series} names {name} twice")
+            raise PatchConflict(f"{series} lists {name} twice")
         patches.append(read_patch(name, content))
     return tuple(patches)
 
 
 def series_digest(pin: Pin) -> str:
-    """sha256 over the sha256 of each patch of the series, in order, a line each: names what is laid over the pin's
-    tree.
+    """sha256 over the sha256 of each patch of the series, in order, a line each: identifies what is applied to the
+    pin's tree.
     """
     digest = hashlib.sha256()
     for patch in read_series(pin):
@@ -98,7 +98,7 @@ def series_digest(pin: Pin) -> str:
 
 
 def series_status(pin: Pin) -> SeriesStatus:
-    """How tree and series compare. Raises SourceMissing, or TreeEdited for a tree that apex did not make."""
+    """Compare tree and series. Raises SourceMissing, or TreeEdited if apex did not make the tree."""
     path = require_tree(pin)
     series = read_series(pin)
     found = find_applied(path, series)
@@ -124,12 +124,11 @@ def series_status(pin: Pin) -> SeriesStatus:
 
 
 def apply_series(pin: Pin, report: Report = silent) -> tuple[str, ...]:
-    """Bring the tree to base + series; returns the names of the patches that were applied now (none if it was there
-    already).
+    """Apply the series to the base; returns the names of the patches that were applied now (none if all were).
 
-    Raises PatchConflict naming the patch, the file and the hunk, with the tree as it was; TreeEdited rather than touch
-    a file with uncommitted edits or leave out a commit that the series does not hold. Unsaved commits stay; missing
-    patches are applied on top.
+    Unsaved commits stay, and missing patches are applied on top. Raises PatchConflict naming the patch, the file and
+    the hunk, and TreeEdited if it had to touch a file with uncommitted edits or drop a commit that is not in the
+    series; in both cases the tree is left unchanged.
     """
     with locked(require_tree(pin), wait=True, report=report):
         return apply_to(pin, require_tree(pin))
@@ -145,7 +144,7 @@ def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
     edited, _untracked = edits(path)
     if edited:
         raise TreeEdited(
-            f"{path} has uncommitted edits, in {some(edited)}; applying patches could lose them",
+            f"{path} has uncommitted edits in {some(edited)}; applying patches could lose them",
             hint=f"git -C {path} commit -a, then {verb(pin, 'apply')}",
         )
     done = [patch.name in found.commit_of for patch in series]
@@ -156,8 +155,8 @@ def apply_to(pin: Pin, path: Path) -> tuple[str, ...]:
     else:
         named = some([f"{commit[:9]} {subject!r}" for commit, subject in found.unsaved])
         raise TreeEdited(
-            f"{path} has commits that the series does not hold, and they stand in the way: {named}",
-            hint=f"{verb(pin, 'save')} writes them into the series; {verb(pin, 'status')} shows both",
+            f"{path} has commits that are not in the series and block applying it: {named}",
+            hint=f"{verb(pin, 'save')} adds them to the series; {verb(pin, 'status')} shows both",
         )
     try:
         made = commit_patches(path, start, todo)
@@ -182,11 +181,11 @@ def move_to(path: Path, old: str, new: str) -> None:
 
 
 def save_series(pin: Pin, report: Report = silent, *, force: bool = False) -> Saved:
-    """Write the tree's commits back as the series; the same commits always give the same bytes.
+    """Save the tree's commits as the series; the same commits always give the same bytes.
 
-    Raises TreeEdited for what a series cannot hold (a merge, an empty commit, a message that does not read back), while
-    git is in the middle of something, and when it would drop a patch that this tree never had, or (unless `force`)
-    overwrite another version.
+    Raises TreeEdited for commits that a patch cannot represent (a merge, an empty commit, a message that mail would
+    change), while a git operation is in progress, and if saving would drop a patch that this tree never had or (unless
+    `force`) overwrite another version.
     """
     path = require_tree(pin)
     with locked(path, wait=True, report=report):
@@ -200,7 +199,7 @@ def save_from(pin: Pin, path: Path, *, force: bool = False) -> Saved:
     found = find_applied(path, series)
     for commit in merges_between(path, found.base, found.head):
         raise TreeEdited(
-            f"{path}: commit {commit[:9]} is a merge; a series is a line of commits",
+            f"{path}: commit {commit[:9]} is a merge; a series must be linear",
             hint=f"git -C {path} rebase {found.base[:9]}",
         )
     had, subjects = record(path).had, {patch.subject for patch in found.commits.values()}
@@ -213,7 +212,8 @@ def save_from(pin: Pin, path: Path, *, force: bool = False) -> Saved:
     for patch in series:
         if not (patch.name in found.commit_of or patch.sha256 in had or force):
             raise TreeEdited(
-                f"{pin.patches_folder / patch.name} was changed since this tree had it; saving would overwrite it",
+                f"{pin.patches_folder / patch.name} has changed since it was applied to this tree; saving would "
+                "overwrite it",
                 hint=f"keep a copy of it, then apex patch save --force{pin.option}",
             )
     patches = list(found.commits.values())
@@ -234,17 +234,17 @@ def _names(series: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise PatchConflict(f"{series} cannot be read: {error}") from None
+        raise PatchConflict(f"cannot read {series}: {error}") from None
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def _read_back(path: Path, base: str, head: str, patches: Sequence[Patch]) -> None:
-    """Saving must lose nothing: the patches, applied to the base, give the same files and the same patches again."""
+    """Check that saving loses nothing: applied to the base, the patches must give the same files and patches again."""
     for patch in patches:
         if not patch.diff:
             raise TreeEdited(
-                f"{path}: the commit {patch.subject!r} changes nothing; a patch cannot hold it",
+                f"{path}: the commit {patch.subject!r} changes nothing, so it cannot be saved as a patch",
                 hint=f"git -C {path} rebase apex-base",
             )
     try:
@@ -258,19 +258,19 @@ def _read_back(path: Path, base: str, head: str, patches: Sequence[Patch]) -> No
     for patch, content in zip(patches, again, strict=True):
         if patch.content != content:
             raise TreeEdited(
-                f"{path}: the message of the commit {patch.subject!r} does not survive a mail: it has a line `---`, or "
-                "a diff",
+                f"{path}: the message of the commit {patch.subject!r} cannot be mailed: it contains a line `---` or a "
+                "diff",
                 hint=f"git -C {path} rebase -i {base[:9]}, and reword it",
             )
     if git(path, "rev-parse", f"{end}^{{tree}}") != git(path, "rev-parse", f"{head}^{{tree}}"):
         raise TreeEdited(
-            f"{path}: the patches do not give the same files as the commits; was a file's mode or a binary file "
-            "changed?"
+            f"{path}: the patches do not give the same files as the commits; did you change a file mode or a binary "
+            "file?"
         )
 
 
 def _write(pin: Pin, patches: Sequence[Patch]) -> Saved:
-    """Replace the folder as a whole. Comment lines at the head of `series`, and files that are not patches, stay."""
+    """Replace the folder as a whole. Keep comments at the top of `series`, and files that are not patches."""
     final = pin.patches_folder
     old = {file.name: file.read_bytes() for file in sorted(final.glob("*.patch"))} if final.is_dir() else {}
     series = final / "series"
@@ -280,7 +280,7 @@ def _write(pin: Pin, patches: Sequence[Patch]) -> Saved:
     listed = _names(series)
     if foreign := [name for name in new if name in old and name not in listed and old[name] != new[name]]:
         raise TreeEdited(
-            f"{final / foreign[0]} would be overwritten: `series` does not name it, and it holds something else",
+            f"refusing to overwrite {final / foreign[0]}: `series` does not list it, and its content differs",
             hint=f"give it another name: mv {final / foreign[0]} {final / foreign[0]}.mine",
         )
     written = tuple(name for name, content in new.items() if old.get(name) != content)

@@ -1,4 +1,4 @@
-"""What the tools of a pin can do, as its TOML file says under [serves]: asked before a model is run for hours."""
+"""What the tools of a pin can do, from [serves] in its TOML file; checked before running a model for hours."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from apex_build.errors import PinUnknown
 
 @dataclass(frozen=True)
 class Serves:
-    """`architectures`: all that a model file may be of.
+    """`architectures`: the supported architectures.
 
-    `heads`: those whose draft head is run; `heads_idle`: those whose head is loaded and not run. Of any other a head in
-    the file may keep the model from loading.
+    `heads`: those whose draft head runs; `heads_idle`: those whose head is loaded but not run. With any other, a head
+    in the file may prevent loading.
     """
 
     architectures: frozenset[str]
@@ -23,15 +23,15 @@ class Serves:
 
 
 def read_serves(path: Path, table: Any) -> Serves | None:
-    """Raises PinUnknown for a table of another form; None if there is none."""
+    """Read the table; None if it is missing. Raises PinUnknown if it is invalid."""
     if table is None:
         return None
     if not isinstance(table, dict):
-        raise PinUnknown(f"{path}: [serves] must be a table, not {table!r}")
+        raise PinUnknown(f"{path}: [serves] must be a table, found {table!r}")
     return Serves(*(_names(path, key, table.get(key)) for key in ("architectures", "heads", "heads_idle")))
 
 
 def _names(path: Path, key: str, value: Any) -> frozenset[str]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise PinUnknown(f"{path}: `serves.{key}` must be a list of names, not {value!r}")
+        raise PinUnknown(f"{path}: `serves.{key}` must be a list of names, found {value!r}")
     return frozenset(value)

@@ -1,5 +1,5 @@
-"""The fetched tree: a git repository with one base commit, the same hash on every machine, so that patches are commits
-on it.
+"""The fetched tree: a git repository with one base commit, which has the same hash on every machine, and a commit for
+each patch on top.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from apex_build.storage.scratch import scratch_folder
 BASE = "apex-base"  # tag of the base commit
 BRANCH = "apex"
 _WHO = "apex-build <apex-build@localhost>"
-_WHEN = "1767225600 +0000"  # 2026-01-01; the same for everyone, so that the commit's hash is
-# Above every .gitattributes: files are kept byte for byte.
+_WHEN = "1767225600 +0000"  # 2026-01-01, always, so that the commit has the same hash everywhere
+# Overrides every .gitattributes: files are kept byte for byte.
 _ATTRIBUTES = "* -text -eol -ident -filter -working-tree-encoding -export-ignore -export-subst\n"
-# For the developer's own git in this tree; what apex itself runs carries its settings along.
+# For the developer's git in this tree; apex passes its own settings on the command line.
 _CONFIG = "[core]\n\tautocrlf = false\n\thooksPath = /dev/null\n[commit]\n\tgpgSign = false\n[gc]\n\tauto = 0\n"
 _DIGEST_LINE = "Tree-digest: "
 _STATUS = ("status", "--porcelain", "-z", "--untracked-files=all", "--ignore-submodules=none", "--no-renames")
@@ -34,9 +34,9 @@ _STATUS = ("status", "--porcelain", "-z", "--untracked-files=all", "--ignore-sub
 
 @dataclass(frozen=True)
 class TreeStatus:
-    """What is in the tree's folder. `base` and `head` are commits; `digest` is what the base commit says of itself
-    (verify checks it); `outdated` means laid out for another digest than the pin's; `edited` lists uncommitted edits,
-    `untracked` new files.
+    """The state of the tree's folder. `base` and `head` are commits; `digest` is the one in the message of the base
+    commit (verify checks it); `outdated`: it differs from the pin's; `edited` lists uncommitted edits, `untracked` new
+    files.
     """
 
     pin: Pin
@@ -59,17 +59,17 @@ def fetch_command(pin: Pin) -> str:
 
 
 def require_tree(pin: Pin) -> Path:
-    """The tree's folder. Raises SourceMissing when it has not been fetched."""
+    """The tree's folder. Raises SourceMissing if it has not been fetched."""
     path = tree_path(pin)
     if not (path / ".git").exists():
         raise SourceMissing(
-            f"the source of pin {pin.name} has not been fetched: {path} is not there", hint=fetch_command(pin)
+            f"the source of pin {pin.name} has not been fetched: {path} does not exist", hint=fetch_command(pin)
         )
     return path
 
 
 def status(pin: Pin) -> TreeStatus:
-    """Raises TreeEdited when the folder is there but is not a tree that apex laid out."""
+    """Raises TreeEdited if the folder exists but is not a tree that apex laid out."""
     path = tree_path(pin)
     if not path.exists():
         return TreeStatus(pin, path, present=False)
@@ -81,7 +81,7 @@ def status(pin: Pin) -> TreeStatus:
 
 
 def base_and_head(path: Path) -> tuple[str, str]:
-    """The base commit and HEAD. Raises TreeEdited when there is no base commit, or HEAD does not descend from it."""
+    """The base commit and HEAD. Raises TreeEdited if there is no base commit or HEAD does not descend from it."""
     found = (
         run(path, "rev-parse", "--verify", "--quiet", f"refs/tags/{BASE}^{{commit}}")
         if (path / ".git").exists()
@@ -90,7 +90,7 @@ def base_and_head(path: Path) -> tuple[str, str]:
     if found is None or found.returncode != 0:
         raise TreeEdited(
             f"{path} is not a tree that apex laid out: it has no commit tagged {BASE}",
-            hint=f"move it away (mv {path} {path}.mine), then apex source fetch",
+            hint=f"move it away (mv {path} {path}.mine), then run apex source fetch",
         )
     base = found.stdout.decode().strip()
     if run(path, "merge-base", "--is-ancestor", base, "HEAD").returncode != 0:
@@ -116,18 +116,17 @@ def edits(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def lay_out(pin: Pin, files: Iterable[tuple[str, bytes]], folder: Path, report: Report = silent) -> str:
-    """Make the repository at `folder` (which must not exist) from (path, content) pairs; returns the base commit.
+    """Create the repository at `folder` (which must not exist) from (path, content) pairs; returns the base commit.
 
-    git writes every file itself, from a fast-import stream: it refuses paths that leave the tree, and modes come from
-    the content. Raises HashMismatch when the files are not the pin's; what is in `folder` then is for the caller to
-    remove.
+    git writes all files, from a fast-import stream: it refuses paths that leave the tree. File modes follow from the
+    content. Raises HashMismatch if the files are not the pin's; the caller must then remove `folder`.
     """
     git(None, "init", "--quiet", folder, env={"GIT_DEFAULT_HASH": "sha1"})
     with (folder / ".git" / "config").open("a", encoding="utf-8") as config:
         config.write(_CONFIG)
     (folder / ".git" / "info").mkdir(exist_ok=True)
     (folder / ".git" / "info" / "attributes").write_text(_ATTRIBUTES, encoding="utf-8")
-    _check_digest(pin, _import(pin, files, folder, report), "the source that came")
+    _check_digest(pin, _import(pin, files, folder, report), "the fetched source")
     git(folder, "symbolic-ref", "HEAD", f"refs/heads/{BRANCH}")
     git(folder, "tag", BASE, f"refs/heads/{BRANCH}")
     git(folder, "reset", "--quiet", "--hard", "HEAD")
@@ -154,7 +153,7 @@ def _import(pin: Pin, files: Iterable[tuple[str, bytes]], folder: Path, report: 
     with importer:
         assert importer.stdin and importer.stderr
         try:
-            with suppress(BrokenPipeError):  # git ended early; what it said comes below
+            with suppress(BrokenPipeError):  # git exited early; its message is read below
                 data = message.encode()
                 head = (
                     f"commit refs/heads/{BRANCH}\nauthor {_WHO} {_WHEN}\ncommitter {_WHO} {_WHEN}\ndata {len(data)}\n"
@@ -183,14 +182,14 @@ def _import(pin: Pin, files: Iterable[tuple[str, bytes]], folder: Path, report: 
 def _check_digest(pin: Pin, found: str, what: str, hint: str | None = None) -> None:
     if found != pin.tree_digest:
         raise HashMismatch(
-            f"{what} is not the tree that pin {pin.name} names: its digest is {found}, expected {pin.tree_digest}",
+            f"{what} is not the tree of pin {pin.name}: expected digest {pin.tree_digest}, found {found}",
             hint=hint,
         )
 
 
 def verify_base(pin: Pin, path: Path) -> str:
-    """Recompute the digest from the base commit's content. Raises HashMismatch when it is not the pin's, or has further
-    files.
+    """Recompute the digest from the content of the base commit. Raises HashMismatch if it is not the pin's or there are
+    other files.
     """
     base, _head = base_and_head(path)
     _check_digest(
@@ -200,15 +199,15 @@ def verify_base(pin: Pin, path: Path) -> str:
     strange = [name for name in names if name and not wanted(name)]
     if strange:
         raise HashMismatch(
-            f"the base commit of {path} holds a file that no pinned tree has: {strange[0]}",
+            f"the base commit of {path} has a file that does not belong to it: {strange[0]}",
             hint=f"{fetch_command(pin)} --force",
         )
     return pin.tree_digest
 
 
 def verify_clean(path: Path) -> None:
-    """Raise TreeEdited, naming the files, when any file differs from HEAD. All are read again, whatever git's index
-    says.
+    """Raise TreeEdited, naming the files, if any file differs from HEAD. Reads all of them again, without trusting
+    git's index.
     """
     if _content_tree(path, afresh=True) == git(path, "rev-parse", "HEAD^{tree}"):
         return
@@ -217,17 +216,16 @@ def verify_clean(path: Path) -> None:
         git(path, "read-tree", "HEAD", env=env)
         found = git(path, *_STATUS, env=env).split("\0")
     raise TreeEdited(
-        f"{path} was edited since it was laid out: {some([entry[3:] for entry in found if entry])}",
-        hint=f"keep it: git -C {path} add -A && git -C {path} commit && apex patch save; or drop it: git -C {path} "
-        "stash -u",
+        f"{path} has uncommitted edits: {some([entry[3:] for entry in found if entry])}",
+        hint=f"keep them: git -C {path} add -A && git -C {path} commit && apex patch save; or put them aside: "
+        f"git -C {path} stash -u",
     )
 
 
 def tree_identity(path: Path) -> str:
-    """sha256 that names what a build of `path` compiles: tracked files as they are now, and new files that git does not
-    ignore.
+    """sha256 of what a build of `path` compiles: tracked files as they are now, and new files that git does not ignore.
 
-    Committing an edit does not change it. A folder without a git repository counts by its files (`wanted` ones).
+    Committing an edit does not change it. In a folder without a git repository, the `wanted` files count.
     """
     if (path / ".git").exists():
         return sha256_json({"git tree": _content_tree(path)})
@@ -237,13 +235,13 @@ def tree_identity(path: Path) -> str:
 
 
 def commit_identity(path: Path, commit: str) -> str:
-    """`tree_identity` of the tree where it is clean at this commit."""
+    """The `tree_identity` that the tree has if it is clean at this commit."""
     return sha256_json({"git tree": git(path, "rev-parse", "--verify", f"{commit}^{{tree}}")})
 
 
 def check_out(path: Path, commit: str, folder: Path) -> None:
-    """Bring `folder` (one of ours, with its index beside it) to a commit of the tree. Files that do not differ keep
-    their times.
+    """Check out a commit of the tree in `folder` (one of ours, with its index beside it). Unchanged files keep their
+    times.
     """
     folder.mkdir(parents=True, exist_ok=True)
     where = (f"--git-dir={path / '.git'}", f"--work-tree={folder}")
@@ -255,7 +253,7 @@ def check_out(path: Path, commit: str, folder: Path) -> None:
 
 
 def under_way(path: Path) -> str | None:
-    """What git is in the middle of in this tree: `rebase`, `am`, `cherry-pick`, `revert` or `merge`."""
+    """The git operation in progress in this tree: `rebase`, `am`, `cherry-pick`, `revert` or `merge`."""
     if (path / git(path, "rev-parse", "--git-path", "rebase-merge")).exists():
         return "rebase"
     if (folder := path / git(path, "rev-parse", "--git-path", "rebase-apply")).exists():
@@ -267,17 +265,17 @@ def under_way(path: Path) -> str | None:
 
 
 def refuse_under_way(path: Path) -> None:
-    """Raise TreeEdited while git is in the middle of an operation: HEAD is then neither the old nor the new state."""
+    """Raise TreeEdited while a git operation is in progress: HEAD is then neither the old nor the new state."""
     if verb := under_way(path):
         raise TreeEdited(
-            f"{path}: a git {verb} is under way",
-            hint=f"git -C {path} {verb} --continue ends it, git -C {path} {verb} --abort undoes it",
+            f"{path}: a git {verb} is in progress",
+            hint=f"git -C {path} {verb} --continue finishes it, git -C {path} {verb} --abort undoes it",
         )
 
 
 def _content_tree(path: Path, *, afresh: bool = False) -> str:
-    """git's tree hash of the folder's present content, by way of a scratch index and object folder: the tree stays
-    untouched.
+    """git's tree hash of the folder's current content, computed in a scratch index and object folder, so that nothing
+    in the tree changes.
     """
     objects = (path / git(path, "rev-parse", "--git-path", "objects")).resolve()
     with scratch_folder("index") as temp:
@@ -291,8 +289,8 @@ def _content_tree(path: Path, *, afresh: bool = False) -> str:
         }
         own = path / git(path, "rev-parse", "--git-path", "index")
         if own.is_file() and not afresh:
-            # with what git knows of unchanged files: 20 ms instead of reading them all; its time tells git which to
-            # doubt
+            # git's index knows which files are unchanged: 20 ms instead of reading them all. Keep its time: git reads
+            # files again that are newer.
             shutil.copy2(own, index)
         else:
             git(path, "read-tree", "HEAD", env=env)

@@ -1,4 +1,4 @@
-"""Which files of llama.cpp a build uses, and the digest over them that is the same whatever way the tree came."""
+"""Which files of llama.cpp a build uses, and a digest over them, which is the same for every origin of the tree."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from apex_build.errors import ArchiveUnsafe
 
-# A build with the tools, the server without its web page, and the converter touch nothing outside these. Documentation
-# inside the folders stays, so that a patch to a tool can also patch its README.
+# The tools, the server without its web page, and the converter need only these. Documentation inside the folders stays,
+# so that a patch to a tool can also patch its README.
 _FILES = frozenset(
     {
         ".clang-format",
@@ -22,7 +22,7 @@ _FILES = frozenset(
         "convert_hf_to_gguf.py",
         "convert_hf_to_gguf_update.py",
         "convert_lora_to_gguf.py",
-        "scripts/ui-assets.cmake",  # runs in every build of the server, also when it has nothing to embed
+        "scripts/ui-assets.cmake",  # runs in every build of the server, even with nothing to embed
         "tools/ui/CMakeLists.txt",
         "tools/ui/embed.cpp",
         "tools/ui/sources.cmake",
@@ -64,13 +64,13 @@ def check_path(path: str, where: str) -> None:
     """Refuse names of wanted files that git, make or a terminal would misread."""
     if _UNUSUAL.search(path):
         raise ArchiveUnsafe(
-            f"{where}: the file name {path!r} holds control characters, quotes or bytes that are not UTF-8"
+            f"{where}: the file name {path!r} contains control characters, quotes or bytes that are not UTF-8"
         )
 
 
 def is_executable(content: bytes) -> bool:
-    """Modes differ between an sdist, a checkout and a file system; the content decides: what starts with `#!` is a
-    script.
+    """Whether the content starts with `#!`. Modes are not used: they differ between an sdist, a checkout and a file
+    system.
     """
     return content.startswith(b"#!")
 

@@ -1,6 +1,4 @@
-"""The pinned commit from upstream's git repository: a shallow fetch of exactly that commit, into a folder that is
-thrown away.
-"""
+"""Get the pinned commit from upstream's git repository by a shallow fetch into a scratch folder."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ _PROGRESS = re.compile(r"(?:remote: )?([A-Z][A-Za-z ]+):\s+\d+% \((\d+)/(\d+)\)"
 def upstream_files(
     pin: Pin, repository: str | None, report: Report = silent, want: Callable[[str], bool] = wanted
 ) -> Iterator[tuple[str, bytes]]:
-    """The wanted files of the pinned commit: (path, content). `repository` (a URL or a folder) stands in for the pin's
-    own.
+    """The wanted files of the pinned commit: (path, content). `repository`: a URL or a folder to use instead of the
+    pin's.
 
-    Raises DownloadFailed when git cannot fetch, HashMismatch when what came is another commit.
+    Raises DownloadFailed if git cannot fetch, HashMismatch if it fetches another commit.
     """
     place = repository or pin.repository
     if Path(place).exists():
@@ -34,10 +32,10 @@ def upstream_files(
     with scratch_folder("upstream") as folder:
         git(None, "init", "--quiet", folder)
         _fetch(folder, place, pin, report)
-        # without replace references, which could put another commit under this name
+        # ignore replace refs, which could substitute another commit
         found = git(folder, "rev-parse", "--verify", "FETCH_HEAD^{commit}", env={"GIT_NO_REPLACE_OBJECTS": "1"})
         if found != pin.commit:
-            raise HashMismatch(f"{place} gave commit {found}, pin {pin.name} names {pin.commit}")
+            raise HashMismatch(f"{place}: expected commit {pin.commit} of pin {pin.name}, found {found}")
         yield from committed_files(folder, pin.commit, env={"GIT_NO_REPLACE_OBJECTS": "1"}, want=want)
 
 

@@ -1,1 +1,1 @@
-"""The patch workshop: the state of a series on a pin, changing it, porting it to another, testing and exporting it."""
+"""The patch workshop: show the state of a series on a pin, change it, port it to another pin, test and export it."""

@@ -1,4 +1,4 @@
-"""Changing a series: a new patch, one less, another order; and the tree opened at a patch, for git's own tools."""
+"""Change a series: add, drop and reorder patches, or open the tree at a patch to edit it with git."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from apex_build.workshop.standing import find_patch
 
 @dataclass(frozen=True)
 class Opened:
-    """The tree, ready for work. `commits`: (commit, patch), oldest first; `at`: the patch whose commit HEAD is."""
+    """The tree, ready to edit. `commits`: (commit, patch), oldest first; `at`: the patch at HEAD."""
 
     path: Path
     commits: tuple[tuple[str, str], ...]
@@ -33,9 +33,9 @@ class Opened:
 
 
 def edit(pin: Pin, given: str | None = None, report: Report = silent) -> Opened:
-    """Bring the tree to the series, one commit a patch. `given`: begin an interactive rebase that stops at this patch.
+    """Apply the series to the tree, one commit per patch. `given`: start an interactive rebase that stops there.
 
-    Raises TreeEdited where edits are not committed, or git is in the middle of something; PatchUnknown.
+    Raises TreeEdited if edits are not committed or a git operation is in progress; PatchUnknown.
     """
     path = require_tree(pin)
     with locked(path, wait=True, report=report):
@@ -51,12 +51,14 @@ def edit(pin: Pin, given: str | None = None, report: Report = silent) -> Opened:
             return Opened(path, commits, None)
         patch = find_patch(read_series(pin), given)
         if patch.name not in found.commit_of:
-            raise PatchUnknown(f"{patch.name} is not applied in {path}", hint=f"{verb(pin, 'status')} shows what is")
+            raise PatchUnknown(
+                f"{patch.name} is not applied in {path}", hint=f"{verb(pin, 'status')} shows the applied patches"
+            )
         _stop_at(path, found.base, found.commit_of[patch.name])
         return Opened(path, commits, patch.name)
 
 
-# What git runs as its editor, in place of the user's: the list of steps, with `edit` for `pick` at one commit.
+# git runs this instead of the user's editor: it replaces `pick` with `edit` for one commit in the list of steps
 _EDITOR = """import sys
 from pathlib import Path
 todo = Path(sys.argv[1])
@@ -72,7 +74,7 @@ def _stop_at(path: Path, base: str, commit: str) -> None:
     with scratch_folder("todo") as temp:
         editor = temp / "editor.py"
         editor.write_text(_EDITOR.format(commit=commit), encoding="utf-8")
-        command = shlex.join([sys.executable, str(editor)])  # git gives this one to a shell
+        command = shlex.join([sys.executable, str(editor)])  # git passes it to a shell
         done = run(path, "rebase", "--interactive", base, env={**COMMITTER, "GIT_SEQUENCE_EDITOR": command})
     if done.returncode != 0:
         run(path, "rebase", "--abort")
@@ -80,22 +82,22 @@ def _stop_at(path: Path, base: str, commit: str) -> None:
 
 
 def new_patch(pin: Pin, subject: str, message: str = "", files: Sequence[str] = (), report: Report = silent) -> Saved:
-    """Commit what is edited in the tree (or only these files) as a new patch on top, and save the series.
+    """Commit the edits in the tree (or only these files) as a new patch on top, and save the series.
 
-    Its author is the series' author, or git's configured user. Raises TreeEdited if there is nothing to commit.
+    The author of the series becomes its author; for the first patch, git's configured user. Raises TreeEdited if there
+    is nothing to commit.
     """
     path = require_tree(pin)
     with locked(path, wait=True, report=report):
         refuse_under_way(path)
         edited, untracked = edits(path)
         if not edited and not untracked:
-            raise TreeEdited(
-                f"nothing is edited in {path}", hint=f"edit files there first, then {verb(pin, 'new')} once more"
-            )
+            raise TreeEdited(f"no edits in {path}", hint=f"edit files there first, then run {verb(pin, 'new')} again")
         series = read_series(pin)
         if not subject.strip() or "\n" in subject:
             raise TreeEdited(
-                "the subject of a patch is one line, such as 'imatrix : say what has no data'", hint="apex patch new -h"
+                "the subject of a patch must be one line, such as 'imatrix : list tensors without data'",
+                hint="apex patch new -h",
             )
         git(path, "add", "--all", "--", *(files or ["."]))
         only = ("--only", "--", *files) if files else ()
@@ -108,7 +110,7 @@ def new_patch(pin: Pin, subject: str, message: str = "", files: Sequence[str] = 
 
 
 def _author(path: Path, series: Sequence[Patch]) -> dict[str, str]:
-    """Of the last patch, so that a series keeps one author; of the user's own git for the first one."""
+    """The author of the last patch, so that a series has only one; for the first patch, the user configured in git."""
     if series:
         name, email = series[-1].author, series[-1].email
     else:
@@ -126,16 +128,14 @@ def _author(path: Path, series: Sequence[Patch]) -> dict[str, str]:
 def _configured(path: Path, key: str) -> str:
     done = run(path, "config", "--get", key, own=False)
     if done.returncode != 0 or not done.stdout.strip():
-        raise TreeEdited(
-            f"git does not know who the author is: {key} is not set", hint=f"git config --global {key} ..."
-        )
+        raise TreeEdited(f"git does not know the author: {key} is not set", hint=f"git config --global {key} ...")
     return done.stdout.decode("utf-8", "replace").strip()
 
 
 def drop(pin: Pin, given: str, report: Report = silent) -> tuple[Patch, str, Saved]:
-    """Take a patch out of the series and the tree; gives it, its last commit, and what was saved.
+    """Remove a patch from the series and the tree; returns the patch, its last commit, and what was saved.
 
-    Raises PatchConflict where later patches stand on it, with everything as it was.
+    Raises PatchConflict if later patches depend on it; nothing is changed then.
     """
     with _at_series(pin, report) as (path, series):
         patch = find_patch(series, given)
@@ -144,19 +144,19 @@ def drop(pin: Pin, given: str, report: Report = silent) -> tuple[Patch, str, Sav
 
 
 def reorder(pin: Pin, given: Sequence[str], report: Report = silent) -> Saved:
-    """Put the patches named first, in this order; the others follow as they were. The files in the end are the same.
+    """Move the named patches to the front, in this order; the others keep their order. The patched files stay the same.
 
-    Raises PatchConflict where a patch does not go where it is put, with everything as it was.
+    Raises PatchConflict if a patch does not apply in its new place; nothing is changed then.
     """
     with _at_series(pin, report) as (path, series):
         first = [find_patch(series, one) for one in given]
         if twice := next((patch.name for patch in first if first.count(patch) > 1), None):
-            raise PatchUnknown(f"{twice} is named twice", hint=f"{verb(pin, 'status')} shows the order")
+            raise PatchUnknown(f"{twice} is given twice", hint=f"{verb(pin, 'status')} shows the order")
         return _rebuild(pin, path, [*first, *(one for one in series if one not in first)], "in that order", same=True)
 
 
 def _rebuild(pin: Pin, path: Path, patches: Sequence[Patch], how: str, *, same: bool = False) -> Saved:
-    """Make the tree these patches by three-way merges (their blobs are in the tree's repository), and save it."""
+    """Rebuild the tree from these patches by three-way merges (its repository has their blobs), and save the series."""
     found = find_applied(path, read_series(pin))
     by_hand = f"{verb(pin, 'edit')}, then git -C {path} rebase -i apex-base"
     try:
@@ -165,7 +165,7 @@ def _rebuild(pin: Pin, path: Path, patches: Sequence[Patch], how: str, *, same: 
         raise PatchConflict(f"{how}, {error.patch.name} does not apply: {error.reason}", hint=by_hand) from None
     end = made[-1] if made else found.base
     if same and git(path, "rev-parse", f"{end}^{{tree}}") != git(path, "rev-parse", f"{found.head}^{{tree}}"):
-        raise PatchConflict(f"{how}, the patches end in other files than before", hint=by_hand)
+        raise PatchConflict(f"{how}, the patches no longer result in the same files", hint=by_hand)
     move_to(path, found.head, end)
     try:
         saved = save_from(pin, path)
@@ -178,7 +178,7 @@ def _rebuild(pin: Pin, path: Path, patches: Sequence[Patch], how: str, *, same: 
 
 @contextmanager
 def _at_series(pin: Pin, report: Report) -> Iterator[tuple[Path, tuple[Patch, ...]]]:
-    """The tree and the series, both the same: applied in full, nothing unsaved."""
+    """The tree and the series, once they match: all patches applied, nothing unsaved."""
     path = require_tree(pin)
     with locked(path, wait=True, report=report):
         refuse_under_way(path)
@@ -186,8 +186,8 @@ def _at_series(pin: Pin, report: Report) -> Iterator[tuple[Path, tuple[Patch, ..
         series = read_series(pin)
         if unsaved := find_applied(path, series).unsaved:
             raise TreeEdited(
-                f"{path} has commits that the series does not hold: {some([repr(subject) for _, subject in unsaved])}",
-                hint=f"{verb(pin, 'save')} writes them into it",
+                f"{path} has commits that are not in the series: {some([repr(subject) for _, subject in unsaved])}",
+                hint=f"{verb(pin, 'save')} adds them",
             )
         apply_to(pin, path)
         remember(path, had=[patch.sha256 for patch in series])
@@ -197,5 +197,5 @@ def _at_series(pin: Pin, report: Report) -> Iterator[tuple[Path, tuple[Patch, ..
 def _refuse_edits(pin: Pin, path: Path) -> None:
     if names := (*edits(path)[0], *edits(path)[1]):
         raise TreeEdited(
-            f"{path} has edits that are not committed: {some(names)}", hint=f"{verb(pin, 'new')} makes a patch of them"
+            f"{path} has uncommitted edits: {some(names)}", hint=f"{verb(pin, 'new')} makes a patch of them"
         )

@@ -1,4 +1,4 @@
-"""Whether a series builds patch by patch: each commit compiled on top of the last, in one work folder."""
+"""Check that a series builds after every patch: compile each commit on top of the last, in one work folder."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from apex_build.workshop.overview import Overview
 def build_each(
     found: Overview, *, backend: Backend = BACKENDS["cpu"], jobs: int | None = None, report: Report = silent
 ) -> Iterator[tuple[str, str | None]]:
-    """Compile the source up to each patch that is not known to build; gives (patch, the compiler's words or None), as
-    they come.
+    """Compile the source up to each patch, unless it is known whether that builds. Yields (patch, compiler errors or
+    None).
 
-    The base is one too where the series is empty. What is found out is remembered.
+    If the series is empty, compiles the base. Results are remembered.
     """
     pin, path = found.pin, require_tree(found.pin)
     todo = [
@@ -51,9 +51,7 @@ def _told(report: Report, detail: str) -> Report:
 
 
 def workplace(pin: Pin) -> Path:
-    """Folder of the workshop's own checkout of a pin (`source`) and CMake's folder for it (`build`); to be used with
-    its lock.
-    """
+    """The folder with the workshop's checkout of a pin (`source`) and its CMake build (`build`). Lock it before use."""
     return cache.work_root() / f"patches-{pin.name}"
 
 

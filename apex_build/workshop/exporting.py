@@ -1,4 +1,4 @@
-"""A series for upstream: mailable patches, and for each a draft of what a pull request says of it."""
+"""Export a series for upstream: mailable patches, and for each the draft of a pull request's description."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ else:
 
 _FACTS = Path(__file__).with_name("pull_requests.toml")
 GUIDE = "CONTRIBUTING.md"
-_RULES = {  # what of upstream's guide is looked for: what it is about -> words of a line of it
+_RULES = {  # rules to quote from upstream's guide: topic -> pattern of a line about it
     "how a request is cut and how large it may be": re.compile(
         r"separate PRs|Limit your open PRs|unrelated changes", re.IGNORECASE
     ),
@@ -39,8 +39,8 @@ _RULES = {  # what of upstream's guide is looked for: what it is about -> words 
 
 @dataclass(frozen=True)
 class Exported:
-    """`files`: what was written; `remarks`: (patch, what upstream's rules say of it); `unchecked`: what could not be
-    checked.
+    """`files`: the files written; `remarks`: (patch, violation of upstream's style); `unchecked`: checks that could not
+    be made, and why.
     """
 
     files: tuple[Path, ...]
@@ -49,23 +49,23 @@ class Exported:
 
 
 def export(pin: Pin, folder: Path, *, force: bool = False, report: Report = silent) -> Exported:
-    """Write the series and the texts to `folder`.
+    """Write the series and the drafts to `folder`.
 
-    Raises SeriesUnfit (several authors), PatchConflict (a patch does not apply), OutputUnwritable (something else is
-    there).
+    Raises SeriesUnfit (several authors), PatchConflict (a patch does not apply), OutputUnwritable (a file exists with
+    other content).
     """
     path = require_tree(pin)
     series = read_series(pin)
     if not series:
-        raise SeriesUnfit(f"the series of {pin.name} is empty: there is nothing to export", hint=verb(pin, "status"))
+        raise SeriesUnfit(f"nothing to export: the series of {pin.name} is empty", hint=verb(pin, "status"))
     check_author(pin, series)
     found = overview(pin)
     if stuck := next((one for one in found.standing if one.commit is None), None):
         raise PatchConflict(f"{stuck.patch.name}: {stuck.applies}: {stuck.detail or ''}", hint=verb(pin, "status"))
     guide = dict(further_files(pin, lambda name: name == GUIDE, report)).get(GUIDE, b"").decode("utf-8", "replace")
     program = style.clang_format()
-    unchecked = [] if program else ["clang-format is not on this machine: the layout of code was not checked"]
-    unchecked += [] if guide else [f"the source of {pin.name} comes without {GUIDE}"]
+    unchecked = [] if program else ["clang-format not found: code formatting was not checked"]
+    unchecked += [] if guide else [f"the source of {pin.name} has no {GUIDE}: its rules were not quoted"]
     facts = export_facts()
     texts: dict[Path, bytes] = {}
     remarks: list[tuple[str, str]] = []
@@ -88,7 +88,7 @@ def export(pin: Pin, folder: Path, *, force: bool = False, report: Report = sile
 
 
 def check_author(pin: Pin, series: Sequence[Patch]) -> None:
-    """Raises SeriesUnfit: upstream has to know whom it takes a series from."""
+    """Raises SeriesUnfit for several authors: upstream must know who submits the series."""
     authors: dict[str, list[str]] = {}
     for patch in series:
         authors.setdefault(f"{patch.author} <{patch.email}>", []).append(patch.name[:4])
@@ -96,12 +96,12 @@ def check_author(pin: Pin, series: Sequence[Patch]) -> None:
         listed = "; ".join(f"{who}: {', '.join(numbers)}" for who, numbers in authors.items())
         raise SeriesUnfit(
             f"the patches of {pin.name} have several authors: {listed}",
-            hint=f"{verb(pin, 'edit')}, then git commit --amend --author=... where it is another",
+            hint=f"{verb(pin, 'edit')}, then git commit --amend --author=... for the wrong ones",
         )
 
 
 def export_facts() -> dict[str, Mapping[str, Any]]:
-    """By the subject of a patch: `tested` and `figures`, lists of sentences."""
+    """`tested` and `figures` (lists of sentences) by the subject of a patch."""
     data = tomllib.loads(_FACTS.read_text(encoding="utf-8"))
     return {subject: entry for entry in data["patch"] for subject in entry["subjects"]}
 
@@ -114,8 +114,8 @@ def _request(
     files, plus, minus = _size(patch.diff)
     tests = known.tests
     ran = (
-        f"llama.cpp's own tests on a CPU: {tests['passed']} of {tests['ran']} pass with the series, and none that "
-        f"passes without it fails ({tests['when'][:10]})"
+        f"llama.cpp's own tests on a CPU: {tests['passed']} of {tests['ran']} pass with the series; all that pass "
+        f"without it still pass ({tests['when'][:10]})"
         if tests and not tests["broken"]
         else "llama.cpp's own tests: not run yet (`apex patch test`)"
     )
@@ -128,16 +128,16 @@ def _request(
     lines += ["## How it was tested", "", f"- {ran}", *(f"- {line}" for line in facts.get("tested", ())), ""]
     if facts.get("figures"):
         lines += ["## Figures", "", *(f"- {line}" for line in facts["figures"]), ""]
-    lines += ["## Before it is sent (not part of the text)", ""]
-    lines += ["- This is a draft from the commit's message. Rewrite it; the sender is responsible for the text."]
+    lines += ["## Before you send it (not part of the text)", ""]
+    lines += ["- This draft was made from the commit message. Rewrite it; you are responsible for what you send."]
     for what, section, quoted in guide_rules(guide):
         lines.append(f"- {GUIDE}, section '{section}', on {what}: \"{quoted}\"")
-    lines += [f"- style: {remark}" for remark in remarks] or ["- style: nothing found"]
+    lines += [f"- style: {remark}" for remark in remarks] or ["- style: no problems found"]
     return "\n".join(lines) + "\n"
 
 
 def guide_rules(guide: str) -> list[tuple[str, str, str]]:
-    """(what about, its section, the first line that says so) of upstream's guide."""
+    """(topic, section, first line about it) for each rule found in upstream's guide."""
     found: dict[tuple[str, str], str] = {}
     section = ""
     for line in guide.splitlines():

@@ -1,4 +1,4 @@
-"""A pin and its series at a glance: what applies, what is in the tree, what builds, what llama.cpp's own tests say."""
+"""A pin and its series at a glance: which patches apply, what is in the tree, what builds, which tests pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from apex_build.workshop.standing import Standing, stand
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a source: `builds` and `tests` are None where nobody looked yet.
+    """What is known about a source: `builds` and `tests` are None if it was never built or tested.
 
-    `tests`: `ran`, `runnable`, `passed`, `when`, and `broken`: names of those that pass without the series and fail
+    `tests`: `ran`, `runnable`, `passed`, `when`, and `broken`: names of the tests that pass without the series and fail
     with it.
     """
 
@@ -28,8 +28,8 @@ class Known:
 
 @dataclass(frozen=True)
 class Overview:
-    """`known`: of the source up to each patch, in the order of `standing`; `whole`: of the source with the whole
-    series.
+    """`known`: about the source up to each patch, in the order of `standing`; `whole`: about the source with all
+    patches.
     """
 
     pin: Pin
@@ -41,16 +41,16 @@ class Overview:
 
     @property
     def lacking(self) -> tuple[str, ...]:
-        """What is between this and green, in words."""
+        """What is missing for this pin to be green, in words."""
         found = [f"{one.patch.name}: {one.applies}" for one in self.standing if one.applies in ("conflict", "upstream")]
         if not self.series.complete:
-            found.append("the tree is not the series")
+            found.append("the tree differs from the series")
         if self.series.edited or self.series.untracked:
-            found.append("the tree has edits that are not committed")
+            found.append("the tree has uncommitted edits")
         if self.whole.builds is not True:
-            found.append("it does not build" if self.whole.builds is False else "nobody built it yet")
+            found.append("it does not build" if self.whole.builds is False else "it was not built yet")
         if self.whole.tests is None:
-            found.append("llama.cpp's tests were not run")
+            found.append("llama.cpp's tests were not run yet")
         elif self.whole.tests.get("broken"):
             found.append(f"it breaks tests: {', '.join(self.whole.tests['broken'])}")
         elif self.whole.tests["ran"] < self.whole.tests["runnable"]:
@@ -61,7 +61,7 @@ class Overview:
 
 
 def overview(pin: Pin) -> Overview:
-    """Raises SourceMissing where the pin is not fetched."""
+    """Raises SourceMissing if the source of the pin is not fetched."""
     path = require_tree(pin)
     series = series_status(pin)
     standing = tuple(stand(path, read_series(pin)))

@@ -1,6 +1,4 @@
-"""New pins: a release of the package, or a commit of upstream's git; and moving an older pin on to a new one that is
-green.
-"""
+"""Add a pin: a release of the package, or a commit of upstream's git. Move a pin to another one that is green."""
 
 from __future__ import annotations
 
@@ -34,17 +32,17 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def pin_file(name: str, given: Path | None = None) -> Path:
-    """Where a pin of this name is written: beside the others in a checkout, here otherwise. Raises OutputUnwritable."""
+    """The file for a new pin: beside the others in a checkout, else in the current folder. Raises OutputUnwritable."""
     path = given or (places.data_root() / "vendor" / f"{name}.toml" if places.in_checkout() else Path(f"{name}.toml"))
     if path.exists():
-        raise OutputUnwritable(f"{path} exists", hint="give the new pin another name, or its file with -o")
+        raise OutputUnwritable(f"{path} exists", hint="give the new pin another name, or another file with -o")
     return path
 
 
 def add_release(name: str, version: str, path: Path, *, commit: str | None = None, report: Report = silent) -> Pin:
-    """Pin a release of the package: fetched once, and named by its sha256 from then on.
+    """Pin a release of the package: fetch it once, and record its sha256.
 
-    Its commit is the one that it says it is of, or the one given. Raises DownloadFailed, ArchiveUnsafe, HashMismatch.
+    The commit is the one that the archive names, or `commit`. Raises DownloadFailed, ArchiveUnsafe, HashMismatch.
     """
     file = f"{PACKAGE.replace('-', '_')}-{version}.tar.gz"
     requirement = f"{PACKAGE}=={version}"
@@ -53,20 +51,20 @@ def add_release(name: str, version: str, path: Path, *, commit: str | None = Non
     archive = download_sdist(pin, report)
     said = commit_of(archive, FOLDER)
     if commit is None and said is None:
-        raise DownloadFailed(
-            f"{file} does not say which commit its llama.cpp is of", hint="name it: apex pin add --commit"
-        )
+        raise DownloadFailed(f"{file} does not name the commit of its llama.cpp", hint="give it: apex pin add --commit")
     if commit and said and commit != said:
-        raise HashMismatch(f"{file} says that it is of commit {said}, not {commit}", hint="leave out --commit")
+        raise HashMismatch(f"{file}: expected commit {commit}, found {said}", hint="leave out --commit")
     pin = replace(pin, commit=str(commit or said), size=archive.stat().st_size)
     report(Step(f"reading {file}", 0))
     return _write(replace(pin, tree_digest=digest_of(read_archive(archive, FOLDER, pin.commit))), path)
 
 
 def add_commit(name: str, commit: str, path: Path, *, repository: str | None = None, report: Report = silent) -> Pin:
-    """Pin a commit that only git has. Raises DownloadFailed where it cannot be fetched."""
+    """Pin a commit of a git repository. Raises DownloadFailed if it cannot be fetched."""
     if not _COMMIT.fullmatch(commit):
-        raise PinUnknown(f"a commit is named by 40 hexadecimal digits, not {commit!r}", hint="git ls-remote gives them")
+        raise PinUnknown(
+            f"not a commit: expected 40 hexadecimal digits, found {commit!r}", hint="git ls-remote prints them"
+        )
     pin = Pin(name, commit, repository or _repository(), "", "", "", "", "")
     return _write(replace(pin, tree_digest=digest_of(upstream_files(pin, None, report))), path)
 
@@ -97,20 +95,20 @@ def _text(pin: Pin, patches: str | None) -> str:
 
 
 def bump(name: str, to: str, report: Report = silent) -> tuple[Pin, Pin]:
-    """Let the pin `name` be what the pin `to` is, its series too; gives what it was, and what it is. Both trees stay as
-    they are.
+    """Make the pin `name` equal to the pin `to`, with its series; returns `name` before and after. Neither tree is
+    touched.
 
-    Raises SeriesUnfit unless `to` is green, TreeEdited where the tree of `name` holds unsaved work.
+    Raises SeriesUnfit unless `to` is green, TreeEdited if the tree of `name` has unsaved work.
     """
     old, new = load_pin(name), load_pin(to)
     if old == new:
         raise PinUnknown(f"{name} and {to} are the same pin", hint="apex pin list")
-    report(Step(f"looking at {new.name}", 0))
+    report(Step(f"checking {new.name}", 0))
     if lacking := overview(new).lacking:
         raise SeriesUnfit(f"{new.name} is not green: {'; '.join(lacking)}", hint=verb(new, "status"))
     tree = tree_path(old)
     if tree.exists() and (work := unsaved_work(tree, read_series(old))):
-        raise TreeEdited(f"{tree} holds unsaved work: {some(work, '; ')}", hint=verb(old, "save"))
+        raise TreeEdited(f"{tree} has unsaved work: {some(work, '; ')}", hint=verb(old, "save"))
     target = old.own_file or places.data_root() / "vendor" / f"{old.name}.toml"
     final = old.patches_folder
     with writing(final.parent):
@@ -121,9 +119,7 @@ def bump(name: str, to: str, report: Report = silent) -> tuple[Pin, Pin]:
         else:
             part.mkdir()
         put_in_place(part, final)
-    patches = (
-        os.path.relpath(final, target.parent) if old.patches else None
-    )  # its series' folder stays the one named there
+    patches = os.path.relpath(final, target.parent) if old.patches else None  # the series stays in its folder
     with whole_file(target) as part:
         part.write_text(_text(replace(new, name=old.name, serves=new.serves or old.serves), patches), encoding="utf-8")
     return old, load_pin(str(old.own_file) if old.own_file else old.name)

@@ -1,8 +1,7 @@
-"""Porting a series to another pin: three-way merges that stop at a conflict, for git's own tools, and continue from
-there.
+"""Port a series to another pin with three-way merges, which stop at a conflict and continue once it is resolved in git.
 
-The patches are picked one by one (git cherry-pick) onto the tree of the other pin, on top of what its own series has.
-For the merge the tree's repository is given the source that they were made on. What is still to be done is kept inside
+The patches are cherry-picked one by one onto the tree of the other pin, on top of its own series. The merge needs the
+source that the patches were made for, so it is fetched into the tree's repository. The state of the port is kept inside
 its `.git`.
 """
 
@@ -26,15 +25,15 @@ from apex_build.storage.locks import locked
 from apex_build.storage.scratch import scratch_folder
 from apex_build.workshop.standing import Standing, find_patch, stand
 
-ABORTED = "refs/apex/port-aborted"  # what the tree was when a port was given up
+ABORTED = "refs/apex/port-aborted"  # the state of the tree when a port was aborted
 _THEIR_BASE, _THEIR_SERIES = "refs/apex/port-base", "refs/apex/port-series"
 
 
 @dataclass(frozen=True)
 class Port:
-    """`start`: the tree's HEAD before it; `head`: before the patch that comes next; `todo`: (commit, patch).
+    """`start`: HEAD of the tree before the port; `head`: HEAD before the next patch; `todo`: (commit, patch).
 
-    The others name patches that are in, that the source has already, and that were left out.
+    `done`, `upstream`, `skipped`: names of patches ported, already in the source, and skipped.
     """
 
     origin: str
@@ -48,35 +47,35 @@ class Port:
 
 @dataclass(frozen=True)
 class Ported:
-    """`saved` is None where there was nothing to port."""
+    """`saved` is None if there was nothing to port."""
 
     port: Port
     saved: Saved | None
 
 
 def preview(onto: Pin, origin: Pin, given: Sequence[str] = ()) -> list[Standing]:
-    """How the patches that would be ported apply to the other pin's tree as it is, without merging."""
+    """How the patches to port apply to the other pin's tree as it is, without merging."""
     path = require_tree(onto)
     return list(stand(path, [patch for _, patch in _wanted(onto, origin, given)], "HEAD"))
 
 
 def port(onto: Pin, origin: Pin, given: Sequence[str] = (), report: Report = silent) -> Ported:
-    """Port the patches of `origin` that the series of `onto` has no namesake of, or those `given`, and save them.
+    """Port the patches of `origin` whose subjects the series of `onto` lacks, or those `given`, and save them.
 
-    Raises PatchConflict where git stops at one, with what to do next; TreeEdited where the tree has unsaved work.
+    Raises PatchConflict if git stops at a conflict, with what to do next; TreeEdited if the tree has unsaved work.
     """
     path = require_tree(onto)
     with locked(path, wait=True, report=report):
         refuse_under_way(path)
         if _file(path).exists():
-            raise TreeEdited(f"a port is under way in {path}", hint=_onward(onto))
+            raise TreeEdited(f"a port is in progress in {path}", hint=_onward(onto))
         if names := (*edits(path)[0], *edits(path)[1]):
             raise TreeEdited(
-                f"{path} has edits that are not committed: {some(names)}", hint=f"{verb(onto, 'new')}, or git stash -u"
+                f"{path} has uncommitted edits: {some(names)}", hint=f"{verb(onto, 'new')}, or git stash -u"
             )
         if unsaved := find_applied(path, read_series(onto)).unsaved:
             named = some([repr(subject) for _, subject in unsaved])
-            raise TreeEdited(f"{path} has commits that the series does not hold: {named}", hint=verb(onto, "save"))
+            raise TreeEdited(f"{path} has commits that are not in the series: {named}", hint=verb(onto, "save"))
         apply_to(onto, path)
         head = git(path, "rev-parse", "HEAD")
         wanted = _wanted(onto, origin, given)
@@ -88,7 +87,7 @@ def port(onto: Pin, origin: Pin, given: Sequence[str] = (), report: Report = sil
 
 
 def continue_port(onto: Pin, report: Report = silent, *, skip: bool = False) -> Ported:
-    """Go on after a conflict was resolved, or with `skip` without the patch that git stopped at. Raises as `port`."""
+    """Continue after a conflict was resolved; `skip`: leave out the patch that git stopped at. Raises as `port`."""
     path = require_tree(onto)
     with locked(path, wait=True, report=report):
         state = _read(onto, path)
@@ -101,13 +100,13 @@ def continue_port(onto: Pin, report: Report = silent, *, skip: bool = False) -> 
                 state = _next(state, "done", git(path, "rev-parse", "HEAD"))
         else:
             refuse_under_way(path)
-            head = git(path, "rev-parse", "HEAD")  # ended by hand: with a commit, or without one
+            head = git(path, "rev-parse", "HEAD")  # the user ended the cherry-pick, with or without a commit
             state = _next(state, "done" if head != state.head else "skipped", head)
         return _go_on(onto, path, state, report)
 
 
 def abort_port(onto: Pin, report: Report = silent) -> str:
-    """Bring the tree back to what it was; gives a commit that holds all that was in it, half-resolved files too."""
+    """Restore the tree; returns a commit of its previous content, including half-resolved files."""
     path = require_tree(onto)
     with locked(path, wait=True, report=report):
         state = _read(onto, path)
@@ -131,7 +130,7 @@ def abort_port(onto: Pin, report: Report = silent) -> str:
 
 
 def _wanted(onto: Pin, origin: Pin, given: Sequence[str]) -> list[tuple[int, Patch]]:
-    """(place in the origin's series, patch)."""
+    """(index in the series of `origin`, patch)."""
     series = read_series(origin)
     if given:
         named = [find_patch(series, one) for one in given]
@@ -141,9 +140,7 @@ def _wanted(onto: Pin, origin: Pin, given: Sequence[str]) -> list[tuple[int, Pat
 
 
 def _their_commits(path: Path, origin: Pin) -> list[str]:
-    """The origin's source and a commit for each of its patches, brought into this repository: a merge needs all three
-    sides.
-    """
+    """Fetch the source of `origin` into this repository and commit its patches on it: a merge needs all three sides."""
     other = require_tree(origin)
     git(path, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", str(other), f"+refs/tags/{BASE}:{_THEIR_BASE}")
     try:
@@ -169,7 +166,7 @@ def _go_on(onto: Pin, path: Path, state: Port, report: Report) -> Ported:
         elif conflicts := _conflicts(path):
             raise _stopped(onto, path, state, conflicts)
         elif under_way(path) == "cherry-pick" and _same(path, "--cached"):
-            _quietly(path, "cherry-pick", "--skip")  # nothing is left of it
+            _quietly(path, "cherry-pick", "--skip")  # the source already has all of it
             state = _next(state, "upstream", state.head)
         else:
             raise failed(f"git cherry-pick of {name} failed in {path}", done.stderr)
@@ -179,15 +176,13 @@ def _go_on(onto: Pin, path: Path, state: Port, report: Report) -> Ported:
 
 
 def _conclude(onto: Pin, path: Path, name: str) -> bool:
-    """Commit what was resolved; False where it comes to nothing. Raises PatchConflict where something is not resolved
-    yet.
-    """
+    """Commit the resolved patch; False if no change is left of it. Raises PatchConflict if a conflict is unresolved."""
     if conflicts := _conflicts(path):
         raise _stopped(onto, path, _read(onto, path), conflicts)
     if not _same(path):
         names = git(path, "diff", "--name-only", "-z").split("\0")
         raise TreeEdited(
-            f"{path} has changes that are not added: {some([one for one in names if one])}",
+            f"{path} has unstaged changes: {some([one for one in names if one])}",
             hint=f"git -C {path} add -u",
         )
     marks = run(
@@ -196,7 +191,7 @@ def _conclude(onto: Pin, path: Path, name: str) -> bool:
     left = [line for line in marks.stdout.decode("utf-8", "replace").splitlines() if "leftover conflict marker" in line]
     if left:
         raise PatchConflict(
-            f"{path}: {some(left, '; ')}", hint=f"edit the file, git -C {path} add it, then {_onward(onto)}"
+            f"{path}: {some(left, '; ')}", hint=f"edit the file, stage it (git -C {path} add -u), then {_onward(onto)}"
         )
     if _same(path, "--cached"):
         return False
@@ -209,8 +204,8 @@ def _conclude(onto: Pin, path: Path, name: str) -> bool:
 def _stopped(onto: Pin, path: Path, state: Port, conflicts: Mapping[str, int]) -> PatchConflict:
     files = some([f"{name} ({count} places)" if count > 1 else name for name, count in conflicts.items()])
     return PatchConflict(
-        f"{state.todo[0][1]} conflicts with {onto.name} in {files}; patches after it: {len(state.todo) - 1}",
-        hint=f"edit them in {path}, git -C {path} add them, then {_onward(onto)}",
+        f"{state.todo[0][1]} conflicts with {onto.name} in {files}; patches left after it: {len(state.todo) - 1}",
+        hint=f"resolve them in {path}, stage them (git -C {path} add -u), then {_onward(onto)}",
     )
 
 
@@ -219,7 +214,7 @@ def _onward(onto: Pin) -> str:
 
 
 def _conflicts(path: Path) -> dict[str, int]:
-    """File -> in how many places."""
+    """File -> number of conflicts in it."""
     names = dict.fromkeys(entry.split("\t", 1)[1] for entry in git(path, "ls-files", "-u", "-z").split("\0") if entry)
     found = {}
     for name in names:
@@ -265,7 +260,7 @@ def _read(onto: Pin, path: Path) -> Port:
         return Port(str(data["origin"]), str(data["start"]), str(data["head"]), todo, **lists)
     except FileNotFoundError:
         raise TreeEdited(
-            f"no port is under way in {path}", hint=f"apex patch port --onto {onto.own_file or onto.name}"
+            f"no port is in progress in {path}", hint=f"apex patch port --onto {onto.own_file or onto.name}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GitFailed(f"{_file(path)} cannot be read: {error}", hint=f"git -C {path} cherry-pick --abort") from None

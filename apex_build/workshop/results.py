@@ -1,6 +1,4 @@
-"""What was found out about a source, remembered by its identity: whether it builds, and what llama.cpp's own tests said
-of it.
-"""
+"""Remember results for a source, by its identity: whether it builds, and which of llama.cpp's own tests pass."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ def results_root() -> Path:
 
 
 def recall(identity: str) -> dict[str, Any]:
-    """Empty where nothing is known, or what was written is damaged."""
+    """The results for a source; empty if there are none or the file is damaged."""
     try:
         found = read_json(_file(identity))
     except (OSError, ValueError):
@@ -26,7 +24,7 @@ def recall(identity: str) -> dict[str, Any]:
 
 
 def remember(identity: str, key: str, value: dict[str, Any]) -> None:
-    """`value` for `key` ("builds", "tests"), with the time; what is known for other keys stays."""
+    """Store `value` for `key` ("builds", "tests") with the time; keep other keys."""
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     path = _file(identity)
     path.parent.mkdir(parents=True, exist_ok=True)

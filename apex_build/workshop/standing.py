@@ -1,4 +1,4 @@
-"""How the patches of a series apply to a pin's source, one after the other, whatever the tree holds now."""
+"""How the patches of a series apply to a pin's source, one after another, regardless of the tree's current state."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OFFSET = re.compile(r"Hunk #(\d+) succeeded at \d+ \(offset (-?\d+) lines?\)")
 
 @dataclass(frozen=True)
 class Standing:
-    """A patch on what it stands on: the base and those before it that apply.
+    """How a patch applies to the base with the applicable patches before it.
 
-    `detail` names file and hunk of what moved or does not apply. `upstream`: the source has the change already.
-    `commit` is made of it, beside the working tree; `identity` names the source up to it, as a build does (None where
-    it adds nothing).
+    `applies`: "upstream" means that the source already has the change. `detail`: file and hunk that moved or does not
+    apply. `commit`: a commit of the patch, outside the working tree; `identity`: identity of the source up to this
+    patch, as in a build's manifest. Both are None if the patch does not apply or adds nothing.
     """
 
     patch: Patch
@@ -37,7 +37,7 @@ class Standing:
 
 
 def stand(path: Path, patches: Sequence[Patch], onto: str | None = None) -> Iterator[Standing]:
-    """Each patch on the base of the tree at `path`, or on the commit `onto`. Nothing in the working tree is touched."""
+    """Try each patch on the base of the tree at `path`, or on the commit `onto`, without touching the working tree."""
     head = onto or git(path, "rev-parse", "--verify", f"refs/tags/{BASE}^{{commit}}")
     for patch in patches:
         applies, detail = _try(path, head, patch)
@@ -59,12 +59,14 @@ def _try(path: Path, onto: str, patch: Patch) -> tuple[Applies, str | None]:
             return ("offset", moved) if moved else ("yes", None)
         if patch.diff and run(path, *check, "--reverse", "-", feed=patch.diff, env=index).returncode == 0:
             return "upstream", None
-        done = run(path, *check, "-", feed=patch.diff, env=index)  # without all the lines that it looked for
+        done = run(
+            path, *check, "-", feed=patch.diff, env=index
+        )  # without --verbose: it prints every line searched for
     return "conflict", explain(patch.diff, done.stderr)
 
 
 def _moved(said: str) -> str:
-    """`src/a.cpp, hunk 2 by 12 lines`, of what git apply says of itself."""
+    """`src/a.cpp, hunk 2 by 12 lines`, from the output of git apply."""
     file, found = "", []
     for line in said.splitlines():
         if named := _FILE.match(line):
@@ -75,7 +77,7 @@ def _moved(said: str) -> str:
 
 
 def find_patch(patches: Sequence[Patch], given: str) -> Patch:
-    """The patch of this number (3, 0003), of this name, or with this in its subject alone. Raises PatchUnknown."""
+    """The patch with this number (3, 0003), this name, or this text in its subject. Raises PatchUnknown."""
     numbered = [patch for patch in patches if given.isdigit() and int(patch.name[:4]) == int(given)]
     named = numbered or [
         patch for patch in patches if given in (patch.name, patch.name.removesuffix(".patch"), patch.subject)
@@ -84,8 +86,9 @@ def find_patch(patches: Sequence[Patch], given: str) -> Patch:
     if len(found) == 1:
         return found[0]
     known = [patch.name for patch in found or patches]
-    why = "more than one patch is meant by" if found else "no patch of the series is called"
+    why = "several patches match" if found else "no patch of the series matches"
     listed = ", ".join(known) or "none"
     raise PatchUnknown(
-        f"{why} {given!r}; there are: {listed}{nearby(given, known)}", hint="a number or a name, as apex patch status"
+        f"{why} {given!r}; patches: {listed}{nearby(given, known)}",
+        hint="give a number or a name that apex patch status shows",
     )

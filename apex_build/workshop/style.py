@@ -1,4 +1,4 @@
-"""What upstream's own files say of style, checked on the lines that a patch adds: .editorconfig, and .clang-format."""
+"""Check the lines that a patch adds against upstream's style, as its .editorconfig and .clang-format define it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORMATTED = (".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp")
 
 @dataclass(frozen=True)
 class Added:
-    """A line that a patch adds. `ends`: with a line's end, as all but the last of a file must."""
+    """A line that a patch adds. `ends`: whether a newline follows it, which only the last line of a file may lack."""
 
     file: str
     number: int
@@ -47,9 +47,7 @@ def added_lines(diff: bytes) -> Iterator[Added]:
 
 
 def check_editorconfig(text: str, diff: bytes) -> list[str]:
-    """`src/a.cpp:12: white space at the end of the line`, of the lines that a diff adds, by the rules of an
-    .editorconfig.
-    """
+    """Violations of an .editorconfig in the lines that a diff adds, such as `src/a.cpp:12: trailing whitespace`."""
     sections = _sections(text)
     found: list[str] = []
     for line in added_lines(diff):
@@ -65,15 +63,15 @@ def _faults(line: Added, rules: Mapping[str, str]) -> Iterator[str]:
     text = line.text.removesuffix(b"\r")
     indent = text[: len(text) - len(text.lstrip(b" \t"))]
     if rules.get("end_of_line") == "lf" and text != line.text:
-        yield "a carriage return at the end of the line"
+        yield "carriage return at the end of the line"
     if rules.get("trim_trailing_whitespace") == "true" and text != text.rstrip(b" \t"):
-        yield "white space at the end of the line"
+        yield "trailing whitespace"
     if rules.get("indent_style") == "space" and b"\t" in indent and text.strip():
-        yield f"a tab in the indentation, {rules.get('indent_size', '4')} spaces are the rule"
+        yield f"indented with a tab, expected {rules.get('indent_size', '4')} spaces"
     if rules.get("indent_style") == "tab" and indent.startswith(b"    ") and text.strip():
-        yield "spaces in the indentation, a tab is the rule"
+        yield "indented with spaces, expected a tab"
     if rules.get("insert_final_newline") == "true" and not line.ends:
-        yield "no line end at the end of the file"
+        yield "no newline at the end of the file"
     if rules.get("charset") == "utf-8":
         try:
             text.decode("utf-8")
@@ -84,7 +82,7 @@ def _faults(line: Added, rules: Mapping[str, str]) -> Iterator[str]:
 def _sections(text: str) -> list[tuple[str, re.Pattern[str], dict[str, str]]]:
     parser = configparser.RawConfigParser(strict=False, comment_prefixes=("#", ";"), inline_comment_prefixes=None)
     try:
-        parser.read_string("[\0]\n" + text)  # what stands before the first section is about no file
+        parser.read_string("[\0]\n" + text)  # lines before the first section apply to no file
     except configparser.Error:
         return []
     return [
@@ -95,7 +93,7 @@ def _sections(text: str) -> list[tuple[str, re.Pattern[str], dict[str, str]]]:
 
 
 def _pattern(glob: str) -> re.Pattern[str]:
-    """editorconfig's globs: `*` stops at a slash, `**` does not, `{a,b}` are alternatives."""
+    """Compile an editorconfig glob: `*` stops at a slash, `**` does not, `{a,b}` are alternatives."""
     parts = {r"\*\*": ".*", r"\*": "[^/]*", r"\?": "[^/]", r"\{": "(?:", r"\}": ")", ",": "|", r"\[": "[", r"\]": "]"}
     escaped = re.escape(glob.removeprefix("/")).replace(r"\,", ",")
     return re.compile(re.sub(r"\\\*\\\*|\\[*?{}\[\]]|,", lambda found: parts[found[0]], escaped))
@@ -107,7 +105,7 @@ def clang_format() -> Path | None:
 
 
 def check_format(program: Path, tree: Path, commit: str, diff: bytes) -> list[str]:
-    """`src/a.cpp: clang-format would change 3 of the 40 lines added`, by the tree's own .clang-format."""
+    """Remarks such as `src/a.cpp: clang-format would change 3 of the 40 lines added`, by the tree's .clang-format."""
     lines: dict[str, list[int]] = {}
     for line in added_lines(diff):
         if line.file.endswith(_FORMATTED):
@@ -132,7 +130,7 @@ def check_format(program: Path, tree: Path, commit: str, diff: bytes) -> list[st
 
 
 def editorconfig_of(tree: Path, commit: str) -> str:
-    """Empty where the source has none."""
+    """The .editorconfig of a commit; empty if it has none."""
     if run(tree, "cat-file", "-e", f"{commit}:.editorconfig").returncode != 0:
         return ""
     return git(tree, "cat-file", "blob", f"{commit}:.editorconfig")

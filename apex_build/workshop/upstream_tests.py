@@ -1,7 +1,7 @@
-"""llama.cpp's own tests, those that a CPU can run without a download: built and run without the series and with it.
+"""Build and run llama.cpp's own tests, without the series and with it: those that need only a CPU and no download.
 
-They are no part of a tree that is built; they come from the archive of the pin. What ran is remembered by the source's
-identity, so that after a change to the series only its side runs again.
+Source trees do not include the tests; they come from the archive of the pin. Outcomes are remembered by the identity of
+the source, so that after a change to the series only the side with it runs again.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from apex_build.workshop.each_builds import compilers_words, workplace
 from apex_build.workshop.standing import stand
 
 State = Literal["passed", "failed", "timeout"]
-RECIPE = 3  # raise it when a test is run in another way
+RECIPE = 3  # raise it when the way of running a test changes
 _FOLDERS = ("tests/", "models/ggml-vocab-")
-_LABELS = {"model": "needs a model that is downloaded", "python": "needs packages of Python"}
-# The operations that the series works with, not all of ggml's: those take hours on a CPU.
+_LABELS = {"model": "needs a model to be downloaded", "python": "needs Python packages"}
+# Only the operations that the series uses: all of ggml's take hours on a CPU.
 _OPERATIONS = "MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,REPEAT,REPEAT_BACK,SQR,SUM_ROWS,ADD,SCALE,CPY,CONT,CONCAT,RMS_NORM"
-_SMALL = r"^(?!.*(n_mats=\d{3}|\b[mk]=\d{4}))"  # no hundreds of experts, no matrices of thousands of rows: minutes each
-# What a test is given so that it tests something on a machine that has a CPU alone.
+_SMALL = r"^(?!.*(n_mats=\d{3}|\b[mk]=\d{4}))"  # hundreds of experts or thousands of rows take minutes each
+# Arguments that a test needs to test anything on a machine without a GPU.
 _ARGUMENTS = {"test-backend-ops": ("test", "-b", "CPU", "-o", _OPERATIONS, "-p", _SMALL)}
-_UNLISTED = tuple(_ARGUMENTS)  # a pin's CMake may build them and not tell ctest of them
-# `name`, `"name"` or `[=[name]=]`, as the name needs it
+_UNLISTED = tuple(_ARGUMENTS)  # the CMake files of some pins build these without registering them with ctest
+# `name`, `"name"` or `[=[name]=]`, depending on the characters in the name
 ADDED = re.compile(r'^add_test\((?:\[=*\[|")?(?P<name>[^\s"\]]+)(?:\]=*\]|")? "(?P<program>[^"]+)"', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class OwnTest:
-    """A test that CMake knows of. `command` is empty before its program is built; `why_not`: why it is left out.
+    """A test that CMake lists. `command` is empty until its program is built; `why_not`: why it is skipped.
 
     `makes`, `needs`: ctest's fixtures, such as models that one test writes for others.
     """
@@ -66,10 +66,10 @@ class OwnTest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`without` and `with_`: name -> how it went, without and with the series. `left_out`: name -> why.
+    """`without` and `with_`: name -> outcome, without and with the series. `left_out`: name -> why it was skipped.
 
-    `broken`: pass without the series and fail with it. `runnable`: how many could be run, had all been asked for.
-    `reused`: how many on either side were known before.
+    `broken`: tests that pass without the series and fail with it. `runnable`: number of tests that can run here.
+    `reused`: number of outcomes known before, for each side.
     """
 
     identity: str
@@ -90,7 +90,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Bench:
-    """Where the tests are built and run, and with what."""
+    """Where the tests are built and run, and how."""
 
     pin: Pin
     tree: Path
@@ -115,11 +115,11 @@ class _Bench:
 def run_both_sides(
     pin: Pin, *, only: Sequence[str] = (), jobs: int | None = None, timeout: float = 1800, report: Report = silent
 ) -> Outcome:
-    """Run the tests whose names match one of the expressions `only` (all by default) on both sides, and remember the
-    outcome.
+    """Run the tests whose names match one of the regular expressions `only` (default: all) without and with the series,
+    and remember the outcomes.
 
-    Raises PatchConflict where a patch does not apply, BuildFailed where the tests of one side cannot be built,
-    SeriesUnfit where there are none.
+    Raises PatchConflict if a patch does not apply, BuildFailed if the tests of one side cannot be built, SeriesUnfit if
+    there are none.
     """
     tree = require_tree(pin)
     standing = list(stand(tree, read_series(pin)))
@@ -132,7 +132,7 @@ def run_both_sides(
         report(Step("reading the tests", 0))
         files = list(further_files(pin, lambda name: name.startswith(_FOLDERS), report))
         if not any(name == "tests/CMakeLists.txt" for name, _ in files):
-            raise SeriesUnfit(f"the archive of {pin.name} holds no tests/CMakeLists.txt", hint=verb(pin, "status"))
+            raise SeriesUnfit(f"the archive of {pin.name} has no tests/CMakeLists.txt", hint=verb(pin, "status"))
         key = sha256_json([RECIPE, digest_of(files), compiler.kind, compiler.version, compiler.target, timeout])
         check_room(cache.work_root(), WORK_SIZE, "a build of the tests", hint="APEX_CACHE_DIR=FOLDER: another disk")
         for name in ("build", "logs"):
@@ -159,7 +159,7 @@ def run_both_sides(
 
 
 def _remember(found: Outcome, without: Mapping[str, State], with_: Mapping[str, State]) -> None:
-    """For `apex patch status`: all that ran on this source, also in earlier runs of a part of the tests."""
+    """Store a summary for `apex patch status`: all tests that ever ran on this source, not only in this run."""
     whole = Outcome(found.identity, without, with_, found.left_out, found.runnable, (0, 0))
     summary = {
         "ran": len(with_),
@@ -175,7 +175,7 @@ def _remember(found: Outcome, without: Mapping[str, State], with_: Mapping[str, 
 
 
 def logs(pin: Pin) -> Path:
-    """Folder with what each test said when it last ran."""
+    """The folder with the output of each test's last run."""
     return workplace(pin) / "logs"
 
 
@@ -186,9 +186,7 @@ def _wanted(bench: _Bench, name: str) -> bool:
 def _side(
     bench: _Bench, commit: str, which: str, files: Sequence[tuple[str, bytes]]
 ) -> tuple[dict[str, State], int, list[OwnTest]]:
-    """All outcomes known of a commit, once the wanted tests have run; how many of these were known before; and the
-    tests.
-    """
+    """Run the wanted tests on a commit. Returns all known outcomes, the number known before, and the tests."""
     identity = commit_identity(bench.tree, commit)
     known = _known(identity, bench.key)
     check_out(bench.tree, commit, bench.source)
@@ -206,7 +204,7 @@ def _side(
     try:
         programs = _programs(bench)
         targets = sorted({programs[test.name] for test in todo if test.name in programs})
-        if targets:  # Ninja would make everything if it was asked for nothing
+        if targets:  # without targets Ninja would build everything
             cmake.compile_targets(
                 bench.source, bench.work, targets, bench.jobs, bench.front, _told(bench.report, which)
             )
@@ -214,7 +212,7 @@ def _side(
         raise BuildFailed(
             f"llama.cpp's tests cannot be built {which}:\n{compilers_words(error)}", hint=error.hint
         ) from None
-    tests = _list(bench)  # only now CMake says how each is run
+    tests = _list(bench)  # ctest knows the commands only after the build
     names = [test.name for test in todo]
     todo = sorted((test for test in tests if test.name in names), key=lambda test: names.index(test.name))
     for number, test in enumerate(todo):
@@ -226,8 +224,8 @@ def _side(
 
 
 def _with_fixtures(tests: Sequence[OwnTest], todo: Sequence[OwnTest]) -> list[OwnTest]:
-    """Those to do, in order, with the ones before them that make what they need, known or not: both sides share a
-    folder, and what is there may be the other's.
+    """Tests to run, after those that make their fixtures, even if the outcomes of these are known: both sides share a
+    folder, and its fixtures may be from the other side.
     """
     needed = frozenset().union(*(test.needs for test in todo))
     makers = [test for test in tests if test.makes & needed]
@@ -244,7 +242,7 @@ def _known(identity: str, key: str) -> dict[str, State]:
 
 
 def _lay_out(source: Path, files: Sequence[tuple[str, bytes]]) -> None:
-    """A file that is there as it should be keeps its time, so that nothing is compiled again for it."""
+    """Write the files, but do not touch those that are up to date, so that nothing is recompiled for them."""
     for name, content in files:
         path = source / name
         if not path.is_file() or path.read_bytes() != content:
@@ -275,7 +273,7 @@ def _test(entry: Mapping[str, Any], programs: Mapping[str, str]) -> OwnTest:
     labels = properties.get("LABELS", ())
     makes, needs = (frozenset(properties.get(f"FIXTURES_{what}", ())) for what in ("SETUP", "REQUIRED"))
     why_not = next((why for label, why in _LABELS.items() if label in labels), None)
-    # what is made for other tests by a program of the tests is made here, by anything else it is downloaded
+    # fixtures made by a test program are made here; anything else downloads them
     if (makes and entry["name"] not in programs) or any("://" in one for one in command):
         why_not = _LABELS["model"]
     if properties.get("DISABLED"):
@@ -285,7 +283,7 @@ def _test(entry: Mapping[str, Any], programs: Mapping[str, str]) -> OwnTest:
 
 
 def _programs(bench: _Bench) -> dict[str, str]:
-    """Test -> the target that makes its program. ctest does not tell before it is built, the files that it reads do."""
+    """Test -> the target of its program, from the files that ctest reads: ctest tells only after the build."""
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in bench.work.rglob("CTestTestfile.cmake")]
     found = [match for text in texts for match in ADDED.finditer(text)]
     of_tests = {match["name"]: Path(match["program"]).name for match in found if f"{bench.work}/" in match["program"]}

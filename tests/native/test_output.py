@@ -125,7 +125,7 @@ def test_the_hint_for_what_is_too_new_names_a_newer_pin(monkeypatch: pytest.Monk
     for line in ("unknown model architecture: 'new'", "unknown pre-tokenizer type: 'new'"):
         monkeypatch.delenv("APEX_PIN", raising=False)
         assert str((output.explain([line]) or ("", ""))[1]).startswith(
-            "apex build --pin latest, then the same with APEX_PIN=latest before it"
+            "apex build --pin latest, then run the same command with APEX_PIN=latest"
         )
         monkeypatch.setenv("APEX_PIN", "latest")
         hint = str((output.explain([line]) or ("", ""))[1])

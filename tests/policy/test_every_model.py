@@ -89,7 +89,7 @@ def test_a_dense_model_gets_sensible_types_and_a_word(tier: str, tools: Toolset,
     if tier.startswith("i-"):
         warnings = plan_of(model, tools, tier, draft_head="quarter").warnings
         assert any(
-            "the draft head has no experts: of 'quarter' IQ2_XXS is for its feed-forward" in line for line in warnings
+            "the draft head has no experts: 'quarter' gives IQ2_XXS to its feed-forward" in line for line in warnings
         )
         head = {
             entry.type

@@ -58,7 +58,7 @@ def test_three_origins_one_tree(world: World, tmp_path: Path, monkeypatch: pytes
 def test_layout(world: World, apex: Apex) -> None:
     said = apex("source", "fetch")
     assert said.code == 0
-    assert f"tree digest {world.pin.tree_digest} as pinned" in said.out
+    assert f"tree digest {world.pin.tree_digest} matches the pin" in said.out
     assert git(world.tree, "rev-list", "--count", "HEAD") == "1"
     assert git(world.tree, "rev-parse", "apex-base") == git(world.tree, "rev-parse", "apex")
     assert git(world.tree, "status", "--porcelain", "--ignored") == ""
@@ -159,7 +159,7 @@ def test_outdated_tree_is_replaced(world: World, apex: Apex) -> None:
     digest = digest_of((name, content) for name, content in files.items() if wanted(name))
     newer = write_pin(world, sha256=sha256_file(world.sdist), size=world.sdist.stat().st_size, tree_digest=digest)
     assert apex("source", "verify").code == HashMismatch.exit_code
-    assert "has another digest" in apex("source", "status").out
+    assert "differs from the pin's digest" in apex("source", "status").out
     (world.tree / "note.txt").write_text("mine")
     said = apex("source", "fetch")
     assert said.code == TreeEdited.exit_code

@@ -57,7 +57,7 @@ def test_own_pin(world: World) -> None:
         ('file = "tiny', 'file = "/etc/tiny', "`sdist.file` must match"),
         ("[sdist]", "[other]", "`sdist.requirement` must match"),
         ("size = ", "size = -", "`sdist.size` must be a number of bytes"),
-        ('name = "tiny"', "name = ", "cannot be read"),
+        ('name = "tiny"', "name = ", "cannot read the pin file"),
     ],
 )
 def test_bad_pin_file(world: World, old: str, new: str, words: str) -> None:
@@ -67,7 +67,7 @@ def test_bad_pin_file(world: World, old: str, new: str, words: str) -> None:
 
 
 def test_missing_pin_file(world: World) -> None:
-    with pytest.raises(PinUnknown, match=r"there is no pin file .*absent\.toml"):
+    with pytest.raises(PinUnknown, match=r"pin file .*absent\.toml not found"):
         load_pin(str(world.toml.with_name("absent.toml")))
 
 

@@ -17,7 +17,7 @@ def test_edited_tree(series: World, apex: Apex) -> None:
     git(series.tree, "update-index", "--assume-unchanged", "LICENSE")
     said = apex("source", "verify")
     assert said.code == TreeEdited.exit_code
-    assert "was edited since it was laid out: LICENSE" in said.err
+    assert "has uncommitted edits: LICENSE" in said.err
     assert "apex patch save" in said.err
     git(series.tree, "update-index", "--no-assume-unchanged", "LICENSE")
     for arguments in (("source", "fetch", "--force"),):
@@ -52,7 +52,7 @@ def test_force_loses_nothing(series: World, apex: Apex, kind: str) -> None:
         (tree / name).write_text("my work\n")
     said = apex("source", "fetch", "--force")
     assert said.code == TreeEdited.exit_code
-    assert "holds work that fetching again would lose" in said.err
+    assert "has work that fetching again would lose" in said.err
     assert "my work" in said.err or "mine." in said.err
     assert series.left_over() == []
     if kind == "commit":
@@ -73,7 +73,7 @@ def test_apply_does_not_touch_edited_files(series: World, apex: Apex) -> None:
     (series.tree / IMATRIX).write_text("mine\n")
     said = apex("patch", "apply")
     assert said.code == TreeEdited.exit_code
-    assert f"uncommitted edits, in {IMATRIX}" in said.err
+    assert f"uncommitted edits in {IMATRIX}" in said.err
     assert f"commit -a, then apex patch apply --pin {series.toml}" in said.err
     assert (series.tree / IMATRIX).read_text() == "mine\n"
     assert git(series.tree, "rev-list", "--count", "HEAD") == "1"
@@ -155,7 +155,7 @@ def test_save_refuses_what_a_series_cannot_hold(series: World, apex: Apex) -> No
     git(series.tree, "commit", "--quiet", "--allow-empty", "-m", "nothing at all")
     refuses("'nothing at all' changes nothing")
     commit(series.tree, {"LICENSE": b"x\n"}, "a message\n\nwith a line\n---\nthat ends a mail's text")
-    refuses("'a message' does not survive a mail")
+    refuses("'a message' cannot be mailed")
     commit(series.tree, {"LICENSE": b"x\n"}, "[tag] kept\n\nbody")
     assert apex("patch", "save").code == 0
     assert "[PATCH] [tag] kept" in (series.patches / "0003-tag-kept.patch").read_text()

@@ -83,7 +83,7 @@ def test_edit_refuses_what_it_could_not_keep(series: World, apex: Apex) -> None:
     (series.tree / IMATRIX).write_text("mine\n")
     said = apex("patch", "edit", "1")
     assert said.code == TreeEdited.exit_code
-    assert "has edits that are not committed" in said.err
+    assert "has uncommitted edits" in said.err
     assert apex("patch", "edit").code == 0, "only to look"
     assert (series.tree / IMATRIX).read_text() == "mine\n"
     git(series.tree, "checkout", "--quiet", ".")
@@ -93,7 +93,7 @@ def test_edit_refuses_what_it_could_not_keep(series: World, apex: Apex) -> None:
 def test_new(series: World, apex: Apex) -> None:
     said = apex("patch", "new", "imatrix: eleven")
     assert said.code == TreeEdited.exit_code
-    assert f"nothing is edited in {series.tree}" in said.err
+    assert f"no edits in {series.tree}" in said.err
     (series.tree / "tools/imatrix/README.md").write_text("# more\n")
     (series.tree / "ggml/src/more.c").write_text("more\n")
     said = apex("patch", "new", "ggml: more", "ggml/src/more.c", "-m", "It was too little.")
@@ -116,7 +116,7 @@ def test_the_first_patch_needs_an_author(world: World, apex: Apex, monkeypatch: 
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     said = apex("patch", "new", "imatrix: three")
     assert said.code == TreeEdited.exit_code
-    assert "git does not know who the author is: user.name is not set" in said.err
+    assert "git does not know the author: user.name is not set" in said.err
     world.cache.mkdir(exist_ok=True)
     (world.cache / ".gitconfig").write_text("[user]\nname = Ada\nemail = ada@example.org\n")
     assert apex("patch", "new", "imatrix: three").code == 0

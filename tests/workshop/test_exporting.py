@@ -60,17 +60,17 @@ def diff(file: str, *lines: str, end: str = "\n") -> bytes:
     ("file", "line", "said"),
     [
         ("src/a.cpp", "    int a;", None),
-        ("src/a.cpp", "    int a; ", "white space at the end of the line"),
-        ("src/a.cpp", "    ", "white space at the end of the line"),
-        ("src/a.cpp", "\tint a;", "a tab in the indentation, 4 spaces are the rule"),
+        ("src/a.cpp", "    int a; ", "trailing whitespace"),
+        ("src/a.cpp", "    ", "trailing whitespace"),
+        ("src/a.cpp", "\tint a;", "indented with a tab, expected 4 spaces"),
         ("src/a.cpp", "    int a;\t// two", None),
-        ("src/a.cpp", "int a;\r", "a carriage return at the end of the line"),
+        ("src/a.cpp", "int a;\r", "carriage return at the end of the line"),
         ("Makefile", "\tcc", None),
-        ("tests/Makefile", "    cc", "spaces in the indentation, a tab is the rule"),
+        ("tests/Makefile", "    cc", "indented with spaces, expected a tab"),
         ("models/templates/a.jinja", "\t{{ a }} ", None),
-        ("models/templates/deeper/a.jinja", "{{ a }} ", "white space at the end of the line"),
+        ("models/templates/deeper/a.jinja", "{{ a }} ", "trailing whitespace"),
         ("tools/ui/src/a.ts", "a ", None),
-        ("tools/other/a.ts", "a ", "white space at the end of the line"),
+        ("tools/other/a.ts", "a ", "trailing whitespace"),
     ],
 )
 def test_editorconfig(file: str, line: str, said: str | None) -> None:
@@ -78,7 +78,7 @@ def test_editorconfig(file: str, line: str, said: str | None) -> None:
 
 
 def test_editorconfig_at_the_end_of_a_file() -> None:
-    assert check_editorconfig(RULES, diff("a.c", "x", "y", end="")) == ["a.c:7: no line end at the end of the file"]
+    assert check_editorconfig(RULES, diff("a.c", "x", "y", end="")) == ["a.c:7: no newline at the end of the file"]
     assert check_editorconfig(RULES, diff("a.c", "x", "y")) == []
     assert check_editorconfig("", diff("a.c", "x \t")) == [], "no rules, no remarks"
 
@@ -100,7 +100,7 @@ def test_clang_format(series: World) -> None:
 
 @pytest.fixture
 def later(make_later: MakeLater) -> World:
-    """A source with upstream's rules, and two patches: one of them with white space at a line's end."""
+    """A source with upstream's rules, and two patches, one of them with trailing whitespace."""
     later = make_later({".editorconfig": RULES.encode(), "CONTRIBUTING.md": GUIDE.encode()})
     fetch(later.pin)
     commit(later.tree, {IMATRIX: edited(10, "ten ")}, "imatrix: ten\n\nNine was too few.")
@@ -115,7 +115,7 @@ def test_export(later: World, run: Run, tmp_path: Path) -> None:
     assert said.code == 0, said.err
     names = ["0001-imatrix-ten.md", "0001-imatrix-ten.patch", "0002-ggml-new.md", "0002-ggml-new.patch"]
     assert sorted(path.name for path in out.iterdir()) == names
-    assert f"style, 0001: {IMATRIX}:10: white space at the end of the line" in said.out
+    assert f"style, 0001: {IMATRIX}:10: trailing whitespace" in said.out
     text = (out / names[0]).read_text()
     assert text.startswith("# imatrix: ten\n\nNine was too few.\n\n1 file, 1 line added, 1 removed; against ")
     assert "llama.cpp's own tests: not run yet" in text
@@ -124,7 +124,8 @@ def test_export(later: World, run: Run, tmp_path: Path) -> None:
         "CONTRIBUTING.md, section 'Pull requests', on how a request is cut and how large it may be: \"Create separate"
         in text
     )
-    assert f"style: {IMATRIX}:10: white space" in text and "style: nothing found" in (out / names[2]).read_text()
+    assert f"style: {IMATRIX}:10: trailing whitespace" in text
+    assert "style: no problems found" in (out / names[2]).read_text()
     # upstream's own repository takes the mail
     git(later.upstream, "am", "--quiet", *(str(out / name) for name in names if name.endswith(".patch")))
     assert git(later.upstream, "log", "-1", "--format=%s %an") == "ggml: new Dev Élan"
@@ -136,7 +137,7 @@ def test_what_was_tested_is_in_it(later: World, run: Run, tmp_path: Path) -> Non
     results.remember(tree_identity(later.tree), "tests", found)
     assert run("patch", "export", "--pin", later.toml, "--to", tmp_path / "out").code == 0
     assert (
-        "39 of 40 pass with the series, and none that passes without it fails (20"
+        "39 of 40 pass with the series; all that pass without it still pass (20"
         in (tmp_path / "out/0002-ggml-new.md").read_text()
     )
 

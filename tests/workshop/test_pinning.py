@@ -63,12 +63,12 @@ def test_a_release_that_does_not_say_its_commit(world: World, run: Run, tmp_path
     out = tmp_path / "next.toml"
     add = ("pin", "add", "next", "--pypi", "9.1", "-o", out)
     said = run(*add)
-    assert said.code == DownloadFailed.exit_code and "does not say which commit" in said.err and not out.exists()
+    assert said.code == DownloadFailed.exit_code and "does not name the commit" in said.err and not out.exists()
     assert run(*add, "--commit", "a" * 40).code == 0
     assert load_pin(str(out)).commit == "a" * 40
     release(world, "llama_cpp_python-9.2.tar.gz", commit="b" * 40)
     said = run("pin", "add", "other", "--pypi", "9.2", "--commit", "a" * 40, "-o", tmp_path / "other.toml")
-    assert said.code == HashMismatch.exit_code and f"it is of commit {'b' * 40}" in said.err
+    assert said.code == HashMismatch.exit_code and f"expected commit {'a' * 40}, found {'b' * 40}" in said.err
     said = run("pin", "add", "none", "--pypi", "9.9", "-o", tmp_path / "none.toml")
     assert said.code == DownloadFailed.exit_code and "offers llama_cpp_python-9.9.tar.gz" in said.err
     assert run("pin", "add", "none").code == 2
@@ -125,7 +125,7 @@ def test_bump_only_to_what_is_green(series: World, make_later: MakeLater, run: R
     bump = ("pin", "bump", series.toml, "--to", later.toml)
     said = run(*bump)
     assert said.code == SeriesUnfit.exit_code
-    assert "later is not green: nobody built it yet; llama.cpp's tests were not run" in said.err
+    assert "later is not green: it was not built yet; llama.cpp's tests were not run yet" in said.err
     assert (series.toml.read_bytes(), folder(series.patches)) == (toml, patches)
 
     results.remember(tree_identity(later.tree), "builds", {"ok": True, "error": None})

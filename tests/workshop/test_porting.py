@@ -59,7 +59,7 @@ def test_a_conflict_resolved_and_continued(pair: tuple[World, World], run: Run) 
     said = run("patch", "port", "--onto", later.toml, "--from", tiny.toml)
     assert said.code == PatchConflict.exit_code
     assert f"0001-imatrix-record-the-draft-head.patch conflicts with later in {IMATRIX}; " in said.err
-    assert "; patches after it: 3\n" in said.err
+    assert "; patches left after it: 3\n" in said.err
     assert f"apex patch port --onto {later.toml} --continue" in said.err
     text = (later.tree / IMATRIX).read_text()
     assert "<<<<<<< HEAD\nline ten\n||||||| " in text and "line 10\n=======\nten\n>>>>>>> " in text
@@ -72,7 +72,7 @@ def test_a_conflict_resolved_and_continued(pair: tuple[World, World], run: Run) 
     assert left.code == PatchConflict.exit_code and f"{IMATRIX}:10: leftover conflict marker" in left.err
     (later.tree / IMATRIX).write_text(MOVED.replace("line ten\n", "ten, of the head\n"))
     left = run("patch", "port", "--onto", later.toml, "--continue")
-    assert left.code == TreeEdited.exit_code and f"not added: {IMATRIX}" in left.err
+    assert left.code == TreeEdited.exit_code and f"has unstaged changes: {IMATRIX}" in left.err
     assert run("patch", "save", "--pin", later.toml).code == TreeEdited.exit_code
     assert run("patch", "port", "--onto", later.toml, "--from", tiny.toml).code == TreeEdited.exit_code
     git(later.tree, "add", IMATRIX)
@@ -82,7 +82,7 @@ def test_a_conflict_resolved_and_continued(pair: tuple[World, World], run: Run) 
         "ported: 0001-imatrix-record-the-draft-head.patch",
         "ported: 0002-ggml-ndern.patch",
         "ported: 0004-ggml-thirty.patch",
-        "not needed, the source has it: 0003-licence-or-any.patch",
+        "already in the source: 0003-licence-or-any.patch",
     ]
     assert subjects(later) == ["imatrix: record the draft head", "ggml: ändern", "ggml: thirty"]
     assert (later.tree / "ggml/src/core.c").read_bytes() == edited(30, "thirty"), "git found where the file went"
@@ -92,7 +92,7 @@ def test_a_conflict_resolved_and_continued(pair: tuple[World, World], run: Run) 
     assert (git(tiny.tree, "rev-parse", "HEAD"), git(tiny.tree, "for-each-ref")) == (head, mine)
     assert "port" not in git(later.tree, "for-each-ref"), "what it needed is gone"
     said = run("patch", "port", "--onto", later.toml, "--from", tiny.toml, "2")
-    assert said.code == 0 and "not needed" in said.out, "named, though there is one of that subject"
+    assert said.code == 0 and "already in the source" in said.out, "named, though there is one of that subject"
 
 
 def test_a_patch_of_later_work_alone(pair: tuple[World, World], run: Run) -> None:
@@ -133,7 +133,7 @@ def test_aborted(pair: tuple[World, World], run: Run) -> None:
     assert git(later.tree, "status", "--porcelain") == "?? note.txt"
     assert git(later.tree, "show", f"{ABORTED}:{IMATRIX}") == "half resolved"
     assert run("patch", "port", "--onto", later.toml, "--abort").code == TreeEdited.exit_code
-    assert "no port is under way" in run("patch", "port", "--onto", later.toml, "--continue").err
+    assert "no port is in progress" in run("patch", "port", "--onto", later.toml, "--continue").err
 
 
 def test_aborted_after_some_were_ported(pair: tuple[World, World], run: Run) -> None:
@@ -161,7 +161,7 @@ def test_ended_by_hand(pair: tuple[World, World], run: Run) -> None:
     assert run("patch", "port", "--onto", later.toml, "--from", tiny.toml, "1", "4").code == PatchConflict.exit_code
     git(later.tree, "cherry-pick", "--abort")
     said = run("patch", "port", "--onto", later.toml, "--continue")
-    assert "left out: 0001-imatrix-record-the-draft-head.patch" in said.out
+    assert "skipped: 0001-imatrix-record-the-draft-head.patch" in said.out
     assert subjects(later) == ["ggml: thirty"]
 
 
@@ -169,7 +169,7 @@ def test_unsaved_work_is_not_built_upon(pair: tuple[World, World], run: Run) -> 
     tiny, later = pair
     (later.tree / "LICENSE").write_text("mine\n")
     said = run("patch", "port", "--onto", later.toml, "--from", tiny.toml)
-    assert said.code == TreeEdited.exit_code and "not committed: LICENSE" in said.err
+    assert said.code == TreeEdited.exit_code and "uncommitted edits: LICENSE" in said.err
     assert (later.tree / "LICENSE").read_text() == "mine\n"
     commit(later.tree, {}, "my work")
     said = run("patch", "port", "--onto", later.toml, "--from", tiny.toml)

@@ -38,7 +38,7 @@ def test_each_patch_on_what_it_stands_on(series: World) -> None:
 
 def test_what_is_known_of_a_source(series: World, apex: Apex) -> None:
     said = apex("patch", "status")
-    assert "not green: nobody built it yet; llama.cpp's tests were not run" in said.out
+    assert "not green: it was not built yet; llama.cpp's tests were not run yet" in said.out
     assert overview(series.pin).whole.builds is None
     identity = tree_identity(series.tree)
     assert identity == commit_identity(series.tree, "HEAD")
@@ -52,7 +52,7 @@ def test_what_is_known_of_a_source(series: World, apex: Apex) -> None:
     said = apex("patch", "status")
     assert "2 of 3" in said.out and "tiny: green" in said.out
     (series.tree / IMATRIX).write_bytes(edited(10, "TEN"))
-    assert "not green: the tree has edits that are not committed" in apex("patch", "status").out
+    assert "not green: the tree has uncommitted edits" in apex("patch", "status").out
     git(series.tree, "commit", "--quiet", "-a", "--amend", "--no-edit")
     assert "2 of 3" in apex("patch", "status").out, "the series is as it was"
     save_series(series.pin)
@@ -75,9 +75,9 @@ def test_naming_a_patch(series: World) -> None:
     patches = read_series(series.pin)
     for given in ("2", "0002", "0002-ggml-ndern.patch", "0002-ggml-ndern", "ggml: ändern", "GGML"):
         assert find_patch(patches, given) == patches[1]
-    with pytest.raises(PatchUnknown, match=r"no patch of the series is called '3'; there are: 0001-.*, 0002-"):
+    with pytest.raises(PatchUnknown, match=r"no patch of the series matches '3'; patches: 0001-.*, 0002-"):
         find_patch(patches, "3")
-    with pytest.raises(PatchUnknown, match="more than one patch is meant by 'r'"):
+    with pytest.raises(PatchUnknown, match="several patches match 'r'"):
         find_patch(patches, "r")
 
 
@@ -89,7 +89,7 @@ def test_a_rebase_under_way_is_left_alone(series: World, apex: Apex) -> None:
     for verb in ("save", "apply"):
         said = apex("patch", verb)
         assert said.code == TreeEdited.exit_code
-        assert f"a git rebase is under way\ntry:   git -C {series.tree} rebase --continue ends it" in said.err
+        assert f"a git rebase is in progress\ntry:   git -C {series.tree} rebase --continue finishes it" in said.err
     assert ensure_source(series.pin) == series.tree, "built as it is"
     assert git(series.tree, "rev-parse", "HEAD") == head
     assert {file.name: file.read_bytes() for file in series.patches.iterdir()} == before
@@ -103,7 +103,7 @@ def test_save_does_not_overwrite_a_patch_that_was_changed_by_hand(series: World,
     mine = file.read_bytes()
     said = apex("patch", "save")
     assert said.code == TreeEdited.exit_code
-    assert f"{file} was changed since this tree had it; saving would overwrite it" in said.err
+    assert f"{file} has changed since it was applied to this tree; saving would overwrite it" in said.err
     assert file.read_bytes() == mine
     assert apex("patch", "save", "--force").code == 0
     assert file.read_bytes() != mine

@@ -102,21 +102,21 @@ def test_both_sides(later: World, run: Run) -> None:
         "without the series: 6 run, 5 passed",
         "with the series: 6 run, 5 passed",
         "  test-of-a-value-fails: failed; without the series: failed",
-        "left out: 4, needs a model that is downloaded",
+        "left out: 4, needs a model to be downloaded",
         "later: no test passes without the series and fails with it (6 of 6 run)",
     ]
     status = json.loads(run("patch", "status", "--pin", later.toml, "--json").out)
     assert status["tests"]["ran"] == 6 and status["tests"]["failed_without_too"] == ["test-of-a-value-fails"]
-    assert status["lacking"] == ["nobody built it yet"]
+    assert status["lacking"] == ["it was not built yet"]
     assert not (later.tree / "tests").exists(), "the tree is what it was"
 
     # what breaks a test is found, and only its side runs again
     change(later, "#define VALUE 41\n", "value: one more")
     said = run("patch", "test", "--pin", later.toml)
     assert said.code == UpstreamTestsFailed.exit_code
-    assert "without the series: 6 run, 6 of them before, 5 passed\nwith the series: 6 run, 3 passed\n" in said.out
+    assert "without the series: 6 run, 6 of them earlier, 5 passed\nwith the series: 6 run, 3 passed\n" in said.out
     assert "2 of llama.cpp's tests pass without the series and fail with it: test-a-made, test-value-40" in said.err
-    log = Path(said.err.split("what they said: ")[1].split(";")[0]) / "test-value-40.log"
+    log = Path(said.err.split("their output is in ")[1].split(";")[0]) / "test-value-40.log"
     assert "the value is 41" in log.read_text()
     assert "2 broken" in run("patch", "status", "--pin", later.toml).out
 
@@ -168,7 +168,7 @@ def test_what_does_not_compile(later: World, run: Run) -> None:
 def test_a_source_without_tests(series: World, run: Run) -> None:
     said = run("patch", "test", "--pin", series.toml)
     assert said.code == SeriesUnfit.exit_code
-    assert "holds no tests/CMakeLists.txt" in said.err
+    assert "has no tests/CMakeLists.txt" in said.err
 
 
 def test_status_builds_patch_by_patch(later: World, monkeypatch: pytest.MonkeyPatch) -> None:
