@@ -1,4 +1,4 @@
-"""Running `apex` in tests as a user does."""
+"""Run `apex` in tests as a user does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def run_apex(*arguments: object, code: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
-    """`apex` as a process of its own. A traceback is never an answer."""
+    """Run `apex` as a separate process. It must never print a traceback."""
     command = [sys.executable, "-m", "apex_build", *map(str, arguments)]
     settings: dict[str, Any] = {"timeout": 900, **options}
     ran: subprocess.CompletedProcess[str] = subprocess.run(command, capture_output=True, text=True, **settings)

@@ -1,4 +1,4 @@
-"""Processes that a test has left running."""
+"""Find processes that a test left running."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def servers() -> list[int]:
-    """Our own children that are llama-server and have not ended."""
+    """Our llama-server child processes that still run."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,6 +1,6 @@
-"""What all tests share: the tools that the project built, and the small trained model. Nothing is mocked.
+"""Shared fixtures: the tools built by the project, and the small trained model. Nothing is mocked.
 
-A test that runs or loads what was built asks for the fixture `tools`, for one that stands on it, or for
+A test that runs or loads built tools requests the fixture `tools`, a fixture based on it, or
 `pytest.mark.usefixtures("tools")`. It then has the mark `tools`. All others find neither a build nor the user's cache.
 """
 
@@ -47,7 +47,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Hide the built tools from a test that does not ask for them, and from fixtures that it is the first to use."""
+    """Hide the built tools from tests that do not request them, and from fixtures that such a test uses first."""
     with pytest.MonkeyPatch.context() as patch:
         nowhere = item.config.stash[NOWHERE]
         if item.get_closest_marker("tools"):
@@ -70,7 +70,7 @@ def testbed() -> Path:
 
 @pytest.fixture(scope="session")
 def heldout() -> Path:
-    """Folder of text that the testbed was not trained on: chat.txt, code.txt, reasoning.txt, tool-calling.txt,
+    """The folder of texts that the testbed was not trained on: chat.txt, code.txt, reasoning.txt, tool-calling.txt,
     prompts.jsonl.
     """
     return TESTBED / "heldout"
@@ -78,7 +78,7 @@ def heldout() -> Path:
 
 @pytest.fixture(scope="session")
 def source_tree() -> Path:
-    """llama.cpp as the chosen pin (APEX_PIN) has it, fetched where it is not there."""
+    """The source of the chosen pin (APEX_PIN), fetched if it is missing."""
     from apex_build.source.fetch import ensure_source
     from apex_build.source.pins import load_pin
 
@@ -102,7 +102,7 @@ def tools() -> Toolset:
 
 @pytest.fixture(scope="session")
 def rows_choice(tools: Toolset) -> None:
-    """For tests of --mtp-rows, which the tools of some pins do not have."""
+    """For tests of --mtp-rows, which some pins' tools lack."""
     from apex_build.gguf_model.mtp_rows import rows_can_be_chosen
 
     if not rows_can_be_chosen(tools.tool("llama-perplexity")):
@@ -111,8 +111,8 @@ def rows_choice(tools: Toolset) -> None:
 
 @pytest.fixture(scope="session")
 def stock_imatrix(source_tree: Path) -> Path:
-    """llama-imatrix of the same tree without our patches. The compiler cache has most of it; the cache of builds keeps
-    it.
+    """llama-imatrix from the same tree without our patches. The compiler cache has most of it; the cache of builds
+    keeps it.
     """
     from apex_build.places import cache_root, chosen_pin_name
     from apex_build.source.tree import BASE
@@ -129,7 +129,7 @@ def stock_imatrix(source_tree: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def calibrated(tools: Toolset, testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An imatrix of the testbed with its head, over 24 chunks of the default set."""
+    """An imatrix of the testbed with its head, from 24 chunks of the default set."""
     out = tmp_path_factory.mktemp("calibrated") / "testbed.imatrix.gguf"
     run_apex("calibrate", testbed, "-o", out, "--chunks", 24)
     return out
@@ -137,7 +137,7 @@ def calibrated(tools: Toolset, testbed: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def headless_imatrix(tools: Toolset, testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An imatrix as the stock tool makes it: nothing for the head."""
+    """An imatrix like the stock tool's: no data for the head."""
     out = tmp_path_factory.mktemp("headless") / "trunk.imatrix.gguf"
     run_apex("calibrate", testbed, "-o", out, "--chunks", 24, "--no-mtp")
     return out

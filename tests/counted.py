@@ -1,4 +1,4 @@
-"""What code costs, counted: a busy machine gives the same counts, but not the same seconds."""
+"""Count what code costs: counts are the same on a busy machine, unlike seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass
 class Work:
-    """What this process did in a `with counted()` block. Loops inside C code show in none of these."""
+    """What this process did in a `with counted()` block. Loops inside C code are not counted."""
 
     lines: int = 0  # of Python, run
     read: int = 0  # bytes that read calls returned, from files and pipes

@@ -1,4 +1,4 @@
-"""Running the evaluators of the trunk's and the head's scores in tests, and what the tool itself says."""
+"""Run the evaluators of trunk and head scores in tests, and the tool itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def task_of(
     report: Report = silent,
     **settings: Value,
 ) -> Task:
-    """One thread: llama.cpp's threads wait for each other badly on a machine that has other work."""
+    """One thread: llama.cpp's threads wait for each other slowly on a busy machine."""
     plugins = load_plugins()
     defaults = {name: parameter.default for name, parameter in plugins.evaluators()[evaluator].parameters.items()}
     given = {"context": CONTEXT, "chunks": 10} | settings

@@ -1,5 +1,5 @@
-"""Models as header-only GGUF files: every tensor with its real shape, the data a hole in a sparse file, so 72 GB cost
-no disk.
+"""Models as header-only GGUF files: every tensor has its real shape, but its data is a hole in a sparse file, so 72 GB
+take no disk space.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of a qwen35moe model; the defaults are Qwen3.5/3.6-35B-A3B with its one MTP block."""
+    """Dimensions of a qwen35moe model; the defaults are Qwen3.5/3.6-35B-A3B's, with its MTP block."""
 
     hidden: int = 2048
     trunk_layers: int = 40
@@ -198,9 +198,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: str | int | float | bool) -> 
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """As a byte-level BPE has it: tokens, types, merges (about as many as tokens), here with scores too; ends in
-    special tokens.
-    """
+    """Like a byte-level BPE: tokens, types, merges (about as many as tokens), here also scores; special tokens last."""
     special = 32
     tokens = [f"Ġw{index:x}" for index in range(size - special)] + [f"<|special_{index}|>" for index in range(special)]
     writer.add_token_list(tokens)

@@ -1,4 +1,4 @@
-"""The Python API as docs/api.md prints it: each example is run, in order, on the test model."""
+"""The Python API as documented in docs/api.md: runs each example, in order, on the test model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_function_of_the_api_has_an_example_and_a_docstring() -> None:
 
 
 def test_the_page_runs_as_printed(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
-    """But for converting, which needs torch: tests/conversion does that."""
+    """Except for conversion, which needs torch: tests/conversion does that."""
     shutil.copy(testbed, tmp_path / "model-F16.gguf")
     code = "\n".join(text for title, text in CODE.items() if title not in ("Convert", "The tools"))
     script = f"from pathlib import Path\nfrom apex_build import api\n{code}"
@@ -53,7 +53,7 @@ def test_the_page_runs_as_printed(testbed: Path, tools: Toolset, tmp_path: Path)
 
 
 def test_the_tools_of_the_page(tools: Toolset, tmp_path: Path) -> None:
-    """In the cache, and current: nothing is fetched or built."""
+    """Cached and current: nothing is fetched or built."""
     done = subprocess.run([sys.executable, "-c", CODE["The tools"]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("True")

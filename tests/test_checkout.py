@@ -1,6 +1,4 @@
-"""The files of the checkout as a whole: nothing of the machine they were written on, and nothing that names what has
-moved.
-"""
+"""The files of the checkout as a whole: nothing from the machine they were written on, and no names of moved files."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def test_no_file_names_a_machine() -> None:
-    """No folder of one machine, and no host but public sites: a package index of one's own belongs in pip's
-    configuration.
-    """
+    """No folder of one machine, and only public hosts: a private package index belongs in pip's configuration."""
     found = []
     for name, text in texts():
         found += [f"{name}: {match[0]}" for match in MACHINE.finditer(text)]
@@ -70,7 +66,7 @@ def there(module: str, name: str) -> bool:
 
 
 def test_what_is_imported_or_named_by_its_path_is_there() -> None:
-    """Also in code that tests run as text, in comments and on pages."""
+    """Also in code that tests run as text, in comments and in docs."""
     found = []
     for name, text in texts():
         if name == "CHANGELOG.md" or name.startswith("patches/"):

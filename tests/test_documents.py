@@ -1,4 +1,4 @@
-"""Documents say what the code does: variables of the environment, errors' hints, what is in apex.toml."""
+"""The docs match the code: environment variables, hints of errors, settings in apex.toml."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ NOT_READ = re.compile(r"LD_TRACE_LOADED_OBJECTS|LC_ALL|CCACHE_\w+|CMAKE_\w+")
 
 
 def variables(path: Path) -> Iterator[str]:
-    """Names and beginnings of names that functions which look at `os.environ` have in them, or in constants that they
-    use.
-    """
+    """Names and prefixes in functions that use `os.environ`, or in constants that these use."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     constants = {
         target.id: node.value
@@ -62,7 +60,7 @@ def test_every_variable_that_is_read_is_documented() -> None:
 
 
 def test_the_readmes_pages_exist_and_its_links_need_no_checkout() -> None:
-    """An index shows the README without the files beside it."""
+    """A package index shows the README without the files beside it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not re.findall(r"\]\((?!https?://|#)[^)]*\)", text)
     for page in re.findall(r"docs/[\w/-]+\.md", text):

@@ -1,4 +1,4 @@
-"""Disks that are too small, and disks that fill up: what is said, and what is kept."""
+"""Disks that are too small, and disks that fill up: messages, and what is kept."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def apex(*words: object) -> int:
 
 
 def filled(folder: Path, *, but: int = 0) -> Path:
-    """Fill the disk with a file, all `but` so many bytes."""
+    """Fill the disk with a file, leaving `but` bytes."""
     path = folder / "filling"
     path.write_bytes(bytes(shutil.disk_usage(folder).free - but))
     return path
@@ -55,7 +55,7 @@ def filled(folder: Path, *, but: int = 0) -> Path:
 
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The look at the disk beforehand finds room enough: another program takes it later."""
+    """The check beforehand finds enough space, but another program uses it later."""
     for module in (
         "apex_build.calibration.disk", "apex_build.evaluation.run", "apex_build.quantization.preflight",
         "apex_build.toolchain.packed.packing", "apex_build.storage.artifacts",
@@ -86,7 +86,7 @@ def test_it_is_said_before_anything_is_run(
 def test_llama_imatrix_without_room_for_its_file(
     disk: Disk, testbed: Path, heldout: Path, tools: Toolset, blind: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It ends with code 0, and its file is missing or cut short."""
+    """It exits with code 0, but its file is missing or cut short."""
     place = disk(1 << 20)
     out = place / "i.gguf"
     command = ("calibrate", testbed, "--chunks", 3, "--text", heldout / "chat.txt", "--threads", 1, "-o", out)

@@ -1,4 +1,4 @@
-"""No verb writes over an input, under whatever name or link it is given, nor over a file that is not its own."""
+"""No verb overwrites an input, whatever its name or link, or a file that it did not write."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, testbed: Path, calibrated: Path, tools: Toolset) -> Path:
-    """A folder with one of each kind of input, the build of the tools among them."""
+    """A folder with one input of each kind, including a build of the tools."""
     root = tmp_path_factory.mktemp("world")
     (root / "scales").mkdir()
     (root / "notes").mkdir()
@@ -88,7 +88,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, testbed: Path, calibrated: P
 
 
 def _copy_or_link(source: str, target: str) -> None:
-    """Libraries as links: ggml ends a process that loads another copy of it."""
+    """Libraries are links: ggml aborts a process that loads a second copy of it."""
     if ".so" in Path(source).name:
         Path(target).symlink_to(Path(source).resolve())
     else:
@@ -129,7 +129,7 @@ CASES = [(name, file) for name in COMMANDS for file in inputs_of(name)]
 
 
 def run(world: Path, command: str, out: Path | str, *more: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit code of a command, in this process: starting one for each case would take minutes."""
+    """The exit code of a command, run in this process: starting one for each case would take minutes."""
     monkeypatch.chdir(world)
     with pytest.raises(SystemExit) as ended:
         main([str(out) if word == "{}" else word for word in [*command.split(), *more]])
@@ -137,9 +137,9 @@ def run(world: Path, command: str, out: Path | str, *more: str, monkeypatch: pyt
 
 
 def everything(world: Path) -> dict[str, tuple[int, int, int]]:
-    """Size, inode and time of each file: what was written over has other ones.
+    """Size, inode and time of each file: they change when a file is overwritten.
 
-    Folders are left out: the first import of a plugin puts __pycache__ beside it, which changes its folder's time.
+    Folders do not count: the first import of a plugin puts __pycache__ beside it, which changes its folder's time.
     """
     files = ((str(path.relative_to(world)), path.lstat()) for path in world.rglob("*") if not path.is_dir())
     return {
@@ -232,7 +232,7 @@ def test_a_text_is_replaced_with_force_and_left_alone_where_it_is_the_same(
 def test_a_folder_of_the_name_of_an_unfinished_run(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """calibrate keeps its periodic copies beside the output, and clears that folder away."""
+    """calibrate keeps its periodic copies beside the output, and removes that folder."""
     (tmp_path / ".out.gguf.work").mkdir()
     mine = tmp_path / ".out.gguf.work" / "text.txt"
     mine.write_text("precious words, and more of them " * 100)
@@ -252,7 +252,7 @@ SWEEP = f"sweep model.gguf --over draft_head=Q8_0,Q4_K --with-head --only weight
 def test_a_sweep_writes_over_no_input(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a folder of its own: what it holds may have been given back to it."""
+    """In a separate folder: the user may have passed its files back as input."""
     (world / "out").mkdir()
     try:
         assert run(world, f"{SWEEP} --imatrix imatrix.gguf", "", monkeypatch=monkeypatch) == 0
@@ -275,7 +275,7 @@ def test_a_sweep_writes_over_no_input(
 
 
 def test_every_option_that_writes_is_in_these_tests() -> None:
-    """A new one belongs into COMMANDS, or beside the verb's own tests."""
+    """A new option belongs in COMMANDS, or in the verb's own tests."""
     elsewhere = {  # verb, option -> where it is tried
         ("build", "--export"), ("calibration-sets", "--output"), ("convert", "--output"), ("demo", "--output"),
         ("imatrix", "--output"), ("plugins", "--output"), ("sweep", "--output"),
@@ -299,7 +299,7 @@ def test_every_option_that_writes_is_in_these_tests() -> None:
 
 
 def test_one_writer_at_a_time_whatever_cache_it_uses(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
-    """The lock lies beside the output, where every run sees it."""
+    """The lock is beside the output, where every run sees it."""
     out = tmp_path / "out.gguf"
     code = "import sys, time; from pathlib import Path; from apex_build.storage.locks import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"

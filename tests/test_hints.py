@@ -32,7 +32,7 @@ def modules() -> dict[Path, ast.Module]:
 
 @functools.cache
 def functions() -> dict[str, list[tuple[ast.FunctionDef, ast.Module]]]:
-    """All that are named once: a hint's own helpers."""
+    """All functions whose name is unique: helpers for hints."""
     found: dict[str, list[tuple[ast.FunctionDef, ast.Module]]] = {}
     for tree in modules().values():
         for node in ast.walk(tree):
@@ -43,7 +43,7 @@ def functions() -> dict[str, list[tuple[ast.FunctionDef, ast.Module]]]:
 
 @functools.cache
 def assignments(scope: ast.AST) -> dict[str, list[ast.expr]]:
-    """What names are set to in a function or a module."""
+    """The values assigned to names in a function or a module."""
     found: dict[str, list[ast.expr]] = {}
     for node in ast.walk(scope):
         value = getattr(node, "value", None)
@@ -61,7 +61,7 @@ def assignments(scope: ast.AST) -> dict[str, list[ast.expr]]:
 
 @functools.cache
 def constants() -> dict[str, list[ast.expr]]:
-    """At the top of any module, by name: for module.NAME."""
+    """Top-level assignments of all modules, by name: for module.NAME."""
     found: dict[str, list[ast.expr]] = {}
     for tree in modules().values():
         for node in tree.body:
@@ -71,7 +71,7 @@ def constants() -> dict[str, list[ast.expr]]:
 
 
 def texts(node: ast.expr, scopes: tuple[ast.AST, ...], depth: int = 0) -> list[str]:
-    """What an expression may say, with HOLE for what only a run knows."""
+    """The possible values of an expression, with HOLE for parts known only at run time."""
     if depth > 4:
         return [HOLE]
     if isinstance(node, ast.Constant):
@@ -121,7 +121,7 @@ def texts(node: ast.expr, scopes: tuple[ast.AST, ...], depth: int = 0) -> list[s
 
 @functools.cache
 def hints() -> dict[str, set[str]]:
-    """Error class -> all hints that the code may give with it."""
+    """Error class -> all hints that the code may raise it with."""
     found: dict[str, set[str]] = {name: {one.advice} if one.advice else set() for name, one in CLASSES.items()}
     for tree in modules().values():
         scopes = {
@@ -155,7 +155,7 @@ def verbs() -> dict[str, click.Command]:
 
 @functools.cache
 def helped(verb: str) -> str:
-    """The help of a verb, as a user gets it who follows a hint."""
+    """The help of a verb, as a user who follows a hint sees it."""
     ran = CliRunner().invoke(apex, [*verb.split(), "--help"])
     assert ran.exit_code == 0, verb
     return ran.output
@@ -167,7 +167,7 @@ FOREIGN = re.compile(r"\b(llama-[a-z]+|dask|git|pip|python|make|sudo|gguf-conver
 
 
 def followed(hint: str) -> int:
-    """Check all that a hint names; how many commands and options that were."""
+    """Check everything that a hint names; returns the number of commands and options."""
     count = 0
     ours = FOREIGN.sub("", hint)
     for verb, below, rest in COMMAND.findall(ours):
@@ -214,7 +214,7 @@ def test_hints_can_be_followed(name: str) -> None:
 
 
 def test_the_walk_finds_what_the_code_says() -> None:
-    """So that it cannot pass by finding nothing."""
+    """Ensure that the test does not pass by finding nothing."""
     every = set().union(*hints().values())
     assert len(every) > 150
     assert sum(map(followed, every)) > 150

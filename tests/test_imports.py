@@ -1,6 +1,4 @@
-"""The order of the rooms: what a module may import. `python tests/test_imports.py` prints the rooms and what each
-imports.
-"""
+"""The order of the rooms: what a module may import. `python tests/test_imports.py` prints rooms and imports."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ PUBLIC = {"apex_build.plugin_api"}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules of apex_build that are imported when this one runs, also inside its functions."""
+    """The modules of apex_build that this one imports, also inside functions."""
     nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
         node = nodes.pop()
@@ -54,7 +52,7 @@ def room(module: str) -> str:
 
 
 def out_of_order(modules: dict[str, set[str]], rooms: tuple[str, ...], depth: int) -> list[str]:
-    """`depth`: which part of a module's name is the room."""
+    """`depth`: which part of a module's name is the room's name."""
     place = {name: number for number, name in enumerate(rooms)}
     found = []
     for module, imported in modules.items():

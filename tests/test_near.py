@@ -1,4 +1,4 @@
-"""A mistyped name is answered with those that are near, wherever one can be given."""
+"""Mistyped names get suggestions, wherever a name can be given."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def names() -> set[str]:
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Strings of a file that are no documentation, parts of f-strings among them."""
+    """The strings of a file except docstrings, including parts of f-strings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documentation = {
         id(node.body[0].value)
@@ -47,8 +47,8 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_no_code_names_a_built_in_plugin() -> None:
-    """A name with a hyphen, and one that is no English word, in any text; the others where they are the whole text, or
-    one of its settings (speed.prompt)."""
+    """Find names with a hyphen, and names that are not English words, in any text; other names only if they are the
+    whole text or one of its settings (speed.prompt)."""
     known = names()
     english = {name for name in known if name.isalpha() and name not in ("kld", "hellaswag", "mmlu", "truthfulqa")}
     anywhere = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(known - english)))})(?![\w-])")
@@ -65,7 +65,7 @@ def test_no_code_names_a_built_in_plugin() -> None:
 
 
 def test_what_is_declared_is_what_is_taken() -> None:
-    """Under other names everything is found as well."""
+    """Everything is also found under other names."""
     evaluators = {f"x-{name}": replace(one, name=f"x-{name}") for name, one in load_plugins().evaluators().items()}
     taken = {
         (purpose, meaning): the_one_serving(evaluators, purpose, meaning)[0].name

@@ -26,7 +26,7 @@ BUILD, OTHER, CPU = "a" * 32, "b" * 32, "c" * 32
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with an item or two of each kind, 1 to 9 MB, last used so many days ago."""
+    """A cache with one or two items of each kind, 1 to 9 MB, last used this many days ago."""
     root = tmp_path / "cache"
     monkeypatch.setenv("APEX_CACHE_DIR", str(root))
     for name, megabytes, days in (

@@ -1,4 +1,4 @@
-"""What is printed: where it cannot be, and what may not reach a terminal."""
+"""Output: when it cannot be printed, and what must not reach a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package as a wheel, installed away from the checkout: its data comes along."""
+"""The package as a wheel, installed away from the checkout: it includes its data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel's content. Its dependencies come from the environment of the tests."""
+    """A folder with the content of the wheel. Its dependencies come from the environment of the tests."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, cwd=folder)

@@ -1,4 +1,4 @@
-"""Our renderer beside transformers' `apply_chat_template`, on every template of the fetched llama.cpp trees.
+"""Compare our renderer with transformers' `apply_chat_template`, on every template of the fetched llama.cpp trees.
 
 python tests/calibration/chat_parity.py    # the table of docs/chat-templates.md
 """
@@ -110,7 +110,7 @@ CONVERSATIONS: dict[str, tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any],
 
 @dataclass(frozen=True)
 class Case:
-    """A conversation, and whether it ends where the model is to answer."""
+    """A conversation, and whether it ends where the model must answer."""
 
     name: str
     document: Document
@@ -118,7 +118,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """The conversations above, complete and up to an answer, and some of the built-in set."""
+    """The conversations above, complete and cut before an answer, and some from the built-in set."""
     made = [
         Case(name, Document("", messages=messages, tools=tools, origin=name))
         for name, (messages, tools) in CONVERSATIONS.items()
@@ -132,7 +132,7 @@ def cases() -> list[Case]:
 
 
 def templates() -> Iterator[tuple[str, Path]]:
-    """Each template once, with the name of the first pin that has it; of two that differ, both."""
+    """Each template once, named after the first pin that has it; both if two pins have different versions."""
     seen: dict[str, set[bytes]] = {}
     for pin in all_pins():
         for path in sorted((ensure_source(pin) / FOLDER).glob("*.jinja")):
@@ -142,7 +142,7 @@ def templates() -> Iterator[tuple[str, Path]]:
 
 
 def ours(text: str, given: list[Case]) -> list[str]:
-    """What we make of each case, or the words of the refusal."""
+    """Our rendering of each case, or our error message."""
     template = ChatTemplate(text, "template", TOKENS)
     made: dict[int, str] = {}
     for answer_begins in (False, True):
@@ -154,14 +154,14 @@ def ours(text: str, given: list[Case]) -> list[str]:
 
 
 def tokenizer() -> Any:
-    """The smallest there is: templates are text, and need none of its tokens."""
+    """The smallest possible tokenizer: rendering a template needs none of its tokens."""
     from tokenizers import Tokenizer, models
 
     return Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
 
 
 def theirs(text: str, given: list[Case]) -> list[str]:
-    """What transformers makes of each case, or the words of its error."""
+    """The rendering of each case by transformers, or its error message."""
     logging.getLogger("transformers").setLevel(logging.ERROR)  # torch is not needed
     import jinja2
     from transformers import PreTrainedTokenizerFast
@@ -192,7 +192,7 @@ def theirs(text: str, given: list[Case]) -> list[str]:
 
 @dataclass(frozen=True)
 class Compared:
-    """How many cases a template renders and refuses, and those where we differ: name, ours, theirs."""
+    """How many cases a template renders and rejects, and the cases where we differ: name, ours, theirs."""
 
     pin: str
     name: str

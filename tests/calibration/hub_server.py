@@ -1,4 +1,4 @@
-"""A server that answers the real client as the Hugging Face Hub does, with one dataset of one commit."""
+"""A server that answers the real client like the Hugging Face Hub, with one dataset of one commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _API, _FILES = f"/api/datasets/{NAME}", f"/datasets/{NAME}/resolve/{COMMIT}/"
 
 @contextlib.contextmanager
 def serving(files: Mapping[str, bytes], *, breaks_off: str = "") -> Iterator[str]:
-    """The server's address, for HF_ENDPOINT. `breaks_off`: a file of which it only ever sends the beginning."""
+    """The server's address, for HF_ENDPOINT. `breaks_off`: a file whose download always stops early."""
 
     class Hub(_Hub):
         held, broken = files, breaks_off
@@ -51,7 +51,7 @@ class _Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _tree(self, folder: str) -> None:
-        """What is in one folder."""
+        """The entries of a folder."""
         found: dict[str, dict[str, Any]] = {}
         for name, data in self.held.items():
             if name.startswith(f"{folder}/" if folder else ""):

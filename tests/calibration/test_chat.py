@@ -1,4 +1,4 @@
-"""A model's chat template is untrusted: it renders conversations, and does nothing else."""
+"""A model's chat template is untrusted: it can render conversations and do nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations come out as transformers' `apply_chat_template` makes them, on every template of the pinned trees."""
+"""Conversations are rendered like transformers' `apply_chat_template` does, with every template of the pinned trees."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_template_of_the_trees_as_transformers_renders_it() -> None:
 
 
 def test_a_template_of_its_own_for_tools(testbed: Path) -> None:
-    """As transformers chooses among a tokenizer's templates."""
+    """Like transformers chooses among the templates of a tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     plain, tools = "{{ messages[0].content }}", "{{ tools | length }} {{ messages[0].content }}"

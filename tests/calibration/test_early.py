@@ -1,4 +1,4 @@
-"""What cannot succeed ends before it costs anything, and what a resumed run cannot know it does not tell."""
+"""Fail early if a run cannot succeed; a resumed run does not print what it cannot know."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from apex_build.source.pins import load_pin
 
 @pytest.fixture(scope="module")
 def head_alone(testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Like the files called mtp-*.gguf: the head's block, embeddings and output, with the whole model's metadata."""
+    """Like files named mtp-*.gguf: the head's block, embeddings and output, with the metadata of the whole model."""
     out = tmp_path_factory.mktemp("head") / "mtp-testbed.gguf"
     reader, writer = gguf.GGUFReader(testbed), gguf.GGUFWriter(out, "qwen35moe")
     for name, field in reader.fields.items():

@@ -1,4 +1,4 @@
-"""`apex imatrix merge` and `convert`, against llama-imatrix's own."""
+"""`apex imatrix merge` and `convert`, compared with llama-imatrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from apex_build.native.toolset import Toolset
 
 @pytest.fixture(scope="module")
 def halves(tools: Toolset, testbed: Path, heldout: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Imatrices of two texts, the draft head in both."""
+    """Imatrices of two texts, both with the draft head."""
     folder = tmp_path_factory.mktemp("halves")
     made = []
     for name in ("chat", "code"):
@@ -28,7 +28,7 @@ def halves(tools: Toolset, testbed: Path, heldout: Path, tmp_path_factory: pytes
 
 
 def native(tools: Toolset, *arguments: object) -> None:
-    """llama-imatrix over files alone: it wants the name of a model, and does not open it."""
+    """Run llama-imatrix on imatrix files only: it needs the name of a model, but does not open it."""
     command = [str(tools.tool("llama-imatrix")), "--model", "none", *map(str, arguments)]
     subprocess.run(command, check=True, capture_output=True)
 
@@ -87,7 +87,7 @@ def test_to_the_older_format_and_back(halves: list[Path], testbed: Path, tools: 
 
 
 def edited(path: Path, out: Path, rename: str = "", **keys: str) -> Path:
-    """A copy with other names of tensors, and further keys."""
+    """A copy with renamed tensors and additional keys."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(out, "")
     writer.add_type("imatrix")

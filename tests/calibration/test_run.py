@@ -59,7 +59,7 @@ def test_another_work_does_not_replace_a_file(calibrated: Path, testbed: Path) -
 
 
 def whole_imatrix(path: Path) -> bool:
-    """Whether the tool has written all of it."""
+    """Whether the tool has written the whole file."""
     try:
         return bool(read_imatrix(path).entries)
     except ApexError:
@@ -135,7 +135,7 @@ def test_an_input_is_never_overwritten(testbed: Path, tmp_path: Path) -> None:
 def test_a_run_ended_between_its_last_steps_is_finished(
     tools: Toolset, testbed: Path, tmp_path: Path, heldout: Path
 ) -> None:
-    """The manifest is written first: a file in place without one would have to be made again with --force."""
+    """The manifest is written first: a file without one could only be replaced with --force."""
     out, work = tmp_path / "out.gguf", tmp_path / ".out.gguf.work"
     common = ["calibrate", testbed, "-o", out, "--chunks", 3, "--text", heldout / "chat.txt", "--json"]
     run_apex(*common)

@@ -1,4 +1,4 @@
-"""Calibration sets: the embedded data, and the text that a set makes."""
+"""Calibration sets: the built-in data, and the text made from a set."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ TOOLS = (
 
 
 def one_with_tools(model: Model, folder: Path, template: str, *, system: bool = False) -> CalibrationText:
-    """The text of a set of two parts, one of which holds tools."""
+    """The text of a set of two parts, one with tools."""
     (folder / "template.jinja").write_text(template)
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     if system:
@@ -209,7 +209,7 @@ def test_a_template_that_takes_nothing_is_quoted(model: Model, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_whole_default_set_with_a_template_that_knows_neither(testbed: Path, tmp_path: Path) -> None:
-    """As `apex calibrate` meets it in fine-tunes of Gemma 2."""
+    """Found in fine-tunes of Gemma 2."""
     (tmp_path / "gemma.jinja").write_text(GEMMA)
     ran = run_apex(
         "calibrate", testbed, "--chat-template", tmp_path / "gemma.jinja", "--write-text", tmp_path / "text.txt"
@@ -220,7 +220,7 @@ def test_the_whole_default_set_with_a_template_that_knows_neither(testbed: Path,
 
 @pytest.mark.slow
 def test_a_system_that_cannot_bound_a_template(testbed: Path, tmp_path: Path) -> None:
-    """macOS has no sched_getaffinity, and refuses the limit of memory: the template is not to blame."""
+    """macOS has no sched_getaffinity and rejects the memory limit: do not blame the template."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, resource\ndel os.sched_getaffinity\n"
         "def refuse(*_): raise ValueError('current limit exceeds maximum limit')\nresource.setrlimit = refuse\n"

@@ -1,4 +1,4 @@
-"""Which documents of a set are taken: weights in tokens, duplicates, the held-out text; and `apex calibration-sets`."""
+"""Which documents of a set are used: weights in tokens, duplicates, held-out text; and `apex calibration-sets`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def jsonl(path: Path, n: int, length: int = 50, first: int = 0) -> None:
 
 
 def make(folder: Path, head: str, **weights: object) -> str:
-    """A set of a part for each name, whose texts are in NAME.jsonl."""
+    """A set with a part for each name; its texts are in NAME.jsonl."""
     parts = [f'[[part]]\ndomain="{name}"\nsource="jsonl"\nfile="{name}.jsonl"\n{of}\n' for name, of in weights.items()]
     path = folder / "mine.toml"
     path.write_text("\n".join([head, *parts]))
@@ -150,7 +150,7 @@ def test_weights_in_some_parts_and_a_missing_domain(model: Model, tmp_path: Path
 
 
 def test_the_beginning_of_text_is_not_written_twice(model: Model, tmp_path: Path) -> None:
-    """The tools put it before a text themselves."""
+    """The tools add it to a text themselves."""
     end = model.metadata["tokenizer.ggml.eos_token_id"]
     assert isinstance(end, int)
     (tmp_path / "bos.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %};")
@@ -188,7 +188,7 @@ def test_tokens_are_counted_by_the_models_own_tokenizer(tools: Toolset, testbed:
 
 @pytest.fixture
 def three_sources(tmp_path: Path) -> Path:
-    """A set of a parquet dataset, a folder and the standard library."""
+    """A set made from a parquet dataset, a folder and the standard library."""
     datasets = pytest.importorskip("datasets")
     from apex_build.places import data_root
 
@@ -262,7 +262,7 @@ def test_a_calibration_keeps_a_text_apart_that_evaluate_then_takes(
 
 
 def test_ctrl_c_while_a_set_is_read(testbed: Path, tmp_path: Path) -> None:
-    """Nothing is left behind, and the exit code says it."""
+    """Nothing is left behind, and the exit code tells."""
     plugin = tmp_path / "slow"
     plugin.mkdir()
     (plugin / "plugin.py").write_text(

@@ -1,4 +1,4 @@
-"""Sets whose data is on the Hugging Face Hub: pinned, refused, and of the shapes that the built-in ones take."""
+"""Sets with data on the Hugging Face Hub: pinned, rejected, and in the formats of the built-in sets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def composed(path: str, model: Model) -> CalibrationText:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """For a process of its own, since the libraries look at it when they are imported."""
+    """For a separate process, since the libraries read it on import."""
     given = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     return {**given, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -52,7 +52,7 @@ def files(tmp_path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(environment: dict[str, str], files: dict[str, bytes]) -> Iterator[dict[str, str]]:
-    """The environment, with the server in it."""
+    """The environment, with the server's address."""
     with serving(files) as address:
         yield {**environment, "HF_ENDPOINT": address}
 
@@ -128,7 +128,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(
 def test_a_stream_that_breaks_off_is_told(
     environment: dict[str, str], files: dict[str, bytes], testbed: Path, tmp_path: Path
 ) -> None:
-    """Half a minute of the library's own retries, and not two."""
+    """The library retries for half a minute, not for two."""
     began = time.monotonic()
     with serving(files, breaks_off="train-00000-of-00001.parquet") as address:
         env = {**environment, "HF_ENDPOINT": address}
@@ -178,7 +178,7 @@ ROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["apex-diverse", "multilingual", "wikitext"])
 def test_built_in_sets_take_the_shapes_of_their_data(name: str, model: Model, tmp_path: Path) -> None:
-    """On local copies of the columns: the data itself cannot be fetched here."""
+    """With local data in the same columns: the real data cannot be fetched here."""
     datasets = pytest.importorskip("datasets")
     chosen = load_set(name)
     for number, part in enumerate(chosen.parts):

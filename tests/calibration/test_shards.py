@@ -1,4 +1,4 @@
-"""`apex calibrate --shards`: the sums of one run, whatever happens to a shard."""
+"""`apex calibrate --shards`: the same sums as a single run, whatever happens to a shard."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHUNKS = 24
 
 
 def tools_running(where: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The runs of llama-imatrix that write below a folder, with their environments."""
+    """The running llama-imatrix processes that write below a folder, with their environments."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().split(b"\0")
@@ -51,7 +51,7 @@ def until(what: object, child: subprocess.Popen[bytes], seconds: float = 120) ->
 
 
 def same_sums(one: Imatrix, parts: Imatrix, chunks: int = CHUNKS) -> None:
-    """Equal in what adds up exactly, and within the stated bound elsewhere."""
+    """Equal where sums are exact, and within the documented bound elsewhere."""
     assert set(one.entries) == set(parts.entries)
     for name, entry in one.entries.items():
         other = parts.entries[name]
@@ -88,7 +88,7 @@ def test_the_sums_of_one_run(four: Path, calibrated: Path, testbed: Path) -> Non
 
 
 def test_where_the_rounding_comes_from(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    """A run adds each chunk's sums in single precision, in turn; shards are added in double precision, and rounded."""
+    """A run adds the sums of each chunk in single precision; shards are added in double precision and rounded."""
     folder = tmp_path / "text"
     folder.mkdir()
     text = folder / "chat.txt"
@@ -155,7 +155,7 @@ def test_what_is_done_is_kept(how: signal.Signals, four: Path, testbed: Path, tm
 
 
 def test_each_set_of_gpus_has_a_shard(four: Path, testbed: Path, tmp_path: Path) -> None:
-    """The tools see the GPUs that they are given, two runs at a time."""
+    """Each tool sees only the GPUs that it was given; two run at a time."""
     out = tmp_path / "out.gguf"
     child = started(testbed, out, "--shards", 4, "--devices", "0", "--devices", "1,2", "--no-rows-check")
     seen: set[frozenset[str]] = set()
@@ -177,7 +177,7 @@ def test_bad_input(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path)
 
 
 def test_the_dry_run_says_how_long_it_takes(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
-    """Some chunks are measured, and multiplied: here, and on several machines."""
+    """A few chunks are timed and extrapolated: on this machine, and on several."""
     out = tmp_path / "out.gguf"
     common = ["calibrate", testbed, "-o", out, "--chunks", 100, "--dry-run"]
     told = json.loads(run_apex(*common, "--no-rows-check", "--json").stdout)["forecast"]

@@ -1,4 +1,4 @@
-"""Sources: shapes of public data sets, folders, and Hugging Face datasets through the real library."""
+"""Sources: formats of public data sets, folders, and Hugging Face datasets through the real library."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ except CalibrationSetInvalid as error:
 
 
 def child(folder: Path, *, revision: str = COMMIT, **environment: str) -> str:
-    """In a process of its own: the libraries look at the environment when they are imported."""
+    """In a separate process: the libraries read the environment on import."""
     given = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "home"), **environment}
     given = {name: value for name, value in given.items() if not name.lower().endswith("_proxy")}
     command = [sys.executable, "-c", CHILD, revision]

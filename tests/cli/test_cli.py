@@ -1,4 +1,4 @@
-"""What holds for every verb, and for every error."""
+"""Rules for every verb and every error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def commands() -> list[tuple[str, click.Command]]:
-    """Each verb, and the verbs below a group."""
+    """Each verb, including the verbs of groups."""
     context = click.Context(apex)
     found = []
     for name in VERBS:
@@ -77,7 +77,7 @@ def test_an_unknown_verb() -> None:
 
 
 def test_a_name_in_the_progress_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal rich draws it, and takes what is in square brackets for tags."""
+    """On a terminal rich renders it, and treats text in square brackets as tags."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with show.progress() as report:
         report(Step("kld: model[/].gguf on [red]", 1, 2, "chunks"))

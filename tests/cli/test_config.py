@@ -1,4 +1,4 @@
-"""apex.toml: defaults for options, who comes first, and what a folder's file may not say."""
+"""apex.toml: defaults for options, precedence, and settings that a folder's file may not have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def here(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, here: Path) -> Run:
-    """apex in a folder, with a configuration of the user's own in another."""
+    """Run apex in a folder, with the user's configuration in another."""
 
     def run(*arguments: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "APEX_CONFIG": str(tmp_path / "own.toml"), **variables}
@@ -44,7 +44,7 @@ def test_defaults_of_a_verb(tools: Toolset, run: Run, here: Path, tmp_path: Path
 
 
 def test_who_comes_first(tools: Toolset, run: Run, here: Path, tmp_path: Path, testbed: Path) -> None:
-    """The command line, then the environment, then the folder's file, then the user's own."""
+    """The command line, then the environment, then the folder's file, then the user's file."""
     (tmp_path / "own.toml").write_text(
         'threads = 3\n[evaluate]\nset = ["perplexity.chunks=2"]\n[build]\njobs = 3\n[policies]\njson = true\n'
     )
@@ -79,7 +79,7 @@ def test_who_comes_first(tools: Toolset, run: Run, here: Path, tmp_path: Path, t
     ],
 )
 def test_what_there_is_not(text: str, said: str, run: Run, tmp_path: Path) -> None:
-    """`config show` looks at all of it."""
+    """`config show` checks the whole file."""
     (tmp_path / "own.toml").write_text(text)
     ran = run("config", "show", code=3)
     assert re.search(said, ran.stderr), ran.stderr
@@ -96,7 +96,7 @@ def test_what_there_is_not(text: str, said: str, run: Run, tmp_path: Path) -> No
     ],
 )  # fmt: skip
 def test_a_folders_file_cannot_choose_what_is_run_or_replaced(text: str, run: Run, here: Path, tmp_path: Path) -> None:
-    """It may have come with a download."""
+    """It may be part of a download."""
     (here / "apex.toml").write_text(text)
     (here / "plugin.py").write_text("raise SystemExit('run')")
     ran = run("policies", code=3)
@@ -163,7 +163,7 @@ def test_quiet_and_verbose(tools: Toolset, run: Run, testbed: Path) -> None:
 
 
 def test_remarks_are_left_to_the_one_place_that_knows_of_quiet() -> None:
-    """What a verb writes to standard error by itself is a warning or an error; all else goes through `show.note`."""
+    """Verbs write only warnings and errors to standard error directly; everything else goes through `show.note`."""
     of_their_own = ("show.py", "groups.py", "__init__.py")  # where that is decided, what -v adds, how a run ends
     for file in sorted(
         set(Path(show.__file__).parent.glob("*.py")) - {Path(show.__file__).with_name(name) for name in of_their_own}
@@ -191,7 +191,7 @@ def test_remarks_are_left_to_the_one_place_that_knows_of_quiet() -> None:
     ],
 )
 def test_completion(words: str, wanted: str, run: Run) -> None:
-    """As bash asks: click's protocol."""
+    """The way bash asks, in click's protocol."""
     count = str(len(words.split()) - 1)
     ran = run(_APEX_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=count)
     assert f"plain,{wanted}" in ran.stdout.splitlines()

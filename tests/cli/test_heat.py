@@ -1,4 +1,4 @@
-"""`apex inspect IMATRIX`: the tokens of each expert, drawn."""
+"""`apex inspect IMATRIX`: draw the tokens of each expert."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apex_build.gguf_model.imatrix import read_imatrix
 
 
 def written(path: Path, tokens: npt.NDArray[np.float32], rest: int = 1) -> Path:
-    """An imatrix of layers with these counts of experts, and a dense weight in each."""
+    """An imatrix with layers of these expert counts, and a dense weight in each layer."""
     writer = gguf.GGUFWriter(path, "")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["x"])

@@ -1,4 +1,4 @@
-"""What people see: tables and progress at 80 columns and in pipes, and when the whole will be done."""
+"""Output for people: tables and progress at 80 columns and in pipes, and the time left for the whole run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_pipes_get_plain_text() -> None:
 
 
 def on_a_terminal(code: str, columns: int = 80) -> str:
-    """What a program writes to a terminal of this width."""
+    """The output of a program on a terminal of this width."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "xterm"
@@ -114,7 +114,7 @@ class Clock:
 
 
 def work(pieces: list[Piece], took: list[dict[str, float]]) -> Iterator[tuple[float, float]]:
-    """(seconds since the start, seconds left as foretold) while the runs of each piece take their seconds."""
+    """(seconds since the start, predicted seconds left) while the runs of each piece take these times."""
     clock = Clock()
     said: list[Step] = []
     whole = Whole("all", said.append, pieces, clock)
@@ -141,8 +141,8 @@ def right(pieces: list[Piece], took: list[dict[str, float]], start: float = 0.1)
 
 
 def test_a_sweep_knows_its_end_after_a_tenth() -> None:
-    """Ten points alike; the first also scores the baseline, the others find that in the cache. Nothing is known of the
-    machine.
+    """Ten equal points; the first also scores the baseline, which the others find in the cache. Nothing is known about
+    the machine.
     """
     runs = [{f"head: p{n} on chat": 600.0, "head: base on chat": 600.0} for n in range(10)]
     took = [{run: 60.0 for run in one if n == 0 or "base" not in run} for n, one in enumerate(runs)]
@@ -151,7 +151,7 @@ def test_a_sweep_knows_its_end_after_a_tenth() -> None:
 
 
 def test_an_evaluation_of_two_files_knows_its_end() -> None:
-    """By evaluators of different pace, of which the machine remembers nothing but their order of magnitude."""
+    """By evaluators of different speed, of which the machine only remembers the order of magnitude."""
     runs, took, kinds = [], [], []
     for file in ("a", "b"):
         for kind, seconds in (("perplexity", 40.0), ("kld", 50.0), ("head", 80.0)):

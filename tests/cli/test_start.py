@@ -1,4 +1,4 @@
-"""Starting `apex`: what is imported, what a broken plugin does, and how errors are told to scripts."""
+"""Start `apex`: what is imported, what a broken plugin does, and how scripts see errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAVY = ("numpy", "gguf", "cffi", "rich", "jinja2", "httpx2", "unearth", "reques
 
 
 def imported(*arguments: str) -> list[str]:
-    """The modules that a run imports."""
+    """The modules imported by a run."""
     code = f"""
 import os, sys
 from apex_build.cli import main
@@ -39,7 +39,7 @@ finally:
 
 @pytest.mark.parametrize("arguments", [("-h",), ("--version",), ("quantise",), ("completion", "bash")], ids=" ".join)
 def test_the_help_imports_little(arguments: tuple[str, ...]) -> None:
-    """Counted, not timed: no verb, no plugin, and nothing that takes long."""
+    """Counted, not timed: imports no verb, no plugin, and nothing slow."""
     found = imported(*arguments)
     assert not [name for name in found if name.partition(".")[0] in HEAVY]
     verbs = [name for name in found if name.startswith("apex_build.cli.")]
@@ -57,7 +57,7 @@ def test_the_help_says_of_each_verb_what_the_verb_says(verb: str) -> None:
 
 
 def package(where: Path, code: str, name: str = "apex-broken", entry: str = "broken") -> dict[str, str]:
-    """An environment in which a package with a plugin is installed."""
+    """An environment with an installed package that contains a plugin."""
     (where / f"{name.replace('-', '_')}.py").write_text(code)
     info = where / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
@@ -79,14 +79,14 @@ BROKEN = {
 
 @pytest.fixture(scope="module")
 def policies() -> Any:
-    """What is listed without the plugin."""
+    """The list without the plugin."""
     return json.loads(run_apex("policies", "--json").stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_installed_plugin_costs_a_warning(how: str, testbed: Path, tmp_path: Path, policies: Any) -> None:
-    """It is named with its package, and how to leave it out; and what it is not needed for is done."""
+    """The error names its package and how to leave it out; commands that do not need it still work."""
     environment = package(tmp_path, BROKEN[how])
     for arguments in (("-h",), ("inspect", testbed, "--json"), ("policies", "--json")):
         ran = run_apex(*arguments, env=environment)
@@ -114,7 +114,7 @@ def test_a_policy_that_a_broken_plugin_may_have_had(tmp_path: Path, testbed: Pat
 
 @pytest.mark.slow
 def test_verbs_of_an_installed_plugin_are_looked_up_once(tmp_path: Path) -> None:
-    """The help does not import it again until it has changed."""
+    """The help does not import it again unless it has changed."""
     code = HOOK + "def apex_commands():\n import click\n print('LOADED', file=__import__('sys').stderr)\n"
     code += " return [click.Command('wave', callback=lambda: click.echo('o/'), help='Wave a hand.')]\n"
     environment = {**package(tmp_path, code, "apex-wave", "wave"), "APEX_CACHE_DIR": str(tmp_path / "cache")}
@@ -150,7 +150,7 @@ def test_errors_for_scripts(arguments: tuple[str, ...], code: int, kind: str, tm
 
 
 def test_a_built_in_plugins_verb_is_listed_without_importing_the_plugin() -> None:
-    """As our own verbs, by the text of its file; what it says of itself is what the verb says."""
+    """Like built-in verbs, by the text of its file; its help is the verb's help."""
     from apex_build.plugins import command_summaries, load_plugins
 
     found = command_summaries()

@@ -1,4 +1,4 @@
-"""`apex calibrate --cluster` on real schedulers and workers of Dask, which are killed on the way."""
+"""`apex calibrate --cluster` with real Dask schedulers and workers, some killed in between."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def process(*arguments: object, log: Path, **environment: str) -> Iterator[subpr
 
 @contextmanager
 def scheduler(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A scheduler and its address."""
+    """Start a scheduler; yields its address."""
     told = folder / f"scheduler-{time.monotonic_ns()}.json"
     common = ("--port", 0, "--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", told)
     with process("distributed.cli.dask_scheduler", *common, log=folder / "scheduler.log") as child:
@@ -71,7 +71,7 @@ def client(model: Path, out: Path, address: str, *more: object) -> subprocess.Po
 
 
 def tool_of(parent: int) -> bool:
-    """Whether a process has llama-imatrix running."""
+    """Whether a process is running llama-imatrix."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
@@ -88,7 +88,7 @@ def kept(out: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def expected(tools: Toolset, testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What the same shards give without a cluster."""
+    """The result of the same shards without a cluster."""
     out = tmp_path_factory.mktemp("expected") / "out.gguf"
     run_apex("calibrate", testbed, "-o", out, *SHARDS)
     return out.read_bytes()
@@ -138,7 +138,7 @@ def test_a_lost_scheduler_costs_no_finished_shard(expected: bytes, testbed: Path
 
 
 def test_another_build_is_refused_by_name(expected: bytes, tools: Toolset, testbed: Path, tmp_path: Path) -> None:
-    """The same libraries without their manifest: apex cannot tell that they are the same."""
+    """The same libraries without their manifest: apex cannot know that they are the same."""
     foreign, out = tmp_path / "foreign", tmp_path / "out.gguf"
     foreign.mkdir()
     (foreign / "bin").symlink_to(tools.bin)
@@ -153,7 +153,7 @@ def test_another_build_is_refused_by_name(expected: bytes, tools: Toolset, testb
 
 
 def test_two_clients_at_once(expected: bytes, testbed: Path, tmp_path: Path) -> None:
-    """They want the same shards: those that both wait for are made once. The same output is refused to the second."""
+    """Two runs share their shards: those that both wait for are made once. A third may not write the same output."""
     outs = [tmp_path / "one.gguf", tmp_path / "two.gguf"]
     with scheduler(tmp_path) as (_, address), worker(address, tmp_path):
         running = [client(testbed, out, address) for out in outs]
@@ -170,7 +170,7 @@ def test_two_clients_at_once(expected: bytes, testbed: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("local", [True, False])
 def test_ctrl_c(local: bool, expected: bytes, testbed: Path, tmp_path: Path) -> None:
-    """To all processes of the terminal. Tools end at once, also those of workers that stay."""
+    """To all processes of the terminal. Tools stop at once, even those of workers that keep running."""
     out = tmp_path / "out.gguf"
     with scheduler(tmp_path) as (_, address), worker(address, tmp_path) as one:
         running = client(testbed, out, "local:2" if local else address)
@@ -189,7 +189,7 @@ def test_ctrl_c(local: bool, expected: bytes, testbed: Path, tmp_path: Path) -> 
 
 
 def test_the_model_is_sent_once(expected: bytes, tools: Toolset, testbed: Path, tmp_path: Path) -> None:
-    """/proc/self/cwd is another folder for the worker: there is no such model on its machine."""
+    """/proc/self/cwd is another folder for the worker, as if its machine had no such model."""
     here, out = tmp_path / "here", tmp_path / "out.gguf"
     here.mkdir()
     (here / "model.gguf").write_bytes(testbed.read_bytes())
@@ -228,7 +228,7 @@ def test_bad_input(testbed: Path, tmp_path: Path) -> None:
 
 
 def test_evaluations(testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    """A task for each evaluator and file; the figures are those of one machine."""
+    """One task per evaluator and file; the figures equal those of a single machine."""
     common = ["evaluate", testbed, "--text", heldout / "chat.txt", "--only", "perplexity,draft-head"]
     common += ["--set", "perplexity.chunks=2", "--set", "draft-head.chunks=2", "--set", "draft-head.depth=1", "--json"]
     here = json.loads(run_apex(*common, "--results", tmp_path / "here.jsonl").stdout)

@@ -92,7 +92,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def qwen3_next_shapes() -> dict[str, tuple[int, ...]]:
-    """The same model as Qwen3-Next has it: the delta net's projections in two matrices."""
+    """The same model in the layout of Qwen3-Next: the delta net's projections in two matrices."""
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes().items():
         if "in_proj_qkv." in name:
@@ -115,7 +115,7 @@ QWEN3_NEXT: dict[str, Any] = {
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """F16, every value 0.125: nothing here depends on the values."""
+    """F16, all values 0.125: nothing here depends on them."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
@@ -126,7 +126,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[int, ...]]) -> Non
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Byte-level BPE without merges: 256 bytes and special tokens."""
+    """A byte-level BPE without merges: 256 bytes and special tokens."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's bytes_to_unicode
     letters = {byte: chr(byte) for byte in printable} | {
         byte: chr(256 + index) for index, byte in enumerate(sorted(set(range(256)) - set(printable)))
@@ -167,7 +167,7 @@ def write_tokenizer(folder: Path) -> None:
 def make_checkpoint(
     folder: Path, *, config: Mapping[str, Any] | None = None, without: str = "\0", shards: int = 1
 ) -> Path:
-    """A whole checkpoint, less the tensors whose names begin with `without`."""
+    """A whole checkpoint, without tensors whose names start with `without`."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
     write_tokenizer(folder)

@@ -17,7 +17,7 @@ def source(source_tree: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def python() -> Path:
-    """A Python with torch and transformers: these tests install none, it would be hundreds of megabytes."""
+    """A Python with torch and transformers. The tests do not install these: they take hundreds of megabytes."""
     if given := os.environ.get("APEX_CONVERT_PYTHON"):
         return Path(given)
     if find_spec("torch") and find_spec("transformers"):

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint is in the model, or there is a reason, or the conversion is refused."""
+"""Every tensor of a checkpoint is converted or left out for a known reason; otherwise the conversion fails."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def out(tmp_path: Path) -> Path:
 
 # --- before anything is started ---------------------------------------------------------------------------------------
 def test_a_head_that_the_converter_drops(tmp_path: Path, source: Path, out: Path) -> None:
-    """Qwen3-Next: the converter of this pin ignores mtp.*, so a third of the tensors was lost without a word."""
+    """Qwen3-Next: the converter of this pin ignores mtp.*, so a third of the tensors was silently lost."""
     folder = checkpoint(tmp_path / "hf", qwen3_next_shapes(), **QWEN3_NEXT)
     with pytest.raises(
         CheckpointInvalid, match="has a draft head of 19 tensors, which the converter of pr-22673 does not know"
@@ -67,7 +67,7 @@ def test_a_head_that_the_converter_drops(tmp_path: Path, source: Path, out: Path
 def test_a_head_under_other_names(
     tmp_path: Path, source: Path, out: Path, prefix: str, config: dict[str, object]
 ) -> None:
-    """As MiMo, Nemotron and Ernie have it: it is there, so nobody is sent to fetch mtp.fc.weight."""
+    """As in MiMo, Nemotron and Ernie: the head is complete, so do not tell the user to fetch mtp.fc.weight."""
     tensors = {name: shape for name, shape in shapes().items() if not name.startswith("mtp.")}
     tensors |= {f"{prefix}{name}.weight": (HIDDEN,) for name in ("eh_proj", "enorm", "hnorm", "final_layernorm")}
     with pytest.raises(CheckpointInvalid) as caught:
@@ -137,7 +137,7 @@ def test_patterns_for_the_hint_name_no_other_tensor() -> None:
 
 
 def test_a_tied_output_is_lost_only_if_it_is_not_the_same(tmp_path: Path) -> None:
-    """Gemma's converter skips lm_head: right where it repeats the embedding, and a loss where it does not."""
+    """Gemma's converter skips lm_head: fine if it equals the embedding, a loss if it differs."""
     folder = make_checkpoint(tmp_path / "hf")
     account = Account({}, frozenset(shapes()) - {"lm_head.weight"})
     options = {"head": True, "other_file": False, "source": "a tree"}
@@ -195,7 +195,7 @@ def test_experts_one_by_one_are_merged(tmp_path: Path, source: Path, python: Pat
 
 
 def test_a_tensor_that_would_be_lost(tmp_path: Path, source: Path, python: Path, out: Path) -> None:
-    """The Qwen3-Next converter skips what begins with mtp; here that is not a head, and still not dropped silently."""
+    """The Qwen3-Next converter skips names that start with mtp; here it is no head, but must not be lost silently."""
     folder = checkpoint(tmp_path / "hf", {**qwen3_next_shapes(), "mtpx.value.weight": (4, 4)}, **QWEN3_NEXT)
     tensors = {name: shape for name, shape in qwen3_next_shapes().items() if not name.startswith("mtp.")}
     write_safetensors(folder / "model.safetensors", {**tensors, "mtpx.value.weight": (4, 4)})

@@ -1,4 +1,4 @@
-"""Checkpoints that are refused before anything is started: each names what is missing."""
+"""Checkpoints that are rejected before anything runs; the error names what is missing."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_head_of_a_multimodal_checkpoint(tmp_path: Path, source: Path) -> No
 
 
 def test_a_head_in_blocks_after_the_last(tmp_path: Path, source: Path) -> None:
-    """As GLM and DeepSeek have it."""
+    """The layout of GLM and DeepSeek."""
     folder = make_checkpoint(
         tmp_path / "hf",
         config={"mtp_num_hidden_layers": 0, "num_nextn_predict_layers": 1, "architectures": ["Glm4MoeForCausalLM"]},

@@ -1,4 +1,4 @@
-"""Converting, for real where a Python with torch is at hand; refusing, always."""
+"""Convert for real if a Python with torch is available; test refusals always."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_tokenizer_that_the_converter_does_not_know(folder: Path, source: Path
 def test_code_of_the_checkpoint_is_not_run(
     folder: Path, source: Path, python: Path, tmp_path: Path, native: bool
 ) -> None:
-    """Upstream loads tokenizers with trust_remote_code=True: a tokenizer class of the checkpoint's own would run."""
+    """Upstream loads tokenizers with trust_remote_code=True: a tokenizer class in the checkpoint would run."""
     marker = tmp_path / "marker"
     code = (
         f"open({str(marker)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast as Fast\nclass "
@@ -123,7 +123,7 @@ def test_code_of_the_checkpoint_is_not_run(
 
 
 def test_the_guard_against_the_checkpoints_code(folder: Path, python: Path) -> None:
-    """The net below: whatever in transformers or the converter would load code from the folder cannot open it."""
+    """The safety net: nothing in transformers or the converter can open code in the folder."""
     (folder / "evil.py").write_text("raise SystemExit(5)\n")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import driver; driver.refuse_code(sys.argv[2])\n"
@@ -207,7 +207,7 @@ def test_the_command(folder: Path, python: Path, tmp_path: Path, monkeypatch: py
 # --- without ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def anything() -> Path:
-    """Stands for the converter's Python where it is never started."""
+    """A stand-in for the converter's Python that must never be started."""
     return Path(sys.executable)
 
 
@@ -306,7 +306,7 @@ def test_a_python_that_is_none(program: str) -> None:
 def test_an_environment_of_our_own_is_made_once_and_whole(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a requirement that needs no download, in place of torch: a package of two files."""
+    """With a requirement that needs no download instead of torch: a package of two files."""
     package = tmp_path / "little"
     package.mkdir()
     (package / "little.py").write_text("")

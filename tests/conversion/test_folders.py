@@ -1,4 +1,4 @@
-"""What people give for a checkpoint and is something else: said what it is."""
+"""Paths that users mistake for a checkpoint: the error says what they are."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_a_whole_checkpoint_with_others_beside_it(tmp_path: Path) -> None:
-    """Mistral's folders hold both formats, and a fine-tune may keep its adapter."""
+    """Mistral's folders contain both formats, and a fine-tune may include its adapter."""
     folder = make_checkpoint(tmp_path / "hf")
     for name in ("consolidated.safetensors", "params.json", "adapter_config.json", "old.gguf"):
         (folder / name).write_text("")

@@ -1,4 +1,4 @@
-"""An evaluator's task on the testbed, and what the evaluator answers."""
+"""Run an evaluator's task on the testbed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ WorkOf = Callable[..., Work]
 
 @pytest.fixture
 def work_of(tools: Toolset, testbed: Path) -> WorkOf:
-    """work_of("speed", prompt="64", ...): the evaluator on the testbed, `inputs` beside its settings.
+    """work_of("speed", prompt="64", ...): run the evaluator on the testbed, with `inputs` and these settings.
 
-    One thread: with two, llama.cpp's waiting threads crawl when the machine has other work.
+    One thread: with two, llama.cpp's threads wait for each other slowly on a busy machine.
     """
 
     def make(

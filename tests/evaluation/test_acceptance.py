@@ -1,4 +1,4 @@
-"""The evaluator `draft-acceptance` on the testbed: its figures fit together, and what goes wrong is said."""
+"""The evaluator `draft-acceptance` on the testbed: its figures are consistent, and its errors are reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def measured(work: Work) -> Values:
 
 @pytest.fixture
 def prompts(heldout: Path) -> Inputs:
-    """Twelve prompts, three of each domain."""
+    """Twelve prompts, three from each domain."""
     return Inputs(prompts=read_prompts(heldout / "prompts.jsonl")[::4])
 
 
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_figures(work_of: WorkOf, prompts: Inputs) 
 def test_the_rows_are_the_servers_own_or_as_asked_for(
     rows_choice: None, tools: Toolset, testbed: Path, prompts: Inputs, tmp_path: Path
 ) -> None:
-    """With final norms as uneven as here, and a head that is right for rows before them."""
+    """With final norms as uneven as these, and a head trained for rows before them."""
     plugins = load_plugins()
     evaluator = plugins.evaluators()["draft-acceptance"]
     model = read_model(uneven_norms(testbed, tmp_path / "uneven.gguf"), plugins.role_of)
@@ -112,7 +112,7 @@ def test_settings_that_make_no_sense(work_of: WorkOf, prompts: Inputs, name: str
 
 
 def test_a_server_that_is_killed_while_it_writes(work_of: WorkOf, prompts: Inputs, tmp_path: Path) -> None:
-    """It is reported with its signal, nothing is recorded, no server is left, and the other evaluators still run."""
+    """The error names the signal, nothing is recorded, no server keeps running, and the other evaluators still run."""
     killed: list[int] = []
 
     def kill(step: Step) -> None:
@@ -132,7 +132,7 @@ def test_a_server_that_is_killed_while_it_writes(work_of: WorkOf, prompts: Input
 def test_a_server_that_does_not_tell_of_its_drafts(
     work_of: WorkOf, prompts: Inputs, tools: Toolset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older llama.cpp: the totals are there, what would have to be guessed is not."""
+    """An older llama.cpp: it reports the totals, and we do not guess the rest."""
     monkeypatch.setattr(native_server, "_LOG_WAIT", 0.3)
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "llama-server"

@@ -1,4 +1,4 @@
-"""`apex check`: a good file passes, a dead head does not; the built-in evaluation set is not calibration's."""
+"""`apex check`: a good file passes, a dead head fails; the built-in evaluation set differs from the calibration set."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The evaluator `draft-head`: its figures against NumPy and the tool's summary, paired differences, and what it
-refuses.
+"""The evaluator `draft-head`: its figures compared with NumPy and the tool's summary, paired differences, and what it
+rejects.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DIFFERENCES = {f"depth{depth}.{what}" for depth in (1, 2, 3) for what in ("agree
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of their own, so that what is kept is made here."""
+    """A separate cache, so that results are made here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APEX_CACHE_DIR", str(folder := tmp_path_factory.mktemp("cache")))
         yield folder
@@ -48,7 +48,7 @@ def texts(heldout: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def found(cache: Path, tools: Toolset, testbed: Path, q3: Path, texts: dict[str, Path]) -> Figures:
-    """Of the file of three bits, with the F16 as reference, on two texts."""
+    """Evaluate the 3-bit file on two texts, with the F16 as reference."""
     return measure("draft-head", tools, q3, texts, testbed)
 
 
@@ -90,7 +90,7 @@ def chunks(rows: Array) -> npt.NDArray[np.int64]:
 
 
 def tokens(table: Array, n: int, column: int) -> tuple[Array, npt.NDArray[np.int64]]:
-    """1 + the chances that the first 1, 2, ... n tokens of each draft are accepted; and the chunk of each."""
+    """1 + the probabilities that the first 1, 2, ... n tokens of each draft are accepted; and the chunk of each."""
     value = {(int(row[0] - row[1]), int(row[1])): row[column] for row in table}
     starts = [start for start, depth in value if depth == n]
     chains = [1 + np.cumprod([value[start, depth] for depth in range(1, n + 1)]).sum() for start in starts]
@@ -174,7 +174,7 @@ def test_texts_together_are_all_of_their_positions(found: Figures, tables: dict[
 def test_a_file_does_not_differ_from_itself(
     found: Figures, tools: Toolset, testbed: Path, texts: dict[str, Path], cache: Path
 ) -> None:
-    """And the reference was scored once, for all files."""
+    """The reference was scored only once, for all files."""
     assert found and len(list(cache.glob("evaluation/*/draft-head.npz"))) == 4
     steps: list[Step] = []
     own = measure("draft-head", tools, testbed, texts, testbed, report=steps.append)
@@ -199,7 +199,7 @@ def test_one_text_and_few_chunks(tools: Toolset, testbed: Path, texts: dict[str,
 def test_the_rows_that_the_head_is_fed_with(
     rows_choice: None, tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Known of the architecture, or as asked for; told with the first figure, and kept apart."""
+    """As known for the architecture, or as requested; reported with the first figure, and cached separately."""
     model, text = uneven_norms(testbed, tmp_path / "uneven.gguf"), {"code": texts["code"]}
     auto, post, pre = (
         measure("draft-head", tools, model, text, depth=1, rows=rows) for rows in ("auto", "post", "pre")

@@ -1,4 +1,4 @@
-"""Intervals: known values, and by simulation that they hold what they promise."""
+"""Intervals: known values, and simulations of their coverage."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_shares(successes: int, n: int, low: float, high: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("clusters", [8, 15, 60])
 def test_of_a_hundred_intervals_ninety_five_hold(clusters: int) -> None:
-    """Values of a cluster share a part, as positions of a chunk do: taken as independent, they give intervals that do
-    not hold.
+    """Values in a cluster are correlated, like positions in a chunk: treating them as independent gives intervals that
+    are too narrow.
     """
     random = np.random.default_rng(clusters)
     held, naive = [], []

@@ -1,6 +1,6 @@
-"""What this project is for, on a reduced set (docs/results/draft-head.md has the whole): calibrated, the experts of the
-head go to 3 bits and it keeps its agreement; without data that is refused, and a k-quant head is ruined where a
-calibrated one is not.
+"""The purpose of this project, tested on a reduced set (docs/results/draft-head.md has the full one). With calibration
+data, the head's experts can have 3 bits and it keeps its agreement; without, that is refused, and a k-quant head is
+ruined, unlike a calibrated one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def loss(
     headless_imatrix: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[float, float, float]]:
-    """Points of agreement at depth 1 against the head at Q8_0: value and 95 % interval. The trunk is Q8_0 in all."""
+    """Points of agreement at depth 1 relative to the head at Q8_0: value and 95 % interval. The trunk stays Q8_0."""
     folder = tmp_path_factory.mktemp("claim")
     q8_0, mixture, blind, seeing = (folder / f"{name}.gguf" for name in ("q8_0", "mixture", "blind", "seeing"))
     quantize = ("quantize", testbed, "--policy", "draft-head-only")
@@ -55,7 +55,7 @@ def test_experts_of_three_bits_keep_the_agreement(loss: dict[str, tuple[float, f
 
 
 def test_a_k_quant_without_data_is_ruined_and_one_with_data_is_not(loss: dict[str, tuple[float, float, float]]) -> None:
-    """Over more text: -17.5 [-18.6, -16.3] without, -5.6 [-6.2, -4.9] with."""
+    """On more text: -17.5 [-18.6, -16.3] without, -5.6 [-6.2, -4.9] with data."""
     assert loss["blind.gguf"][2] < -10
     assert loss["seeing.gguf"][1] > loss["blind.gguf"][2] + 5
 

@@ -1,4 +1,4 @@
-"""The multiple-choice evaluators on the testbed: files in each of the three formats, written here, and wrong ones."""
+"""The multiple-choice evaluators on the testbed, with valid files in each of the three formats, and invalid ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WorkOf = Callable[..., Work]
 
 @pytest.fixture
 def sentences(heldout: Path) -> list[tuple[str, str]]:
-    """Held-out text in two halves: the second follows from the first far sooner than words in another order do."""
+    """Held-out text in two halves: the second half is a far more likely continuation than its shuffled words."""
     text = (heldout / "chat.txt").read_text() + (heldout / "reasoning.txt").read_text()
     lines = [
         line
@@ -85,9 +85,7 @@ def score(work_of: WorkOf, name: str, path: Path, **settings: str) -> Figure:
 def test_right_answers_are_found(
     work_of: WorkOf, tmp_path: Path, sentences: list[tuple[str, str]], name: str, write: Callable[..., bytes]
 ) -> None:
-    """Were labels or choices misread, it would find one in two or one in five: of 24, 11 by chance once in 50 times or
-    less.
-    """
+    """With misread labels or choices it would find one in two or one in five: 11 of 24 by chance at most once in 50."""
     path = tmp_path / "tasks"
     path.write_bytes(write(sentences))
     figure = score(work_of, name, path)
@@ -98,7 +96,7 @@ def test_right_answers_are_found(
 
 
 def test_the_interval_is_wilsons(work_of: WorkOf, tmp_path: Path, sentences: list[tuple[str, str]]) -> None:
-    """llama-perplexity prints the same for HellaSwag: [20.6549%, 100.0000%] for one of one."""
+    """llama-perplexity prints the same interval for HellaSwag: [20.6549%, 100.0000%] for one of one."""
     path = tmp_path / "tasks"
     path.write_bytes(hellaswag([("He opened the door and", "went into the room.")]))
     figure = score(work_of, "hellaswag", path)
@@ -110,8 +108,8 @@ def test_the_interval_is_wilsons(work_of: WorkOf, tmp_path: Path, sentences: lis
 def test_tasks_that_the_tool_misreads_are_left_out_and_counted(
     work_of: WorkOf, tmp_path: Path, sentences: list[tuple[str, str]]
 ) -> None:
-    """An ending that begins all others, and a gap at the very start: the tool would read past the end, or spoil the
-    next task.
+    """An ending that is a prefix of all others, and a gap at the very start: the tool would read past the end, or spoil
+    the next task.
     """
     path = tmp_path / "tasks"
     path.write_bytes(hellaswag(sentences) + b"\nThe number is\n0\n5\n50\n500\n5000\n")
@@ -154,7 +152,7 @@ def test_a_task_that_does_not_fit(work_of: WorkOf, tmp_path: Path, sentences: li
     ],
 )
 def test_files_of_another_format(work_of: WorkOf, tmp_path: Path, name: str, content: bytes, says: str) -> None:
-    """Refused before a tool is started, with the format that is meant."""
+    """Rejected before a tool starts; the error names the expected format."""
     path = tmp_path / "tasks"
     path.write_bytes(content)
     with pytest.raises(EvaluationRefused, match=says) as caught:
@@ -163,7 +161,7 @@ def test_files_of_another_format(work_of: WorkOf, tmp_path: Path, name: str, con
 
 
 def test_damaged_binary_files(work_of: WorkOf, tmp_path: Path, sentences: list[tuple[str, str]], testbed: Path) -> None:
-    """Cut anywhere, or with a count gone wrong: never more than a refusal."""
+    """Cut anywhere, or with a wrong count: rejected without a crash."""
     whole = binary(sentences[:2])
     path = tmp_path / "tasks"
     for size in range(0, len(whole), 7):

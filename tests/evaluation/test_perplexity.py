@@ -1,4 +1,4 @@
-"""The evaluators `perplexity` and `kld`: their figures against NumPy and the tool's own words, and what they refuse."""
+"""The evaluators `perplexity` and `kld`: figures compared with NumPy and the tool's output, and what they reject."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHUNKS = 10
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of their own, so that what is kept is made here."""
+    """A separate cache, so that results are made here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APEX_CACHE_DIR", str(folder := tmp_path_factory.mktemp("cache")))
         yield folder
@@ -49,7 +49,7 @@ def texts(heldout: Path) -> dict[str, Path]:
 
 
 def logits(path: Path) -> tuple[Array, npt.NDArray[np.int64]]:
-    """Log-probabilities [chunk, position, token] and the tokens that follow, of a file made by --save-all-logits."""
+    """Log-probabilities [chunk, position, token] and the following tokens, from a --save-all-logits file."""
     data = path.read_bytes()
     magic, context, vocabulary, chunks = struct.unpack_from("<8s3i", data)
     assert (magic, context, chunks) == (b"_logits_", CONTEXT, CHUNKS)
@@ -173,7 +173,7 @@ def test_a_model_does_not_diverge_from_itself(
 
 
 def test_near_files_are_not_given_intervals_of_rounding(tools: Toolset) -> None:
-    """The rows have five decimals. Of a file so near that they say nothing, the tool's own standard error is left."""
+    """Rows have five decimals. For a file too close to tell with these, use the tool's standard error."""
     divergence = plugin_module("perplexity", "divergence")
     chunks, mean, error = 400, 0.00034, 0.00001
     random = np.random.default_rng(0)
@@ -231,7 +231,7 @@ def test_the_bytes_of_a_large_vocabulary() -> None:
 def test_a_reference_of_another_vocabulary(
     tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """apex evaluate refuses it before anything runs; the evaluator does not take the tool's numbers for it either."""
+    """apex evaluate rejects it before anything runs; the evaluator also rejects the tool's numbers for it."""
     other = task_of("kld", tools, testbed, texts, testbed)
     logits = reference_logits(other, "code")
     data = bytearray(logits.read_bytes())

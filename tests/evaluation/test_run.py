@@ -109,7 +109,7 @@ def test_what_is_recorded_is_not_measured_again(tools: Toolset, place: Path) -> 
 
 
 def test_figures_that_are_no_figures_are_refused_and_numpys_are_taken(tools: Toolset, place: Path) -> None:
-    """They go into JSON and tables: a plugin's NaN or text would end the run there, after the work."""
+    """Figures go into JSON and tables: a plugin's NaN or text would fail there, after the work was done."""
     ran = evaluate(place, "--only", "half,infinite,wordy,numpy", code=PluginFailed.exit_code)
     assert "evaluator 'infinite' gave a figure whose value is nan, expected a finite number" in ran.stderr
     assert (
@@ -149,7 +149,7 @@ def test_files_of_one_name_have_columns_of_their_own(tools: Toolset, place: Path
 
 @pytest.mark.slow
 def test_runs_may_share_a_file_of_results(tmp_path: Path) -> None:
-    """A line may be longer than one write, and what looks cut short is another run's line."""
+    """A line may be longer than one write, and what looks cut short may be another run's line."""
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         pool.starmap(_append_many, [(tmp_path / "r.jsonl", name) for name in "abc"])
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
@@ -263,7 +263,7 @@ def test_without_only_what_cannot_be_run_is_left_out_and_said(tools: Toolset, pl
 def test_a_signal_ends_all_of_it_and_leaves_no_process(
     number: signal.Signals, code: int, tools: Toolset, place: Path, heldout: Path
 ) -> None:
-    """Within an evaluator, whose other errors do not stop the next one."""
+    """Inside an evaluator, whose other errors do not stop the next one."""
     command = [
         sys.executable, "-m", "apex_build", "evaluate", str(place / "model.gguf"), "--plugin", str(place / "scales"),
         "--results", str(place / "r.jsonl"), "--only", "perplexity,size", "--text", str(heldout / "chat.txt"),
@@ -280,7 +280,7 @@ def test_a_signal_ends_all_of_it_and_leaves_no_process(
 
 
 def _tool_of(place: Path) -> list[str]:
-    """llama-perplexity processes on this test's own model."""
+    """llama-perplexity processes that use this test's model."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:

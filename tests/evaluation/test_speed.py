@@ -1,4 +1,4 @@
-"""The evaluator `speed` on the testbed. The times themselves say nothing on a machine that does other work."""
+"""The evaluator `speed` on the testbed. The times are not checked, since the machine may be busy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = {"prompt": "16", "generate": "8", "repetitions": "3"}
 
 
 def test_llama_bench_alone(work_of: WorkOf) -> None:
-    """Without prompts there is nothing to compare drafting on."""
+    """Comparing with drafting needs prompts."""
     work = work_of("speed", **QUICK)
     assert work.evaluator.timed
     prompt, generation = work.evaluator.evaluate(work.task)
@@ -54,7 +54,7 @@ def test_with_and_without_drafting_side_by_side(work_of: WorkOf, heldout: Path) 
 
 
 def test_no_memory_for_two_servers(work_of: WorkOf, heldout: Path, tools: Toolset, tmp_path: Path) -> None:
-    """It is said, and not hidden by putting less of the second one on the GPU: both get --fit off."""
+    """It is an error, and not hidden by moving part of the second one off the GPU: both get --fit off."""
     (tmp_path / "bin").mkdir()
     for path in tools.bin.iterdir():
         (tmp_path / "bin" / path.name).symlink_to(path)

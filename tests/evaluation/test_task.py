@@ -1,4 +1,4 @@
-"""What a task gives its evaluator: the tools with the user's arguments, the machine for itself, files made once,
+"""What a task gives its evaluator: tools with the user's arguments, exclusive use of the machine, files made once,
 prompts.
 """
 
@@ -81,7 +81,7 @@ def test_the_server_and_llama_bench_get_them_too(tools: Toolset, testbed: Path) 
 
 
 def test_a_tool_beside_a_server_of_the_same_task(work_of: WorkOf, testbed: Path, cache: Path) -> None:
-    """The machine is taken already, by the task itself."""
+    """The task itself already holds the machine's lock."""
     task = replace(work_of("speed").task, threads=None)
     with task.serve("--ctx-size", "256", "--threads", "1", "--no-warmup"):
         ran = task.run(
@@ -91,7 +91,7 @@ def test_a_tool_beside_a_server_of_the_same_task(work_of: WorkOf, testbed: Path,
 
 
 def test_two_evaluations_wait_for_each_other(work_of: WorkOf, cache: Path) -> None:
-    """And the one that waits says so; with a number of threads it does not wait."""
+    """The waiting one says so; with a given number of threads it does not wait."""
     said: list[str] = []
     held, over = threading.Event(), threading.Event()
     task = replace(work_of("speed").task, threads=None)
@@ -115,7 +115,7 @@ def test_two_evaluations_wait_for_each_other(work_of: WorkOf, cache: Path) -> No
 
 
 def test_a_file_that_is_made_once(work_of: WorkOf, cache: Path) -> None:
-    """What a killed run left is swept up, whoever makes it now; other code, and other arguments, make their own."""
+    """Leftovers of a killed run are removed by the next one; other code or arguments make another file."""
     task, made = work_of("speed").task, []
 
     def make(part: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_file_that_is_made_once(work_of: WorkOf, cache: Path) -> None:
 
 
 def test_prompts_as_json_writes_them(tmp_path: Path) -> None:
-    """Other line breaks than the line feed stand in texts; a byte order mark does not count as text."""
+    """Texts may contain line breaks other than the line feed; a byte order mark is not part of the text."""
     path = tmp_path / "p.jsonl"
     rows = [{"domain": "chat", "prompt": "one\u2028two\x85three"}, {"domain": "code", "prompt": "x"}]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())

@@ -1,4 +1,4 @@
-"""The shipped model is the one that was trained, and its draft head drafts well enough to measure something with."""
+"""The shipped model is the trained one, and its draft head is good enough for measurements."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_file_is_the_one_that_was_trained(testbed: Path, file: str, log: str
 
 
 def test_the_final_norm_is_uneven_as_in_real_models(testbed: Path) -> None:
-    """Else the rows before and after it are the same to a head, and no test could tell which it was fed with."""
+    """Otherwise rows before and after the norm look the same to a head, and no test could tell them apart."""
     for file in ("testbed-f16.gguf", "testbed-dense-f16.gguf"):
         tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(testbed.with_name(file)).tensors}
         weights = np.log(tensors["output_norm.weight"])
@@ -61,7 +61,7 @@ def test_it_has_what_the_large_models_have(testbed: Path) -> None:
 
 
 def test_half_of_the_drafted_tokens_are_accepted(tools: Toolset, testbed: Path, heldout: Path) -> None:
-    """llama-server, draft-mtp, drafts of up to 2, greedy, on held-out prompts of the four domains."""
+    """llama-server with draft-mtp, drafts of up to 2, greedy, on held-out prompts from the four domains."""
     plugins = load_plugins()
     evaluator = plugins.evaluators()["draft-acceptance"]
     settings = {"draft-acceptance.lengths": "2", "draft-acceptance.temperature": "0"}
@@ -77,7 +77,7 @@ def test_half_of_the_drafted_tokens_are_accepted(tools: Toolset, testbed: Path, 
 
 
 def test_trunk_and_head_in_numpy_predict_the_held_out_text(tools: Toolset, testbed: Path, heldout: Path) -> None:
-    """A trained model: its choices are right far more often than chance, and head and trunk mostly agree."""
+    """The model is trained: its choices are right far more often than by chance, and head and trunk mostly agree."""
     text = (heldout / "reasoning.txt").read_text()[:4000]
     with serve(tools, testbed, arguments=["--ctx-size", "512"]) as server:
         ids = server.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"][:400]

@@ -1,4 +1,4 @@
-"""A reference must have the vocabulary of the file."""
+"""A reference must have the same vocabulary as the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A measurement of the testbed made by hand: errors that fall by a factor of four with each bit, a sensitive output."""
+"""A hand-made measurement of the testbed: errors fall by a factor of four per bit, and the output is sensitive."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def measured(by_hand: Any, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other(by_hand: Any, tmp_path: Path) -> Any:
-    """other(model="...", tools="..."): a measurement that says it is of something else."""
+    """other(model="...", tools="..."): a measurement with other inputs."""
 
     def make(**parts: Any) -> Path:
         path = tmp_path / "other.measurement.json"

@@ -1,4 +1,4 @@
-"""The allocation: against every possibility where there are few, on budgets of every size, and how much it looks at."""
+"""The allocation: compared with all possibilities if there are few, for budgets of every size, and its cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BITS = (1.75, 2.06, 2.31, 2.56, 3.06, 3.44, 4.25, 4.5, 5.5, 6.56, 8.5, 16)
 
 
 def items(count: int, kinds: int, seed: int, least: int = 4096) -> list[Any]:
-    """Tensors of sizes and sensitivities that lie a factor of a hundred apart."""
+    """Tensors whose sizes and sensitivities differ by up to a factor of a hundred."""
     generator = random.Random(seed)
     found = []
     for number in range(count):
@@ -67,7 +67,7 @@ def test_more_bytes_never_lose_more() -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.8])
 def test_800_tensors_of_12_types_are_quick(share: float) -> None:
-    """Of each look at a step, Python does more than a million a second: 5 s."""
+    """Python looks at more than a million steps per second: 5 s."""
     many = items(800, 12, 7)
     low, high = allocation.smallest(many), allocation.largest(many)
     found = allocation.allocate(many, round(low + share * (high - low)))

@@ -1,4 +1,4 @@
-"""The policy on a measurement made by hand: bytes, settings, what is refused, and the stages around it."""
+"""The policy with a hand-made measurement: bytes, settings, errors, and the stages that use it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def types(model: Model, measured: Path, **settings: Any) -> dict[str, str]:
 def test_the_file_has_the_bytes_that_it_may(
     model: Model, measured: Path, calibrated: Path, tmp_path: Path, bits: float
 ) -> None:
-    """Header and metadata are in the sum: of the file's bytes at most 0.2 % are left."""
+    """Header and metadata count: at most 0.2 % of the bytes stay unused."""
     target = int(bits * sum(tensor.n_elements for tensor in model.tensors) / 8) + 300_000
     parameters = {"measurement": str(measured), "target_size": str(target)}
     options = QuantizeOptions(("fit",), parameters, calibrated)

@@ -1,4 +1,4 @@
-"""Exchanges near the optimum: which are tried, and which are kept."""
+"""Exchanges near the optimum: which ones are tried and kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Header-only models for the tests of this room."""
+"""Header-only models for these tests."""
 
 from __future__ import annotations
 

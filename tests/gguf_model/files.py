@@ -1,4 +1,4 @@
-"""Imatrix files written as llama-imatrix writes them, and models read with the built-in roles."""
+"""Write imatrix files like llama-imatrix, and read models with the built-in roles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(path: Path) -> Model:
 
 
 def full_entries(model: Model, *, head: bool = True, tokens: float = 1024) -> dict[str, tuple[int, Sequence[float]]]:
-    """What llama-imatrix would record for every weight: dense counts equal, experts with an even share."""
+    """What llama-imatrix would record for every weight: equal counts for dense ones, an even share for experts."""
     entries: dict[str, tuple[int, Sequence[float]]] = {}
     for tensor in model.tensors:
         if wants_data(tensor) and (head or not tensor.draft_head):
@@ -43,7 +43,7 @@ def write_imatrix(
     head_tokens: int | None = None,
     change: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
-    """A GGUF imatrix as save_imatrix writes it; `change` may add to the writer before it writes."""
+    """Write a GGUF imatrix like save_imatrix; `change` can add to the writer before it writes."""
     writer = gguf.GGUFWriter(path, "")
     writer.kv_data[0].clear()  # an imatrix has no architecture
     writer.add_type("imatrix")
@@ -68,7 +68,7 @@ def write_imatrix(
 def write_legacy(
     path: Path, entries: Mapping[str, tuple[int, Sequence[float]]], *, dataset: bytes | None = b"wiki.txt"
 ) -> Path:
-    """A .dat imatrix as save_imatrix_legacy writes it; (calls, values) of each name. Without `dataset`: as in 2023."""
+    """Write a .dat imatrix like save_imatrix_legacy; (calls, values) for each name. Without `dataset`: as in 2023."""
     data = struct.pack("<i", len(entries))
     for name, (calls, values) in entries.items():
         data += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, len(values))
@@ -80,7 +80,7 @@ def write_legacy(
 
 
 def run_imatrix(tools: Toolset, model: Path, out: Path) -> Imatrix:
-    """Calibrate on two chunks, as GGUF or .dat by the suffix of `out`."""
+    """Calibrate on two chunks; the suffix of `out` selects GGUF or .dat."""
     text = out.with_name("text.txt")
     text.write_text(" ".join(f"line {index} of a text with words in it" for index in range(120)))
     options = ["-c", "128", "-b", "128", "--chunks", "2", "-t", "1"]

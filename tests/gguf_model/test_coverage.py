@@ -1,4 +1,4 @@
-"""Coverage of a model by an imatrix."""
+"""How an imatrix covers a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def covered(
     left_out: str = "",
     threshold: float = FEW,
 ) -> Coverage:
-    """Coverage by an imatrix with even data for everything, apart from what is asked for."""
+    """Coverage by an imatrix with even data for everything except the given tensors."""
     entries = {**full_entries(model, head=head), **(changed or {})}
     entries.pop(left_out, None)
     path = write_imatrix(folder / "imatrix.gguf", entries, head_tokens=head_tokens)
@@ -90,7 +90,7 @@ def test_an_entry_without_any_token_is_no_data(tmp_path: Path, tiny_model: Model
 
 
 def test_one_count_for_all_experts(tmp_path: Path, tiny_model: Model) -> None:
-    """As a GGUF imatrix converted from a legacy one has it."""
+    """As in a GGUF imatrix converted from a legacy one."""
     found = covered(tmp_path, tiny_model, {EXPERTS: (256 * 8, [512.0])})
     assert (found.missing, found.partial) == ((), ())
 

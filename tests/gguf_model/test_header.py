@@ -1,4 +1,4 @@
-"""The GGUF header parser: what it reads, how fast, and that nothing but ModelInvalid comes out of a damaged file."""
+"""The GGUF header parser: what it reads, how fast, and that a damaged file raises only ModelInvalid."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_damage_anywhere_gives_a_valid_parse_or_model_invalid(tmp_path: Path) ->
 
 
 def test_many_small_arrays_cost_as_little_as_few(tmp_path: Path) -> None:
-    """240 MB of arrays of strings, each below the length that is left in the file."""
+    """240 MB of string arrays, each shorter than the rest of the file."""
     strings = struct.pack("<Q", 0) * 1024
     path = tmp_path / "arrays.gguf"
     with path.open("wb") as file:

@@ -79,7 +79,7 @@ def test_what_llama_imatrix_writes(tools: Toolset, testbed: Path, tmp_path: Path
 
 
 def test_a_large_imatrix_opens_without_reading_its_values(tmp_path: Path) -> None:
-    """Its values are 190 MB for the 35B-A3B; here they are a hole in the file."""
+    """For the 35B-A3B the values take 190 MB; here they are a hole in the file."""
     path = tmp_path / "large.gguf"
     writer = gguf.GGUFWriter(path, "")
     writer.kv_data[0].clear()
@@ -107,7 +107,7 @@ def test_a_large_imatrix_opens_without_reading_its_values(tmp_path: Path) -> Non
 
 
 def add(**arrays: Any) -> Change:
-    """Add the tensors b.in_sum2 and b.counts, or one of them."""
+    """Add the tensors b.in_sum2 and b.counts, or only one of them."""
 
     def change(writer: gguf.GGUFWriter) -> None:
         for name, array in arrays.items():

@@ -62,7 +62,7 @@ def test_a_model_as_json(large: Path) -> None:
 
 
 def test_a_72_gb_model_costs_no_more_than_its_header(large: Path, tiny: Path) -> None:
-    """Counted, not timed: the bytes that are read, and the modules that are imported."""
+    """Counted, not timed: bytes read and modules imported."""
     assert inspect(tiny).exit_code == 0  # what is imported is imported now
     header = large.stat().st_size - inspect_json(large)["tensor_bytes"]
     with counted() as work:

@@ -90,7 +90,7 @@ def test_an_imatrix_is_no_model(tmp_path: Path) -> None:
 def split(
     folder: Path, names: tuple[str, ...] = ("m-00001-of-00003.gguf", "m-00002-of-00003.gguf", "m-00003-of-00003.gguf")
 ) -> list[Path]:
-    """Three files that say they are shards; each has one tensor of its own beside those of the first."""
+    """Three files that claim to be shards; each has one tensor more than the first."""
     import gguf
     import numpy as np
 
@@ -178,7 +178,7 @@ def dry_run(tools: Toolset, path: Path) -> dict[str, bool]:
 
 
 def test_quantizable_is_what_llama_quantize_converts(tools: Toolset, large: Path, tmp_path: Path) -> None:
-    """And so the header-only file of the 35B-A3B is one that llama-quantize accepts."""
+    """This also shows that llama-quantize accepts the header-only file of the 35B-A3B."""
     odd: dict[str, tuple[int, ...]] = {
         f"blk.0.{name}": (256, 4)
         for name in (

@@ -1,4 +1,4 @@
-"""The built-in role table, on names of several families (LLM_TENSOR_NAMES of src/llama-arch.cpp)."""
+"""The built-in role table, with names of several families (LLM_TENSOR_NAMES in src/llama-arch.cpp)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_one_table_serves_every_family(architecture: str) -> None:
 
 
 def names_of(source: Path) -> list[str]:
-    """LLM_TENSOR_NAMES of src/llama-arch.cpp, as weights."""
+    """LLM_TENSOR_NAMES in src/llama-arch.cpp, as weights."""
     text = (source / "src" / "llama-arch.cpp").read_text()
     listed = text[text.index("LLM_TENSOR_NAMES = {") :]
     names = re.findall(r'"([^"]+)"', listed[: listed.index("};")])
@@ -111,7 +111,7 @@ def test_every_matrix_that_the_pins_know_has_a_role(pin: str) -> None:
 
 
 def test_every_matrix_of_the_converter_has_a_role() -> None:
-    """Also towers of vision and audio models, by gguf-py's list, which the converter takes its names from."""
+    """Also vision and audio towers, from gguf-py's list, which the converter uses."""
     import gguf
 
     from apex_build.gguf_model.quantizable import quantizable

@@ -1,4 +1,4 @@
-"""Arguments that a user adds: every name of what apex sets is refused, and files count by what is in them."""
+"""Arguments that a user adds: options that apex sets are rejected under every name, and files count by content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What llama.cpp allocates beside the weights, asked without allocating it."""
+"""Ask llama.cpp what it allocates besides the weights, without allocating it."""
 
 from __future__ import annotations
 

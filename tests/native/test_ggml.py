@@ -1,4 +1,4 @@
-"""What libggml says of its types, against gguf-py and against what llama-quantize does."""
+"""What libggml reports about its types, compared with gguf-py and with llama-quantize."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_unknown_type_lists_near_names(tools: Toolset) -> None:
 
 
 def test_who_needs_an_imatrix_is_what_the_tool_refuses(tools: Toolset, testbed: Path) -> None:
-    """llama-quantize --dry-run says whether the real run would need an imatrix: asked of each type, for one tensor."""
+    """llama-quantize --dry-run tells whether the real run would need an imatrix: ask for each type, with one tensor."""
     ggml = Ggml(tools)
     for name in ggml.type_names():
         if not ggml.type_traits(name).quantized or name in ("Q8_1", "Q8_K"):

@@ -1,4 +1,4 @@
-"""Bytes to lines: what is kept, what is only shown, and when."""
+"""From bytes to lines: what is kept, what is only shown, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parsers, on what the tools of the pinned tree really printed (tests/native/captured)."""
+"""The parsers, on real output of the pinned tree's tools (tests/native/captured)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_failures_are_explained(name: str, diagnosis: str) -> None:
 
 
 def test_the_hint_for_what_is_too_new_names_a_newer_pin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never the one in use."""
+    """It never suggests the pin in use."""
     for line in ("unknown model architecture: 'new'", "unknown pre-tokenizer type: 'new'"):
         monkeypatch.delenv("APEX_PIN", raising=False)
         assert str((output.explain([line]) or ("", ""))[1]).startswith(

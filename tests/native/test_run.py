@@ -1,4 +1,4 @@
-"""Running children: real small processes, what they print, and their end in every way."""
+"""Run child processes: small real ones, their output, and every way for them to end."""
 
 from __future__ import annotations
 

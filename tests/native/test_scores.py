@@ -1,4 +1,4 @@
-"""The scores that llama-perplexity prints, from what it really printed (tests/native/captured)."""
+"""The scores that llama-perplexity prints, from its real output (tests/native/captured)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama-server, really started on the testbed: drafts are counted, and nothing is left behind."""
+"""A real llama-server on the testbed: drafts are counted, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_drafts_are_counted_and_the_server_goes(
 
 
 def test_drafts_of_a_model_whose_memory_cannot_go_back() -> None:
-    """The server evaluates what was accepted once more, and prints a line for that too: it is not a draft."""
+    """The server evaluates accepted tokens again and prints a line for that too: it is not a draft."""
     lines = (
         "0.05.414 I slot update_slots: id  0 | task 0 | accepted  2/ 3 draft tokens (restore checkpoint)",
         "0.05.415 I slot print_timing: id  0 | task 0 | draft acceptance = 0.62500 (   20 accepted /    32 generated)",
@@ -71,7 +71,7 @@ def test_drafts_of_a_model_whose_memory_cannot_go_back() -> None:
 
 
 def test_a_prompt_that_leaves_no_room(tools: Toolset, testbed: Path) -> None:
-    """Counted as /completion counts it: a special token is one."""
+    """Counted like /completion does: a special token is one token."""
     with serve(tools, testbed, arguments=ARGUMENTS) as server:
         text = "<|im_start|>" * 400
         answer = server.completion(text, n_predict=1)
@@ -96,7 +96,7 @@ def test_two_servers_side_by_side(tools: Toolset, testbed: Path) -> None:
 
 
 def test_a_server_that_stops_answering(tools: Toolset, testbed: Path) -> None:
-    """It is told to end, and killed when it does not."""
+    """It is asked to exit, and killed if it does not."""
     with (
         pytest.raises(ToolTimeout, match="did not answer /completion within 1 s"),
         serve(tools, testbed, arguments=ARGUMENTS) as server,
@@ -169,7 +169,7 @@ def test_a_signal_takes_the_server_down(tools: Toolset, testbed: Path, number: s
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "])
 def test_an_answer_in_drops_ends_at_the_deadline(start: bytes) -> None:
-    """The drops have no end: only the deadline ends this."""
+    """The drip never ends: only the deadline stops it."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def drip() -> None:

@@ -1,4 +1,4 @@
-"""No code but that of the build runs in a tool, no variable changes it, and none outlives us."""
+"""Tools run only code of the build, environment variables do not change them, and none outlives us."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def library(path: Path, marker: Path) -> Path:
 
 @pytest.fixture
 def trap(tmp_path: Path, testbed: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A folder with a model and libraries by every name of a backend, where the user stands; and the mark that they
-    leave.
+    """The user's current folder, with a model and libraries under every name of a backend; and the mark that they leave
+    when loaded.
     """
     folder, marker = tmp_path / "downloads", tmp_path / "mark"
     folder.mkdir()
@@ -130,7 +130,7 @@ def test_variables_that_change_what_a_tool_computes(tools: Toolset, monkeypatch:
 def test_threads_wait_without_spinning_unless_the_user_says_how(
     given: dict[str, str], expected: str | None, tools: Toolset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside programs that keep every core busy; on idle cores sleeping would cost more than spinning."""
+    """With other programs on every core; on idle cores, sleeping would cost more than spinning."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -146,7 +146,7 @@ def test_threads_wait_without_spinning_unless_the_user_says_how(
 
 @needs_compiler
 def test_a_folder_that_the_tools_need_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of a driver in a container: LD_LIBRARY_PATH alone leads to it."""
+    """Like a driver in a container: only LD_LIBRARY_PATH leads to it."""
     needed, other, bin = (tmp_path / name for name in ("driver", "other", "bin"))
     for folder in (needed, other, bin):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Finding the tools, and noticing a damaged build."""
+"""Find the tools, and notice a damaged build."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_folder_without_tools(cache: Path) -> None:
 
 
 def test_a_build_that_is_not_ours_is_another_when_a_part_of_it_is(tmp_path: Path) -> None:
-    """Figures depend on the backend's library and on the tool as much as on the library of models."""
+    """Figures depend on the backend's library and the tool as much as on libllama."""
     found = set()
     for changed in ("", "libllama.so", "libggml-cuda.so", "llama-perplexity"):
         root = tmp_path / f"build{changed}" / "bin"

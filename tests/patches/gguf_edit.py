@@ -51,7 +51,7 @@ def copy(
 
 
 def changed(source: Path, out: Path, change: Callable[[str, Array], Array]) -> Path:
-    """A copy of a float model with other values: `change` gets the name and the values of each tensor."""
+    """Copy a float model with other values: `change` gets the name and the values of each tensor."""
     shutil.copyfile(source, out)
     for tensor in gguf.GGUFReader(out, "r+").tensors:
         tensor.data[...] = change(tensor.name, np.array(tensor.data))
@@ -74,7 +74,7 @@ def with_noise_head(source: Path, out: Path) -> Path:
 
 
 def with_foreign_head(source: Path, out: Path) -> Path:
-    """As if from another model: valid in itself, but reads and writes the channels of another hidden state."""
+    """A head as if from another model: valid by itself, but for the channels of another hidden state."""
     order = np.random.default_rng(2)
 
     def other(name: str, values: Array) -> Array:
@@ -93,7 +93,7 @@ def without_head(source: Path, out: Path) -> Path:
 
 
 def with_own_head_output(source: Path, out: Path) -> Path:
-    """The head brings an output matrix and token embeddings of its own, as some checkpoints of other families do."""
+    """Give the head a separate output matrix and token embeddings, like checkpoints of some other families."""
     own = {
         f"{HEAD}nextn.shared_head_head.weight": "output.weight",
         f"{HEAD}nextn.embed_tokens.weight": "token_embd.weight",
@@ -102,11 +102,10 @@ def with_own_head_output(source: Path, out: Path) -> Path:
 
 
 def uneven_norms(source: Path, out: Path) -> Path:
-    """Final norms of trunk and head with weights as uneven as a large model's, and a head that is right for rows before
-    the norm.
+    """Make the final norms of trunk and head as uneven as a large model's, and the head fit for rows before the norm.
 
-    The output matrix takes the change back, so the trunk's choices stay as they were, and the head's for rows before
-    the norm those that it has for rows after it in `source`.
+    The output matrix undoes the change, so the trunk's choices stay the same, and the head's choices for rows before
+    the norm equal those for rows after it in `source`.
     """
     tensors = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(source).tensors}
     norm, own, hnorm = "output_norm.weight", f"{HEAD}nextn.shared_head_norm.weight", f"{HEAD}nextn.hnorm.weight"
@@ -118,5 +117,5 @@ def uneven_norms(source: Path, out: Path) -> Path:
 
 
 def imatrix_without_rows(source: Path, out: Path) -> Path:
-    """As tools made it that did not record which hidden rows the head was fed with."""
+    """Like files of tools that did not record which hidden rows the head got."""
     return copy(source, out, keys={"imatrix.mtp_hidden": None})

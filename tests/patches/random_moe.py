@@ -27,7 +27,7 @@ FULL_ATTENTION = 4  # each fourth layer; the others are linear
 
 @dataclass(frozen=True)
 class Shape:
-    """The defaults are those of the 35B-A3B, but for the number of layers."""
+    """The defaults are the 35B-A3B's, except for the number of layers."""
 
     layers: int = 4
     hidden: int = 2048
@@ -47,7 +47,7 @@ class Shape:
 
 
 def matrices(shape: Shape, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, in NumPy's order; whatever is not a matrix has one dimension or `conv1d` in its name."""
+    """Names and shapes, in NumPy's order; tensors other than matrices have one dimension or `conv1d` in their names."""
     hidden, width, size = shape.hidden, shape.width, shape.head_size
     yield "token_embd.weight", (vocabulary, hidden)
     yield "output.weight", (vocabulary, hidden)
@@ -88,7 +88,7 @@ def matrices(shape: Shape, vocabulary: int) -> Iterator[tuple[str, tuple[int, ..
 
 
 def values(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, random: np.random.Generator) -> Array:
-    """Weights of a size that keeps the activations' size; large tensors repeat a few million random values."""
+    """Weights scaled so that activations keep their size; large tensors repeat a few million random values."""
     if "norm" in name:
         return np.ones(shape, np.float32)
     if name.endswith("ssm_a"):

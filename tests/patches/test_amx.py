@@ -1,4 +1,4 @@
-"""CPUs with AMX: several sequences in a batch. Without the patch their kernels read and write beyond the tensors."""
+"""CPUs with AMX: several sequences in a batch. Without the patch, these kernels read and write out of bounds."""
 
 from __future__ import annotations
 

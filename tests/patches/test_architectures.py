@@ -1,7 +1,7 @@
-"""Every architecture whose draft head the pin runs: all matrices of all heads get data, as many rows as the trunk's.
+"""For every architecture whose draft head the pin runs, all matrices of all heads get data, as many rows as the trunk.
 
-The trunk's data stays as it is. Random weights (tests/testbed/architectures.py): what counts are the graphs, not the
-numbers.
+The trunk's data does not change. Weights are random (tests/testbed/architectures.py): these tests check the graphs, not
+the numbers.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def run(tools: Toolset, text: Path, tmp_path: Path) -> Run:
 
 
 def head_matrices(name: str, model: Path) -> dict[str, int]:
-    """The names of the matrices in the heads' blocks that a run can record, with their number of matrices."""
+    """The names of the matrices in the heads' blocks that a run can record, and their number of matrices."""
     found = {}
     for tensor in gguf.GGUFReader(model).tensors:
         block = re.match(r"blk\.(\d+)\.", tensor.name)
@@ -93,14 +93,14 @@ def head_matrices(name: str, model: Path) -> dict[str, int]:
 
 
 def tokens_of(name: str, found: Imatrix) -> float:
-    """Tokens that an entry saw: of experts each token is counted for those that it was sent to."""
+    """Tokens that an entry saw; for experts, each token counts for those it was sent to."""
     counts = found.entries[name].counts
     total = sum(counts) / USED if "_exps" in name else max(counts)
     return total / 4 if found.head_rows == "streams" and ".nextn." in name else total
 
 
 def same(a: Imatrix, b: Imatrix) -> list[str]:
-    """Names of the first's entries that are not bit-identical in the second."""
+    """Names of entries of the first that are not bit-identical in the second."""
     return [
         name
         for name, entry in a.entries.items()
@@ -138,9 +138,7 @@ SOME = [name for name in ("qwen3next", "step35", "hy_v3", "deepseek4", "nemotron
 
 @pytest.mark.parametrize("name", SOME)
 def test_batches_of_any_size_give_the_same(name: str, models: Callable[..., Path], run: Run) -> None:
-    """Several heads share the cells of one cache: where they were mixed up, a batch smaller than the context would show
-    it.
-    """
+    """Several heads share the cells of one cache: a batch smaller than the context would show if they got mixed up."""
     whole, parts = run(models(name), "-b", CONTEXT, "--mtp"), run(models(name), "-b", CONTEXT // 2, "-ub", 32, "--mtp")
     for entry in head_matrices(name, models(name)):
         a, b = whole.entries[entry].values(), parts.entries[entry].values()
@@ -186,7 +184,7 @@ def test_output_matrices_of_their_own_get_data(name: str, models: Callable[..., 
 
 @pytest.mark.parametrize("name", ["step35"] if "step35" in RUN else [])
 def test_a_later_head_is_fed_by_the_one_before_it(name: str, models: Callable[..., Path], run: Run) -> None:
-    """The first head alone sees what it sees with others after it; the second one does not see the trunk's rows."""
+    """The first head sees the same rows alone and with others after it; the second does not see the trunk's rows."""
     three, one = run(models(name), "-b", CONTEXT, "--mtp"), run(models(name, heads=1), "-b", CONTEXT, "--mtp")
     first = f"blk.{LAYERS}.nextn.eh_proj.weight"
     assert np.array_equal(three.entries[first].values(), one.entries[first].values())
@@ -196,7 +194,7 @@ def test_a_later_head_is_fed_by_the_one_before_it(name: str, models: Callable[..
 
 @pytest.mark.parametrize("name", ["mimo2"] if "mimo2" in RUN else [])
 def test_a_head_may_have_its_queries_keys_and_values_apart(name: str, models: Callable[..., Path], run: Run) -> None:
-    """As the trunk may: llama.cpp takes either there, and aborted here."""
+    """Like the trunk: llama.cpp accepts either there, and aborted here."""
     model = models(name, split=True)
     found, wanted = run(model, "-b", CONTEXT, "--mtp"), head_matrices(name, model)
     assert len(wanted) == 8 * ARCHITECTURES[name].heads, sorted(wanted)
@@ -207,7 +205,7 @@ def test_a_head_may_have_its_queries_keys_and_values_apart(name: str, models: Ca
 def test_heads_that_the_file_only_says_it_has(
     name: str, models: Callable[..., Path], run: Run, tools: Toolset, text: Path, tmp_path: Path
 ) -> None:
-    """A warning and the trunk's data, never an abort."""
+    """It warns and collects the trunk's data, and never aborts."""
     model = models(name, only_said=True)
     plain, mtp = run(model, "-b", CONTEXT), run(model, "-b", CONTEXT, "--mtp")
     assert same(plain, mtp) == [] and set(plain.entries) == set(mtp.entries) and not mtp.head_tokens
@@ -251,9 +249,7 @@ def test_drafts_are_scored_at_every_depth(
 def test_the_size_of_a_batch_does_not_change_the_scores(
     name: str, models: Callable[..., Path], tools: Toolset, text: Path, tmp_path: Path
 ) -> None:
-    """Depth d is head d's, which sees all tokens of its draft, and the text before it as the trunk's rows have left it
-    there.
-    """
+    """Head d scores depth d. It sees all tokens of its draft, and the text before it through the trunk's rows."""
     found = [scores(tools, models(name), text, tmp_path / f"{size}.csv", "-ub", size)[0] for size in (32, 128)]
     close = [abs(float(a["kld"]) - float(b["kld"])) < 0.02 for a, b in zip(*found, strict=True)]
     assert sum(close) > 0.97 * len(close)
@@ -261,7 +257,7 @@ def test_the_size_of_a_batch_does_not_change_the_scores(
 
 @pytest.mark.parametrize("name", [*RUN, *sorted(SERVES.heads_idle)])
 def test_the_main_road(name: str, models: Callable[..., Path], tools: Toolset, text: Path, tmp_path: Path) -> None:
-    """Calibrate and quantize as a user does; a head that this pin cannot run is said, with the pin that can."""
+    """Calibrate and quantize as a user does; the error for a head that this pin cannot run names a pin that can."""
     model, imatrix = models(name), tmp_path / "imatrix.gguf"
     common = ("calibrate", model, "--text", text, "-o", imatrix, "--chunks", 4, "--context", CONTEXT, "--threads", 1)
     if name in SERVES.heads_idle:

@@ -1,7 +1,6 @@
 """The patched tools on a device whose memory the host cannot read: ggml's RPC backend, served by this machine's CPU.
 
-What holds for it holds for a GPU as far as reading tensors goes: a pointer into such memory would crash or give other
-numbers.
+Regarding access to tensors it behaves like a GPU: a pointer into such memory would crash or give other numbers.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def device(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def run(tool: Path, *arguments: object, device: dict[str, str] | None = None) -> str:
-    """`-dev` goes first, because it is what makes the tool look for the device."""
+    """`-dev` goes first, because it makes the tool look for the device."""
     command = [tool, *(["-dev", "RPC0"] if device else []), *arguments, "-t", 1]
     ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace", env=device)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -175,7 +174,7 @@ def test_the_scores_of_the_head_are_the_same(
 def test_probed_tensors_are_quantized_and_put_back_there(
     layers: int, device: dict[str, str], tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    """With tied embeddings the table is on the host, and the output, a copy of it, on the device."""
+    """With tied embeddings the table is on the host, and the output is a copy of it on the device."""
     tied = copy(testbed, tmp_path / "tied.gguf", keys={}, drop="output.weight")
     tool, common = tools.tool("llama-perplexity"), ["-m", tied, "-c", 128]
     run(tool, *common, "-f", heldout / "code.txt", "--chunks", 4, "--kl-divergence-base", tmp_path / "logits")

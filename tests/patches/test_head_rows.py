@@ -1,4 +1,4 @@
-"""Hidden rows of the draft head: what is known of an architecture, what an imatrix says, what is refused."""
+"""Hidden rows of the draft head: what is known about architectures, what an imatrix records, what is rejected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOW = ("--policy", "i-nano", *SMALL, "--set", "draft_head=IQ2_XXS")
 
 @pytest.fixture(scope="module")
 def pre(rows_choice: None, tools: Toolset, testbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An imatrix of rows that heads of qwen35moe were not trained on, asked for as such."""
+    """An imatrix of rows that heads of qwen35moe were not trained on, made on request."""
     out = tmp_path_factory.mktemp("pre") / "pre.imatrix.gguf"
     run_apex("calibrate", testbed, "-o", out, "--chunks", 24, "--mtp-rows", "pre", "--threads", 1)
     return out
@@ -115,7 +115,7 @@ def test_data_of_other_rows_is_refused(
 
 
 def test_what_the_head_does_not_use_is_not_asked_for(pre: Path, testbed: Path, tmp_path: Path) -> None:
-    """Its data is not looked at for Q8_0; and where the user knows better, it is taken, and the file says so."""
+    """For Q8_0 its data is not used; if the user insists, it is used, and the file records that."""
     common = ["quantize", testbed, "--policy", "i-nano", *SMALL, "--imatrix", pre, "--threads", 1]
     run_apex(*common, "--set", "draft_head=Q8_0", "-o", tmp_path / "q8.gguf")
     run_apex(*common, "--set", "draft_head=IQ2_XXS", "--mtp-rows", "pre", "-o", tmp_path / "x.gguf")
@@ -169,7 +169,7 @@ def test_the_check_stops_where_the_other_rows_are_clearly_better(
 def test_the_check_is_made_once(
     rows_choice: None, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept in the cache: a run that is resumed or repeated does not wait for it."""
+    """Cached: a resumed or repeated run does not wait for it."""
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
     model, steps = read_model(testbed, load_plugins().role_of), list[Step]()
     ask = partial(check_rows, model, heldout / "code.txt", tools, context=128, chunks=8, threads=1, report=steps.append)
@@ -200,7 +200,7 @@ def scores(agree: npt.NDArray[np.bool_], context: int) -> Scores:
 
 
 def test_when_the_other_rows_are_clearly_better() -> None:
-    """At least a point, and no chance of the text; with few chunks nothing is clear."""
+    """At least a point, and more than the text's noise; with few chunks nothing is clear."""
     random = np.random.default_rng(1)
     size = 255 * 12
     base = random.random(size) < 0.6

@@ -1,4 +1,4 @@
-"""llama-imatrix records the draft head, and its snapshots are of whole batches."""
+"""llama-imatrix records the draft head, and takes its snapshots after whole batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text(heldout: Path) -> Path:
 
 @pytest.fixture
 def patched(tools: Toolset, testbed: Path, text: Path, tmp_path: Path) -> Run:
-    """Runs the patched tool, each time into a file of its own."""
+    """Run the patched tool, with a new output file each time."""
     numbers = iter(range(100))
 
     def run(*arguments: object, model: Path = testbed) -> Imatrix:
@@ -122,7 +122,7 @@ def test_the_trunk_is_untouched_and_the_head_is_counted(
 def test_sums_agree_with_a_forward_pass_in_numpy(
     rows: str, tools: Toolset, testbed: Path, text: Path, patched: Run, request: pytest.FixtureRequest
 ) -> None:
-    """From outside: tokens from llama-server, the rest from the GGUF file in NumPy."""
+    """Computed independently: tokens from llama-server, everything else from the GGUF file with NumPy."""
     if rows == "pre":
         request.getfixturevalue("rows_choice")
     context, chunks = 128, 4
@@ -187,7 +187,7 @@ def test_split_runs_add_up(patched: Run, tools: Toolset, testbed: Path, tmp_path
 
 
 def test_a_snapshot_is_the_result_of_its_chunks(patched: Run) -> None:
-    """Unpatched, a snapshot has the current batch only in the tensors that the graph had reached."""
+    """Without the patch, a snapshot includes the current batch only for tensors that the graph had reached."""
     common = ["--mtp", "-c", 256, "-b", 256, "--no-ppl"]
     whole = patched(*common, "--chunks", 8, "--output-frequency", 1, "--save-frequency", 3)
     three = patched(*common, "--chunks", 3)
@@ -232,7 +232,7 @@ def test_a_head_with_an_output_matrix_of_its_own_gets_data_for_it(patched: Run, 
 def test_an_architecture_without_a_graph_for_its_head_is_left_alone(
     batch: int, stock_imatrix: Path, tools: Toolset, testbed: Path, text: Path, tmp_path: Path
 ) -> None:
-    """An MTP context of such a model would run the trunk again, and count it twice."""
+    """An MTP context for such a model would run the trunk again and count it twice."""
     model = write_model("exaone-moe", testbed, tmp_path / "exaone.gguf")
     arguments = ["-c", 128, "-b", batch, "--chunks", 3, "--no-ppl"]
     stock, _ = imatrix(stock_imatrix, model, text, tmp_path / "stock.gguf", *arguments)

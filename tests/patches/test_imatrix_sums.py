@@ -1,4 +1,4 @@
-"""The sums that llama-imatrix collects: as good as the stock tool's, the same with any number of threads, finite."""
+"""The sums that llama-imatrix collects: as accurate as the stock tool's, equal for any number of threads, finite."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def text(heldout: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program that sums up in double precision what the tool collects."""
+    """A program that collects the same sums in double precision."""
     from apex_build.source.fetch import ensure_source
     from apex_build.source.pins import load_pin
 
@@ -64,7 +64,7 @@ def sums(program: Path, model: Path, text: Path, chunks: int, out: Path) -> Sums
 
 
 def worst(found: Imatrix, reference: Sums) -> float:
-    """The largest relative error of a value, where its expert saw any token."""
+    """The largest relative error of a value whose expert saw any token."""
     assert {name for name in found.entries if name in reference} == set(reference)
     errors = []
     for name, right in reference.items():

@@ -1,4 +1,4 @@
-"""The last lines of a tool are printed, however slowly its output is read."""
+"""A tool prints its last lines, however slowly its output is read."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from apex_build.native.toolset import Toolset
 
 
 def read_late(tool: Path, *arguments: object) -> tuple[int, str]:
-    """Exit code and output of a tool whose output nobody reads until it has ended, or waits for its reader.
+    """Exit code and output of a tool whose output is not read until it has exited or waits for the reader.
 
-    The pipe holds one page: the log's thread is stopped in the middle of its lines while the program goes to its end.
+    The pipe holds one page: the log thread is stopped in the middle of its lines while the program runs to its end.
     """
     process = subprocess.Popen(
         [str(part) for part in (tool, *arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -47,7 +47,7 @@ def _processor_time(pid: int) -> float:
 
 
 def test_the_tensor_whose_values_are_not_finite(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    """This ends by exit() in the middle of the program."""
+    """This calls exit() in the middle of the program."""
 
     def spoil(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if name == "blk.2.post_attention_norm.weight":

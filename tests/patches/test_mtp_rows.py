@@ -1,6 +1,4 @@
-"""Which hidden rows the draft head is fed with, before or after the final norm: what the tools do, and what it is
-worth.
-"""
+"""The hidden rows that feed the draft head, before or after the final norm: what the tools do, and what it is worth."""
 
 from __future__ import annotations
 
@@ -58,7 +56,7 @@ def ids(tools: Toolset, testbed: Path, heldout: Path) -> list[int]:
 
 
 def scored(run: Run, model: Path, text: Path, out: Path, rows: str, *arguments: object) -> Array:
-    """One row a position at depth 1: the columns of the tool's file."""
+    """One row per position at depth 1: the columns of the tool's file."""
     ran = run(
         "llama-perplexity", "-m", model, "-f", text, "--mtp", "--mtp-rows", rows, "--mtp-output-file", out, *arguments
     )
@@ -69,7 +67,7 @@ def scored(run: Run, model: Path, text: Path, out: Path, rows: str, *arguments: 
 
 
 def recomputed(reference: Reference, ids: list[int], rows: str) -> tuple[Array, Array]:
-    """By NumPy: whether head and trunk agree, and the divergence, at each scored position of the chunks."""
+    """With NumPy: whether head and trunk agree, and the divergence, at each scored position of the chunks."""
     agree, divergence = [], []
     for start in range(0, CHUNKS * CONTEXT, CONTEXT):
         part = ids[start : start + CONTEXT]
@@ -88,9 +86,7 @@ def recomputed(reference: Reference, ids: list[int], rows: str) -> tuple[Array, 
 def test_the_scorer_is_fed_as_numpy_feeds_it(
     run: Run, uneven: Path, heldout: Path, ids: list[int], tmp_path: Path
 ) -> None:
-    """With uneven norms, where the two feeds lie far apart: each agrees with its own recomputation, and not with the
-    other.
-    """
+    """With uneven norms the two kinds of rows differ much: each agrees only with its own recomputation."""
     common = ["-c", CONTEXT, "-b", 3 * CONTEXT, "--chunks", CHUNKS, "--mtp-depth", 1]
     tables = {rows: scored(run, uneven, heldout / "code.txt", tmp_path / f"{rows}.csv", rows, *common) for rows in ROWS}
     default = run("llama-perplexity", "-m", uneven, "-f", heldout / "code.txt", "--mtp", *common)
@@ -273,7 +269,7 @@ def program(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("part", ["trunk", "head"])
 def test_rows_for_all_tokens_and_for_outputs_alone(part: str, program: Path, uneven: Path, tmp_path: Path) -> None:
-    """The row of a token is the same in either way, after the norm it is the normalized one, and fresh each time."""
+    """Both ways return the same row of a token; after the norm it is the normalized one, and up to date each time."""
     found: dict[tuple[str, str], Array] = {}
     for rows in ROWS:
         for which in ("all", "masked"):
@@ -301,7 +297,7 @@ def test_rows_for_all_tokens_and_for_outputs_alone(part: str, program: Path, une
 def acceptance(
     tools: Toolset, model: Path, heldout: Path, rows: str, every: int
 ) -> tuple[list[int], list[int], list[str]]:
-    """Drafted and accepted tokens and the text, for each of some prompts; greedy, drafts of up to 3."""
+    """Drafted and accepted tokens and the text for each prompt; greedy, drafts of up to 3."""
     prompts = read_prompts(heldout / "prompts.jsonl")[::every]
     arguments = [
         "--ctx-size",
@@ -350,7 +346,7 @@ def test_an_architecture_without_a_choice_says_so(run: Run, testbed: Path, heldo
 def test_a_head_trained_on_post_norm_rows_scores_clearly_higher_with_them(
     run: Run, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    """The test that would have found it. Paired, over chunks of all four domains."""
+    """The test that would have found the bug. Paired, over chunks from all four domains."""
     better, chunk = [], []
     for number, name in enumerate(("chat", "code", "reasoning", "tool-calling")):
         common = ["-c", 256, "-b", 256, "--chunks", 8, "--mtp-depth", 1, "--parse-special"]

@@ -1,4 +1,4 @@
-"""llama-perplexity scores the draft head, and the rows that it is fed with have the order of the batch."""
+"""llama-perplexity scores the draft head, and feeds it rows in the order of the batch."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_perplexity_of_the_trunk_is_unchanged(run: Run, arguments: str, tmp_
 
 
 def test_several_sequences_a_batch_score_as_one_does(run: Run, tmp_path: Path) -> None:
-    """Without the fix of the order of the pre-norm rows, the head of the second sequence is fed rows of the first."""
+    """Without the fix for the order of pre-norm rows, the head gets rows of the first sequence for the second."""
     found = {}
     for batch in (128, 512, 2048):
         run("--mtp", "-c", 512, "-b", batch, "--chunks", 6, "--mtp-output-file", out := tmp_path / f"{batch}.csv")
@@ -107,9 +107,9 @@ def test_scores_agree_with_numpy(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Depth 2 is fed the head's own rows, and sees what depth 1 left in the cache for the positions before.
+    """Depth 2 gets the head's own rows, and sees what depth 1 left in the cache for earlier positions.
 
-    Where the final norms are uneven it shows which rows: those of before the norm and after it lie far apart.
+    Uneven final norms show which rows: those before and after the norm differ much.
     """
     if rows == "pre":
         request.getfixturevalue("rows_choice")
@@ -154,7 +154,7 @@ def test_scores_agree_with_numpy(
 
 
 def drafts(reference: Reference, ids: list[int], hidden: Array, depth: int, rows: str, own: str = "") -> Array:
-    """The head's hidden states at depth 1 or 2, one for each position of the text. `own`: the head's own rows."""
+    """The head's hidden states at depth 1 or 2, one for each position of the text. `own`: feed it its own rows."""
     fed = reference.fed(hidden, rows)
     first = reference.head(ids, fed)
     if depth == 1:
@@ -163,7 +163,7 @@ def drafts(reference: Reference, ids: list[int], hidden: Array, depth: int, rows
     of_trunk, of_head = head_inputs(reference, ids, fed), head_inputs(reference, ids, chained)
 
     def attention(_: Array, name: str, positions: npt.NDArray[np.int64]) -> Array:
-        """Keys and values of the trunk's rows for the positions before, its own for the last one."""
+        """Keys and values from the trunk's rows for earlier positions, from its own row for the last one."""
         _, _, keys, values = projections(reference, reference.norm(of_trunk, f"{name}.attn_norm"), name, positions)
         query, gate, own_keys, own_values = projections(
             reference, reference.norm(of_head, f"{name}.attn_norm"), name, positions
@@ -261,7 +261,7 @@ def test_a_file_of_scores_needs_the_flag(run: Run, tmp_path: Path) -> None:
 
 
 def test_an_automatic_size_of_ubatches_is_that_of_the_trunk(run: Run) -> None:
-    """`-ub 0` means the size of a batch; the head has to ask the trunk's context for it."""
+    """`-ub 0` means the batch size; the head has to ask the trunk's context for it."""
     automatic, given = (run("--mtp", "-c", 256, "-b", 256, "--chunks", 2, "-ub", size) for size in (0, 256))
     assert len(found := _LINE.findall(automatic.stdout + automatic.stderr)) == 3
     assert found == _LINE.findall(given.stdout + given.stderr)

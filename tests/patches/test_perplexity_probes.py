@@ -1,4 +1,4 @@
-"""llama-perplexity scores a model whose tensors it quantizes in memory, and puts them back."""
+"""llama-perplexity scores a model with tensors quantized in memory, and restores them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(tools: Toolset, testbed: Path, reference: Path, tmp_path: Path) -> Run:
 def test_a_probe_is_what_llama_quantize_makes_of_these_tensors(
     run: Run, tools: Toolset, testbed: Path, calibrated: Path, tmp_path: Path
 ) -> None:
-    """The values that llama-quantize's file has, written back to a file of the model's own type, score the same."""
+    """The values from llama-quantize's file, written to a file with the model's original types, get the same scores."""
     edited = restored_from_quantized(tools, testbed, calibrated, TYPES, tmp_path)
     ran = run(probe("low", TYPES), "--imatrix", calibrated)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -83,7 +83,7 @@ def test_a_probe_is_what_llama_quantize_makes_of_these_tensors(
 
 
 def restored_from_quantized(tools: Toolset, model: Path, imatrix: Path, types: dict[str, str], folder: Path) -> Path:
-    """The model with the values that these tensors have in llama-quantize's file, in their own types."""
+    """The model with these tensors' values from llama-quantize's file, in their original types."""
     (folder / "types.txt").write_text("".join(f"^{name}$={kind}\n" for name, kind in types.items()))
     command = [tools.tool("llama-quantize"), "--imatrix", imatrix, "--tensor-type-file", folder / "types.txt"]
     command += [model, folder / "quantized.gguf", "Q8_0", 1]
@@ -104,7 +104,7 @@ def restored_from_quantized(tools: Toolset, model: Path, imatrix: Path, types: d
 def test_the_head_is_scored_as_well(
     run: Run, tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    """As --mtp scores a file with these types. The trunk is not touched by what is done to the head."""
+    """Like --mtp on a file with these types. Changing the head does not affect the trunk."""
     types = {
         "blk.6.ffn_down_exps.weight": "iq2_xxs",
         "blk.6.attn_q.weight": "q3_K",
@@ -139,7 +139,7 @@ def test_the_head_is_scored_as_well(
 
 
 def test_the_tensors_are_put_back_bit_for_bit(run: Run, calibrated: Path, tmp_path: Path) -> None:
-    """Also of a model with F32 tensors; and probes do not depend on their order, nor on the number of threads."""
+    """Also for a model with F32 tensors. Probes do not depend on their order or on the number of threads."""
     low, other = probe("low", TYPES), probe("other", {"blk.0.ffn_gate_inp.weight": "Q4_0", "token_embd.weight": "q2_k"})
     assert run(f"as it is\n{low}{other}{low}\r\n\nas it is\n", "--imatrix", calibrated).returncode == 0
     found = rows(tmp_path / "out.tsv")
@@ -195,7 +195,7 @@ def test_some_of_the_chunks(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_tied_output_is_probed_as_well(run: Run, testbed: Path, tmp_path: Path) -> None:
-    """There the embeddings are the output: both uses change, on a device too (test_device.py)."""
+    """The embeddings are also the output: both uses change, on a device too (test_device.py)."""
     tied = copy(testbed, tmp_path / "tied.gguf", keys={}, drop="output.weight")
     low = probe("low", {"token_embd.weight": "q2_K"})
     assert run(f"plain\n{low}plain\n", model=tied).returncode == 0
@@ -207,7 +207,7 @@ def test_a_tied_output_is_probed_as_well(run: Run, testbed: Path, tmp_path: Path
 def test_the_lines_are_there_before_the_run_has_ended(
     tools: Toolset, testbed: Path, reference: Path, tmp_path: Path
 ) -> None:
-    """What a killed run has measured stays."""
+    """Results of a killed run are kept."""
     (tmp_path / "probes.txt").write_text("".join(probe(f"p{n}", {"output.weight": "q2_K"}) for n in range(400)))
     command = [tools.tool("llama-perplexity"), "-m", testbed, "-c", CONTEXT, "-t", 1, "-b", CONTEXT, "--kl-divergence"]
     command += ["--kl-divergence-base", reference, "--kl-divergence-probes", tmp_path / "probes.txt"]
@@ -242,7 +242,7 @@ def test_the_lines_are_there_before_the_run_has_ended(
     ],
 )
 def test_probes_that_cannot_be(probes: str, said: str, run: Run, tmp_path: Path) -> None:
-    """All are looked at before the first one is scored."""
+    """All probes are checked before the first one is scored."""
     ran = run(f"plain\n{probes}")
     assert ran.returncode == 1 and said in ran.stdout + ran.stderr
     assert not (tmp_path / "out.tsv").exists()

@@ -1,4 +1,4 @@
-"""What llama-quantize leaves behind and says, and where the tools look for backends."""
+"""What llama-quantize leaves behind and prints, and where the tools look for backends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quantize(tools: Toolset, *arguments: object, cwd: Path | None = None) -> sub
 
 @needs("llama : never leave a quantized file with an empty header")
 def test_a_failed_run_leaves_nothing(tools: Toolset, testbed: Path, headless_imatrix: Path, tmp_path: Path) -> None:
-    """The head has no data, and its turn comes last."""
+    """The head has no data, and is quantized last."""
     out = tmp_path / "out.gguf"
     out.write_bytes(b"what was there before")
     ran = quantize(tools, "--imatrix", headless_imatrix, testbed, out, "IQ2_XXS")
@@ -76,7 +76,7 @@ def test_a_matrix_that_is_loaded_as_several(tools: Toolset, testbed: Path, heldo
 
 @needs("ggml : do not load backends from the current directory")
 def test_a_library_in_the_current_folder_is_not_loaded(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
-    """Stock tools run it, also those with all backends built in: a folder with a model could hold it."""
+    """Stock tools run it, even those with all backends built in; it could be in a folder with a downloaded model."""
     source, here = tmp_path / "backend.c", tmp_path / "downloaded"
     here.mkdir()
     source.write_text(_MARK)

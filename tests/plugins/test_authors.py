@@ -1,4 +1,4 @@
-"""What an author of a plugin meets: docs/plugins.md, `apex plugins`, the version of the API, roles."""
+"""What plugin authors use: docs/plugins.md, `apex plugins`, the version of the API, roles."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def blocks(kind: str) -> list[str]:
 
 
 def written(where: Path, kind: str) -> Path:
-    """The project of a kind as `apex plugins new` makes it, named as on the page."""
+    """A project of this kind made by `apex plugins new`, with the names used on the page."""
     run_apex("plugins", "new", kind, PRINTED[kind], "-o", where)
     return where / PRINTED[kind]
 
@@ -147,7 +147,7 @@ def plugin(where: Path, text: str, name: str = "mine") -> Path:
     ],
 )
 def test_a_plugin_for_another_version_of_the_api(tmp_path: Path, text: str, says: str) -> None:
-    """It is reported before its imports fail because of the other version."""
+    """The version is reported before imports fail because of it."""
     made = plugin(tmp_path, text)
     with pytest.raises(PluginIncompatible, match=f"plugin 'mine' .*{says}"):
         load_plugins([made])
@@ -251,7 +251,7 @@ def test_a_new_plugin_replaces_nothing(tmp_path: Path) -> None:
 
 
 def test_a_plugin_of_version_1_may_still_name_roles_of_its_own(tmp_path: Path) -> None:
-    """Before version 2 there was no list."""
+    """Version 1 had no list."""
     text = "from apex_build.hookspecs import hookimpl\n"
     text += "@hookimpl\ndef apex_tensor_roles(architecture):\n    return lambda name: 'mine'\n"
     assert load_plugins([plugin(tmp_path, text, "old")]).role_of("any", "x") == "mine"

@@ -1,4 +1,4 @@
-"""A policy that computes its types, by a tiny plugin of that kind: the policy that docs/plugins.md prints."""
+"""A policy that computes its types: the tiny plugin printed in docs/plugins.md."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Installed:
-    """An environment of its own with the wheel; its dependencies come from the environment of the tests."""
+    """A fresh environment with the wheel; its dependencies come from the environment of the tests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

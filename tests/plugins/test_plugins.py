@@ -1,4 +1,4 @@
-"""Plugins: from a folder, from an installed package, and the blame for their errors."""
+"""Plugins: from a folder, from an installed package, and who is blamed for their errors."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def folder(where: Path, name: str, plugin: str = PLUGIN, **templates: str) -> Pa
 
 
 def wheel(where: Path, plugin: Path, name: str = "apex-low-head") -> Path:
-    """A wheel of a package that holds the plugin's files, made by hand: building one needs no build tool, and no
-    network.
-    """
+    """A hand-made wheel of a package with the plugin's files: this needs no build tool and no network."""
     package = name.replace("-", "_")
     path = where / f"{package}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -82,7 +80,7 @@ def apex(tools: Toolset, *arguments: str | Path, path: Path | None = None) -> su
 def test_a_policy_from_a_folder_and_one_from_an_installed_package(
     tools: Toolset, testbed: Path, tmp_path: Path
 ) -> None:
-    """Both are listed, take parameters, and extend a built-in template exactly as the built-in ones do."""
+    """Both are listed, take parameters, and extend a built-in template exactly like built-in ones."""
     mine = folder(tmp_path, "low-head-plugin")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--target", tmp_path / "installed", wheel(tmp_path, mine)], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""What the tests of the policy room share."""
+"""Shared fixtures of the policy tests."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def small(testbed: Path) -> Model:
 
 @pytest.fixture(scope="session")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The shapes of the 35B-A3B, 71 GB of them, in a file that takes no room."""
+    """The shapes of the 35B-A3B: 71 GB in a sparse file that takes no space."""
     path = write_header_only(tmp_path_factory.mktemp("big") / "35b-a3b.gguf")
     return read_model(path, load_plugins().role_of)
 
 
 @pytest.fixture(scope="session")
 def trunk_imatrix(testbed: Path, tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What llama-imatrix makes without --mtp: data for the trunk, none for the draft head."""
+    """Like the output of llama-imatrix without --mtp: data for the trunk, none for the draft head."""
     folder = tmp_path_factory.mktemp("imatrix")
     vocabulary = [
         "the",
@@ -82,7 +82,7 @@ def trunk_imatrix(testbed: Path, tools: Toolset, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def make_policy(tmp_path: Path) -> MakePolicy:
-    """A policy whose template is the text given."""
+    """A policy with the given text as its template."""
 
     def make(
         text: str, base_type: str = "Q8_0", parameters: Mapping[str, Parameter] | None = None, **files: str

@@ -1,14 +1,14 @@
-"""Every architecture that a pin loads or converts, as a catalogue of tensors: names and shapes from the pin's own
-sources.
+"""Every architecture that a pin loads or converts, as a catalogue of tensors: names and shapes from the pin's sources.
 
     python tests/policy/families.py [TREE...]
 
 prints, for each architecture of the trees (default: those that have been fetched), the share of its bytes that each
 APEX tier leaves to the base type's mixture without meaning to.
 
-Names and shapes are the loader's (`create_tensor` of src/models/*.cpp), and for what is only converted gguf-py's lists.
-Both alternatives of a family are in its catalogue, dense layers beside experts, attention beside SSM: shares are of
-that sum.
+Names and shapes are from the loader (`create_tensor` in src/models/*.cpp), or from gguf-py's lists for tensors that are
+only converted.
+A catalogue includes all alternatives of a family, dense layers and experts, attention and SSM; shares refer to their
+sum.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ _OPERATORS: Mapping[type, Any] = {
 
 
 def families(tree: Path) -> dict[str, list[Tensor]]:
-    """Architecture -> its tensors, of two layers. What the loader does not create itself takes the shape of its name
-    elsewhere.
+    """Architecture -> its tensors, for two layers. Tensors that the loader does not create get the shape of the same
+    name elsewhere.
     """
     constants = runpy.run_path(str(tree / "gguf-py" / "gguf" / "constants.py"))
     names = _names(tree)
@@ -107,7 +107,7 @@ def model_of(arch: str, tensors: list[Tensor]) -> Model:
 
 
 def unexplained(model: Model, policy: PolicySpec) -> tuple[float, list[str]]:
-    """The share of bytes, and the names, that no rule covers and no tier leaves to the mixture on purpose."""
+    """The share of bytes, and the names, without a rule, except those that tiers leave to the mixture on purpose."""
     left: list[str] = []
     n_left, n_bytes = 0.0, 0.0
     types = _rules(model, policy)
@@ -124,7 +124,7 @@ def unexplained(model: Model, policy: PolicySpec) -> tuple[float, list[str]]:
 
 
 def _rules(model: Model, policy: PolicySpec) -> dict[str, str]:
-    """Tensor -> type, by the policy's template: rendered here, since our own templates need no process with limits."""
+    """Tensor -> type by the policy's template, rendered in this process: our own templates need no sandbox."""
     names = {tensor.name for tensor in model.tensors if quantizable(tensor.name, tensor.shape)}
     values = {name: parameter.default for name, parameter in policy.parameters.items()}
     request = render._request(policy, model, names, None)
@@ -147,7 +147,7 @@ def _n_bytes(tensor: Tensor, type_name: str) -> float:
 
 
 def _tensors(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
-    """A family with `nextn` tensors has a draft head of one block, with all that a block may have."""
+    """A family with `nextn` tensors gets a draft head of one block, with everything that a block may have."""
     role_of = load_plugins().role_of
     head = any(".nextn." in name for name in shapes)
     for name, shape in shapes.items():
@@ -168,7 +168,7 @@ def _names(tree: Path) -> Mapping[str, str]:
 
 
 def _loaders(tree: Path) -> dict[str, str]:
-    """Architecture -> the code that creates its tensors, its own or its parent's."""
+    """Architecture -> the code that creates its tensors, or its parent's."""
     arch_names = dict(
         re.findall(r'\{\s*(LLM_ARCH_\w+)\s*,\s*"([^"(]+)"', (tree / "src" / "llama-arch.cpp").read_text())
     )
@@ -188,7 +188,7 @@ def _loaders(tree: Path) -> dict[str, str]:
 
 
 def _created(tree: Path, body: str, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Name (with %d for numbers) -> extents, of all weights that this code may create."""
+    """Name (with %d for numbers) -> extents, for all weights that this code may create."""
     body = re.sub(r"(\w)\((?:i|il|bid)?\)", r"\1", body)  # hparams.n_ff(i)
     found: dict[str, tuple[int, ...]] = {}
     for tensor, arguments, extents in _CALL.findall(body):
@@ -209,7 +209,7 @@ def _created(tree: Path, body: str, names: Mapping[str, str]) -> dict[str, tuple
 
 
 def _extent(text: str) -> int:
-    """`n_embd_head_k * n_head` by the table."""
+    """Evaluate an expression such as `n_embd_head_k * n_head` with the table."""
     plain = re.sub(r"hparams\.(?:\w+\.)*(\w+)", r"\1", text.strip())
     plain = re.sub(r"\b(\d+)u\b", r"\1", plain)
     return max(_value(ast.parse(plain, mode="eval").body), 1)
@@ -226,7 +226,7 @@ def _value(node: ast.expr) -> int:
 
 
 def _by_name(name: str) -> tuple[int, ...]:
-    """For a tensor that only the converter knows."""
+    """The shape of a tensor that only the converter knows."""
     return (2048,) if any(part in name for part in _VECTORS) else (2048, 2048)
 
 

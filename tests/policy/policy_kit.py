@@ -1,4 +1,4 @@
-"""Names that the tests of the policy room share."""
+"""Shared names of the policy tests."""
 
 from __future__ import annotations
 

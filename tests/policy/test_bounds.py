@@ -1,4 +1,4 @@
-"""What a template costs the process that asks for it."""
+"""What rendering a template costs the calling process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tiers on models that they were not made for: no role and no shape by default, and what touches nothing is said."""
+"""Tiers on models that they were not made for: no role or shape falls to a default, and settings without effect are
+reported."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 
 
 def dense_tensors() -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """TINY, with dense feed-forward in place of experts."""
+    """TINY, with dense feed-forward instead of experts."""
     for name, extents, is_float in shapes.tensors(TINY):
         if "_exps" in name:
             yield name.replace("_exps", ""), extents[:2], is_float
@@ -194,7 +195,7 @@ def test_rules_count_what_would_be_quantized(make_policy: MakePolicy, small: Mod
 
 # --- what needs data --------------------------------------------------------------------------------------------------
 def test_output_and_embeddings_are_asked_of_ggml(testbed: Path, calibrated: Path, tmp_path: Path) -> None:
-    """llama-quantize makes an exception of them, and its library aborts."""
+    """llama-quantize makes an exception for them, and its library aborts."""
     common = [
         "quantize",
         testbed,

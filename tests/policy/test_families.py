@@ -1,4 +1,4 @@
-"""No architecture that a pin loads or converts has a tensor of weight that no rule of a tier names: see families.py."""
+"""In every architecture that a pin loads or converts, the tiers' rules cover all large tensors: see families.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tree_of(pin: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("pin", ["pr-22673", "latest"])
 def test_tiers_name_what_every_architecture_is_made_of(pin: str) -> None:
-    """By bytes: tiers of many bits and of few."""
+    """By bytes, for tiers with many bits and with few."""
     tree = tree_of(pin)
     found = families(tree)
     text = (tree / "src" / "llama-arch.cpp").read_text()
@@ -40,7 +40,7 @@ def test_tiers_name_what_every_architecture_is_made_of(pin: str) -> None:
 
 
 def test_shapes_are_the_loaders() -> None:
-    """The catalogue of the family that this project is about, by its shapes as we know them."""
+    """The catalogue of the family that this project is about, compared with its known shapes."""
     shapes = {tensor.name: tensor.shape for tensor in families(tree_of("pr-22673"))["qwen35moe"]}
     assert shapes["blk.0.ffn_down_exps.weight"] == (768, 2048, 64)
     assert shapes["blk.2.nextn.eh_proj.weight"] == (4096, 2048)

@@ -1,4 +1,4 @@
-"""Lists of types that people share, on plan and quantize."""
+"""Shared lists of types, with plan and quantize."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters: defaults, kinds, and values that are refused."""
+"""Parameters: defaults, kinds, and rejected values."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Plans: what llama-quantize is asked and what it answers, shapes that do not fit, and the file as it is really
-written.
-"""
+"""Plans: what llama-quantize is asked and answers, shapes that do not fit, and the file as it is written in the end."""
 
 from __future__ import annotations
 
@@ -68,7 +66,7 @@ def test_base_types_come_from_the_tools_own_help(tools: Toolset) -> None:
 
 
 def test_the_mixture_knows_whether_there_is_an_imatrix(small: Model, tools: Toolset, trunk_imatrix: Path) -> None:
-    """IQ3_XXS gives ffn_down more bits without an imatrix; with an empty one a dry run behaves as with a real one."""
+    """IQ3_XXS gives ffn_down more bits without an imatrix; a dry run with an empty one behaves like with a real one."""
     without = dry_run(small, "IQ3_XXS", "", tools)
     empty = dry_run(small, "IQ3_XXS", "", tools, calibrated=True)
     command: list[str | Path] = [

@@ -1,4 +1,4 @@
-"""Rules: what a line may be, and patterns that would find more than they mean."""
+"""Rules: valid lines, and patterns that would match more than intended."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_pattern_that_backtracks_for_years_is_stopped(ggml: Ggml, small: Model
 
 
 def test_a_pattern_for_one_name_is_looked_up() -> None:
-    """It finds what the search finds, and anything more than a name is searched."""
+    """It finds the same as a search; a pattern that is more than a name is searched for."""
     names = ["blk.3.attn_q.weight", "blk.33attn_q.weight", "output.weight", "a-b_c"]
     exact = [exactly(name) for name in (*names, "absent", "^", "a\\b")]
     assert [only_name(pattern) for pattern in exact] == [*names, "absent", "^", "a\\b"]

@@ -1,4 +1,4 @@
-"""Mixtures for the draft head, and the `-mtp` policies, whose mixture is measured on the model (docs/policies.md)."""
+"""Mixtures for the draft head, and the `-mtp` policies, which measure their mixture on the model (docs/policies.md)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_mixture_is_of_the_experts_and_the_rest(given: str, small: Model, tool
 
 
 def test_it_is_a_quarter_of_the_head_at_q8_0(big: Model, tools: Toolset) -> None:
-    """The bytes that docs/results/draft-head.md names."""
+    """The sizes given in docs/results/draft-head.md."""
     small = plan_of(big, tools, "i-nano", draft_head="quarter").bytes_by_role["draft head"]
     large = plan_of(big, tools, "i-nano", draft_head="Q8_0").bytes_by_role["draft head"]
     assert (small, large) == (231_589_888, 899_008_512) and round(small / large, 3) == 0.258

@@ -1,4 +1,4 @@
-"""Templates: what they see, what they may not do, and where their mistakes are."""
+"""Templates: what they see, what they may not do, and where their errors are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The APEX tiers against APEX's own tables: roles, depths, the draft head, and totals that llama-quantize confirms."""
+"""The APEX tiers compared with APEX's tables: roles, depths, the draft head, and totals confirmed by llama-quantize."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def types(plan: Plan) -> dict[str, str]:
 
 
 def expected(tier: str, name: str) -> str | None:
-    """By hand, from the names alone; None for what stays as it is."""
+    """Worked out by hand from the names; None for tensors that stay as they are."""
     routed_edge, near, middle, shared_edge, shared, attention_edge, attention, embedding, output = EXPECTED[tier]
     if name in ("token_embd.weight", "output.weight"):
         return embedding if name.startswith("token") else output
@@ -112,7 +112,7 @@ def test_types_and_total_on_the_35b_a3b(big: Model, tools: Toolset, tier: str, t
 
 
 def ours(type_name: str, n_elements: int) -> int:
-    """Bytes from the block sizes as ggml-common.h defines them, written out here."""
+    """Bytes by the block sizes of ggml-common.h, repeated here."""
     blocks = {
         **{"F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34), "Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144)},
         **{"Q3_K": (256, 110), "Q2_K": (256, 84), "IQ4_XS": (256, 136), "IQ2_S": (256, 82), "IQ2_XS": (256, 74)},
@@ -184,9 +184,7 @@ def test_the_draft_head_as_a_whole_and_in_parts(small: Model, tools: Toolset) ->
 
 
 def test_sizes_without_the_head_are_near_the_published_ones(big: Model, tools: Toolset) -> None:
-    """The cards give one decimal, of GiB: the F16 model of 64.6 shows it. What lies in their token_embd and output is
-    not said.
-    """
+    """The model cards give GiB with one decimal (F16: 64.6), but not the types of token_embd and output."""
     published = {"quality": 21.3, "balanced": 23.6, "compact": 16.1, "i-mini": 12.2, "i-nano": 10.9}
     assert sum(tensor.n_bytes for tensor in big.tensors if not tensor.draft_head) / GIB == pytest.approx(64.6, abs=0.05)
     for tier, size in published.items():

@@ -1,5 +1,5 @@
-"""A written file against its source: what ruins weights is found by name, whatever the type; what a type does to them
-is not.
+"""Compare a written file with its source: ruined weights are found and named for every type; normal rounding is not
+reported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RULES = {
 def made(
     testbed: Path, calibrated: Path, tools: Toolset, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Plan]:
-    """The testbed with several types, by llama-quantize itself, and the plan of it."""
+    """The testbed with several types, made by llama-quantize, and its plan."""
     folder = tmp_path_factory.mktemp("made")
     return quantized(testbed, calibrated, tools, folder)
 
@@ -82,7 +82,7 @@ def test_a_good_file_passes(made: tuple[Path, Plan], testbed: Path, calibrated: 
 def test_types_without_a_decoder_are_named(
     made: tuple[Path, Plan], tools: Toolset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of today's have one: the library is asked for a name that it lacks, as an older one lacks a newer type's."""
+    """All current types have one: ask the library for a name it lacks, like an older library lacks a newer type."""
     reading, plan = codec(tools), made[1]
     assert against.not_compared(plan, reading) == []
     older = Codec._decoder
@@ -175,7 +175,7 @@ def test_a_row_of_zeros_is_found_in_a_model_too_large_to_compare(
 def test_zeros_in_the_imatrix_that_reach_llama_quantize_are_found_in_the_file(
     run: int, testbed: Path, calibrated: Path, tools: Toolset, tmp_path: Path
 ) -> None:
-    """As a llama-quantize by hand does it: some type of the file loses the columns."""
+    """Like running llama-quantize by hand: some type in the file loses the columns."""
     ruined = Path(shutil.copy(calibrated, tmp_path / "ruined.gguf"))
     header = read_header(ruined)
     for tensor in header.tensors:
@@ -188,7 +188,7 @@ def test_zeros_in_the_imatrix_that_reach_llama_quantize_are_found_in_the_file(
 
 
 def test_the_errors_of_types_are_as_written_down(tools: Toolset) -> None:
-    """Measured again, on fewer rows. Types whose tables take seconds to set up are left to those who change them."""
+    """Measured again, on fewer rows. Skips types whose tables take seconds to set up; run them when you change them."""
     random = np.random.default_rng(1)
     rows = random.normal(0, 0.02, (64, 512)).astype(np.float32)
     own = codec(tools)

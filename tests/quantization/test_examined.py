@@ -1,6 +1,4 @@
-"""Calibration data that would ruin tensors: seen by inspect, told by quantize, and harmless in the file that is
-written.
-"""
+"""Calibration data that would ruin tensors: shown by inspect, reported by quantize, harmless in the written file."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from apex_build.native.toolset import Toolset
 def spoiled(
     imatrix: Path, out: Path, name: str, *, columns: slice = slice(None), matrix: int | slice = slice(None)
 ) -> Path:
-    """A copy with zeros among one entry's sums; the counts stay."""
+    """A copy with zeros in one entry's sums; the counts stay."""
     shutil.copy(imatrix, out)
     (sums,) = (tensor for tensor in read_header(out).tensors if tensor.name == f"{name}.in_sum2")
     at = read_header(out).data_offset + sums.offset
@@ -64,7 +62,7 @@ def test_an_entry_without_sums_holds_no_data(testbed: Path, calibrated: Path, tm
 def test_runs_of_zeros_lose_no_weights(
     policy: str, testbed: Path, calibrated: Path, tmp_path: Path, tools: Toolset
 ) -> None:
-    """Kept as it was given; the file is made with a copy beside it, in which the zeros are raised."""
+    """The imatrix is not changed; the file is made with a copy in which the zeros are raised."""
     name = "blk.2.ffn_up_exps.weight"
     bad = spoiled(calibrated, tmp_path / "bad.gguf", name, columns=slice(0, 128), matrix=3)
     before = bad.read_bytes()

@@ -1,4 +1,4 @@
-"""Models that nothing can load are told before any work, and by inspect."""
+"""Models that no tool can load are reported before any work, and by inspect."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Default names as their readers see them: the hub's own parser (recorded, and asked where node has it) and llama.cpp's
+"""Default file names, as parsed by their readers: the hub's parser (recorded; run if node has it) and llama.cpp's
 downloader.
 
-names/hub_labels.json is what names/hub_labels.mjs answered for what `python tests/quantization/test_naming.py` prints.
+names/hub_labels.json has the output of names/hub_labels.mjs for the names that
+`python tests/quantization/test_naming.py` prints.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ TRIED = (
 
 
 def plan_of(policy: PolicySpec, type_name: str, **changed: object) -> Plan:
-    """A plan of one tensor: names are made of no more."""
+    """A plan of one tensor, which is enough to make a name."""
     entry = Entry("x", "other", None, False, (256, 1), "F16", type_name, 100, "rule", None, False)
     values = {name: parameter.default for name, parameter in policy.parameters.items()}
     base = re.sub(r"\{(\w+)\}", lambda found: str({**values, **changed}[found[1]]), policy.base_type).upper()
@@ -91,14 +92,14 @@ def recorded() -> dict[str, Any]:
 
 
 def hub_label(name: str) -> str | None:
-    """parseGGUFQuantLabel of @huggingface/gguf: the last match of its pattern in the name in upper case."""
+    """parseGGUFQuantLabel of @huggingface/gguf: the last match of its pattern in the upper-case name."""
     pattern = recorded()["pattern"].replace("(?<", "(?P<")
     found = [match[0] for match in re.finditer(pattern, name.upper())]
     return found[-1] if found else None
 
 
 def download_tag(name: str) -> str | None:
-    """common/download.cpp: the patterns are read from the source."""
+    """common/download.cpp: reads the patterns from the source."""
     text = (source_root() / "pr-22673" / "common" / "download.cpp").read_text()
     split, tag = (re.search(rf're_{what}\("(.*)", std::regex::icase\)', text) for what in ("split", "tag"))
     assert split and tag, "common/download.cpp reads names in another way now"
@@ -126,7 +127,7 @@ def test_names_are_unique_for_each_policy_and_its_parameters() -> None:
 
 @pytest.mark.usefixtures("source_tree")
 def test_the_tag_that_is_asked_for_finds_its_own_file_and_no_other() -> None:
-    """llama.cpp's -hf repo:TAG searches TAG followed by . or - in the names (F16, so, finds BF16 too, of everybody)."""
+    """llama.cpp's -hf repo:TAG searches names for TAG followed by . or - (so F16 also finds everybody's BF16)."""
     names = sorted({name for name in default_names() if "-BF16" not in name})
     for name in names:
         tag = download_tag(name)
@@ -179,8 +180,8 @@ def test_the_sources_type_is_dropped(name: str, stem: str) -> None:
 
 
 def test_the_name_tells_most_weights_and_the_file_type_most_bytes() -> None:
-    """A 35B by i-nano: more bytes are Q3_K, far more weights IQ2_XXS, and nobody would call a file of 2.7 bits a weight
-    Q3_K_M.
+    """A 35B with i-nano: most bytes are Q3_K, but most weights are IQ2_XXS, and nobody would call a file with 2.7 bits
+    per weight Q3_K_M.
     """
     policy = load_plugins().policy("i-nano")
     few, many = (
@@ -242,7 +243,7 @@ def test_a_file_says_what_it_is_and_whose(tools: Toolset, testbed: Path, tmp_pat
 
 
 def test_the_file_type_is_that_of_most_bytes(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
-    """Its base type would be Q8_0, of which it has less than of IQ4_XS."""
+    """Its base type is Q8_0, but it has more IQ4_XS."""
     settings = ["--set", "trunk=IQ4_XS", "--set", "draft_head=Q8_0"]
     run_apex("quantize", testbed, "--policy", "draft-head-only", *settings, "-o", tmp_path)
     (path,) = tmp_path.glob("*.gguf")

@@ -1,4 +1,4 @@
-"""Where a quantized file goes: what is there already, what others do meanwhile, and what must not be touched."""
+"""Where a quantized file goes: existing files, concurrent runs, and files that must not be touched."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_what_a_killed_run_left_is_not_written_through(testbed: Path, tmp_path: 
 def test_a_part_that_a_killed_run_left_is_removed_and_nothing_else(
     testbed: Path, tmp_path: Path, tools: Toolset
 ) -> None:
-    """It may be of many GB. A part of another output is another run's."""
+    """It may have many GB. A part file of another output belongs to another run."""
     for name in (".x.gguf.abcd_123.part", ".y.gguf.abcd_123.part", ".x.gguf.mine.part", ".x.gguf.more.abcd_123.part"):
         (tmp_path / name).write_text("half")
     compact(testbed, tmp_path / "x.gguf")

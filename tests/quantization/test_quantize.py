@@ -20,7 +20,7 @@ from apex_build.native.toolset import Toolset
 
 
 def on_tmpfs(folder: Path, options: str, *arguments: object, code: int) -> subprocess.CompletedProcess[str]:
-    """`apex` with a small file system mounted on `folder`, in a mount namespace of its own."""
+    """Run `apex` with a small file system mounted on `folder`, in a separate mount namespace."""
     mount = f'mount -t tmpfs -o {options} tmpfs "$0" && exec "$@"'
     prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(folder)]
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
@@ -33,7 +33,7 @@ def on_tmpfs(folder: Path, options: str, *arguments: object, code: int) -> subpr
 
 @pytest.fixture(scope="module")
 def nano(testbed: Path, calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """i-nano with the draft head at IQ2_XXS, at a path with a space and letters beyond ASCII."""
+    """i-nano with the draft head at IQ2_XXS, at a path with a space and non-ASCII letters."""
     out = tmp_path_factory.mktemp("ein Ordner") / "größe head.gguf"
     run_apex(
         "quantize",
@@ -137,8 +137,8 @@ def test_a_low_bit_head_without_head_data_is_refused(
 def test_the_stock_tool_refuses_what_we_make(
     headless_imatrix: Path, testbed: Path, tmp_path: Path, tools: Toolset
 ) -> None:
-    """The reason for it all: without data of the head, llama-quantize gives up half-way (stock: and leaves a zeroed
-    header).
+    """The reason for this project: without data for the head, llama-quantize fails half-way (the stock tool also leaves
+    a file with a zeroed header).
     """
     (tmp_path / "rules.txt").write_text(r"^blk\.6\.(nextn\.eh_proj|attn_.|attn_output|ffn_.*)\.weight$=iq2_xxs" + "\n")
     command = [
@@ -236,7 +236,7 @@ def test_a_disk_that_is_too_small(testbed: Path, tmp_path: Path, tools: Toolset)
 
 
 def test_a_disk_that_fills_up(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
-    """The check before cannot see a quota, nor what others write meanwhile: the run fails then, and leaves nothing."""
+    """The check beforehand knows neither quotas nor concurrent writes: then the run fails and leaves nothing."""
     (tmp_path / "disk").mkdir()
     script = tmp_path / "no_check.py"
     script.write_text(

@@ -1,4 +1,4 @@
-"""On a real trunk, SmolLM2-135M: what the small test models are too kind, or too simple, to show."""
+"""On a real trunk, SmolLM2-135M: what the small test models are too easy or too simple to show."""
 
 from __future__ import annotations
 

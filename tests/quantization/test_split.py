@@ -1,4 +1,4 @@
-"""`apex quantize --split-size`: shards that hold the same, and models that are split already."""
+"""`apex quantize --split-size`: shards with the same content, and models that are already split."""
 
 from __future__ import annotations
 

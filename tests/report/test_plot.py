@@ -1,4 +1,4 @@
-"""The plots: files that open, the same bytes each time, labels that do not lie on each other or on the marks."""
+"""Plots: files that open, the same bytes each time, labels that do not overlap each other or the marks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of the source room: a world of a small stand-in for llama.cpp, and the command line to run on it."""
+"""Fixtures for the tests of sources: a small stand-in for llama.cpp, and the command line to run on it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 @pytest.fixture
 def apex(world: World, capsys: pytest.CaptureFixture[str]) -> Apex:
-    """Run the command line in this process: `apex("source", "fetch")`; the test pin is added."""
+    """Run the command line in this process: `apex("source", "fetch")`. Adds the test pin."""
 
     def run(*arguments: str, pin: str | None = None) -> Said:
         with pytest.raises(SystemExit) as ended:
@@ -78,7 +78,7 @@ def apex(world: World, capsys: pytest.CaptureFixture[str]) -> Apex:
 
 @pytest.fixture
 def series(world: World) -> World:
-    """A world with a fetched tree, two patches in the series, applied."""
+    """A world with a fetched tree and a series of two patches, applied."""
     fetch(world.pin)
     commit(
         world.tree,

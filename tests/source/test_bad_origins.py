@@ -1,4 +1,4 @@
-"""Every way in which what is fetched can be wrong: refused, named, nothing left behind."""
+"""Every way for a fetched source to be wrong: rejected and named, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_unsafe_archive(world: World, apex: Apex, tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("name", ["parent", "symbolic link", "hard link", "device"])
 def test_unsafe_sdist(world: World, apex: Apex, name: str) -> None:
-    """Also when the hash is as pinned."""
+    """Even if the hash matches the pin."""
 
     def moved(member: tarfile.TarInfo) -> tarfile.TarInfo:
         return member.replace(name=member.name.replace("top/", "tiny_llama-1.0/vendor/llama.cpp/"))

@@ -1,4 +1,4 @@
-"""Archives made to cost: refused by name, after little work, in little memory, and never with a traceback."""
+"""Archives made to be expensive: rejected by name, with little work and memory, and never with a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`apex cache prune --kind sources`: a tree is only removed where nothing is lost with it."""
+"""`apex cache prune --kind sources`: removes a tree only if no work is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An end for what waits on others, beside timers of whoever calls."""
+"""Deadlines for waiting on others, which coexist with the caller's timers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from apex_build.fetching.deadline import OutOfTime, deadline
 
 
 class Rang(Exception):
-    """What the caller's timer raises."""
+    """Raised by the caller's timer."""
 
 
 @contextmanager
 def callers_timer(seconds: float) -> Iterator[None]:
-    """A timer of the caller's; that of the test's own time limit waits meanwhile."""
+    """A timer of the caller; the timer of the test's time limit is suspended meanwhile."""
 
     def ring(_number: int, _frame: FrameType | None) -> None:
         raise Rang

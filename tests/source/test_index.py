@@ -1,4 +1,4 @@
-"""The index that pip is configured with: what is read from pip, and how a bad server is met."""
+"""The index that pip is configured to use: what is read from pip, and how bad servers are handled."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, content, "application/gzip")
 
     def drops(self, mode: str, content: bytes) -> None:
-        """A byte now and then, without end: no single read of the other side takes long."""
+        """Sends a byte now and then, forever: no single read by the client takes long."""
         if mode != "drops of a header":
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -249,7 +249,7 @@ def test_interrupted_download(world: World, server: Server) -> None:
 
 @pytest.mark.network
 def test_pinned_sdists_are_found_and_hold_the_pinned_trees() -> None:
-    """Against the index that this machine's pip is configured with; downloads are kept in the user's cache."""
+    """With the index that this machine's pip is configured to use; downloads stay in the user's cache."""
     for pin in all_pins():
         if pin.name != DEFAULT_PIN and not (cache_root() / "downloads" / pin.sha256).is_dir():
             continue  # one large download is enough

@@ -1,4 +1,4 @@
-"""Fetching: three origins, one digest, one layout; kept or replaced as a whole, whatever stops it."""
+"""Fetch from three origins, with one digest and one layout; kept or replaced as a whole, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_outdated_tree_is_replaced(world: World, apex: Apex) -> None:
 
 
 def test_killed_run_is_mended(world: World, apex: Apex) -> None:
-    """What kill -9 can leave: a half-made folder, or a replacement between its two renames."""
+    """What kill -9 can leave: an incomplete folder, or a replacement between its two renames."""
     fetch(world.pin)
     base = git(world.tree, "rev-parse", "HEAD")
     half = world.tree.with_name(".tiny.part")
@@ -194,7 +194,7 @@ def test_two_at_once(world: World) -> None:
 
 
 def test_interrupt(world: World, tmp_path: Path) -> None:
-    """Ctrl-C while git is at work: exit code 130, nothing half-made, and no child left behind."""
+    """Ctrl-C while git runs: exit code 130, nothing incomplete, and no child process left."""
     slow = tmp_path / "bin" / "git"
     slow.parent.mkdir()
     slow.write_text(

@@ -1,4 +1,4 @@
-"""Pins: the shipped ones are whole, a user's own is read, and a bad one is refused by name."""
+"""Pins: the shipped ones are complete, a user's pin is read, and a bad one is rejected by name."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, world: World) 
 
 
 def test_the_table_of_heads_is_what_the_pins_say() -> None:
-    """docs/patches.md, 'What each pin serves'. tests/patches/test_architectures.py sees it of the tools."""
+    """docs/patches.md, 'What each pin serves'. tests/patches/test_architectures.py checks it with the tools."""
     text = (Path(__file__).parents[2] / "docs" / "patches.md").read_text(encoding="utf-8")
     header, _, *lines = text[text.index("| architecture | ") :].split("\n\n")[0].splitlines()
     pins = [load_pin(name.strip()) for name in header.split("|")[2:4]]

@@ -1,4 +1,4 @@
-"""The patch series: applied, shown and saved, byte for byte; and never at the cost of somebody's work."""
+"""The patch series: applied, shown and saved, byte for byte, without ever losing anybody's work."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_apply_and_save_again_changes_no_byte(
 
 
 def test_letters_of_other_flags_and_versions(series: World, apex: Apex) -> None:
-    """What git format-patch writes by default counts as the same patch; saving brings it into our form, once."""
+    """The default output of git format-patch counts as the same patch; saving converts it to our form, once."""
     for file in series.patches.glob("*.patch"):
         file.unlink()
     git(series.tree, "format-patch", "--quiet", "-o", str(series.patches), "apex-base")
@@ -109,7 +109,7 @@ def test_comments_and_other_files_stay(series: World) -> None:
 
 
 def test_what_is_the_users_own_beside_the_series_stays(series: World) -> None:
-    """Folders, links, and a patch that the series does not name yet."""
+    """Folders, links, and a patch that the series does not list yet."""
     (series.patches / "notes" / "more").mkdir(parents=True)
     (series.patches / "notes" / "more" / "one.txt").write_text("mine")
     (series.patches / "link").symlink_to("notes/more/one.txt")

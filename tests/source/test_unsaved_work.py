@@ -1,4 +1,4 @@
-"""Work in a tree that is saved nowhere else: no verb throws it away, and saving loses nothing."""
+"""Work that exists only in a tree: no verb discards it, and saving loses nothing."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ def test_apply_keeps_unsaved_commits(series: World, apex: Apex) -> None:
 
 
 def test_a_newer_series_replaces_the_older_one(series: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a pull: what apex itself applied may be removed, and files that do not change keep their times (no
-    rebuild).
-    """
+    """Like after git pull: apex may remove commits that it applied; unchanged files keep their times (no rebuild)."""
     monkeypatch.setenv("APEX_SOURCE_DIR", str(tmp_path / "other"))
     other = fetch(series.pin).path
     untouched = (other / IMATRIX).stat().st_mtime_ns
@@ -120,7 +118,7 @@ def test_a_newer_series_replaces_the_older_one(series: World, tmp_path: Path, mo
 
 
 def test_own_commits_survive_a_series_that_lost_them(series: World, apex: Apex) -> None:
-    """Saved, then the saved files were thrown away: the commits in the tree are the only copy again."""
+    """After saving, the saved files were deleted: the commits in the tree are the only copy again."""
     head = git(series.tree, "rev-parse", "HEAD")
     (series.patches / "series").write_text("")
     assert ensure_source(series.pin) == series.tree

@@ -44,7 +44,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields: object)
 
 
 def make_sdist(path: Path, files: Mapping[str, bytes], extra: Callable[[tarfile.TarFile], None] | None = None) -> Path:
-    """As llama-cpp-python's: the tree under vendor/llama.cpp, beside files of its own and a stray .git."""
+    """Like llama-cpp-python's: the tree in vendor/llama.cpp, with other files and a stray .git."""
     top = path.name.removesuffix(".tar.gz")
     with tarfile.open(path, "w:gz") as tar:
         add(tar, f"{top}/CMakeLists.txt", b"project(llama_cpp_python)\n")
@@ -68,7 +68,7 @@ def make_tarball(path: Path, members: Iterable[Member], extra: Callable[[tarfile
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """git as a developer runs it, with an identity and nothing of the machine's."""
+    """Run git like a developer, with an identity but without the machine's configuration."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C"}
     who = ("-c", "user.name=Dev Élan", "-c", "user.email=dev@example.org", "-c", "init.defaultBranch=master")
@@ -85,7 +85,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Everything a test needs: the pin (and its TOML file), where its origins lie, and the tree's folder."""
+    """Everything a test needs: the pin and its TOML file, its origins, and the tree's folder."""
 
     pin: Pin
     toml: Path
@@ -96,9 +96,7 @@ class World:
     cache: Path
 
     def left_over(self) -> list[str]:
-        """Whatever lies about in the source folder and the download cache, apart from whole trees, whole downloads and
-        locks.
-        """
+        """Files left in the source folder and the download cache, except complete trees and downloads, and locks."""
         found = [path.name for path in self.tree.parent.iterdir()] if self.tree.parent.is_dir() else []
         found += [path.name for path in self.cache.rglob("*") if path.is_file()]
         return sorted(name for name in found if name not in (self.tree.name, self.sdist.name))

@@ -1,4 +1,4 @@
-"""What `apex plan --hardware` says each step takes, beside what the tools take."""
+"""What `apex plan --hardware` predicts for each step, compared with what the tools use."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def _peak(command: Sequence[str | Path], folder: Path) -> int:
 
 
 def _high_water(pid: int) -> int:
-    """Bytes that a process had in memory at its peak so far, its mapped files among them.
+    """Peak memory of a process so far in bytes, including mapped files.
 
-    Not ru_maxrss: that has the peak of the Python which started it, too.
+    Not ru_maxrss, which includes the peak of the Python process that started it.
     """
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
@@ -109,7 +109,7 @@ def test_evaluation(testbed: Path, tools: Toolset, needed: dict[str, Need], held
 
 
 def test_a_server(testbed: Path, tools: Toolset, place: Workplace, heldout: Path, tmp_path: Path) -> None:
-    """With its context filled: buffers that are allocated and never used take no memory."""
+    """With a full context: allocated buffers that are never used take no memory."""
     context = 8192
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

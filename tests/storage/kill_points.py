@@ -1,7 +1,7 @@
 """Kill a piece of Python before each of its system calls in turn: the kernel stops it there (ptrace), and it gets
 SIGKILL.
 
-Linux only, as is all of apex-build; the child is a fork of this process, so that nothing is imported again.
+Linux only, like all of apex-build; the child is a fork of this process, so that nothing is imported again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run_until(work: Callable[[], object], stop: int | None) -> int | None:
 
 
 def traceable() -> bool:
-    """Whether this machine lets a process be traced by its parent."""
+    """Whether this machine lets a parent process trace its child."""
     try:
         return run_until(lambda: None, None) is not None
     except (OSError, AssertionError):

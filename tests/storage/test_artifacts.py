@@ -42,7 +42,7 @@ class Said:
 
 
 def make(out: Path, content: str, *, reuse: bool = True, replace: Replace = "own") -> bool:
-    """Whether it was made now."""
+    """Make it; returns whether it was made now."""
     with making(Artifact(out, IMATRIX, {"content": content}), reuse=reuse, replace=replace) as draft:
         if draft.found:
             return False
@@ -65,7 +65,7 @@ def make_folder(folder: Path, content: str, *, movable: bool = True) -> bool:
 
 
 def state_of_file(out: Path) -> str:
-    """What is there, by its manifest. AssertionError where the two are not of one run."""
+    """The existing output, by its manifest. Raises AssertionError if the two are from different runs."""
     if not out.exists():
         return "nothing"
     found = manifest_of(out, beside(out, MANIFEST))
@@ -88,7 +88,7 @@ def state_of_folder(folder: Path) -> str:
 def kill_everywhere(
     root: Path, before: Callable[[Path], object], work: Callable[[Path], object], state: Callable[[Path], str]
 ) -> int:
-    """Do the work again and again, killed one stop later each time. Returns how many stops there were."""
+    """Do the work repeatedly, killing it one stop later each time. Returns the number of stops."""
     seen: list[str] = []
     for stop in range(100_000):
         place = root / f"{stop}"
@@ -197,8 +197,8 @@ def test_a_run_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_manifests_from_before_there_was_a_schema(tmp_path: Path) -> None:
-    """Those that this version's predecessors wrote are known, with what they say; a newer one is known and not used
-    again.
+    """Manifests from earlier versions are understood; one from a newer version is recognized, but its output is not
+    reused.
     """
     out = tmp_path / "x"
     out.write_text("text")

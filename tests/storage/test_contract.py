@@ -1,4 +1,4 @@
-"""No verb writes a file by itself: all go through the artifact protocol, or through `outputs.write_text`."""
+"""No verb writes files directly: all use the artifact protocol or `outputs.write_text`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_verb_and_no_stage_writes_by_itself() -> None:
 
 
 def test_what_has_a_manifest_is_made_by_the_mechanism() -> None:
-    """Each wrote it by hand before."""
+    """Each verb had its own code for this before."""
     users = {
         "calibration/run.py": "making", "calibration/merge.py": "making", "quantization/run.py": "making",
         "conversion/convert.py": "making", "evaluation/task.py": "making", "conversion/environment.py": "making_folder",

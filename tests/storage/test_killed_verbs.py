@@ -1,6 +1,4 @@
-"""The verbs, killed at random moments: what is there afterwards is the old file or the new one, each with its own
-manifest.
-"""
+"""Kill the verbs at random moments: afterwards the old file or the new one exists, each with its own manifest."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ def command(*words: object) -> list[str]:
 
 
 def kill_at_random(words: list[str], seed: int) -> tuple[int, float]:
-    """Run it once to time it, then kill it again and again. Returns how often it was killed."""
+    """Run it once to time it, then kill it repeatedly. Returns how often it was killed."""
     chance, began = random.Random(seed), time.monotonic()
     subprocess.run(words, check=True, capture_output=True)
     takes, killed = time.monotonic() - began, 0
@@ -42,7 +40,7 @@ def kill_at_random(words: list[str], seed: int) -> tuple[int, float]:
 
 
 def check_state(words: list[str]) -> None:
-    """AssertionError where a file is there that its manifest was not written for."""
+    """Raises AssertionError if a file exists that does not match its manifest."""
     out = Path(words[words.index("-o") + 1])
     found = manifest_of(out, beside(out, MANIFEST))
     assert out.exists() and found is not None and found.describes(out), f"{out}: a file without its own manifest"
@@ -90,7 +88,7 @@ def test_calibrate(testbed: Path, tools: Toolset, tmp_path: Path) -> None:
 
 
 def test_build_from_the_cache(tools: Toolset) -> None:
-    """A finished build is used again, whenever an earlier run was killed."""
+    """A finished build is reused, whenever an earlier run was killed."""
     words, chance, killed = command("build", "--backend", "cpu"), random.Random(5), 0
     for _ in range(KILLS):
         child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""`draft_head=auto`: measured on the model at hand, kept, resumed after an interruption, refused where nothing can be
+"""`draft_head=auto`: measured on the given model, cached, resumed after an interruption, refused if it cannot be
 measured.
 """
 
@@ -36,7 +36,7 @@ AUTO = ("--policy", "i-nano", *SMALL, "--set", "draft_head=auto", "--threads", "
 def question(
     tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Question:
-    """Eight chunks of two texts, in a cache of its own: what is looked at is how it is chosen and kept."""
+    """Eight chunks of two texts, in a separate cache: these tests check how a mixture is chosen and cached."""
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
     plugins = load_plugins()
     texts = {name: heldout / f"{name}.txt" for name in ("chat", "code")}
@@ -48,13 +48,13 @@ def question(
 
 
 def measured(files: Iterable[Path]) -> list[str]:
-    """Identities of the rows that have figures."""
+    """Identities of the rows with figures."""
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [one["identity"] for one in rows if one["measured"]]
 
 
 def row(value: str, size: int, loss: tuple[float, float, float], *, baseline: bool = False) -> Row:
-    """`loss` of agreement in points; half as many hundredths of tokens a step."""
+    """A `loss` of agreement in points, and half as many hundredths of tokens a step."""
     low, high = -loss[2], -loss[1]
     figures = (
         Figure(AGREEMENT, 70.0, 69, 71, "%", 8000, better="higher", paired=f"{AGREEMENT}.difference"),

@@ -1,4 +1,4 @@
-"""A sweep's rows and manifest, killed before and after each system call: the old ones or the new ones."""
+"""Kill a sweep before and after each system call: its rows and manifest are the old ones or the new ones."""
 
 from __future__ import annotations
 

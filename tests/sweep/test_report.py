@@ -1,4 +1,4 @@
-"""Losses, knees, and the table of a sweep, from rows as a sweep gives them."""
+"""Losses, knees, and the table of a sweep, from rows like a sweep's."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_knee_by_the_estimate_and_by_the_interval() -> None:
 
 @pytest.mark.parametrize("name", ["wer", "nll", "loss", "latency", "depth1.kld"])
 def test_which_direction_is_better_is_what_the_figure_says(name: str) -> None:
-    """Whatever it is called: a word in a name says nothing."""
+    """Whatever its name: words in a name mean nothing."""
 
     def rows(better: Literal["", "lower", "higher"]) -> list[Row]:
         def figures(value: float, change: float) -> dict[str, tuple[Figure, ...]]:
@@ -196,7 +196,7 @@ def test_scores_that_were_not_measured() -> None:
 
 
 def test_rows_come_back_whatever_a_note_holds(tmp_path: Path) -> None:
-    """JSON lets other line breaks than the line feed stand in a text."""
+    """JSON allows unescaped line breaks other than the line feed in strings."""
     odd = replace(ROWS[0], figures={"mine": (Figure("score", 1.0, note="two\u2028lines\x85and more"),)})
     write_rows(results_of(tmp_path, {}), [odd, ROWS[1]])
     assert read_rows(tmp_path) == {row.identity: row for row in (odd, ROWS[1])}

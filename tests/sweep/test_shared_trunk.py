@@ -1,4 +1,4 @@
-"""Files made from one trunk are bit for bit those that are made in one go."""
+"""Files made from a shared trunk are bit-identical to files made in one go."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`apex sweep`: the points, the baseline, what is recorded and reused, what an interruption leaves, and what is
-refused.
-"""
+"""`apex sweep`: points and baseline, what is recorded and reused, what an interruption leaves, what is rejected."""
 
 from __future__ import annotations
 
@@ -92,7 +90,7 @@ def ran(scales: Path) -> list[str]:
 def test_both_curves_scored_and_shown(
     tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    """With the evaluator that sweeps are for: paired with Q8_0, refused where the tools refuse, drawn."""
+    """With the evaluator that sweeps are for: paired with Q8_0, refused where the tools refuse, plotted."""
     out = tmp_path / "out"
     over, small = (
         "draft_head=Q8_0,q4_k,IQ2_XXS",
@@ -447,8 +445,8 @@ def test_the_disk_is_looked_at_before_the_first_file(
 def test_what_the_values_change_is_seen_from_the_plans(
     testbed: Path, calibrated: Path, tools: Toolset, heldout: Path, tmp_path: Path
 ) -> None:
-    """The policy that docs/policies.md prints has its own name for the head's experts: it is a sweep of the head
-    nevertheless.
+    """The policy printed in docs/policies.md has its own name for the head's experts, but this is still a sweep of the
+    head.
     """
     page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
     code = page.partition("    # my-policies/plugin.py\n")[2].partition("    {# my-policies/")[0]
@@ -493,7 +491,7 @@ def test_imatrices_of_two_runs_have_a_trunk_each(
 
 
 def _of_another_model(imatrix: Path, out: Path) -> Path:
-    """An imatrix whose entries are of layers that the testbed does not have."""
+    """An imatrix with entries for layers that the testbed lacks."""
     import gguf
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""The imatrix without the head's entries: the others bit for bit, and nothing said about the head."""
+"""The imatrix without the head's entries: all others are bit-identical, and nothing mentions the head."""
 
 from __future__ import annotations
 

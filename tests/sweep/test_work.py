@@ -1,4 +1,4 @@
-"""What planning and quantizing cost, counted: headers that are read, tools and children that are started."""
+"""Count what planning and quantizing cost: headers read, tools and child processes started."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ sys.addaudithook(_started)  # there is no taking it back
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Children by name of the tool or module, and headers by name of the file."""
+    """Counts of child processes by tool or module, and of headers by file name."""
     counts: Counter[str] = Counter()
     parse = header._parse
 

@@ -1,8 +1,7 @@
-"""Small GGUF models with random weights, one of each architecture whose draft head llama.cpp's `latest` pin can run.
+"""Small GGUF models with random weights, one for each architecture whose draft head the pin `latest` can run.
 
-Names and shapes are those of src/models/*.cpp of that pin, written in ggml's order (row length first), with the
-testbed's vocabulary. They say nothing of quality: they are there to see that every matrix is evaluated, counted and
-quantized.
+Names and shapes are from that pin's src/models/*.cpp, in ggml's order (row length first), with the testbed's
+vocabulary. They do not show quality, only that every matrix is evaluated, counted and quantized.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ Tensor = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a file of it holds.
+    """The content of a file of this architecture.
 
-    `block` yields the tensors of a block, without its number; `unused`: ends of the names of matrices in the head that
-    its graph leaves out; `rows`: the trunk's hidden rows that the head takes.
+    `block` yields the tensors of a block, without its number; `unused`: name suffixes of matrices in the head that its
+    graph does not use; `rows`: the trunk's hidden rows that feed the head.
     """
 
     name: str
@@ -55,9 +54,9 @@ def write_model(
 ) -> Path:
     """A model of that architecture, with the tokenizer of the model `vocabulary`.
 
-    `heads`: more or fewer than usual; `own`: each head has token embeddings and an output matrix of its own; `split`:
-    a head has attn_q, attn_k and attn_v where it usually has attn_qkv; `only_said`: the metadata tell of heads that the
-    file has no tensors of.
+    `heads`: number of heads, if not the usual one; `own`: each head has its own token embeddings and output matrix;
+    `split`: a head has attn_q, attn_k and attn_v instead of attn_qkv; `only_said`: the metadata declare heads that
+    have no tensors in the file.
     """
     base = ARCHITECTURES[name]
     arch = base if heads is None else build(name, heads)
@@ -331,7 +330,7 @@ def _mimo2(heads: int) -> Architecture:
 
 
 def _exaone_moe(heads: int) -> Architecture:
-    """llama.cpp loads its head, and has no graph for it."""
+    """llama.cpp loads its head, but has no graph for it."""
 
     def block(layer: int, head: bool) -> Iterator[Tensor]:
         yield from _norms("attn_norm", "ffn_norm")

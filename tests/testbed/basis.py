@@ -1,21 +1,21 @@
 """Write a trained testbed in another basis, in which quantization costs what it costs a large model: `python
 tests/testbed/basis.py TRAINED OUT`.
 
-A model trained for an hour is far too kind to low bits: its weights hold little, and it lacks the activation outliers
-of large ones. The changes here are exact: the model computes the same (main() checks it), only its weights are harder
-to round. Per part (trunk, head):
+A model trained for an hour loses far too little at low bits: its weights contain little information, and it lacks the
+activation outliers of large models. The changes here are exact: the model computes the same (main() checks it), but its
+weights are harder to round. Per part (trunk, head):
 
 spare    The hidden state is widened from 192 to 256 channels: in every group of 4, the 3 trained channels and an empty
-         one are rotated into one another. Each matrix that reads the hidden state then has a quarter of its input
-         directions in which this text never has anything, and weights there: `spare` times as large as those in use. So
-         are most weights of a large model: they serve input that the text at hand does not contain, and they set the
-         scales of the blocks that they share with those in use. It raises the loss of all types by about one factor.
-spread   Norm weights times s, the columns of the matrices that read them divided by s; s log-normal with this sigma.
-         Likewise the rows of up and v against the columns of down and o. These are the activation outliers of large
-         models. It raises the loss of k-quants most, and what an imatrix is worth.
+         one are mixed by a rotation. Each matrix that reads the hidden state then has a quarter of its input directions
+         unused by any text, with weights `spare` times as large as those in use. Most weights of a large model are like
+         that: they serve other input, and set the scales of the blocks that they share with weights in use. This raises
+         the loss of all types by about the same factor.
+spread   Norm weights are multiplied by s and the columns of the matrices that read them divided by s; s is log-normal
+         with this sigma. Likewise the rows of up and v, and the columns of down and o. These are the activation outliers
+         of large models. This raises the loss of k-quants most, and makes an imatrix more valuable.
 
-The final norm's weights are the same within a group of 3 (model.py), so that it commutes with the rotation, and are
-not divided out: the head reads the rows that it gives.
+The final norm's weights are equal within a group of 3 (model.py), so that it commutes with the rotation. They are not
+divided out: the head reads the rows after this norm.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ SMALL = (
 
 
 class Basis:
-    """The rotation, and what is drawn: one generator, so that a seed gives one model."""
+    """The rotation and the random numbers, from one generator, so that a seed gives one model."""
 
     def __init__(self, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
@@ -109,9 +109,7 @@ class Basis:
 
 
 def widened(tensors: Tensors, dials: dict[str, Dial], seed: int = 24025) -> Tensors:
-    """All tensors of a checkpoint in the new basis. Norm weights are kept as Qwen3.5 stores them: w, where 1 + w is
-    meant.
-    """
+    """All tensors of a checkpoint in the new basis. Norm weights are stored like Qwen3.5's: w stands for 1 + w."""
     basis, out = Basis(seed), dict(tensors)
     out["model.embed_tokens.weight"] = basis.writer(tensors["model.embed_tokens.weight"].T).T
     groups = (1 + tensors["model.norm.weight"])[::CHANNELS]
@@ -145,7 +143,7 @@ def _block(basis: Basis, tensors: Tensors, out: Tensors, block: str, dial: Dial)
 
 
 def _inner(basis: Basis, out: Tensors, block: str, dial: Dial) -> None:
-    """Rows of up against columns of down, rows of v against columns of o: nothing between them mixes channels."""
+    """Scale rows of up and columns of down, rows of v and columns of o: nothing between them mixes channels."""
     for up, down in (("mlp.up_proj", "mlp.down_proj"), ("mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")):
         if (name := f"{block}.{up}.weight") in out:
             scale = basis.scales(out[name].shape[0], dial)
@@ -209,7 +207,7 @@ def main() -> None:
 
 
 def logits(kind: str, settings: dict[str, Any], tensors: Tensors) -> torch.Tensor:
-    """Of trunk and head, over random tokens."""
+    """The logits of trunk and head on random tokens."""
     from model import Testbed, config
 
     cfg = config({"<|im_end|>": settings["eos_token_id"], "<|endoftext|>": settings["pad_token_id"]}, kind)

@@ -1,4 +1,4 @@
-"""The text that the testbed is trained on: what any machine with Python has, and generated dialogues. None of it is
+"""The training text of the testbed: text that every machine with Python has, and generated dialogues. None of it is
 committed.
 """
 
@@ -27,7 +27,7 @@ def _template() -> Template:
 
 
 def render(dialogue: Mapping[str, Any], **variables: object) -> str:
-    """A dialogue as the testbed's chat template writes it."""
+    """A dialogue, formatted with the testbed's chat template."""
     return _template().render(messages=dialogue["messages"], tools=dialogue.get("tools"), **variables)
 
 
@@ -50,7 +50,7 @@ def standard_library() -> list[str]:
 
 
 def topics() -> list[str]:
-    """The language reference as `help()` shows it."""
+    """The language reference, as shown by `help()`."""
     from pydoc_data.topics import topics as texts
 
     return [texts[key] for key in sorted(texts)]

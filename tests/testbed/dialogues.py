@@ -251,7 +251,7 @@ TRAIN: dict[str, list[Family]] = {
 }
 
 def generate(families: dict[str, list[Family]], domain: str, seed: int) -> Iterator[Dialogue]:
-    """Dialogues of one domain without end, the families in turn; the same seed gives the same dialogues."""
+    """Endless dialogues of one domain, from all families in turn; the same seed gives the same dialogues."""
     random = Random(f"{domain}/{seed}")
     while True:
         for family in families[domain]:

@@ -1,4 +1,4 @@
-"""Dialogues made of what Python packages document: thousands of functions, so that hardly a sentence comes twice.
+"""Dialogues made from the documentation of Python packages: thousands of functions, so that sentences hardly repeat.
 
 Part of the testbed's training text. Read from the packages that training needs anyway (the standard library, torch,
 transformers, NumPy) when it runs; none of it is committed.
@@ -81,7 +81,7 @@ class Documented:
 
 
 def documented() -> list[Documented]:
-    """Everything with a docstring of some length, in a fixed order, each docstring once."""
+    """Everything with a long enough docstring, in a fixed order, each docstring once."""
     found, seen = [], set()
     for module, path in _modules():
         try:
@@ -116,7 +116,7 @@ def _modules() -> Iterator[tuple[str, Path]]:
 
 
 def paragraphs(text: str, limit: int = 900) -> str:
-    """The docstring's beginning, in whole paragraphs as far as they fit."""
+    """The first paragraphs of the docstring, as many as fit."""
     kept = ""
     for paragraph in text.split("\n\n"):
         if kept and len(kept) + len(paragraph) > limit:
@@ -181,7 +181,7 @@ def reasoning(item: Documented, r: Random) -> Dialogue | None:
 
 
 def explained(item: Documented, r: Random) -> Dialogue:
-    """A choice between this function and another use, with the reason: reasoning for what has no example."""
+    """A choice between this function and another, with the reason: reasoning for functions without examples."""
     rest = paragraphs(item.text.partition("\n\n")[2] or item.text, 500)
     asked = r.choice(
         (
@@ -209,7 +209,7 @@ def _value(argument: str, r: Random) -> tuple[str, Any]:
 
 
 def tool_call(items: list[Documented], r: Random) -> Dialogue:
-    """A call of the first item's function; the others are offered too."""
+    """A call of the first item's function; the others are offered as well."""
     tools = []
     for item in items:
         properties = {a: {"type": _value(a, r)[0]} for a in item.arguments}
@@ -252,7 +252,7 @@ def tool_call(items: list[Documented], r: Random) -> Dialogue:
 
 
 def dialogues(seed: int) -> dict[str, list[Dialogue]]:
-    """Dialogues by domain, each documented thing once in each domain it suits, in an order drawn from the seed."""
+    """Dialogues by domain, with each documented item once per suitable domain, shuffled by the seed."""
     items = documented()
     r = Random(f"documented/{seed}")
     r.shuffle(items)

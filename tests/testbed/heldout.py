@@ -1,9 +1,8 @@
 """Make the held-out text and prompts: `python tests/testbed/heldout.py` (writes tests/testbed/heldout/).
 
-They are the built-in evaluation set (evaluation_sets/), as the testbed's chat template writes it: dialogues and
-source files that were written for this project, on many topics, none of them in the training text. A sentence
-template that came again and again would make agreement brittle: one choice of the model, right or wrong, would count
-many times.
+They are the built-in evaluation set (evaluation_sets/), formatted with the testbed's chat template: dialogues and
+source files written for this project, on many topics, none of them in the training text. Repeated sentence templates
+would make agreement unreliable: a single choice of the model, right or wrong, would count many times.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def text(domain: str) -> str:
 
 
 def beginning(document: dict[str, Any]) -> str:
-    """A conversation up to its first answer, a source file up to its middle."""
+    """A conversation up to its first answer, or the first half of a source file."""
     if "text" in document:
         lines = document["text"].splitlines(keepends=True)
         return "".join(lines[: min(40, len(lines) // 2)])

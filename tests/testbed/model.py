@@ -1,13 +1,13 @@
-"""The testbed's models: transformers' Qwen3.5 trunks with a multi-token-prediction head of our own beside them.
+"""The testbed's models: transformers' Qwen3.5 trunks, and our own multi-token-prediction heads.
 
-transformers drops `mtp.*` tensors on load and has no module for them. The heads here are what llama.cpp's `graph_mtp`
-of qwen35moe and qwen35 compute, and their parameters carry the names that Qwen's checkpoints use, so that the
+transformers drops `mtp.*` tensors on load and has no module for them. The heads here compute the same as `graph_mtp`
+in llama.cpp's qwen35moe and qwen35, and their parameters have the names used in Qwen's checkpoints, so that the
 converter understands them.
 
-The final norm is uneven and kept so: its weights are drawn log-normal before training and frozen. In a model as small
-as this they would stay nearly flat, and the hidden rows before and after the norm would be the same to a head that
-normalizes them once more; in real models they are not. Neighbouring channels share a weight (CHANNELS of them), which
-is what lets basis.py turn them into one another.
+The final norm is uneven: its weights are log-normal random numbers, frozen before training. In such a small model
+trained weights would stay nearly equal, and the hidden rows before and after the norm would look the same to a head
+that normalizes them again; in real models they differ. Groups of CHANNELS neighbouring channels share a weight, so that
+basis.py can rotate them into one another.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class MTPHead(nn.Module):
 
 
 class Testbed(nn.Module):
-    """Trunk and head together; `forward` gives the logits of both."""
+    """Trunk and head together; `forward` returns the logits of both."""
 
     def __init__(self, cfg: Any, kind: str) -> None:
         super().__init__()
@@ -103,11 +103,10 @@ class Testbed(nn.Module):
             norm.weight.requires_grad_(False)
 
     def forward(self, ids: torch.Tensor, depth: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """ids [batch, T] -> trunk logits [batch, T, vocab], and the head's for each depth d from 1: [batch, T-d,
-        vocab].
+        """ids [batch, T] -> trunk logits [batch, T, vocab], and the head's for each depth d >= 1: [batch, T-d, vocab].
 
         Row t of the trunk predicts x(t+1); row t of the head at depth 1 has seen x(t+1) and h(t), and predicts
-        x(t+2). At depth 2 it is given its own normed row in place of h, as in drafting.
+        x(t+2). At depth 2 it gets its own normed row instead of h, as in drafting.
         """
         self.routing.clear()
         logits = self.trunk(input_ids=ids, use_cache=False).logits
@@ -133,9 +132,7 @@ class Testbed(nn.Module):
         return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors as Qwen's own checkpoints look, the head's tensors as `mtp.*`, in
-        float32.
-        """
+        """Write config.json and model.safetensors like Qwen's checkpoints, with the head as `mtp.*`, in float32."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.trunk.state_dict().items()}
         tensors |= {

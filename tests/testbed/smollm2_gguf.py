@@ -1,12 +1,11 @@
 """A real trunk with a trained draft head as GGUF: `python tests/testbed/smollm2_gguf.py HEAD OUT.gguf`.
 
-HEAD is smollm2-head-moe.safetensors.zst or smollm2-head-dense.safetensors.zst of this folder, or what smollm2_head.py
-writes.
+HEAD is smollm2-head-moe.safetensors.zst or smollm2-head-dense.safetensors.zst in this folder, or an output of
+smollm2_head.py.
 
-The trunk is SmolLM2-135M, padded as smollm2.py does, as the layers of an architecture whose head can be trained for it
-(smollm2_head.py): `moe` makes a glm4moe file whose trunk layers are all dense, `dense` a mimo2 file. Both architectures
-have heads that run at the pin `latest`. Rotary embedding goes by halves there, so query and key rows are put in that
-order.
+The trunk is SmolLM2-135M, padded like in smollm2.py and stored as the layers of an architecture whose head can be
+trained for it (smollm2_head.py): `moe` makes a glm4moe file whose trunk layers are all dense, `dense` a mimo2 file. The
+pin `latest` can run heads of both. They use rotary embedding by halves, so query and key rows are reordered for that.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def head_tensors(file: Path) -> tuple[str, dict[str, Array]]:
 
 
 def wide(name: str, values: Array) -> Array:
-    """A tensor of the head with zeros for the channels and heads that are new."""
+    """A tensor of the head, padded with zeros for the new channels and heads."""
     if values.ndim == 1:
         return np.pad(values * np.float32(np.sqrt(SHRINK)), (0, WIDE - HIDDEN))
     if name == "nextn.eh_proj":

@@ -1,9 +1,10 @@
 """Draft heads for a real trunk: `python tests/testbed/smollm2_head.py OUT_DIR [--device cuda] [--seconds 150]`.
 
 Trains two heads at once on the frozen trunk of SmolLM2-135M (smollm2.py): `moe`, a GLM-4.5 block of 16 routed experts
-and a shared one that is fed the rows after the final norm, and `dense`, a MiMo-V2 block that is fed the rows before it,
-as these architectures are in llama.cpp. Each learns to say what the trunk says (the trunk's own distribution is the
-target), for two steps of drafting. Writes moe.safetensors, dense.safetensors (BF16, as real heads come) and train.log.
+and a shared one, which gets the rows after the final norm; and `dense`, a MiMo-V2 block, which gets the rows before it,
+like these architectures in llama.cpp. Each learns to predict the trunk's choices (the target is the trunk's
+distribution), for two steps of drafting. Writes moe.safetensors, dense.safetensors (BF16, like real heads) and
+train.log.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def trunk_weights(file: Path, device: str) -> Weights:
 
 
 def tokenizer_of(file: Path) -> Tokenizer:
-    """The file's tokenizer: byte-level BPE, each digit by itself (llama.cpp's pre-tokenizer `smollm`)."""
+    """The file's tokenizer: byte-level BPE, digits split (llama.cpp's pre-tokenizer `smollm`)."""
     fields = gguf.GGUFReader(file).fields
     tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges"))
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -100,7 +101,7 @@ def trunk(w: Weights, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Head(nn.Module):
-    """One block after eh_proj; parameters carry the names of llama.cpp's tensors, without `blk.N.` and `.weight`."""
+    """One block after eh_proj; parameters are named like llama.cpp's tensors, without `blk.N.` and `.weight`."""
 
     def __init__(self, kind: str, w: Weights) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class Head(nn.Module):
         return self.weights[name.replace(".", "/")]
 
     def forward(self, embeddings: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """embeddings of x(p) and rows h(p-1) -> (what the next step is fed, normed rows that predict x(p+1))."""
+        """embeddings of x(p) and rows h(p-1) -> (input rows of the next step, normed rows that predict x(p+1))."""
         joined = torch.cat([norm(embeddings, self["nextn.enorm"]), norm(rows, self["nextn.hnorm"])], -1)
         x = joined @ self["nextn.eh_proj"].T
         x = x + attention(
@@ -202,8 +203,8 @@ def loss_of(
 
 
 def heldout_agreement(heads: list[Head], w: Weights, tokenizer: Tokenizer, device: str) -> dict[str, Any]:
-    """Percent of positions of heldout/ where the head says what the trunk says, at depth 1, by kind of head; and the
-    trunk's perplexity there, which shows that the trunk is computed as llama.cpp does.
+    """Percentage of positions in heldout/ where the head agrees with the trunk, at depth 1, by kind of head; and the
+    trunk's perplexity there, which shows that it is computed like in llama.cpp.
     """
     found: dict[str, list[float]] = {head.kind: [] for head in heads}
     losses = []

@@ -1,7 +1,7 @@
 """Train a testbed from its seed: `python tests/testbed/train.py OUT_DIR [--kind dense] [--device cuda]`.
 
 Needs torch, transformers, tokenizers and safetensors (the extra `testbed`). Writes a Hugging Face folder in float32
-and a training log; basis.py makes of it what `apex convert` turns into the GGUF that is shipped.
+and a training log; basis.py and then `apex convert` make the shipped GGUF from it.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def streams(tokenizer: Tokenizer, documents: dict[str, list[str]]) -> dict[str, torch.Tensor]:
-    """One long row of token ids a domain, documents joined by the end-of-text token (dialogues follow one another
-    plainly).
-    """
+    """One long row of token ids per domain, with documents joined by the end-of-text token, and dialogues without."""
     out = {}
     for domain, texts in documents.items():
         end = [tokenizer.token_to_id(END_OF_TEXT)] if domain in ("code", "topics") else []
@@ -80,7 +78,7 @@ def streams(tokenizer: Tokenizer, documents: dict[str, list[str]]) -> dict[str, 
 
 
 def batch(text: dict[str, torch.Tensor], rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """[rows, length + 1] token ids; each row from a domain drawn by SHARE, at a random place."""
+    """[rows, length + 1] token ids; each row is from a domain drawn by SHARE, at a random position."""
     weights = torch.tensor([SHARE[domain] for domain in text])
     domains = list(text)
     picked = torch.multinomial(weights, rows, replacement=True, generator=generator)

@@ -1,4 +1,4 @@
-"""Every test of the build works in a cache of its own."""
+"""Every test of the build has a separate cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 @pytest.fixture(scope="session")
 def real_toolkit() -> CudaToolkit:
-    """In the user's cache, where it is needed for more than these tests."""
+    """In the user's cache, since more than these tests need it."""
     try:
         return install()
     except (DownloadFailed, ToolkitUnusable) as error:
@@ -74,7 +74,7 @@ def packed(origin: Origin, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def elsewhere(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of another machine, after everything was packed on the first."""
+    """The cache of a second machine, after everything was packed on the first."""
     folder = tmp_path / "another machine"
     monkeypatch.setenv("APEX_CACHE_DIR", str(folder))
     return folder

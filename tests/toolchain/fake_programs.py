@@ -1,4 +1,4 @@
-"""Programs of a few lines, to stand where a machine has, or has not, a driver or a CUDA toolkit."""
+"""Small stand-in programs for machines with or without a driver or a CUDA toolkit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def script(path: Path, body: str) -> Path:
 
 
 def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, lines: Sequence[str], code: int = 0) -> None:
-    """An nvidia-smi in PATH that answers with these lines."""
+    """An nvidia-smi in PATH that prints these lines."""
     said = "\n".join(f"echo '{line}'" for line in lines)
     script(folder / "nvidia-smi", f"{said}\nexit {code}")
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
 def without_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PATH with everything that compiles, and no nvidia-smi."""
+    """A PATH with the compilers, but without nvidia-smi."""
     folder.mkdir()
     for place in os.environ["PATH"].split(os.pathsep):
         for path in Path(place).glob("*"):
@@ -34,7 +34,7 @@ def without_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def toolkit(root: Path, *, without: Sequence[str] = (), version: str = "13.0.88") -> Path:
-    """A folder with every part of a CUDA toolkit but some, each part empty, and an nvcc that only tells its version."""
+    """A folder with empty files as parts of a CUDA toolkit, except some, and an nvcc that only prints its version."""
     release = version.rpartition(".")[0]
     script(
         root / "bin/nvcc",

@@ -1,4 +1,4 @@
-"""Packed builds, as they are and as somebody changed them."""
+"""Packed builds, unchanged and tampered with."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write(archive: Path, files: Files, more: list[tarfile.TarInfo]) -> Path:
 
 
 def edited(archive: Path, edit: Edit, *, sums: bool = True) -> Path:
-    """A copy in which somebody changed something; with `sums`, somebody who knew to bring both lists up to date."""
+    """A tampered copy; with `sums`, both lists are updated to match."""
     files, more = contents(archive), list[tarfile.TarInfo]()
     edit(files, more)
     if sums:

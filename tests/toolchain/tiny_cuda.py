@@ -1,4 +1,4 @@
-"""A tiny CMake project with a CUDA backend in place of llama.cpp's, and toolkits that are whole or not."""
+"""A tiny CMake project with a CUDA backend instead of llama.cpp, and complete and incomplete toolkits."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ LIMITS = """
 def fake_toolkit(
     root: Path, *, version: str = "13.0.88", codes: str = "80 90 120 121", gcc: int = 15, without: str = " "
 ) -> Path:
-    """What a toolkit says of itself, and no compiler in it. Files whose path holds `without` are left out."""
+    """A toolkit's version files, without a compiler. Files whose paths contain `without` are left out."""
     short = version.rpartition(".")[0]
     major, minor = short.split(".")
     files = {
@@ -120,7 +120,7 @@ def tiny_plan(source: Path, *targets: GpuTarget, ptx: bool = False) -> BuildPlan
 
 
 def part_of(toolkit: CudaToolkit, root: Path, without: Iterable[str]) -> Path:
-    """A copy of a toolkit, in links, without the files whose paths hold one of these words."""
+    """A copy of a toolkit, made of links, without files whose paths contain one of these words."""
 
     def left_out(folder: str, names: list[str]) -> list[str]:
         return [name for name in names if any(word in f"{folder}/{name}"[len(str(toolkit.root)) :] for word in without)]

@@ -1,4 +1,4 @@
-"""A tiny CMake project in place of llama.cpp: a shared library, a tool that links it, and a step that can be made to
+"""A tiny CMake project instead of llama.cpp: a shared library, a tool that links it, and a step that can be made to
 wait.
 """
 
@@ -59,7 +59,7 @@ print("reused" if done.reused else "built")
 
 @dataclass(frozen=True)
 class Gate:
-    """While `path` is there, a build stops at the gate; `pid` then holds the process that waits."""
+    """While `path` exists, a build waits at the gate; `pid` then contains the waiting process's id."""
 
     path: Path
 

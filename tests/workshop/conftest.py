@@ -1,4 +1,4 @@
-"""The small stand-in for llama.cpp of tests/source, and a second pin: a later release of it."""
+"""The small stand-in for llama.cpp from tests/source, and a second pin: a later release of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MakeLater = Callable[[dict[str, bytes | None]], World]
 
 @pytest.fixture
 def run(world: World, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line in this process, with no pin added."""
+    """Run the command line in this process, without adding a pin."""
 
     def run(*arguments: str | Path) -> Said:
         with pytest.raises(SystemExit) as ended:
@@ -34,7 +34,7 @@ def run(world: World, capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def make_later(world: World, tmp_path: Path) -> MakeLater:
-    """A second pin, `later`, whose source differs in these files; None for one that is gone."""
+    """A second pin, `later`, whose source differs in these files; None removes a file."""
 
     def make(changed: dict[str, bytes | None]) -> World:
         files = {name: content for name, content in {**FILES, **changed}.items() if content is not None}

@@ -1,4 +1,4 @@
-"""`apex patch edit`, `new`, `drop`, `reorder`: the series and the tree stay the same thing, and nothing is lost."""
+"""`apex patch edit`, `new`, `drop`, `reorder`: series and tree stay in sync, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_drop_takes_nothing_along(series: World, apex: Apex) -> None:
 
 
 def test_reorder(series: World, apex: Apex) -> None:
-    """The third changes the line beside the first one's: where it comes before, the lines around it differ."""
+    """The third patch changes the line next to the first one's: if it goes first, its context differs."""
     three = LINES.replace("line 10\n", "ten\n").replace("line 13\n", "thirteen\n")
     commit(series.tree, {IMATRIX: three.encode()}, "imatrix: thirteen")
     commit(series.tree, {IMATRIX: three.replace("ten\n", "tenth\n").encode()}, "imatrix: tenth")

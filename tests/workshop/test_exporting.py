@@ -1,6 +1,4 @@
-"""`apex patch export`: mail that git takes, a draft of a pull request for each patch, and upstream's own rules of
-style.
-"""
+"""`apex patch export`: mail for git am, a draft of a pull request for each patch, and upstream's style rules."""
 
 from __future__ import annotations
 

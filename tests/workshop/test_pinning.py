@@ -1,4 +1,4 @@
-"""`apex pin`: a release or a commit becomes a pin; a pin moves on to one that is green, and only to such a one."""
+"""`apex pin`: a release or a commit becomes a pin; a pin moves to another one only if that is green."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from apex_build.workshop import results
 
 
 def release(world: World, name: str = "llama_cpp_python-9.1.tar.gz", commit: str | None = None) -> Path:
-    """A release of the package, in the folder that pip is configured with."""
+    """A release of the package, in the folder that pip is configured to use."""
     top = name.removesuffix(".tar.gz")
     said = f"{commit or world.pin.commit}\n".encode()
     head = f"{top}/.git/modules/vendor/llama.cpp/HEAD"

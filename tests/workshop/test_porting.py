@@ -1,5 +1,5 @@
-"""`apex patch port`: three-way, with a real conflict, continued, skipped and aborted; both series stay, and no work is
-lost.
+"""`apex patch port`: three-way, with a real conflict, continued, skipped and aborted; neither series is lost, nor any
+work.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MOVED = LINES.replace("line 10\n", "line ten\n")  # upstream touched the line th
 
 @pytest.fixture
 def pair(series: World, make_later: MakeLater) -> tuple[World, World]:
-    """Four patches on `tiny`. On `later` the first conflicts, the second applies, the third is there, the fourth's file
-    moved.
+    """Four patches on `tiny`. On `later`, the first conflicts, the second applies, the third is already there, and the
+    file of the fourth has moved.
     """
     commit(series.tree, {"LICENSE": b"MIT or any\n"}, "licence: or any")
     commit(series.tree, {"ggml/src/ggml.c": edited(30, "thirty")}, "ggml: thirty")
@@ -96,7 +96,7 @@ def test_a_conflict_resolved_and_continued(pair: tuple[World, World], run: Run) 
 
 
 def test_a_patch_of_later_work_alone(pair: tuple[World, World], run: Run) -> None:
-    """What the other series has a namesake of is not ported again, however it was changed there."""
+    """A patch whose subject the other series has is not ported again, even if it was changed there."""
     tiny, later = pair
     assert run("patch", "port", "--onto", later.toml, "--from", tiny.toml, "ndern").code == 0
     git(later.tree, "commit", "--quiet", "--amend", "-m", "ggml: ändern\n\nAnd why.")
@@ -148,7 +148,7 @@ def test_aborted_after_some_were_ported(pair: tuple[World, World], run: Run) -> 
 
 
 def test_ended_by_hand(pair: tuple[World, World], run: Run) -> None:
-    """git's own tools may do all of it: commit, or give the patch up."""
+    """The user may also do this with git: commit, or skip the patch."""
     tiny, later = pair
     assert run("patch", "port", "--onto", later.toml, "--from", tiny.toml, "1", "4").code == PatchConflict.exit_code
     (later.tree / IMATRIX).write_text(MOVED.replace("line ten\n", "ten\n"))

@@ -1,4 +1,4 @@
-"""What is said of our patches in drafts of pull requests is said of patches that there are."""
+"""The drafts of pull requests only describe patches that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`apex patch status`: how each patch stands on the pin's source, and what is known of it."""
+"""`apex patch status`: how each patch applies to the pin's source, and what is known about it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from apex_build.workshop.standing import find_patch, stand
 
 
 def test_each_patch_on_what_it_stands_on(series: World) -> None:
-    """On a source where lines came before, one hunk is taken already, and one line differs."""
+    """On a source with added lines, one hunk already applied, and one different line."""
     three = LINES.replace("line 10\n", "ten\n").replace("line 30\n", "thirty\n")
     commit(series.tree, {IMATRIX: three.encode()}, "imatrix: thirty")
     commit(series.tree, {IMATRIX: three.replace("line 50\n", "fifty\n").encode()}, "imatrix: fifty")
@@ -82,7 +82,7 @@ def test_naming_a_patch(series: World) -> None:
 
 
 def test_a_rebase_under_way_is_left_alone(series: World, apex: Apex) -> None:
-    """Its HEAD is in the middle of the series: to apply or to save would lose the rest."""
+    """Its HEAD is in the middle of the series: applying or saving would lose the rest."""
     before = {file.name: file.read_bytes() for file in series.patches.iterdir()}
     git(series.tree, "-c", "sequence.editor=sed -i 1s/pick/edit/", "rebase", "--quiet", "-i", "apex-base")
     head = git(series.tree, "rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""`apex patch test`: the source's tests before and after a series, on a tiny CMake project instead of llama.cpp."""
+"""`apex patch test`: the source's tests without and with a series, on a tiny CMake project instead of llama.cpp."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_both_sides(later: World, run: Run) -> None:
 
 @pytest.mark.parametrize("name", ["test-a", '"test-a"', "[=[test-a]=]", "[==[test-a]==]"])
 def test_the_program_of_a_test(name: str) -> None:
-    """CMake writes a test's name in one of these ways, by its version and policies."""
+    """CMake writes the name of a test in one of these ways, depending on its version and policies."""
     found = upstream_tests.ADDED.fullmatch(f'add_test({name} "/built/bin/test-program"')
     assert found and (found["name"], found["program"]) == ("test-a", "/built/bin/test-program")
 
@@ -146,7 +146,7 @@ def test_a_part_of_the_tests_is_no_whole(later: World, run: Run) -> None:
 
 
 def test_what_a_test_makes_for_another_is_made_first(later: World, run: Run) -> None:
-    """Also where it alone is asked for, and where its maker ran before, for the other side."""
+    """Also if only this test is requested, or if its fixture was made earlier, for the other side."""
     change(later, "#define VALUE (40)\n", "value: in brackets")
     said = run("patch", "test", "--pin", later.toml, "--only", "a-made", "--json")
     found = json.loads(said.out)
@@ -172,7 +172,7 @@ def test_a_source_without_tests(series: World, run: Run) -> None:
 
 
 def test_status_builds_patch_by_patch(later: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second does not compile, the third is fine again."""
+    """The second patch does not compile, the third fixes it."""
     from apex_build.toolchain.backends import Backend
     from apex_build.workshop.each_builds import build_each
     from apex_build.workshop.overview import overview

@@ -1,4 +1,4 @@
-"""Building, for real, a project of two files: once for each set of inputs, whole or not at all."""
+"""Build a real project of two files: once for each set of inputs, completely or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # compiles
 
 
 def visible(cache: Path) -> list[str]:
-    """What of the builds folder somebody else would take for a build."""
+    """Entries of the builds folder that others would take for a build."""
     return sorted(path.name for path in (cache / "builds").glob("*") if not path.name.startswith("."))
 
 
@@ -253,7 +253,7 @@ def test_the_users_own_compiler_cache_is_left_alone(
 
 
 def test_ccache_where_there_is_no_sccache(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A stand-in of three lines that notes what it is asked: it is the launcher's place that matters here."""
+    """A stand-in of three lines that records its arguments: only the launcher's place matters here."""
     ccache = tmp_path / "bin" / "ccache"
     ccache.parent.mkdir()
     ccache.write_text('#!/bin/sh\necho "$CCACHE_BASEDIR $*" >> "$CCACHE_DIR.calls"\nexec "$@"\n')
@@ -275,7 +275,7 @@ def test_without_any_compiler_cache(source: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def processes_with(text: str) -> list[int]:
-    """Processes with this text in their command line or environment, other than ours."""
+    """Processes other than ours with this text in their command line or environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

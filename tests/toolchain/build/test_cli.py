@@ -1,4 +1,4 @@
-"""`apex build` and what it says, on the tiny project and on the tools that all tests share."""
+"""`apex build` and its output, with the tiny project and with the shared tools."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # compiles
 
 @pytest.fixture
 def as_default(source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The verb, with the tiny project in place of the default pin's tree."""
+    """The verb, with the tiny project instead of the default pin's tree."""
     for name in ("ensure_source", "require_tree"):
         monkeypatch.setattr(f"apex_build.cli.build.{name}", lambda *_: source)
     monkeypatch.setitem(BACKENDS, "cpu", TINY.__class__("cpu", {}, TINY.targets))

@@ -1,4 +1,4 @@
-"""What Ninja, CMake and the compiler print when they fail, cut down to what a person needs."""
+"""Output of a failing Ninja, CMake and compiler, shortened to what a person needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA builds for real, with the toolkit from the package index: a tiny project, and three small files of llama.cpp's
+"""Real CUDA builds with the toolkit from the package index: a tiny project, and three small files of llama.cpp's
 backend.
 """
 
@@ -121,7 +121,7 @@ def test_what_is_known_of_the_toolkit_before_it_is_there(toolkit: CudaToolkit) -
 
 
 def test_three_files_of_the_real_backend(toolkit: CudaToolkit, cache: Path, tmp_path: Path) -> None:
-    """Configured as a build for a GPU would be, and compiled as far as a test can."""
+    """Configured like a build for a GPU, and compiled as far as a test can."""
     pin, compiler = load_pin(), find_compiler()
     cuda = plan_cuda([SPARK], compiler, "pypi")
     plan = plan_build(ensure_source(pin), backend_of(cuda, compiler), pin, cuda=cuda)

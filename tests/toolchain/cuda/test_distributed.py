@@ -1,6 +1,4 @@
-"""sccache's distributed mode, on one machine: a scheduler and two servers, which compile C++ and CUDA for a build of
-ours.
-"""
+"""sccache's distributed mode on one machine: a scheduler and two servers compile C++ and CUDA for one of our builds."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def farm(tmp_path: Path) -> Iterator[Path]:
-    """A running scheduler with two servers; the client's configuration."""
+    """Start a scheduler with two servers; yields the client's configuration."""
     program = sccache()
     dist = program.with_name("sccache-dist") if program else None
     bwrap = shutil.which("bwrap")

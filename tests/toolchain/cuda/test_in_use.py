@@ -1,4 +1,4 @@
-"""Which build the other verbs use: the one that was last asked for, whatever it computes on."""
+"""Which build the other verbs use: the last one requested, whatever its backend."""
 
 from __future__ import annotations
 

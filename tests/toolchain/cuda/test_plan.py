@@ -1,6 +1,4 @@
-"""Which toolkit a CUDA build is made with, what is refused before anything is fetched, and the options for each
-machine.
-"""
+"""Which toolkit a CUDA build uses, what is rejected before anything is fetched, and the options for each machine."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ GCC = Compiler(Path("/usr/bin/gcc"), Path("/usr/bin/g++"), "GNU", "12.2.0", "x86
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only toolkit of the machine, as CUDA_HOME names it; nothing is there yet."""
+    """The machine's only toolkit, in CUDA_HOME; the folder does not exist yet."""
     root = tmp_path / "cuda"
     monkeypatch.setattr(cuda_toolkit, "_PLACES", ())
     monkeypatch.setenv("CUDA_HOME", str(root))
@@ -160,8 +158,8 @@ def test_options_that_matter() -> None:
 
 
 def test_aarch64() -> None:
-    """GCC 13, which a DGX Spark comes with, knows no SME: one CPU backend then, that any ARM machine with such a GPU
-    can run.
+    """GCC 13, which a DGX Spark ships with, does not support SME: then there is one CPU backend, which any ARM machine
+    with such a GPU can run.
     """
 
     def of(gcc: int) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""The tools of a CUDA folder on a machine without a GPU, against the CPU build's. Runs where such a build is in the
-cache.
+"""The tools of a CUDA build on a machine without a GPU, compared with the CPU build's. Runs only if such a build is
+cached.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ def cuda_tools(tools: Toolset) -> Toolset:
 
 
 def test_calibration_of_trunk_and_head(cuda_tools: Toolset, tools: Toolset, testbed: Path, tmp_path: Path) -> None:
-    """Other instructions of the CPU are used: sums differ in their last digits, and a token at a tie may go to another
-    expert.
-    """
+    """They use other CPU instructions: sums differ in the last digits, and a tied token may go to another expert."""
     found = []
     for toolset, name in ((tools, "cpu"), (cuda_tools, "cuda")):
         out = tmp_path / f"{name}.imatrix.gguf"
@@ -53,7 +51,7 @@ def test_calibration_of_trunk_and_head(cuda_tools: Toolset, tools: Toolset, test
 def test_quantizing_is_the_same_bit_for_bit(
     cuda_tools: Toolset, tools: Toolset, testbed: Path, calibrated: Path, tmp_path: Path, base: str
 ) -> None:
-    """By llama-quantize itself: apex writes into its files which tools made them."""
+    """Run llama-quantize directly: apex records in its files which tools made them."""
     digests = set()
     for toolset in (tools, cuda_tools):
         out = tmp_path / "out.gguf"
@@ -80,7 +78,7 @@ def test_a_plan_is_carried_out_the_same(
 
 
 def test_nothing_of_the_folder_lies_elsewhere(cuda_tools: Toolset) -> None:
-    """Everything but the driver is found beside the tools, through paths that do not name a place."""
+    """Everything except the driver is found beside the tools, through relative paths."""
     for path in sorted(cuda_tools.bin.iterdir()):
         if path.is_symlink() or path.name.startswith(("libcu", "libnv")):
             continue

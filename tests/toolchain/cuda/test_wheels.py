@@ -1,4 +1,4 @@
-"""The CUDA toolkit from wheels: small ones, from a folder that pip looks in, laid out like the real ones."""
+"""The CUDA toolkit from wheels: small ones with the layout of the real ones, from a folder that pip searches."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def make_wheel(folder: Path, package: str, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder with the wheels, which is all that pip knows."""
+    """The folder with the wheels, pip's only source."""
     folder = tmp_path / "offered"
     folder.mkdir()
     for package, files in PACKAGES.items():
@@ -189,7 +189,7 @@ def test_two_at_once(offered: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_the_pins(machine: str) -> None:
-    """The extra `cuda` names the same versions; each machine type has wheels of its own."""
+    """The extra `cuda` has the same versions; each machine type has its own wheels."""
     wheels = pinned_wheels(machine)
     assert pinned_wheels({"x86_64": "AMD64", "aarch64": "arm64"}[machine]) == wheels
     for name, file in wheels.files.items():
@@ -210,7 +210,7 @@ def test_a_machine_type_without_wheels() -> None:
 
 @pytest.mark.network
 def test_the_index_offers_the_pinned_wheels() -> None:
-    """Both machine types', by their hashes: nothing is downloaded."""
+    """For both machine types, by their hashes: nothing is downloaded."""
     from unearth import PackageFinder
 
     from apex_build.fetching.pip_config import open_session, read_pip_config

@@ -1,4 +1,4 @@
-"""`apex doctor`: what it says of machines that have everything, half of it, or nothing."""
+"""`apex doctor` on machines that have everything, half of it, or nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def doctor() -> dict[str, Any]:
 
 
 def said() -> str:
-    """All of its text, in one line whatever the tables make of it."""
+    """All of its text in one line, regardless of table layout."""
     ran = CliRunner().invoke(apex, ["doctor"], catch_exceptions=False)
     assert ran.exit_code == 0
     return " ".join(ran.stdout.split())

@@ -1,4 +1,4 @@
-"""Finding the compiler, and refusing anything else before work starts."""
+"""Find the compiler, and reject anything else before work starts."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_companion_of_a_named_compiler(
 
 
 def test_the_command_line_says_so_with_its_own_code(tmp_path: Path) -> None:
-    """Nothing is fetched, nothing is started, nothing is left."""
+    """Nothing is fetched, started or left behind."""
     env = {**os.environ, "CXX": str(tmp_path / "nothing"), "APEX_CACHE_DIR": str(tmp_path / "cache")}
     code = (
         "import sys; from pathlib import Path; from apex_build import cli; from apex_build.cli import build\n"

@@ -1,4 +1,4 @@
-"""GPU names and architectures, and what nvidia-smi may say of a machine."""
+"""GPU names and architectures, and possible outputs of nvidia-smi."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_list_gpus() -> None:
 
 
 def test_a_dgx_spark(plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its GPU has no memory of its own."""
+    """Its GPU has no separate memory."""
     nvidia_smi(tmp_path / "bin", monkeypatch, ["NVIDIA GB10, 12.1, [N/A], 580.95.05"])
     assert survey_gpus().gpus == (FoundGpu("NVIDIA GB10", "12.1", None, "580.95.05"),)
     (target,) = targets_of(survey_gpus().gpus, plugins)

@@ -1,4 +1,4 @@
-"""Packing and importing, killed before and after each system call: the old one with its manifest, or the new one."""
+"""Kill pack and import before and after each system call: the old build remains, or the new one, with its manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds as files: packed, and taken in on another machine."""
+"""Builds as files: packed, and imported on another machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def source(origin: Origin) -> Path:
 
 @pytest.fixture
 def toolset(origin: Origin, cache: Path) -> Toolset:
-    """The build, in a cache of this test's own."""
+    """The build, in a cache used only by this test."""
     shutil.copytree(origin.cache / "builds", cache / "builds", symlinks=True)
     (root,) = (path for path in (cache / "builds").iterdir())
     return open_build(root)
@@ -79,7 +79,7 @@ def test_it_runs_when_it_is_unpacked_by_hand(packed: Path, tmp_path: Path) -> No
 
 
 def test_the_key_in_a_manifest_can_be_computed_again(toolset: Toolset, source: Path) -> None:
-    """What build.py adds to a manifest and what its key is made of are told apart by name."""
+    """Manifest keys that build.py adds and inputs of the build's key are told apart by name."""
     assert key_of(toolset.manifest) == toolset.manifest["key"]
     plan = plan_build(source, TINY)
     native = build(plan).toolset
@@ -150,7 +150,7 @@ def test_a_failure_while_packing_keeps_the_file_that_was_there(
 
 @pytest.fixture
 def with_runtime(toolset: Toolset) -> Toolset:
-    """The build with a library of NVIDIA's beside it, as a CUDA build's manifest tells it."""
+    """The build with one of NVIDIA's libraries, as recorded in a CUDA build's manifest."""
     manifest = copy.deepcopy(read_json(toolset.root / MANIFEST))
     for name, text, more in (
         ("bin/libcudart.so.13", b"NVIDIA's", {"part": "cuda-runtime"}),
@@ -192,7 +192,7 @@ def test_with_nvidias_libraries_and_their_licence(
 def test_without_nvidias_libraries(
     with_runtime: Toolset, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is another build then: nobody may take it for the whole one."""
+    """That makes it another build: it must not pass for the complete one."""
     small = pack(with_runtime, source, tmp_path / "small.tar.zst", cuda_runtime=False)
     assert small.left_out == ("libcudart.so.13",)
     assert "bin/libcudart.so.13" not in contents(small.path)

@@ -1,4 +1,4 @@
-"""Packed builds that are not what they say, or not for this machine: each is refused, and leaves nothing behind."""
+"""Packed builds that are not what they claim, or not for this machine: each is rejected and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_manifest_that_is_no_json(packed: Path, elsewhere: Path) -> None:
 
 
 def test_a_tool_that_does_not_start(packed: Path, elsewhere: Path) -> None:
-    """As one does that was linked with a newer C library than this machine's."""
+    """Like one linked with a newer C library than this machine has."""
 
     def replace(files: Files, _: list[tarfile.TarInfo]) -> None:
         files["bin/tool"] = b"#!/bin/sh\necho 'tool: /lib/libc.so.6: version GLIBC_2.99 not found' >&2\nexit 127\n"
@@ -185,7 +185,7 @@ def test_a_tool_that_does_not_start(packed: Path, elsewhere: Path) -> None:
 
 
 def trap(folder: Path) -> tuple[bytes, Path]:
-    """A library that leaves a mark as soon as any program loads it."""
+    """A library that leaves a mark when any program loads it."""
     mark, code = folder / "mark", folder / "trap.c"
     code.write_text(
         f'#include <stdio.h>\n__attribute__((constructor)) void go(void) {{ fclose(fopen("{mark}", "w")); }}\n'
@@ -201,7 +201,7 @@ def trap(folder: Path) -> tuple[bytes, Path]:
     "name", ["bin/libpart.so.1", "bin/libpart.so.1.2", "bin/libggml-blas.so", "bin/libc.so.6", "libpart.so.1"]
 )
 def test_a_library_that_runs_when_it_is_loaded(name: str, packed: Path, elsewhere: Path, tmp_path: Path) -> None:
-    """One that the lists do not know, or know otherwise, is never near a program that is started."""
+    """No program runs beside a library that the lists lack or describe differently."""
     code, mark = trap(tmp_path)
     refused(
         edited(packed, lambda files, _: files.update({name: code}), sums=False),
