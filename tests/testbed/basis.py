@@ -10,9 +10,9 @@ spare    The hidden state is widened from 192 to 256 channels: in every group of
          unused by any text, with weights `spare` times as large as those in use. Most weights of a large model are like
          that: they serve other input, and set the scales of the blocks that they share with weights in use. This raises
          the loss of all types by about the same factor.
-spread   Norm weights are multiplied by s and the columns of the matrices that read them divided by s; s is log-normal
-         with this sigma. Likewise the rows of up and v, and the columns of down and o. These are the activation outliers
-         of large models. This raises the loss of k-quants most, and makes an imatrix more valuable.
+spread   Norm weights are multiplied by s, and the columns of the matrices that read them divided by s; s is log-normal
+         with this sigma. Likewise the rows of up and v, and the columns of down and o. These are the activation
+         outliers of large models. This raises the loss of k-quants most, and makes an imatrix more valuable.
 
 The final norm's weights are equal within a group of 3 (model.py), so that it commutes with the rotation. They are not
 divided out: the head reads the rows after this norm.
