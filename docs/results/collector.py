@@ -129,7 +129,8 @@ def main() -> None:
     basis = "seconds" if gpu or given.threads > 1 else "cpu"
     decoding, stock = each("decoding alone", basis), each("before", basis)
     print(
-        "| | tokens/s | ms a token | CPU ms a token | overhead, of that before | time, of that before | memory, MiB |",
+        "| | tokens/s | ms per token | CPU ms per token | overhead, relative to before | time, relative to before "
+        "| memory, MiB |",
         end="",
     )
     print(" GPU busy, % | GPU memory, MiB |" if gpu else "")
