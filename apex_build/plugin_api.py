@@ -58,8 +58,9 @@ if TYPE_CHECKING:
         share_interval,
         student,
     )
-    from apex_build.evaluation.pace import GENERATED, expect, remember, tokens_of
-    from apex_build.evaluation.probes import Probe, ProbeScore, probe_seconds, run_probes
+    from apex_build.evaluation.pace import GENERATED, expect, remember, tokens_of, work_of
+    from apex_build.evaluation.pace import Estimate as PaceEstimate
+    from apex_build.evaluation.probes import BASELINE, Probe, ProbeScore, probe_seconds, run_probes
     from apex_build.evaluation.reference import reference_logits
     from apex_build.evaluation.task import Prompt, Server, Step, Task
     from apex_build.gguf_model.catalogue import Model, Tensor
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from apex_build.native.server import Draft
     from apex_build.native.tensor_data import Codec, codec
     from apex_build.native.toolset import Toolset
+    from apex_build.native.type_costs import quantize_seconds
     from apex_build.parameters import Value, parse_settings, values_of
     from apex_build.places import cache_folder
     from apex_build.plugin_check import check_plugin
@@ -126,7 +128,9 @@ _LATER = {
         name: ("evaluation.chunked", name)
         for name in ("check_context", "refuse_short", "scored_positions", "text_arguments")
     },
-    **{name: ("evaluation.probes", name) for name in ("Probe", "ProbeScore", "probe_seconds", "run_probes")},
+    **{
+        name: ("evaluation.probes", name) for name in ("BASELINE", "Probe", "ProbeScore", "probe_seconds", "run_probes")
+    },
     **{name: ("gguf_model.catalogue", name) for name in ("Model", "Tensor")},
     **{name: ("evaluation.pace", name) for name in ("GENERATED", "tokens_of")},
     **{
@@ -158,8 +162,9 @@ _LATER = {
     **{name: ("gguf_model.rows", name) for name in ("TensorRows", "mapped_rows")},
     **{name: ("native.tensor_data", name) for name in ("Codec", "codec")},
     **{name: ("quantization.data", name) for name in ("Data", "read_data")},
-    "expect": ("evaluation.pace", "expect"),
-    "remember": ("evaluation.pace", "remember"),
+    **{name: ("evaluation.pace", name) for name in ("expect", "remember", "work_of")},
+    "PaceEstimate": ("evaluation.pace", "Estimate"),
+    "quantize_seconds": ("native.type_costs", "quantize_seconds"),
     "fingerprint": ("gguf_model.fingerprint", "fingerprint"),
     "importance": ("gguf_model.examine", "weights"),
     "cache_folder": ("places", "cache_folder"),
@@ -197,6 +202,7 @@ _LATER = {
 __all__ = [
     "API_VERSION",
     "AUTO_ROWS",
+    "BASELINE",
     "GENERATED",
     "HEAD_ROWS",
     "NORMAL",
@@ -222,6 +228,7 @@ __all__ = [
     "Mark",
     "MeasurementUnfit",
     "Model",
+    "PaceEstimate",
     "Parameter",
     "ParameterUnknown",
     "Part",
@@ -287,6 +294,7 @@ __all__ = [
     "probe_seconds",
     "progress",
     "quantizable_tensors",
+    "quantize_seconds",
     "ratio_interval",
     "read_data",
     "read_head_scores",
@@ -311,6 +319,7 @@ __all__ = [
     "values_of",
     "vocabulary_differs",
     "whole_file",
+    "work_of",
     "workplace",
     "write_file",
     "write_json",

@@ -16,6 +16,10 @@ from apex_build.system import cpus
 
 # A guess if nothing was measured: operations a second of one core, two for each parameter and token.
 _PER_CORE = 1.5e10
+# the same where matrices are large: the parts of a small model are too small to keep a core busy
+_PER_CORE_LARGE = 6e10
+_LARGE = 1e8  # active parameters
+_OF_LARGE = " of large models"
 GENERATED = 6.0  # writing a token takes about as long as reading this many in a batch, on a CPU
 _CHARACTERS = 3.5  # bytes of text in a token, about
 
@@ -40,12 +44,22 @@ def tokens_of(n_bytes: float) -> float:
     return n_bytes / _CHARACTERS
 
 
+def work_of(core_seconds: float) -> float:
+    """Other work than tokens through a model, in the same unit: what a core takes so long for, by the guess."""
+    return core_seconds * _PER_CORE / 2
+
+
+def of_size(kind: str, parameters: float) -> str:
+    """The kind of work, apart for large models: what a small one takes says nothing of them."""
+    return f"{kind}{_OF_LARGE}" if parameters >= _LARGE else kind
+
+
 def expect(kind: str, work: float) -> Estimate:
     """For `work` in tokens times active parameters."""
     known = _known().get(_key(kind))
     if isinstance(known, (int, float)) and known > 0:
         return Estimate(work * known, True)
-    return Estimate(work * 2 / (_PER_CORE * cpus()), False)
+    return Estimate(work * 2 / ((_PER_CORE_LARGE if kind.endswith(_OF_LARGE) else _PER_CORE) * cpus()), False)
 
 
 def remember(kind: str, work: float, seconds: float) -> None:

@@ -28,10 +28,12 @@ from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.gguf_model.mtp_rows import AUTO, tool_arguments
 from apex_build.native.ggml import Ggml
+from apex_build.native.type_costs import quantize_seconds
 from apex_build.places import cache_folder, cache_root, in_use
 from apex_build.storage.digests import sha256_file, sha256_json
 from apex_build.storage.locks import locked_in_thread
 from apex_build.storage.scratch import scratch_folder
+from apex_build.system import cpus
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -39,7 +41,6 @@ Floats = npt.NDArray[np.float64]
 _HEADER = ("probe", "chunk", "n", "kld", "same_top")
 _HEAD = ("n", "agree", "p", "kld", "tokens", "tokens_p")  # of each depth: the columns mtp1_n, mtp1_agree, ...
 _WIDE = ("F32", "F16", "BF16")  # types of a model whose tensors can be quantized in its memory
-_KIND = "probes"  # of pace
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class ProbeScore:
         return clustered_ratio(sums[:, _HEAD.index(what)], sums[:, 0], self.text)
 
 
+BASELINE = Probe("the model as it is")
+
 _Sums = dict[str, dict[int, tuple[float, ...]]]  # key of a probe -> chunk -> the other columns
 
 
@@ -135,13 +138,16 @@ def probe_seconds(
     task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chunks: int, head_depth: int = 0
 ) -> pace.Estimate:
     """How long `run_probes` would take now, its references included; for texts of at least as many chunks."""
-    passes = 0
+    passes, quantizing = 0, 0.0
     task = _with_reference(task)
     for domain in task.texts:
         known = _read(_folder(task, domain, imatrix, head_depth))
-        passes += sum((chunks - start) * len(few) for start, few in _missing(probes, known, chunks).items())
+        for start, few in _missing(probes, known, chunks).items():
+            passes += (chunks - start) * len(few)
+            quantizing += _quantizing(task, few)
         passes += 0 if known else task.number("chunks")
-    return pace.expect(_KIND, _work(task, passes))
+    found = pace.expect(_kind(task), _work(task, passes))
+    return replace(found, seconds=found.seconds + quantizing)
 
 
 def check_probes(task: Task, probes: Sequence[Probe], imatrix: Path | None) -> None:
@@ -230,12 +236,24 @@ def _run(
             *(("--mtp", "--mtp-depth", str(head_depth), *_rows(task)) if head_depth else ()),
             what=f"{task.model.path.name} on {domain or task.texts[domain].name}",
         )
-    pace.remember(_KIND, _work(task, len(chunks) * len(probes)), time.monotonic() - began)
+    seconds = time.monotonic() - began - _quantizing(task, probes)
+    pace.remember(_kind(task), _work(task, len(chunks) * len(probes)), seconds)
 
 
 def _work(task: Task, passes: int) -> float:
     """In what `pace` counts, of evaluations of a chunk."""
     return passes * task.number("context") * pace.active_parameters(task.model)
+
+
+def _kind(task: Task) -> str:
+    return pace.of_size("probes", pace.active_parameters(task.model))
+
+
+def _quantizing(task: Task, probes: Sequence[Probe]) -> float:
+    """Seconds to quantize the tensors of these probes: as much for one chunk as for many, and on a GPU most of it."""
+    sizes = {tensor.name: tensor.n_elements for tensor in task.model.tensors}
+    found = sum(quantize_seconds(kind, sizes[name]) for probe in probes for name, kind in probe.types.items())
+    return found / (task.threads or cpus())
 
 
 def _missing(probes: Sequence[Probe], known: _Sums, chunks: int) -> dict[int, list[Probe]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from apex_build.plugin_api import (
+    BASELINE,
     Chart,
     EvaluateOptions,
     Mark,
@@ -66,7 +67,7 @@ def scored(rows: Sequence[Row], before: Preview, asked: Asked, place: Workplace)
         return []
     task = measure.task_for(before.model, place, before.plan.texts.unseen, asked.check_chunks, asked.threads, "check")
     heads = {tensor.name for tensor in before.model.tensors if tensor.draft_head}
-    probes = [Probe("the model as it is"), *(Probe(row.name, _trunk(row.types, heads)) for row in rows)]
+    probes = [BASELINE, *(Probe(row.name, _trunk(row.types, heads)) for row in rows)]
     base, *scores = run_probes(task, probes, before.data.path, chunks=asked.check_chunks)
     found = []
     for row, score in zip(rows, scores, strict=True):

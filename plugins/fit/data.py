@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apex_build.plugin_api import Data, Model, PolicyTask, Value
+from apex_build.plugin_api import Data, Model, PaceEstimate, PolicyTask, Value
 
 from . import budget, errors, measure
 from .measurement import Measurement
@@ -56,23 +56,23 @@ class Preview:
     at: Path
     known: Measurement | None
     warnings: tuple[str, ...]
-    seconds: tuple[str, str]
-    probes: int
+    expected: measure.Expected
     room: tuple[str, ...] = ()  # how the GPU's memory is used
 
     def lines(self) -> list[str]:
-        errors_, probes = self.seconds
         said = [*self.room]
         if self.known is not None:
             said.append(f"measured before: {self.at}")
         else:
-            said.append(f"errors of {len(self.plan.work.types)} tensors: {errors_ or 'measured before'}")
-            texts = len(self.plan.texts.probed)
-            many = f"{self.probes} probes of {self.plan.chunks} chunks from each of {texts} texts"
-            said.append(f"{many}: {probes or 'measured before'}")
+            expected, texts = self.expected, len(self.plan.texts.probed)
+            said.append(f"errors of {len(self.plan.work.types)} tensors: {_words(expected.errors)}")
+            many = f"{expected.probes} probes of {self.plan.chunks} chunks from each of {texts} texts"
+            said.append(f"{many}: {_words(expected.probing)}")
+            if expected.errors.seconds and expected.probing.seconds:
+                said.append(f"together: {expected.sum}")
         sizes = ", ".join(budget.shown(target) for target in self.targets)
         between = f"(possible: {budget.shown(self.smallest)} to {budget.shown(self.largest)})"
-        return [*said, f"target: {sizes} {between}"]
+        return [*said, f"target: {sizes} {between}", *(f"warning: {one}" for one in self.warnings)]
 
     def json(self) -> dict[str, Any]:
         return {
@@ -80,12 +80,16 @@ class Preview:
             "smallest": self.smallest,
             "largest": self.largest,
             "measured_before": self.known is not None,
-            "errors": self.seconds[0],
-            "probes": self.probes,
-            "probing": self.seconds[1],
+            "errors": str(self.expected.errors) if self.expected.errors.seconds else "",
+            "probes": self.expected.probes,
+            "probing": str(self.expected.probing) if self.expected.probing.seconds else "",
             "measurement": str(self.at),
             "gpu": list(self.room),
         }
+
+
+def _words(expected: PaceEstimate) -> str:
+    return str(expected) if expected.seconds else "measured before"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +24,22 @@ from apex_build.plugin_api import (
     Data,
     Ggml,
     Model,
+    PaceEstimate,
     Step,
     Tensor,
     TensorRows,
     Toolset,
     cache_folder,
     codec,
+    cpus,
     expect,
     fingerprint,
     importance,
     mapped_rows,
+    quantize_seconds,
     remember,
     sha256_json,
+    work_of,
 )
 
 Floats = npt.NDArray[np.float64]
@@ -45,18 +49,16 @@ VERSION = 1  # raise it when a change of the code changes the errors of a tensor
 SAMPLE = 1 << 17  # weights to sample from a tensor; at least one row of each expert
 TASK = "measuring errors"
 
-# type -> microseconds to quantize and restore a thousand weights on one core of 2024; smallest types first
-_COST = {
-    "IQ1_S": 230, "IQ1_M": 1150, "IQ2_XXS": 520, "IQ2_XS": 930, "IQ2_S": 760, "Q2_K": 360, "IQ3_XXS": 1110,
-    "IQ3_S": 800, "Q3_K": 50, "IQ4_XS": 510, "IQ4_NL": 510, "Q4_0": 30, "Q4_1": 180, "Q4_K": 180, "Q5_0": 30,
-    "Q5_1": 180, "Q5_K": 180, "Q6_K": 120, "Q8_0": 10,
-}  # fmt: skip
-TYPES = tuple(_COST)
+# the smallest types first
+TYPES = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0",
+    "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
 # if rows consist of whole blocks of 256, there is always a better type of about the same size
 _FOR_SHORT_ROWS = frozenset({"IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1"})
 _BLOCK = 256
-_PACE = "errors of types"
-_GUESS = 0.75e10  # operations per second and core that `expect` assumes for work it has never timed
+_PACE = "errors of a model's types"
+_CALL = 3e-4  # seconds of a core for each matrix and type, beside the quantizer's own
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,15 @@ def measure(work: Work, *, threads: int, report: Report) -> Errors:
     return {name: {one: known[name][one] for one in types} for name, types in work.types.items()}
 
 
-def seconds(work: Work, threads: int) -> str:
-    """How long `measure` will take, in words; empty if everything is measured."""
+def expected(work: Work, threads: int) -> PaceEstimate:
+    """How long `measure` will take."""
     known = read_kept(work.kept)
     cost = sum(
         _cost(tensor, [one for one in work.types.get(tensor.name, ()) if one not in known.get(tensor.name, {})], work)
         for tensor in work.model.tensors
     )
-    return str(expect(_PACE, cost / threads * _GUESS * threads)) if cost else ""
+    found = expect(_PACE, work_of(cost))  # of all cores
+    return replace(found, seconds=found.seconds * cpus() / threads)
 
 
 def read_kept(path: Path) -> dict[str, dict[str, TypeLoss]]:
@@ -161,12 +164,17 @@ def read_kept(path: Path) -> dict[str, dict[str, TypeLoss]]:
 
 def _cost(tensor: Tensor, types: Sequence[str], work: Work) -> float:
     """Seconds on one core."""
-    return sum(_COST.get(one, 500) for one in types) * 1e-9 * _rows(tensor, work.sample)[1] * tensor.shape[0]
+    weights = _rows(tensor, work.sample)[1] * tensor.shape[0]
+    return sum(quantize_seconds(one, weights) + _CALL * _matrices(tensor) for one in types)
+
+
+def _matrices(tensor: Tensor) -> int:
+    return tensor.shape[2] if len(tensor.shape) > 2 else 1
 
 
 def _rows(tensor: Tensor, sample: int) -> tuple[int, int]:
     """Number of rows to sample from each matrix, and in total."""
-    matrices = tensor.shape[2] if len(tensor.shape) > 2 else 1
+    matrices = _matrices(tensor)
     of_matrix = tensor.n_elements // tensor.shape[0] // matrices
     share = max(1, round(sample / (matrices * tensor.shape[0])))
     return min(of_matrix, share), min(of_matrix, share) * matrices
@@ -213,14 +221,14 @@ def _measure(work: Work, left: Sequence[tuple[Tensor, tuple[str, ...]]], threads
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    remember(_PACE, total * _GUESS, time.monotonic() - began)
+    remember(_PACE, work_of(total) * cpus() / threads, time.monotonic() - began)
 
 
 def _errors(
     tensor: Tensor, types: Sequence[str], data: TensorRows, work: Work, coder: Codec, stop: threading.Event
 ) -> Iterator[tuple[str, TypeLoss]]:
     columns = tensor.shape[0]
-    matrices = tensor.shape[2] if len(tensor.shape) > 2 else 1
+    matrices = _matrices(tensor)
     of_matrix = len(data.rows) // matrices
     each, _ = _rows(tensor, work.sample)
     generator = np.random.default_rng(int.from_bytes(hashlib.sha256(tensor.name.encode()).digest()[:8], "little"))

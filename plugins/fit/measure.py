@@ -9,6 +9,7 @@ from pathlib import Path
 from apex_build.plugin_api import (
     CalibrationSetInvalid,
     Model,
+    PaceEstimate,
     PolicyTask,
     Probe,
     ProbeScore,
@@ -134,13 +135,57 @@ def plain(found: Errors) -> dict[tuple[str, str], float]:
     return {(name, kind): one.error for name, types in found.items() for kind, one in types.items()}
 
 
-def expected(plan: Plan, place: Workplace) -> tuple[str, str, int]:
-    """How long the errors and the probes will take, in words (empty: nothing left to do), and how many probes."""
+@dataclass(frozen=True)
+class Expected:
+    """How long what is not measured yet will take; 0 seconds: all of it is. `probes`: how many there are in all."""
+
+    errors: PaceEstimate
+    probing: PaceEstimate
+    probes: int
+
+    @property
+    def sum(self) -> PaceEstimate:
+        return _sum(self.errors, self.probing)
+
+
+def expected(plan: Plan, place: Workplace) -> Expected:
     some = {name: {kind: errors.TypeLoss(0.1, 0.0) for kind in types} for name, types in plan.work.types.items()}
     _, probes = first(plan, some)
     task = task_for(plan.model, place, plan.texts.probed, plan.most, plan.threads)
-    estimate = probe_seconds(task, probes, plan.imatrix, chunks=plan.chunks)
-    return errors.seconds(plan.work, plan.cores), str(estimate) if estimate.seconds else "", len(probes)
+    found = probe_seconds(task, probes, plan.imatrix, chunks=plan.chunks)
+    if again := min(len(probes), plan.budget // (plan.chunks * len(plan.texts.probed))):
+        found = replace(found, seconds=found.seconds * (1 + again / len(probes)))
+    whole = _of_whole_files(plan, some)
+    found = _sum(found, probe_seconds(task, whole, plan.imatrix, chunks=plan.chunks))
+    heads: list[Probe] = []
+    if plan.head_score:
+        _, heads = head.parts(plan.model, list(plan.work.types), plain(some))
+        found = _sum(found, probe_seconds(task, heads, plan.imatrix, chunks=plan.chunks, head_depth=1))
+    return Expected(errors.expected(plan.work, plan.cores), found, len(probes) + len(whole) + len(heads))
+
+
+def _sum(*some: PaceEstimate) -> PaceEstimate:
+    return PaceEstimate(sum(one.seconds for one in some), all(one.measured for one in some))
+
+
+def _of_whole_files(plan: Plan, found: Errors) -> list[Probe]:
+    """About those that `_anchored` will make: each tensor at the type that is nearest in bits."""
+    assert plan.policy_task is not None
+    ggml = plan.policy_task.ggml
+    heads = {tensor.name for tensor in plan.model.tensors if tensor.draft_head}
+    bits = {kind: ggml.type_traits(kind).bits_per_weight for types in found.values() for kind in types}
+    return [
+        Probe(
+            f"whole, {size:g} bits",
+            {
+                name: min(types, key=lambda kind: abs(bits[kind] - size))
+                for name, types in found.items()
+                if types and name not in heads
+            },
+        )
+        for size in _ANCHORS
+        if min(bits.values(), default=size) <= size <= max(bits.values(), default=size)
+    ]
 
 
 def measure(plan: Plan, place: Workplace) -> Measurement:

@@ -17,7 +17,7 @@ from .errors import TypeLoss
 
 SCHEMA = 1
 KIND = "fit-measurement"
-_AGAIN = "run apex fit MODEL to measure again; it reuses what it has already measured on this model"
+_AGAIN = "apex fit MODEL --measurement NEW measures again into another file, and reuses what it measured on this model"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def check(found: Measurement, model: Model, build: str) -> list[str]:
         raise MeasurementUnfit(
             f"{where} was made with another build of the tools, whose quantizers may make different errors: expected "
             f"{build[:12]}, found {str(found.parts.get('tools'))[:12]}",
-            hint="run apex fit MODEL to measure again; or use the build it was made with: --tools FOLDER",
+            hint="apex fit MODEL --measurement NEW measures again; or --tools FOLDER, the build of that file",
         )
     if found.shapes != shapes_of(model):
         raise MeasurementUnfit(

@@ -89,7 +89,6 @@ def preview(path: Path, asked: Asked, place: Workplace) -> Preview:
         policy_task=replace(task, parameters={**task.parameters, "keep": "", "min": "", "types": ",".join(wanted)}),
     )
     known, warnings = _known(at, plan, model, place, given=asked.measurement is not None)
-    first, second, count = measure.expected(plan, place)
     return Preview(
         model,
         data,
@@ -101,8 +100,7 @@ def preview(path: Path, asked: Asked, place: Workplace) -> Preview:
         at,
         known,
         warnings,
-        (first, second),
-        count,
+        measure.expected(plan, place),
         room,
     )
 

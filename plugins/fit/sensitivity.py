@@ -21,7 +21,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from apex_build.plugin_api import NORMAL, Estimate, Model, Probe, ProbeScore, Tensor, clustered_ratio, student
+from apex_build.plugin_api import BASELINE, NORMAL, Estimate, Model, Probe, ProbeScore, Tensor, clustered_ratio, student
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -33,7 +33,6 @@ Errors = Mapping[tuple[str, str], float]  # (tensor, type in upper case) -> rela
 _LOW = ("Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q2_K", "Q4_K", "Q8_0")
 _HIGH = ("Q5_K", "Q6_K", "Q5_0", "Q8_0", "Q4_K")
 VERSION = 2  # raise it when a change of the code makes other probes, or draws other conclusions from them
-BASELINE = Probe("the model as it is")
 _NOISY = 0.5  # half an interval, relative to the value: less certain probes get more chunks
 _EXPONENTS = (0.5, 2.0)  # bounds of p: if two probes yield a value outside, one of them is noise
 # standard deviations: of p around 1 without probes; of a group's p around the value from its own probes, and around the

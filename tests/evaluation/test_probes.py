@@ -79,11 +79,14 @@ def test_the_time_that_is_left_counts_what_is_missing(task: Task, calibrated: Pa
     texts = {"code": task.texts["code"]}
     one = replace(task, texts=texts)
     before = probe_seconds(one, [PLAIN, LOW], calibrated, chunks=4)
+    longer = probe_seconds(one, [PLAIN, LOW], calibrated, chunks=5)
     reference = one.number("chunks")
     run_probes(one, [PLAIN], calibrated, chunks=4)
     after = probe_seconds(one, [PLAIN, LOW], calibrated, chunks=4)
     if not after.measured:  # a run of less than a second is not remembered
-        assert after.seconds == pytest.approx(before.seconds * 4 / (8 + reference))
+        chunk = (longer.seconds - before.seconds) / 2
+        assert before.seconds - after.seconds == pytest.approx((4 + reference) * chunk)
+        assert after.seconds > 4.01 * chunk, "its tensors are quantized first"
     assert probe_seconds(one, [PLAIN], calibrated, chunks=4).seconds == 0
 
 

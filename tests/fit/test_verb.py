@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from apex_runs import run_apex
+from apex_runs import killed, run_apex
 
 from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import Toolset
@@ -33,27 +30,6 @@ def arguments(testbed: Path, calibrated: Path, heldout: Path) -> list[str]:
         "--threads",
         "1",
     ]
-
-
-def killed(arguments: list[str], said: str, how: signal.Signals) -> str:
-    """Run the verb until it says something, and end it there."""
-    command = [sys.executable, "-u", "-m", "apex_build", *arguments]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert run.stderr is not None
-    lines = []
-    try:
-        for line in run.stderr:
-            lines.append(line)
-            if said in line:
-                break
-        time.sleep(4)
-        run.send_signal(how)
-        rest = run.stderr.read()
-    finally:
-        run.kill()
-        run.wait()
-    assert any(said in line for line in lines), "".join(lines)
-    return "".join(lines) + rest
 
 
 def test_it_is_resumed_in_each_part_and_says_what_it_gave(

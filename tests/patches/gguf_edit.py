@@ -28,8 +28,9 @@ def copy(
     from old.
     """
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(out, "qwen35moe")
-    if "general.architecture" not in reader.fields:  # an imatrix has none
+    architecture = reader.fields.get("general.architecture")
+    writer = gguf.GGUFWriter(out, architecture.contents() if architecture else "")
+    if architecture is None:  # an imatrix has none
         writer.kv_data[0].clear()
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture" or keys.get(name, 0) is None:

@@ -4,7 +4,8 @@ not have.
     python tests/patches/random_moe.py OUT.gguf --layers 4 --type q8_0     # layers like the 35B-A3B's, 256 experts
     python tests/patches/random_moe.py OUT.gguf --hidden 256 --experts 128 --width 64 # small
 
-It needs NumPy and gguf-py (`pip install gguf`). The vocabulary is the testbed's: 2048 tokens.
+It needs NumPy and gguf-py (`pip install gguf`). The vocabulary is the testbed's 2048 tokens; --tokens fills it up with
+tokens that no text has, as for the 35B-A3B's 248,320.
 """
 
 from __future__ import annotations
@@ -105,17 +106,29 @@ def values(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, r
     return np.resize(blocks, (*shape[:-1], shape[-1] // 32 * 34))
 
 
-def random_moe(out: Path, shape: Shape, kind: str = "f16", vocabulary: Path = TESTBED, seed: int = 0) -> Path:
+def filled(name: str, value: Any, count: int) -> Any:
+    """The list of tokens or of their types, with unused ones up to `count`."""
+    if name == "tokenizer.ggml.tokens":
+        return [*value, *(f"<|unused_{number}|>" for number in range(len(value), count))]
+    if name == "tokenizer.ggml.token_type":
+        return [*value, *[int(gguf.TokenType.UNUSED)] * (count - len(value))]
+    return value
+
+
+def random_moe(
+    out: Path, shape: Shape, kind: str = "f16", vocabulary: Path = TESTBED, seed: int = 0, tokens: int = 0
+) -> Path:
     if shape.layers < FULL_ATTENTION:
         raise ValueError("llama.cpp cannot run a trunk without a layer of full attention: at least 4 layers")
     random = np.random.default_rng(seed)
     reader = gguf.GGUFReader(vocabulary)
     writer = gguf.GGUFWriter(out, "qwen35moe")
+    count = max(tokens, len(reader.fields["tokenizer.ggml.tokens"].data))
     for name, field in reader.fields.items():
         if name.startswith("tokenizer."):
             first = field.types[0]
             last = field.types[-1] if first == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), first, sub_type=last)
+            writer.add_key_value(name, filled(name, field.contents(), count), first, sub_type=last)
     writer.add_block_count(shape.layers + 1)
     writer.add_nextn_predict_layers(1)
     writer.add_context_length(8192)
@@ -142,7 +155,7 @@ def random_moe(out: Path, shape: Shape, kind: str = "f16", vocabulary: Path = TE
     writer.add_full_attention_interval(FULL_ATTENTION)
 
     plan = []
-    for name, size in matrices(shape, len(reader.fields["tokenizer.ggml.tokens"].data)):
+    for name, size in matrices(shape, count):
         small = len(size) == 1 or "conv1d" in name or "gate_inp" in name
         plan.append((name, size, TYPES["f32" if small else kind]))
         dtype = {"q8_0": np.uint8, "f16": np.float16, "f32": np.float32}["f32" if small else kind]
@@ -163,10 +176,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("out", type=Path)
     arguments.add_argument("--type", choices=TYPES, default="f16")
+    arguments.add_argument("--tokens", type=int, default=0, help="size of the vocabulary")
     for name, value in vars(Shape()).items():
         arguments.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     given = vars(arguments.parse_args())
-    print(random_moe(given.pop("out"), kind=given.pop("type"), shape=Shape(**given)))
+    out, kind, tokens = given.pop("out"), given.pop("type"), given.pop("tokens")
+    print(random_moe(out, kind=kind, tokens=tokens, shape=Shape(**given)))
 
 
 if __name__ == "__main__":
