@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf_edit
 import pytest
 from apex_runs import run_apex
 
@@ -162,6 +164,35 @@ def test_the_beginning_of_text_is_not_written_twice(model: Model, tmp_path: Path
     for adds, expected in ((None, b"hello;<|im_end|>again;"), (False, b"<|im_end|>hello;<|im_end|>again;")):
         changed = Model(**{**vars(model), "metadata": {**given, "tokenizer.ggml.add_bos_token": adds}})
         assert composed(path, changed, template_file=tmp_path / "bos.jinja").data == expected
+
+
+def test_llama_imatrix_reads_one_beginning_of_text(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
+    """A model that wants one, and a template that writes it too: as many tokens as with a template that does not."""
+    end = 2041  # <|im_end|>
+    begins = {"tokenizer.ggml.add_bos_token": True}
+    model = gguf_edit.copy(testbed, tmp_path / "m.gguf", keys=begins, new={"tokenizer.ggml.bos_token_id": end})
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hello and again"}]}\n')
+    path = make(tmp_path, "", a="")
+    texts = {}
+    for name, begin in (("plain", ""), ("begins", "{{ bos_token }}")):
+        template, text = tmp_path / f"{name}.jinja", tmp_path / f"{name}.txt"
+        template.write_text(begin + "{% for m in messages %}{{ m.content }}{% endfor %};")
+        common = ["--calibration-set", path, "--chat-template", template]
+        run_apex("calibrate", model, *common, "--write-text", text)
+        texts[name] = text.read_bytes()
+    texts["twice"] = b"<|im_end|>" + texts["plain"]  # what the template itself writes
+    read = {name: tokens_read(tools, model, text, tmp_path) for name, text in texts.items()}
+    (alone,) = count_tokens(tools, model, [texts["plain"]])
+    assert read == {"plain": alone + 1, "begins": alone + 1, "twice": alone + 2}
+
+
+def tokens_read(tools: Toolset, model: Path, text: bytes, folder: Path) -> int:
+    """By llama-imatrix, which says it of a text that is too short for it."""
+    (folder / "text.txt").write_bytes(text)
+    command = [tools.tool("llama-imatrix"), "-m", model, "-f", folder / "text.txt", "-o", folder / "x.gguf"]
+    ran = subprocess.run([*map(str, command), "-c", "512", "--parse-special"], capture_output=True, text=True)
+    (found,) = re.findall(r"tokenizes to only (\d+) tokens", ran.stdout + ran.stderr)
+    return int(found)
 
 
 def test_a_template_falls_back_only_when_it_is_asked_to(model: Model, tmp_path: Path) -> None:

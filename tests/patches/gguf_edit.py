@@ -23,9 +23,10 @@ def copy(
     keys: Mapping[str, int | str | None],
     drop: str = "",
     add: Mapping[str, str] | None = None,
+    new: Mapping[str, int] | None = None,
 ) -> Path:
-    """Copy a model; `keys`: metadata to change, or None to leave out; `drop`: prefix of tensors left out; `add`: new
-    from old.
+    """Copy a model; `keys`: metadata to change, or None to leave out; `new`: metadata that it does not have yet;
+    `drop`: prefix of tensors left out; `add`: new from old.
     """
     reader = gguf.GGUFReader(source)
     architecture = reader.fields.get("general.architecture")
@@ -38,6 +39,8 @@ def copy(
         kind = field.types[0]
         value = keys.get(name, field.contents())
         writer.add_key_value(name, value, kind, sub_type=field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    for name, number in (new or {}).items():
+        writer.add_uint32(name, number)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, tensor in tensors.items():
         if not drop or not name.startswith(drop):
