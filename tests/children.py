@@ -18,3 +18,15 @@ def servers() -> list[int]:
         if name == "llama-server" and int(parent) == os.getpid() and state != "Z":
             found.append(int(entry.parent.name))
     return found
+
+
+def tool_of(parent: int) -> bool:
+    """Whether a process has one of the native tools running."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:
+            continue
+        if name.startswith("llama-") and int(fields.split()[1]) == parent:
+            return True
+    return False
