@@ -241,7 +241,7 @@ def _load(folders: tuple[Path, ...], data: Path, off: frozenset[str]) -> Plugins
     for folder in folders:
         if not (folder / "plugin.py").is_file():
             raise PluginFailed(f"no plugin in {folder}: a plugin folder has a file plugin.py", hint="apex plugins new")
-        if str(folder) not in origins.values():  # a built-in one, named once more
+        if str(folder) not in origins.values():  # a built-in one, given again
             from_folder(folder)
     return Plugins(manager, origins, apis, broken)
 

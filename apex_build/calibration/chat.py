@@ -95,7 +95,7 @@ class Rendered:
 def render(template: ChatTemplate, documents: Sequence[Document], *, answer_begins: bool = False) -> list[str | None]:
     """The text of each conversation, None if the template refuses it (an unknown role, or tools).
 
-    `answer_begins`: up to where the model is to answer, as a server gives it to the model.
+    `answer_begins`: up to where the model must answer, as a server prompts it.
 
     Raises ChatTemplateFailed for a template that fails, leaves the sandbox, or does not end.
     """

@@ -73,7 +73,7 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace`, without names that begin with an underscore."""
+    """`namespace`, without names that start with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, rest = args[0], args[1:]
@@ -96,7 +96,7 @@ def _check_name(name: Any) -> None:
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    def raise_exception(message: str) -> None:  # named as in transformers: wrong arguments are told with the name
+    def raise_exception(message: str) -> None:  # named as in transformers: errors about wrong arguments show the name
         raise _Refused(message)
 
     def strftime_now(format: str) -> str:

@@ -24,7 +24,7 @@ _RIDGE = 0.3  # of a stretch's own weight: how far the average is trusted over f
 _DOMAIN = 0.5  # the length of a document's domain beside that of its words
 _BLIND = 0.2  # of a round: documents in their own order, so that nothing is overlooked
 _UNSEEN = 0.5  # tokens: what an expert that was not seen at all counts as
-_DOUBT = 2.0  # tokens: an expert that saw so many is believed by half
+_DOUBT = 2.0  # tokens: an expert that saw this many has half the weight
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,6 @@ def written(partial: Path, out: Path, model: Model) -> Imatrix:
         if free < imatrix_bytes(model):
             raise DiskTooSmall(
                 f"{out}: {said}: {amount(free)} are free in {out.parent}",
-                hint="free some space, then the same command again: it resumes from the last periodic copy",
+                hint="free some space, then run the same command again: it resumes from the last periodic copy",
             ) from None
         raise ToolFailed(f"{out}: {said}: {error.message}\n  all of its output: {beside(out, LOG)}") from None

@@ -107,7 +107,7 @@ class _Near:
         rows = {b" ".join(words[at : at + _WORDS]) for at in range(max(1, len(words) - _WORDS + 1))}
         sketch = self._sketch(num_perm=_PERMUTATIONS)
         sketch.update_batch(rows)
-        # the index finds candidates; how alike they are is said by the sketches themselves
+        # the index finds candidates; the sketches tell how similar they are
         if any(sketch.jaccard(self._hashes[at]) >= self._threshold for at in self._index.query(sketch)):
             return True
         self._index.insert(len(self._hashes), sketch)

@@ -178,7 +178,7 @@ def check_same_model(found: Sequence[Imatrix]) -> None:
     if len(models) > 1:
         paths = " and ".join(str(path) for path in models.values())
         raise ImatrixMismatch(
-            f"{paths} were made of different models, by the manifests beside them", hint="apex inspect FILE"
+            f"{paths} were made from different models, according to their manifests", hint="apex inspect FILE"
         )
     for one in found[1:]:
         shared = first.entries.keys() & one.entries.keys()

@@ -41,7 +41,7 @@ def pinned(chosen: CalibrationSet, sources: Mapping[str, Source], out: Path) -> 
             added.append((f"{part.domain}, {part.options.get('dataset', part.source)}", value))
         pieces.append(head[0] + block)
     if not added:
-        raise CalibrationSetInvalid(f"{chosen.path}: there is nothing to pin: its data comes from files")
+        raise CalibrationSetInvalid(f"{chosen.path}: nothing to pin: its data comes from files")
     return "".join(pieces), added
 
 

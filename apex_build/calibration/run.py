@@ -41,7 +41,9 @@ _LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left
 _NO_SAVES = 1_000_000_000
 SHARDS = "shards"  # folder for a run in shards, in its work folder
-Check = Callable[[Path], "DataclassInstance | None"]  # of the text, before the run: what the manifest is to say of it
+Check = Callable[
+    [Path], "DataclassInstance | None"
+]  # checks the text before the run; returns what to record in the manifest
 Parts = Mapping[str, Any]
 
 
@@ -271,8 +273,8 @@ def _head_not_run(model: Model, tools: Toolset) -> VerificationFailed:
     alone = f"apex calibrate {shlex.quote(str(model.path))} --no-mtp, for an imatrix of only the trunk"
     if not any(tensor.draft_head for tensor in model.tensors):
         return VerificationFailed(
-            f"{model.path}: its metadata say that it has a draft head ({model.architecture}.nextn_predict_layers is "
-            f"{model.head_layers}), but the file holds no tensors of one",
+            f"{model.path}: the metadata declare a draft head ({model.architecture}.nextn_predict_layers is "
+            f"{model.head_layers}), but the file has no tensors for it",
             hint=f"{alone}; or convert it again, with its head",
         )
     other = instead_of(tools, model, head=True)

@@ -1,4 +1,4 @@
-"""The command line: one file a verb, loaded when it is asked for."""
+"""The command line: one file per verb, loaded when it is used."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Verbs(Group):
         return with_verbosity(found) if found else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """As click's, but without importing the verbs: what they say of themselves is read from their files."""
+        """Like click's, but without importing the verbs: their help is read from their files."""
         from apex_build.plugins import command_summaries
 
         others = command_summaries()

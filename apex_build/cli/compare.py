@@ -9,7 +9,7 @@ import click
 from apex_build.cli import show
 from apex_build.stages.compare import Compared
 
-_SHOWN = 20  # tensors that differ, where not all are asked for
+_SHOWN = 20  # differing tensors to show, unless all are requested
 
 
 def as_json(compared: Compared) -> dict[str, Any]:

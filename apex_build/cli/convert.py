@@ -76,7 +76,7 @@ def command(
 ) -> None:
     """Convert a Hugging Face checkpoint (config.json, tokenizer, safetensors) with the pinned llama.cpp's converter.
 
-    A checkpoint whose config promises a draft head that its tensors lack is refused: fine-tuned models often lose
+    A checkpoint whose config declares a draft head without tensors is refused: fine-tuned models often lose
     it. So is one with tensors that would be missing from the model, unless they are computed anyway or named by
     --drop. Name,
     license and base model are taken from the checkpoint (README.md, config.json), unless --meta says otherwise. No code

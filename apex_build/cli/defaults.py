@@ -212,7 +212,7 @@ def _check(setting: Setting) -> None:
     if not setting.section:
         known = [*(name.replace("_", "-") for name in AT_TOP), *_EVERYWHERE]
         if setting.key not in known:
-            raise _unknown(setting, setting.key, [*known, *VERBS], "at the top may stand")
+            raise _unknown(setting, setting.key, [*known, *VERBS], "the top level takes")
     elif setting.section[0] == "plugins":
         if setting.key not in _PLUGINS or len(setting.section) > 1:
             raise _unknown(setting, setting.key, _PLUGINS, "[plugins] has")

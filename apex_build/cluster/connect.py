@@ -121,7 +121,7 @@ def connected(address: str, tools: Toolset, report: Report = silent) -> Iterator
 
 
 def _quieten() -> None:
-    """Dask logs each lost connection with its traceback. What is lost is said by us, once."""
+    """Dask logs each lost connection with a traceback. We report losses ourselves, once."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith(("distributed", "tornado", "asyncio"))]
     for name in names:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -43,7 +43,7 @@ class ClusterPool:
     def __call__(self, tasks: Sequence[Task], report: Report) -> None:
         """Make the file of each task (`shards.Pool`). Raises ClusterFailed, WorkersUnfit, and what a shard raises."""
         together = Together(report, tasks)
-        # the same for two clients that want the same shards: those are made once, and both are told
+        # the same for two clients that need the same shards: each is made once, and both get it
         topic = f"apex-{sha256_json([[task.sha256, task.shard.first] for task in tasks])[:16]}"
 
         def told(event: tuple[float, dict[str, Any]]) -> None:
@@ -100,7 +100,7 @@ class ClusterPool:
                 return
             draft.part.write_bytes(result.content)
             if sha256_file(draft.part) != result.details.get("sha256"):
-                raise ClusterFailed(f"{name} arrived damaged", hint="the same command again")
+                raise ClusterFailed(f"{name} arrived damaged", hint="run the same command again")
             read_imatrix(draft.part)
             if result.counts:
                 with whole_file(counts_file(task.out)) as part:

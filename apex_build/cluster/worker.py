@@ -80,7 +80,7 @@ class ShardOrder:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """By content: whoever asked need not see the worker's disk."""
+    """Return the content: the client may not see the worker's disk."""
 
     content: bytes
     counts: bytes
@@ -93,7 +93,7 @@ def dask_setup(_worker: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def about(dask_worker: Any) -> About:  # the name by which Dask gives it
+def about(dask_worker: Any) -> About:  # Dask requires this parameter name
     worker = dask_worker
     tools, without = "", ""
     try:

@@ -330,7 +330,9 @@ def _convert(
         message = error.message.replace(python.name, "the converter", 1)
         raise ConversionFailed(message, hint=error.hint) from None
     if not account:
-        raise ConversionFailed("the converter ended without an account of the tensors", hint="apex source verify")
+        raise ConversionFailed(
+            "the converter exited without writing an account of the tensors", hint="apex source verify"
+        )
     return account[0]
 
 

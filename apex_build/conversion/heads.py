@@ -41,7 +41,7 @@ def require_head(checkpoint: Checkpoint, family: Family, source: str) -> None:
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise CheckpointInvalid(
-            f"{checkpoint.path / 'config.json'} promises a draft head ({checkpoint.head_key} = "
+            f"{checkpoint.path / 'config.json'} declares a draft head ({checkpoint.head_key} = "
             f"{checkpoint.head_layers}), "
             f"but the checkpoint lacks these tensors of it: {', '.join(missing[:_SHOWN])}{more}",
             hint="take them from the original checkpoint (transformers drops them when it saves a fine-tuned model); "
@@ -49,7 +49,7 @@ def require_head(checkpoint: Checkpoint, family: Family, source: str) -> None:
         )
     if there and not checkpoint.head_layers:
         raise CheckpointInvalid(
-            f"{checkpoint.path} has tensors of a draft head, such as {there[0]}, but its config does not say so",
+            f"{checkpoint.path} has tensors of a draft head, such as {there[0]}, but its config does not declare one",
             hint=f"set {' or '.join(sorted(family.head_keys))} in config.json (1 where there is one block of it), "
             "or: apex convert --no-head",
         )

@@ -97,7 +97,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise CheckpointInvalid(f"{path} has {size} bytes; more than {limit} is implausible")
+            raise CheckpointInvalid(f"{path} is implausibly large: expected at most {limit} bytes, found {size}")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointInvalid(f"{path} cannot be read: {error.strerror or error}") from None

@@ -57,7 +57,7 @@ def run(
         return found
     said = "".join(f"\n  | {line[:200]}" for line in [line for line in ran.lines if line.strip()][-_SHOWN:])
     raise ToolFailed(
-        f"{model}: llama-perplexity ended without its result{said}",
+        f"{model}: llama-perplexity exited without printing its result{said}",
         hint="apex build, for tools with this project's patches",
     )
 

@@ -121,8 +121,8 @@ def run_probes(
     for sums, wanted in found:
         if lost := [probe for probe in probes if len(_of(sums, probe, wanted)) < wanted]:
             raise ToolFailed(
-                f"{task.model.path}: llama-perplexity ended without its scores of {lost[0].name}",
-                hint="df -h, and run again",
+                f"{task.model.path}: llama-perplexity exited without writing the scores of {lost[0].name}",
+                hint="check free disk space (df -h), then run the command again",
             )
     scores = tuple(_score(probe, found) for probe in probes)
     for score in scores:

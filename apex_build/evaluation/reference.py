@@ -76,5 +76,6 @@ def _check_whole(path: Path, model: Path) -> None:
     else:
         found = f"{size} bytes"
     raise ToolFailed(
-        f"{model}: llama-perplexity did not write all of its log-probabilities: {found}", hint="df -h, and run again"
+        f"{model}: llama-perplexity did not write all of its log-probabilities: {found}",
+        hint="check free disk space (df -h), then run the command again",
     )

@@ -174,8 +174,8 @@ def _fetch(link: Link, wanted: IndexFile, session: PyPIClient, config: PipConfig
             return
         except OutOfTime:
             raise DownloadFailed(
-                f"{link.redacted}: given up: nothing came for {patience:.0f} s, or under {_SLOWEST / 1e3:.0f} kB a "
-                "second",
+                f"{link.redacted}: gave up: nothing received for {patience:.0f} s, or less than "
+                f"{_SLOWEST / 1e3:.0f} kB per second",
                 hint=wanted.elsewhere,
             ) from None
         except DownloadFailed:

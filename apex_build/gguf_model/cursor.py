@@ -54,9 +54,7 @@ class Cursor:
         if n_bytes <= left:
             return
         if self.limit < self.file_size:
-            raise self.invalid(
-                f"{what}: {n_bytes} bytes at byte {self.at}: the header would be longer than any real one is"
-            )
+            raise self.invalid(f"{what}: {n_bytes} bytes at byte {self.at}: implausibly long for a header")
         raise ModelInvalid(
             f"{self.path}: truncated or damaged: it ends inside {what}: expected {n_bytes} bytes at byte {self.at}, "
             f"found {left}",
@@ -71,7 +69,7 @@ class Cursor:
 
     def raw(self, length: int, what: str, *, longest: int = MAX_STRING) -> bytes:
         if not 0 <= length <= longest:
-            raise self.invalid(f"{what}: a string of {length} bytes, the most is {longest}")
+            raise self.invalid(f"{what}: string too long: expected at most {longest} bytes, found {length}")
         self.need(length, what)
         self.at += length
         return bytes(self.data[self.at - length : self.at])

@@ -48,7 +48,7 @@ class ArrayValue:
         return self.count
 
     def read(self) -> tuple[Any, ...]:
-        """All elements. Raises ModelInvalid if the file is no longer what it was."""
+        """All elements. Raises ModelInvalid if the file has changed."""
         with open_file(self.path) as file:
             file.seek(self.offset)
             data = file.read(self.n_bytes)
@@ -129,7 +129,7 @@ def _parse(cursor: Cursor) -> Header:
         start = cursor.at
         key = cursor.word(f"key {index + 1} of {n_keys}", longest=MAX_KEY, blanks=True)
         if key in metadata:
-            raise cursor.invalid(f"the key {key} is there twice")
+            raise cursor.invalid(f"duplicate key {key}")
         type_ = _value_type(cursor, f"the key {key}")
         metadata[key] = _value(cursor, type_, f"the key {key}", counted)
         key_bytes[key] = cursor.at - start
@@ -200,10 +200,12 @@ def _listed_tensors(cursor: Cursor, n_tensors: int) -> dict[str, TensorEntry]:
         name = cursor.word(f"tensor {index + 1} of {n_tensors}", longest=MAX_NAME, blanks=False)
         what = f"the tensor {name}"
         if name in found:
-            raise cursor.invalid(f"{what} is there twice")
+            raise cursor.invalid(f"{what} is a duplicate")
         n_dimensions = cursor.scalar(U32, what)
         if n_dimensions > MAX_DIMENSIONS:
-            raise cursor.invalid(f"{what} has {n_dimensions} dimensions, the most is {MAX_DIMENSIONS}")
+            raise cursor.invalid(
+                f"{what} has too many dimensions: expected at most {MAX_DIMENSIONS}, found {n_dimensions}"
+            )
         shape = tuple(cursor.scalar(U64, what) for _ in range(n_dimensions)) or (1,)
         n_elements = 1
         for extent in shape:

@@ -121,7 +121,7 @@ def checked_values(entry: Entry) -> npt.NDArray[np.float32]:
         bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
         matrix, column = (int(index) for index in bad[0])
         raise ImatrixInvalid(
-            f"{entry.path}: {len(bad)} of the {values.size} values of {entry.name} are no sums of squares: "
+            f"{entry.path}: {len(bad)} of the {values.size} values of {entry.name} are not sums of squares: "
             f"matrix {matrix}, column {column} is {values[matrix, column]}",
             hint="calibrate again: apex calibrate MODEL",
         )
@@ -212,7 +212,7 @@ def _from_legacy(path: Path) -> Imatrix:
     if not looks_legacy(path):
         raise ImatrixInvalid(
             f"{path}: not an imatrix: neither GGUF nor llama-imatrix's older format",
-            hint=f"apex inspect {path}  says what else it may be",
+            hint=f"apex inspect {path}  shows what it may be",
         )
     with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         data.madvise(mmap.MADV_RANDOM)  # no read-ahead: the names are far apart

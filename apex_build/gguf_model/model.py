@@ -89,7 +89,7 @@ def _tensors(
             layer = int(block[1]) if block else None
             if layer is not None and layer >= n_blocks:
                 raise ModelInvalid(
-                    f"{header.path}: the tensor {entry.name} is of block {layer}, but {architecture}.block_count says "
+                    f"{header.path}: the tensor {entry.name} is in block {layer}, but {architecture}.block_count says "
                     f"{n_blocks}"
                 )
             part = role_of(architecture, entry.name) or OTHER
@@ -130,7 +130,7 @@ def _shards(given: Header) -> Iterator[Header]:
         says = (_count(header, "split.no"), _count(header, "split.count"))
         if says != (number - 1, count):
             raise ModelInvalid(
-                f"{path}: shard {number} of {count} by its name, but {says[0] + 1} of {says[1]} by its metadata"
+                f"{path}: the name says shard {number} of {count}, but the metadata {says[0] + 1} of {says[1]}"
             )
         n_tensors += len(header.tensors)
         yield header

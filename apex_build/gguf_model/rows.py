@@ -24,7 +24,7 @@ class TensorRows:
 
 @contextmanager
 def mapped_rows(headers: Sequence[Header]) -> Iterator[dict[str, TensorRows]]:
-    """Tensor name -> its rows; nothing is read before it is looked at."""
+    """Tensor name -> its rows, which are only read on access."""
     found = {}
     with ExitStack() as stack:
         for header in headers:

@@ -17,5 +17,5 @@ def unsound(model: Model) -> list[str]:
     if stray:
         return [f"{stray[0]} is of a draft head, but {key} = {model.head_layers} puts its block into the trunk"]
     if model.head_layers and not any(tensor.draft_head for tensor in model.tensors):
-        return [f"{key} = {model.head_layers} promises a draft head, but none of its tensors is in the file"]
+        return [f"{key} = {model.head_layers} declares a draft head, but none of its tensors is in the file"]
     return []

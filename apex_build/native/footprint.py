@@ -58,7 +58,7 @@ def footprint(
     command += ["--fit-print", "on", "-lv", _DEBUG]
     found = output.allocations(run_tool(command, explain=output.explain, timeout=_TIMEOUT).lines)
     if not found.compute_buffers:
-        raise ToolFailed(f"{model}: {program.name} did not say how much memory it would allocate")
+        raise ToolFailed(f"{model}: {program.name} did not report how much memory it would allocate")
     return Footprint(
         context,
         sequences,

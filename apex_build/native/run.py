@@ -77,7 +77,7 @@ def run_tool(
     Whatever ends this function early (Ctrl-C, SIGTERM, an error in `on_line`) also ends the tool and every process it
     started: SIGINT, then SIGTERM, then SIGKILL. The tool runs in its own session, so the terminal's Ctrl-C reaches only
     us. Where we are killed ourselves the kernel sends it the signal `on_death`. In a thread, which no Ctrl-C reaches,
-    `stopped` is asked several times a second: where it says so the tool is ended, and Stopped raised.
+    `stopped` is called several times a second: if it returns true, the tool is stopped and Stopped raised.
 
     Raises ToolFailed (not startable; with `check` also a code other than 0), ToolKilled (with `check`: ended by a
     signal; more memory than it may have), ToolTimeout (`timeout` seconds are over); OutputUnwritable (the log).

@@ -53,7 +53,7 @@ def environment(program: Path, added: Mapping[str, str | None] | None = None) ->
 
 
 def cores_are_shared() -> bool:
-    """Whether other programs are computing now, so many that a tool's threads would have to wait for a core.
+    """Whether other programs use so much CPU now that a tool's threads would have to wait for a core.
 
     Counted over 50 ms, from the kernel; if it does not tell, the cores count as shared.
     """

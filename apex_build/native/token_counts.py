@@ -77,7 +77,7 @@ def _counts(toolset: Toolset, model: str, texts: Sequence[str]) -> list[int]:
     nulls = ("tensor_split", "progress", "progress_data", "overrides")
     flags = bytes(ffi.buffer(ffi.addressof(parameters, "vocab_only"), 6))
     if any(getattr(parameters, name) != ffi.NULL for name in nulls) or flags[0] or max(flags) != 1:
-        raise BuildMissing(f"{toolset.library('llama')}: its llama_model_params is of an unknown layout")
+        raise BuildMissing(f"{toolset.library('llama')}: unknown layout of llama_model_params")
     parameters.vocab_only = True
     loaded = lib.llama_model_load_from_file(os.fsencode(model), parameters)
     if loaded == ffi.NULL:

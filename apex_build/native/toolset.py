@@ -75,7 +75,7 @@ def find_toolset(path: Path | None = None) -> Toolset:
     for.
 
     A given folder is one that `apex build` made, or the CMake build folder or `bin` folder of any llama.cpp build.
-    Raises BuildMissing if there is none, or where files of it are gone or cut short.
+    Raises BuildMissing if there is none, or if files of it are missing or cut short.
     """
     if path is None and (given := os.environ.get("APEX_TOOLS")):
         path = Path(given)
@@ -115,7 +115,7 @@ def _pointers(pin: str = "") -> tuple[list[tuple[float, str]], list[str]]:
             if pointer.get("pin", places.DEFAULT_PIN) != pin:
                 continue
             if not isinstance(at, (int, float)) or not isinstance(key, str) or not re.fullmatch(r"[\w-]{1,64}", key):
-                raise BuildMissing(f"{path} is damaged: it names no build")
+                raise BuildMissing(f"{path} is damaged: it does not name a build")
             found.append((float(at), key))
         except (BuildMissing, OverflowError) as error:
             wrong.append(getattr(error, "message", f"{path} is damaged"))
@@ -168,14 +168,14 @@ def _given(path: Path) -> Toolset:
     for root in (path, path.parent):
         if (root / "bin" / "llama-quantize").is_file() and path in (root, root / "bin"):
             return Toolset(root, {})
-    raise BuildMissing(f"{path} holds no built tools: expected bin/llama-quantize in it", hint=_HINT)
+    raise BuildMissing(f"{path} does not contain built tools: expected bin/llama-quantize", hint=_HINT)
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise BuildMissing(f"the build in {path.parent} is not complete: no {path.name}", hint=_HINT) from None
+        raise BuildMissing(f"the build in {path.parent} is incomplete: {path.name} is missing", hint=_HINT) from None
     except (ValueError, RecursionError):
         raise BuildMissing(f"{path} is damaged: not JSON", hint=_HINT) from None
     if not isinstance(value, dict):

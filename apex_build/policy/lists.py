@@ -57,7 +57,7 @@ def read_list(path: Path, ggml: Ggml) -> TypeList:
             f"{path}: not a list of types: not text", hint=f"apex inspect {path}  says what it may be"
         ) from None
     if len(raw) > MAX_BYTES:
-        raise TemplateFailed(f"{path}: a list of more than {MAX_BYTES >> 20} MiB is implausible")
+        raise TemplateFailed(f"{path}: too large for a list of types: expected at most {MAX_BYTES >> 20} MiB")
     rules: list[Rule] = []
     unknown: list[TypeUnknown] = []
     for pattern, name, where in _words(text, path):
@@ -98,7 +98,7 @@ def _words(text: str, path: Path) -> Iterator[tuple[str, str, str]]:
             word = _WORD.match(rest, at)
             if word is None:
                 raise TemplateFailed(
-                    f"{path}:{number}: {rest[at:]!r:.120} is not of the form regex=type", hint="comments begin with #"
+                    f"{path}:{number}: {rest[at:]!r:.120} is not of the form regex=type", hint="comments start with #"
                 )
             yield word["pattern"], word["type"], f"{path}:{number}"
             at = word.end()

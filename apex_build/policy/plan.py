@@ -296,7 +296,7 @@ def check_suits(policy: PolicySpec, model: Model) -> None:
     """Raises PolicyUnfit for a policy about a part that the model lacks."""
     if "head" in policy.needs and not any(tensor.draft_head for tensor in model.tensors):
         raise PolicyUnfit(
-            f"policy '{policy.name}' is about the draft head, and {model.path} has none",
+            f"policy '{policy.name}' needs a draft head, but {model.path} has none",
             hint=f"--policy {policy.otherwise}" if policy.otherwise else "apex policies lists the others",
         )
 

@@ -57,7 +57,7 @@ def parse_rules(lines: Iterable[tuple[str, str]], ggml: Ggml) -> tuple[Rule, ...
             raise TemplateFailed(f"{where}: {text!r:.200} is not of the form pattern=type, without spaces")
         if pattern != pattern.lower():
             raise TemplateFailed(
-                f"{where}: '{pattern}': llama-quantize lower-cases patterns, so this one would not mean what it says"
+                f"{where}: '{pattern}': llama-quantize lower-cases patterns, which changes the meaning of this one"
             )
         try:
             if only_name(pattern) is None:
@@ -91,7 +91,7 @@ def apply_rules(
         if not places[rule.pattern] and not rule.optional:
             hint = "end the line with '# optional' if that is right"
             raise TemplateFailed(
-                f"{rule.where}: the pattern '{rule.pattern}' is found in no tensor of the model", hint=hint
+                f"{rule.where}: the pattern '{rule.pattern}' matches no tensor of the model", hint=hint
             )
         found = [(tensors[index], start, end) for index, start, end in places[rule.pattern]]
         counted = [one for one in found if quantizable is None or one[0].name in quantizable]
@@ -149,7 +149,7 @@ def _refuse_accidents(rule: Rule, found: Sequence[tuple[Tensor, int, int]]) -> N
         roles.setdefault(tensor.role, tensor.name)
         if _inside_word(tensor.name, start) or _inside_word(tensor.name, end):
             raise TemplateFailed(
-                f"{rule.where}: the pattern '{rule.pattern}' also finds '{tensor.name}', in the middle of a word",
+                f"{rule.where}: the pattern '{rule.pattern}' also matches '{tensor.name}', in the middle of a word",
                 hint="anchor it and escape its dots: ^blk\\.3\\.attn_q\\.weight$ ; in a template, {{ tensor.name | "
                 "exactly }}",
             )

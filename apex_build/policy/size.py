@@ -57,7 +57,7 @@ def file_size(plan: Plan, model: Model, added: Mapping[str, str | int | float | 
         raise ModelInvalid(
             f"{header.path}: general.alignment is {header.alignment}; llama-quantize copies that key but writes the "
             "tensors "
-            f"at multiples of {GGUF_DEFAULT_ALIGNMENT}, a file that nothing can read"
+            f"at multiples of {GGUF_DEFAULT_ALIGNMENT}, which makes the file unreadable"
         )
     keys = dict(header.key_bytes)
     for key in _REMOVED:

@@ -169,7 +169,7 @@ def without_data(entries: Iterable[Entry], covered: Coverage | None) -> list[Ent
 
 
 def _refusal(entry: Entry, model: Model, covered: Coverage | None, policy: PolicySpec, why: str) -> DataMissing:
-    where = f"{covered.imatrix.path} holds no calibration data for it" if covered else "no imatrix was given"
+    where = f"{covered.imatrix.path} has no calibration data for it" if covered else "no imatrix was given"
     head = " of the draft head" if entry.draft_head else ""
     tries = []
     if can_have_data(entry.name, entry.shape, entry.layer):

@@ -6,7 +6,7 @@ Heavy tails, columns that stand out, and importance that differs by orders of ma
 weights (normal to t with 1.5 degrees of freedom, spikes, strong columns) and six of importance, matrices came to 0.17
 at Q4_K, 0.65 at Q2_K and 1.00 at IQ2_XXS, single rows to 0.65, 2.29 and 1.11; the testbed has rows of 0.99 at IQ2_XXS.
 A bound that lets all of these pass would let zeros pass too, which are an error of 1. So what is over `far_over` is
-quantized once more, and must have become no worse than that.
+quantized again, and must not be worse than that.
 """
 
 from __future__ import annotations
@@ -39,6 +39,6 @@ _MOST = 0.9  # zeros in place of weights are an error of 1
 
 
 def far_over(type_name: str) -> float:
-    """The relative error from which a row of this type is looked at closely."""
+    """The relative error above which a row of this type is examined closely."""
     error = ERRORS.get(type_name, _MOST)
     return min(_MOST, error * (_TIMES_AT_2_BITS if error > 0.25 else _TIMES))

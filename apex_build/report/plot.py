@@ -250,7 +250,7 @@ def _labels(chart: Chart, figure: Figure, axes: Axes, colors: dict[str, str]) ->
             ha="center", va="center", fontsize=8, fontweight=weight, color=color, zorder=7,
             arrowprops=arrow if distance > _NEAR else None,
         )  # fmt: skip
-        placed.set_in_layout(False)  # or the axes would move once more
+        placed.set_in_layout(False)  # otherwise the axes would move again
 
 
 def _obstacles(chart: Chart, axes: Axes, at_bottom: float, scale: float) -> list[Bbox]:

@@ -37,12 +37,12 @@ class CalibrateOptions:
     """`text`: a file of your own instead of the set. `rows_check`: score the draft head with both kinds of hidden rows
     first.
 
-    `shards`: the text in so many parts, each a run of its own. `devices`: sets of GPUs, as CUDA_VISIBLE_DEVICES has
-    them, for a shard each at the same time; without, each GPU that holds the model. `cluster`: the address of a Dask
-    scheduler, or local:N for N processes here; each shard is a task there. `until`: draw text until every routed expert
-    has seen so much of it, in place of running all of the text.
+    `shards`: number of parts of the text, each with a separate run. `devices`: sets of GPUs, as in
+    CUDA_VISIBLE_DEVICES, each for one shard at a time; default: each GPU with room for the model. `cluster`: the
+    address of a Dask scheduler, or local:N for N processes here; each shard is a task there. `until`: draw text until
+    every routed expert has seen this many tokens, instead of running all of the text.
 
-    `force` starts afresh and replaces what is there; `replace` replaces only what was made from something else.
+    `force` starts again and replaces existing output; `replace` replaces it only if it was made from other inputs.
     """
 
     calibration_set: str = "default"
@@ -62,7 +62,7 @@ class CalibrateOptions:
     heldout_share: float | None = None  # instead of the set's
 
 
-HELDOUT_SHARE = 0.05  # where a held-out text is asked for, and the set says nothing
+HELDOUT_SHARE = 0.05  # if a held-out text is requested and the set does not specify it
 
 
 def text_of(
@@ -120,7 +120,7 @@ def calibrate(
     """Run the model, and its draft head, over a diverse text, and write the imatrix to `out` (beside the model).
 
     An interrupted run is resumed by the same call; a finished one is used again. `text`: composed before, by `text_of`;
-    `on_check` is told what the check of the hidden rows found. Raises what `calibration.run.calibrate` raises, and
+    `on_check` is called with the result of the hidden rows check. Raises what `calibration.run.calibrate` raises, and
     HeadRowsDoubtful.
     """
     place = place or workplace()

@@ -62,7 +62,7 @@ def texts_by_domain(paths: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in dict.fromkeys(one for given in paths for one in (sorted(given.glob("*.txt")) or [given])):
         if not path.is_file():
-            raise CalibrationSetInvalid(f"{path}: no such text", hint="--text FILE, a UTF-8 text")
+            raise CalibrationSetInvalid(f"{path}: no such file", hint="--text FILE, a UTF-8 text")
         try:
             with path.open(encoding="utf-8") as file:
                 empty = not file.read(1 << 20).strip()

@@ -138,7 +138,7 @@ def plan_files(
             )
             choices[number] = (measuring or (lambda asked: measure(asked, report=place.report)))(question)
             jobs[number] = planned(policy, choices[number])
-    _check(jobs, options, place)  # once more: what was measured is a part of the name
+    _check(jobs, options, place)  # again: the measured mixture is part of the name
     jobs = [replaced(job, memory=options.memory) for job in jobs]
     return [PlannedFile(job, choice) for job, choice in zip(jobs, choices, strict=True)]
 

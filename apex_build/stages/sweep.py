@@ -31,7 +31,7 @@ class SweepOptions:
     """
 
     over: Mapping[str, Sequence[str]] = field(hash=False)
-    policy: str | None = None  # None: the one that is meant for sweeps
+    policy: str | None = None  # None: the policy meant for sweeps
     parameters: Mapping[str, Value] = field(default_factory=dict, hash=False)
     imatrix: Path | None = None
     imatrix_without_head: Path | None = None

@@ -238,13 +238,15 @@ def check_folder(folder: Path, parts: Mapping[str, Any]) -> None:
     if not manifest.exists():
         left_over = (f".{RESULTS}.", f".{MANIFEST}.")  # of a run that was killed before its first row
         if any(not path.name.startswith(left_over) for path in folder.iterdir()):
-            raise OutputUnwritable(f"{folder} is not empty, and holds no sweep", hint=_ELSEWHERE)
+            raise OutputUnwritable(f"{folder} is not empty and does not contain a sweep", hint=_ELSEWHERE)
         return
     before = manifest_of(folder / RESULTS, manifest)
     if before is None or before.kind != SWEEP or not before.usable:
         raise OutputUnwritable(f"{manifest} is damaged: it is not the manifest of a sweep", hint=_ELSEWHERE)
     if other := [name for name in parts if before.parts.get(name) != parts[name]]:
-        raise OutputUnwritable(f"{folder} holds another sweep, which differs in: {', '.join(other)}", hint=_ELSEWHERE)
+        raise OutputUnwritable(
+            f"{folder} contains another sweep, which differs in: {', '.join(other)}", hint=_ELSEWHERE
+        )
 
 
 def _written(request: Request) -> Iterator[Path]:

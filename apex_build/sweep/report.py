@@ -43,7 +43,7 @@ def check_scores(rows: Sequence[Row], scores: Sequence[str]) -> None:
     for score in scores:
         if names and score not in names:
             raise EvaluationRefused(
-                f"--score {score}: no evaluator that was run gives it. There are: {', '.join(names)}"
+                f"--score {score}: no evaluator of this run reports it. There are: {', '.join(names)}"
             )
 
 

@@ -108,7 +108,7 @@ def evaluators_of(request: Request, *, head_only: bool) -> tuple[Request, list[E
         return request, choose(request.evaluators, request.only, request.model, inputs)[0]
     found = serving(request.evaluators, "head" if head_only else "sweep")
     if not found:
-        raise EvaluationRefused("no evaluator says that it is for such a sweep", hint="name one: --only NAME")
+        raise EvaluationRefused("no evaluator is meant for such a sweep", hint="name one: --only NAME")
     known = {evaluator.name: evaluator for evaluator, _ in found}
     chosen = choose(known, list(known) if len(known) == 1 else (), request.model, inputs)[0]
     settings = {name: value for pair in found for name, value in settings_for(*pair).items()}
@@ -126,7 +126,7 @@ def curves_of(request: Request, *, head_only: bool) -> list[bool]:
         )
     if True in curves and head_only and not _has_head(request.imatrix, request.model):
         raise DataMissing(
-            f"{request.imatrix} holds nothing for the draft head of {request.model.path}",
+            f"{request.imatrix} has no data for the draft head of {request.model.path}",
             hint=f"apex calibrate {request.model.path}, which runs the draft head too; or --without-head",
         )
     without = request.imatrix_without_head

@@ -50,7 +50,7 @@ class Row:
         return point_name(self.values, self.head_data)
 
     def figure(self, name: str) -> Figure | None:
-        """The figure of this name over all texts or prompts; where an evaluator gives it for one domain only, that."""
+        """The figure of this name over all texts or prompts, or for the only domain that an evaluator reports."""
         named = [figure for figures in self.figures.values() for figure in figures if figure.name == name]
         return next((figure for figure in named if not figure.domain), named[0] if len(named) == 1 else None)
 

@@ -52,7 +52,7 @@ def run_sweep(
     """
     folder = sweep.request.folder
     with locked(folder), unwinding_signals():
-        check_folder(folder, sweep.parts)  # once more: another sweep may have been there since
+        check_folder(folder, sweep.parts)  # again: another sweep may have written there since
         with writing(folder):
             folder.mkdir(exist_ok=True)
         results = results_of(folder, sweep.parts)

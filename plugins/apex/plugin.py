@@ -44,7 +44,7 @@ PARAMETERS = {
     "draft_head": Parameter(
         "tier",
         "type",
-        "the whole draft head; A+B: its routed experts A, the rest B; 'tier' is what APEX gives it, 'quarter' "
+        "the whole draft head; A+B: its routed experts A, the rest B; 'tier' is APEX's choice, 'quarter' "
         "IQ2_XXS+Q4_K "
         "(it cost 1.5 points of agreement on the test model), "
         "'auto' the smallest of several mixtures that loses little on this model: apex quantize measures them",

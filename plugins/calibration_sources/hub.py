@@ -13,7 +13,7 @@ from apex_build.plugin_api import CalibrationSetInvalid, Document
 from .shapes import document, without_nones
 
 OPTIONS = ("dataset", "name", "split", "revision", "column", "columns", "streaming")
-_SECONDS = 10.0  # that the Hub has to answer, before the cache is asked
+_SECONDS = 10.0  # to wait for the Hub before using the cache
 _TRIES = 1  # at a stream that broke off: each is retried five times below, which takes half a minute
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _EXTRA = "pip install 'apex-build[hub]'"
@@ -138,7 +138,7 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
         ) from None
     except errors.RepositoryNotFoundError:
         raise CalibrationSetInvalid(
-            f"dataset {name}: the Hub has no such dataset, or not for you",
+            f"dataset {name}: not found on the Hub, or you have no access to it",
             hint="HF_TOKEN=... for one that asks for it; a folder is given relative to the set's file",
         ) from None
     except errors.HFValidationError as error:
@@ -179,7 +179,7 @@ def _named(name: str, datasets: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """Neither bars nor retries in the log: what went wrong is said once, by us."""
+    """No progress bars and no retries in the log: we report errors once."""
     import logging
 
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
@@ -201,7 +201,7 @@ def _quiet(datasets: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """The libraries look at these when they are asked, and would otherwise try for half a minute."""
+    """The libraries read these on every call; without them they would retry for half a minute."""
     import datasets
     from huggingface_hub import constants
 

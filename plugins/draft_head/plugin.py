@@ -49,7 +49,7 @@ def _runs(task: Task) -> dict[str, float]:
     """The reference's runs are skipped if they are cached."""
     models = [task.model, *([task.reference] if task.reference and task.reference.has_head else [])]
     names = [model.path.name for model in models]
-    each = 1 + 0.4 * task.number("depth")  # every draft runs the head and the output once more
+    each = 1 + 0.4 * task.number("depth")  # every drafted token runs the head and the output again
     return {
         f"{task.evaluator}: {name} on {domain}": each * task.tokens_of_text(domain)
         for domain in task.texts

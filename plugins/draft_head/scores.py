@@ -128,7 +128,9 @@ def _load(path: Path) -> HeadScores:
         with np.load(path, allow_pickle=False) as arrays:
             return HeadScores(**{field.name: arrays[field.name] for field in fields(HeadScores)})
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise EvaluationRefused(f"{path}: damaged in the cache: {error}", hint=f"rm {path}, and run again") from None
+        raise EvaluationRefused(
+            f"{path}: damaged in the cache: {error}", hint=f"rm {path}, then run the command again"
+        ) from None
 
 
 def _named(error: ToolFailed, model: Path, text: Path) -> ApexError:

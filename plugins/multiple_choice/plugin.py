@@ -97,4 +97,4 @@ def _refuse_errors(task: Task, lines: Sequence[str]) -> None:
     if (said := logged_error(lines)) is not None:
         fits = "does not fit in the context" in said
         hint = f"--set {task.evaluator}.context={4 * task.number('context')}" if fits else None
-        raise ToolFailed(f"llama-perplexity gave up: {said}", hint=hint)
+        raise ToolFailed(f"llama-perplexity failed: {said}", hint=hint)

@@ -127,7 +127,7 @@ def test_what_does_not_belong_together(halves: list[Path], tools: Toolset, tmp_p
     manifest = json.loads(halves[0].with_name(halves[0].name + ".json").read_text())
     manifest["from"]["model"] = "0" * 64
     copy.with_name(copy.name + ".json").write_text(json.dumps(manifest))
-    assert "of different models" in run_apex("imatrix", "merge", halves[1], copy, "-o", out, code=43).stderr
+    assert "made from different models" in run_apex("imatrix", "merge", halves[1], copy, "-o", out, code=43).stderr
     assert not out.exists()
 
 
@@ -148,7 +148,7 @@ def test_values_that_are_no_numbers(halves: list[Path], tools: Toolset, tmp_path
     damaged.write_bytes(data)
     for verb in (["merge", "-o", out], ["diff"]):
         ran = run_apex("imatrix", verb[0], halves[0], damaged, *verb[1:], code=42)
-        assert f"values of {entry.name} are no sums of squares" in ran.stderr and "is nan" in ran.stderr
+        assert f"values of {entry.name} are not sums of squares" in ran.stderr and "is nan" in ran.stderr
     assert not out.exists()
 
 

@@ -79,7 +79,7 @@ def test_pinning_writes_the_revisions_that_the_hub_has(hub: dict[str, str], tmp_
 @pytest.mark.slow
 def test_a_revision_or_a_dataset_that_does_not_exist(hub: dict[str, str], testbed: Path, tmp_path: Path) -> None:
     other = COMMIT[::-1]
-    for dataset, said in ((NAME, f"the Hub has no revision {other}"), ("no/set", "the Hub has no such dataset")):
+    for dataset, said in ((NAME, f"the Hub has no revision {other}"), ("no/set", "not found on the Hub")):
         path = written(tmp_path, f'revision = "{other}"', dataset=dataset)
         given = ("calibrate", testbed, "--calibration-set", path, "--write-text", tmp_path / "text.txt")
         assert f"dataset {dataset}: {said}" in run_apex(*given, env=hub, code=50).stderr

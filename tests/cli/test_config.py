@@ -54,9 +54,9 @@ def test_who_comes_first(tools: Toolset, run: Run, here: Path, tmp_path: Path, t
     assert json.loads(run(*jobs).stdout)["jobs"] == 2
     assert json.loads(run(*jobs, "--jobs", 1).stdout)["jobs"] == 1
     (tmp_path / "own.toml").write_text(f'tools = "{tmp_path}/nowhere"\ncache_dir = "{tmp_path}/cache"\n')
-    assert "nowhere holds no built tools" in run("plan", testbed, "--policy", "compact", code=22).stderr
+    assert "nowhere does not contain built tools" in run("plan", testbed, "--policy", "compact", code=22).stderr
     assert (
-        f"{tmp_path}/elsewhere holds no built"
+        f"{tmp_path}/elsewhere does not contain built"
         in run("plan", testbed, "--policy", "compact", code=22, APEX_TOOLS=f"{tmp_path}/elsewhere").stderr
     )
     assert json.loads(run("build", "--list", "--json").stdout) == [], "the cache is another"
@@ -66,7 +66,7 @@ def test_who_comes_first(tools: Toolset, run: Run, here: Path, tmp_path: Path, t
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("thraeds = 3", "there is no 'thraeds'; near it: threads; at the top may stand"),
+        ("thraeds = 3", "there is no 'thraeds'; near it: threads; the top level takes"),
         ("[quantise]\nthreads = 3", "there is no 'quantise'; near it: quantize"),
         ("[plan]\npolcy = 'compact'", "there is no 'polcy'; near it: policy; apex plan has the options"),
         ("[source.fetsch]\nforce = true", "there is no 'fetsch'; near it: fetch"),

@@ -44,7 +44,7 @@ def test_a_promised_head_that_is_not_there(tmp_path: Path, source: Path) -> None
     checkpoint = read_checkpoint(make_checkpoint(tmp_path / "hf", without="mtp."))
     with pytest.raises(CheckpointInvalid) as caught:
         require_head(checkpoint, source)
-    assert "promises a draft head (mtp_num_hidden_layers = 1)" in caught.value.message
+    assert "declares a draft head (mtp_num_hidden_layers = 1)" in caught.value.message
     assert "mtp.fc.weight" in caught.value.message
     assert "--no-head" in str(caught.value.hint)
     missing = missing_head_tensors(checkpoint)

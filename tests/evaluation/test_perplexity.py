@@ -267,7 +267,9 @@ def losing(tools: Toolset, folder: Path) -> Toolset:
 def test_a_tool_that_loses_its_result(
     evaluator: str, tools: Toolset, testbed: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(ToolFailed, match=r"testbed-f16\.gguf: llama-perplexity ended without its result") as caught:
+    with pytest.raises(
+        ToolFailed, match=r"testbed-f16\.gguf: llama-perplexity exited without printing its result"
+    ) as caught:
         measure(evaluator, losing(tools, tmp_path / "all"), testbed, {"code": texts["code"]}, testbed, chunks=8)
     assert "\n  | " in caught.value.message and caught.value.hint == "apex build, for tools with this project's patches"
 

@@ -226,7 +226,10 @@ def test_refusals(tools: Toolset, place: Path, testbed: Path) -> None:
     assert "EVALUATOR.PARAMETER" in evaluate(place, "--set", "times=2", code=ParameterUnknown.exit_code).stderr
     missing = evaluate(place, "--only", "size", "--set", "size.time=2", code=ParameterUnknown.exit_code).stderr
     assert "near it: times" in missing
-    assert "no such text" in evaluate(place, "--text", place / "no.txt", code=CalibrationSetInvalid.exit_code).stderr
+    assert (
+        "no.txt: no such file"
+        in evaluate(place, "--text", place / "no.txt", code=CalibrationSetInvalid.exit_code).stderr
+    )
     assert (
         "no such file" in evaluate(place, "--prompts", place / "no.jsonl", code=CalibrationSetInvalid.exit_code).stderr
     )

@@ -56,7 +56,7 @@ def test_a_model_without_a_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"qwen35moe.block_count": 4}, r"blk\.4\.\S+ is of block 4, but qwen35moe.block_count says 4"),
+        ({"qwen35moe.block_count": 4}, r"blk\.4\.\S+ is in block 4, but qwen35moe.block_count says 4"),
         ({"qwen35moe.block_count": 0}, "block_count is 0"),
         ({"qwen35moe.nextn_predict_layers": 5}, "nextn_predict_layers 5"),
         ({"qwen35moe.block_count": "five"}, "block_count is 'five': expected a whole number"),
@@ -148,7 +148,7 @@ def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
     paths = split(tmp_path)
     paths[2].write_bytes(paths[1].read_bytes())
     with pytest.raises(
-        ModelInvalid, match=r"m-00003-of-00003\.gguf: shard 3 of 3 by its name, but 2 of 3 by its metadata"
+        ModelInvalid, match=r"m-00003-of-00003\.gguf: the name says shard 3 of 3, but the metadata 2 of 3"
     ):
         read(paths[0])
     renamed = paths[0].rename(tmp_path / "first.gguf")

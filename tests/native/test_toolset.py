@@ -76,7 +76,7 @@ def test_a_build_that_is_not_ours(cache: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_folder_without_tools(cache: Path) -> None:
-    with pytest.raises(BuildMissing, match="holds no built tools"):
+    with pytest.raises(BuildMissing, match="does not contain built tools"):
         find_toolset(cache / "empty")
 
 

@@ -213,7 +213,7 @@ def test_heads_that_the_file_only_says_it_has(
     ran = subprocess.run([*map(str, command)], capture_output=True, text=True, errors="replace")
     assert ran.returncode == 1 and "MTP" in ran.stderr + ran.stdout, "an error, no signal"
     common = ("calibrate", model, "--text", text, "-o", tmp_path / "x.gguf", "--chunks", 2, "--context", CONTEXT)
-    assert "the file holds no tensors of one" in run_apex(*common, code=75).stderr
+    assert "the file has no tensors for it" in run_apex(*common, code=75).stderr
     run_apex(*common, "--no-mtp")
 
 

@@ -110,7 +110,7 @@ def test_bad_input(apex, testbed: Path, tmp_path: Path, arguments: tuple[str, ..
         ("\n{% for %}", 63, "mine.jinja:2: "),
         ("\n\nx=Q4_KM", 62, "mine.jinja:3: 'Q4_KM' is not a tensor type"),
         ("{{ ''.__class__ }}", 64, "mine.jinja:1: access to attribute '__class__'"),
-        ("attn_q=Q4_K", 63, "mine.jinja:1: the pattern 'attn_q' also finds"),
+        ("attn_q=Q4_K", 63, "mine.jinja:1: the pattern 'attn_q' also matches"),
     ],
 )
 def test_bad_templates(apex, testbed: Path, tmp_path: Path, text: str, code: int, says: str) -> None:  # type: ignore[no-untyped-def]

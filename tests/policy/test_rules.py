@@ -76,13 +76,13 @@ def test_a_pattern_that_is_not_anchored_may_find_one_role(ggml: Ggml, small: Mod
 @pytest.mark.parametrize(
     ("pattern", "says"),
     [
-        ("attn_q", "also finds 'blk.0.attn_qkv.weight', in the middle of a word"),
+        ("attn_q", "also matches 'blk.0.attn_qkv.weight', in the middle of a word"),
         (
             "ffn_up",
             "finds tensors of several roles: blk.0.ffn_up_exps.weight (routed), blk.0.ffn_up_shexp.weight (shared)",
         ),
         (r"blk\.6\.ffn", "finds tensors of several roles"),
-        (r"^blk\.9\.attn_q\.weight$", "is found in no tensor of the model"),
+        (r"^blk\.9\.attn_q\.weight$", "matches no tensor of the model"),
     ],
 )
 def test_patterns_that_find_by_accident_or_nothing_are_refused(
@@ -94,7 +94,7 @@ def test_patterns_that_find_by_accident_or_nothing_are_refused(
 
 
 def test_a_block_number_that_is_the_beginning_of_others_is_refused(ggml: Ggml, big: Model) -> None:
-    with pytest.raises(TemplateFailed, match=r"also finds 'blk\.30\.ffn_gate_exps\.weight'|also finds 'blk\.3\d"):
+    with pytest.raises(TemplateFailed, match=r"also matches 'blk\.30\.ffn_gate_exps\.weight'|also matches 'blk\.3\d"):
         applied(ggml, big, "blk.3=Q4_K")
 
 

@@ -33,7 +33,7 @@ def broken(kind: str, testbed: Path, folder: Path) -> Path:
 
 KINDS = {
     "tensors-without-key": "but no key qwen35moe.nextn_predict_layers",
-    "key-without-tensors": "promises a draft head",
+    "key-without-tensors": "declares a draft head",
     "pre-tokenizer": "pre-tokenizer",
     "tensor-missing": "llama-perplexity was ended",
 }

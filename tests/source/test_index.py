@@ -208,7 +208,7 @@ def test_a_server_that_answers_in_drops_is_given_up(
     monkeypatch.setenv("PIP_RETRIES", "2")
     said = apex("source", "fetch")
     assert said.code == DownloadFailed.exit_code
-    assert "did not answer within 2 s" in said.err or "given up: nothing came for 2 s" in said.err
+    assert "did not answer within 2 s" in said.err or "gave up: nothing received for 2 s" in said.err
     assert "Traceback" not in said.err
     assert world.left_over() == []
 

@@ -114,7 +114,7 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(DataMissing, match="no imatrix was given"):
         measure(replace(question, imatrix=None))
-    with pytest.raises(DataMissing, match="holds nothing for the draft head"):
+    with pytest.raises(DataMissing, match="has no data for the draft head"):
         measure(replace(question, imatrix=headless_imatrix))
     headless = read_model(gguf_edit.without_head(testbed, tmp_path / "headless.gguf"), load_plugins().role_of)
     with pytest.raises(EvaluationRefused, match="has no draft head, which draft_head=auto would measure"):

@@ -116,7 +116,7 @@ def test_both_curves_scored_and_shown(
     refused = found["IQ2_XXS", False]
     assert (
         not refused["measured"]
-        and "IQ2_XXS: testbed.imatrix-without-head.gguf holds no calibration data" in refused["refused"]
+        and "IQ2_XXS: testbed.imatrix-without-head.gguf has no calibration data" in refused["refused"]
     )
     assert refused["head_bytes"] == found["IQ2_XXS", True]["head_bytes"] and refused["file_bytes"] is None
     assert [found[kind, False]["uncalibrated"] for kind in ("Q8_0", "Q4_K")] == [False, True]
@@ -358,7 +358,7 @@ def test_imatrices_that_will_not_do(
     assert "no such file" in sweep(tmp_path / "gone.gguf", code=ImatrixInvalid.exit_code)
     assert "not an imatrix" in sweep(testbed, code=ImatrixInvalid.exit_code)
     said = sweep(headless_imatrix, code=DataMissing.exit_code)
-    assert "holds nothing for the draft head" in said and "or --without-head" in said
+    assert "has no data for the draft head" in said and "or --without-head" in said
     said = sweep(calibrated, "--imatrix-without-head", calibrated, code=ImatrixMismatch.exit_code)
     assert "it holds data for the draft head" in said
     other = _of_another_model(calibrated, tmp_path / "other.gguf")
@@ -400,12 +400,12 @@ def test_a_folder_that_is_not_this_sweep_s(command: list[object], scales: Path, 
     out.unlink()
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    assert "is not empty, and holds no sweep" in refused()
+    assert "is not empty and does not contain a sweep" in refused()
     (out / "mine.txt").unlink()
     run_apex(*wanted, "--with-head")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     done = run_apex(*wanted, "--set", "weight.fails_on=Q9", "--set", "trunk=Q6_K", code=OutputUnwritable.exit_code)
-    assert "holds another sweep, which differs in: parameters, evaluators" in done.stderr
+    assert "contains another sweep, which differs in: parameters, evaluators" in done.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (out / "sweep.jsonl").write_text('{"half": ')
     assert "sweep.jsonl is damaged" in refused()
@@ -473,7 +473,7 @@ def test_what_the_values_change_is_seen_from_the_plans(
     with pytest.raises(EvaluationRefused, match="attention_edge: every value gives the same file"):
         plan_sweep(replace(asked, policy=plugins.policy("i-nano"), over={"attention_edge": ("3", "4")}))
     quiet = {name: replace(one, serves=()) for name, one in evaluators.items()}
-    with pytest.raises(EvaluationRefused, match="no evaluator says that it is for such a sweep"):
+    with pytest.raises(EvaluationRefused, match="no evaluator is meant for such a sweep"):
         plan_sweep(replace(asked, evaluators=quiet))
 
 

@@ -157,7 +157,7 @@ def _quoted(lines: Sequence[str]) -> str:
     return "".join(f"\n  | {printable(line)[:300]}" for line in lines)
 
 
-# Ninja only looks at file times. A source file that was restored with its old time (mv file.orig file) would not be
+# Ninja only checks file times. A source file that was restored with its old time (mv file.orig file) would not be
 # compiled again, though the build's key has changed: then everything is compiled again (out of the compiler cache,
 # mostly).
 _TIMES = "apex-source-times.json"

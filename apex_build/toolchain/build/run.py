@@ -202,7 +202,7 @@ def _of_cuda(plan: BuildPlan, toolkit: CudaToolkit) -> CudaRecord:
 
 def _check_unchanged(plan: BuildPlan) -> None:
     if tree_identity(plan.source) != plan.ingredients["source"]:
-        raise BuildFailed(f"{plan.source} was edited while it was being built", hint="apex build, once more")
+        raise BuildFailed(f"{plan.source} was edited while it was being built", hint="run apex build again")
 
 
 def _record(
