@@ -51,6 +51,14 @@ class Piece:
 
 
 @dataclass
+class _Running:
+    """A piece that is being worked on. `seen`: run -> share done."""
+
+    began: float
+    seen: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Whole:
     """One bar for several pieces of work: computes from their reports how far the whole is and when it will end."""
 
@@ -58,12 +66,11 @@ class Whole:
     report: Report
     pieces: Sequence[Piece]
     clock: Callable[[], float] = time.monotonic
+    at_once: Callable[[], int] = lambda: 1  # how many pieces are worked on at the same time
     finished: dict[int, float] = field(
         default_factory=dict
     )  # piece -> seconds that it took, 0 if its result was already there
-    current: int | None = None
-    began: float = 0.0
-    seen: dict[str, float] = field(default_factory=dict)  # of the current piece: run -> share done
+    running: dict[int, _Running] = field(default_factory=dict)
     # runs of finished pieces: for others that name them too, the result is cached
     over: set[str] = field(default_factory=set)
     paces: dict[str, tuple[float, float]] = field(default_factory=dict)  # kind -> seconds and units of finished pieces
@@ -75,10 +82,10 @@ class Whole:
             if step.said:
                 self.report(step)
                 return
-            if self.current != number:
-                self.current, self.began, self.seen = number, self.clock(), {}
-            if step.total:
-                self.seen[step.task] = min(1.0, step.done / step.total)
+            if number not in self.finished:
+                one = self.running.setdefault(number, _Running(self.clock()))
+                if step.total:
+                    one.seen[step.task] = min(1.0, step.done / step.total)
             self._tell(step)
 
         return take
@@ -88,44 +95,48 @@ class Whole:
 
         Returns the share of it that had to be done, and the seconds.
         """
-        taken = self.clock() - self.began if self.current == number else 0.0
+        one = self.running.pop(number, None)
+        taken = self.clock() - one.began if one else 0.0
         self.finished[number] = 0.0 if reused else taken
         share = 0.0
-        if self.current == number and not reused:
+        if one and not reused:
             piece = self.pieces[number]
-            done = self._to_do(piece, self.seen)
+            done = self._to_do(piece, one.seen)
             share = done / piece.units
             seconds, units = self.paces.get(piece.kind, (0.0, 0.0))
             self.paces[piece.kind] = (seconds + taken, units + done)
-            self.over |= set(self.seen)
-        self.current, self.seen = None, {}
+            self.over |= set(one.seen)
         self._tell(None)
         return share, taken
 
     def left(self) -> float:
         """Seconds to the end."""
-        rest = sum(self._expected(piece) for number, piece in enumerate(self.pieces) if number not in self.finished)
-        if self.current is None:
-            return rest
-        piece = self.pieces[self.current]
-        return max(0.0, rest - self._expected(piece) + self._rest_of(piece))
+        rests = self._rests()
+        return max(sum(rests) / max(1, min(self.at_once(), len(rests))), max(rests, default=0.0))
 
-    def _rest_of(self, piece: Piece) -> float:
-        """Seconds left of the current piece: from its own pace as soon as that is known."""
-        units, done = self._to_do(piece, self.seen), self._done()
-        taken = self.clock() - self.began
+    def _rests(self) -> list[float]:
+        """Seconds of work left in each piece that is not finished."""
+        return [
+            max(0.0, self._rest_of(number)) if number in self.running else self._expected(piece)
+            for number, piece in enumerate(self.pieces)
+            if number not in self.finished
+        ]
+
+    def _rest_of(self, number: int) -> float:
+        """Seconds left of a running piece: from its own pace as soon as that is known."""
+        piece, one = self.pieces[number], self.running[number]
+        units, done = self._to_do(piece, one.seen), self._done(number)
+        taken = self.clock() - one.began
         before = max(0.0, self._expected(piece) * units / self._to_do(piece, {}) - taken)
         if done / units < _TELLING:
             return before
         trust = min(1.0, done / units * 10)  # after a tenth of it, only its own pace counts
         return trust * taken / done * (units - done) + (1 - trust) * before
 
-    def _done(self) -> float:
-        """Units of the current piece that are done."""
-        if self.current is None:
-            return 0.0
-        runs = self.pieces[self.current].runs
-        return sum(share * runs.get(run, 0.0) for run, share in self.seen.items())
+    def _done(self, number: int) -> float:
+        """Units of a running piece that are done."""
+        runs = self.pieces[number].runs
+        return sum(share * runs.get(run, 0.0) for run, share in self.running[number].seen.items())
 
     def _to_do(self, piece: Piece, seen: Mapping[str, float]) -> float:
         """Units of the runs that are needed: an unseen one before the last seen one was not needed."""
@@ -143,23 +154,29 @@ class Whole:
     def _expected(self, piece: Piece) -> float:
         """From work of its kind just done; else as estimated, scaled by how the other estimates turned out."""
         seconds, units = self.paces.get(piece.kind, (0.0, 0.0))
-        current = self.pieces[self.current] if self.current is not None else None
-        taken, done = self.clock() - self.began, self._done()
-        telling = current is not None and done / current.units >= _TELLING
-        if current is not None and telling and current.kind == piece.kind and current is not piece:
-            seconds, units = seconds + taken, units + done
+        others = [
+            (self.pieces[number], self.clock() - one.began, self._done(number)) for number, one in self.running.items()
+        ]
+        telling = [
+            (other, taken, done)
+            for other, taken, done in others
+            if other is not piece and done / other.units >= _TELLING
+        ]
+        for other, taken, done in telling:
+            if other.kind == piece.kind:
+                seconds, units = seconds + taken, units + done
         if units and seconds:
             return seconds / units * self._to_do(piece, {})
         known = [number for number, spent in self.finished.items() if spent]
         foreseen = sum(self.pieces[number].expected for number in known)
         spent = sum(self.finished[number] for number in known)
-        if current is not None and telling and current is not piece:
-            foreseen, spent = foreseen + current.expected * done / current.units, spent + taken
+        for other, taken, done in telling:
+            foreseen, spent = foreseen + other.expected * done / other.units, spent + taken
         return piece.expected * (spent / foreseen if foreseen and spent else 1.0)
 
     def _tell(self, step: Step | None) -> None:
-        rest = self.left()
-        seconds = sum(self.finished.values()) + (self.clock() - self.began if self.current is not None else 0.0)
+        rest = sum(self._rests())
+        seconds = sum(self.finished.values()) + sum(self.clock() - one.began for one in self.running.values())
         everything = seconds + rest
         share = seconds / everything if everything else float(len(self.finished) == len(self.pieces))
         detail = f"{min(len(self.finished) + 1, len(self.pieces))} of {len(self.pieces)}"
@@ -174,6 +191,6 @@ class Whole:
                 100,
                 "%",
                 detail="" if ended else detail,
-                left=rest,
+                left=self.left(),
             )
         )

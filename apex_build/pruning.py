@@ -33,6 +33,8 @@ _FOLDERS = {
     "environments": ("envs", "Pythons of the converter"),
     "evaluations": ("evaluation", "log-probabilities of references, scores of draft heads"),
     "downloads": ("downloads", "files from the package index"),
+    "cluster-models": ("cluster/models", "models and imatrices that clients sent to this machine's workers"),
+    "cluster-sweeps": ("cluster/sweeps", "trunks and baselines of sweeps that this machine's workers take part in"),
 }
 KINDS = {
     "sources": "trees of llama.cpp",
@@ -188,8 +190,9 @@ def _alone(item: Item) -> Iterator[None]:
     if item.kind == "calibrations":
         with outputs.locked_output(_output_of(item.path)):
             yield
-    elif item.kind in ("evaluations", "compiler-cache", "downloads"):
-        handle = os.open(item.path if item.kind == "compiler-cache" else item.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    elif item.kind in ("evaluations", "compiler-cache", "downloads", "cluster-sweeps"):
+        itself = item.kind in ("compiler-cache", "cluster-sweeps")
+        handle = os.open(item.path if itself else item.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield

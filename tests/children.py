@@ -21,7 +21,7 @@ def servers() -> list[int]:
 
 
 def tool_of(parent: int) -> bool:
-    """Whether a process has one of the native tools running."""
+    """Whether a process is running one of the native tools."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, _, fields = stat.read_text().partition("(")[2].rpartition(")")

@@ -103,6 +103,10 @@ def test_what_is_used_meanwhile_stays(cache: Path) -> None:
     with in_use(cache / "evaluation"):
         kept = prune("--kind", "evaluations", "--older-than", 30)["kept"]
         assert kept["one"]["kept"] == "in use by another run of apex" and (cache / "evaluation" / "one").exists()
+    sweep = cache / "cluster" / "sweeps" / "0f"
+    with in_use(sweep):
+        assert prune("--kind", "cluster-sweeps")["kept"]["0f"]["kept"] == "in use by another run of apex"
+    assert "0f" in prune("--kind", "cluster-sweeps") and not sweep.exists()
     (cache / "downloads" / "ff" / ".x.part").write_text("half")
     (cache / "downloads" / "ff" / "x.part").write_text("half")
     assert prune("--kind", "downloads")["kept"]["ff"]["kept"] == "being downloaded"

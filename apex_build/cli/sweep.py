@@ -25,12 +25,12 @@ from apex_build.progress import Whole
 from apex_build.report import plot
 from apex_build.stages.evaluate import EvaluateOptions
 from apex_build.stages.given import workplace
-from apex_build.stages.sweep import SweepOptions, plan, reported
+from apex_build.stages.sweep import SweepOptions, measuring, plan, reported
 from apex_build.sweep.knee import mb
 from apex_build.sweep.plan import Sweep
 from apex_build.sweep.report import Summary, check_scores, default_score
 from apex_build.sweep.rows import RESULTS, Row, as_data, read_rows
-from apex_build.sweep.run import Outcome, planned_row, planned_works, run_sweep
+from apex_build.sweep.run import Outcome, in_order, planned_row, planned_works, run_sweep
 
 
 @click.command()
@@ -72,6 +72,11 @@ from apex_build.sweep.run import Outcome, planned_row, planned_works, run_sweep
 @click.option("--bound", type=click.FloatRange(min=0), help="Largest loss at the knee.  [default: 0.5 points]")
 @click.option("-o", "--output", "folder", metavar="FOLDER", type=PATH, required=True, help="Folder for the results.")
 @click.option("--keep", is_flag=True, help="Keep the files that this run quantizes, in FOLDER/files.")
+@click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Quantize and measure on a Dask cluster: tcp://HOST:8786, or local:N for N processes here.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, and show what would be made.")
 @json_option
 @tools_option
@@ -99,6 +104,7 @@ def command(
     bound: float | None,
     folder: Path,
     keep: bool,
+    cluster: str | None,
     dry_run: bool,
     json_: bool,
     tools_path: Path | None,
@@ -121,6 +127,8 @@ def command(
           --imatrix F16.imatrix.gguf --text chat.txt -o nano
       apex sweep F16.gguf --policy uniform --over type=Q6_K,Q4_K,Q3_K --reference F16.gguf --only kld \\
           --imatrix F16.imatrix.gguf --text chat.txt -o trunk
+      apex sweep F16.gguf --over draft_head=Q8_0,Q4_K,IQ2_XXS \\
+          --imatrix F16.imatrix.gguf --text chat.txt -o sweep --cluster tcp://node1:8786
     """
     plugins = load_plugins(folders)
     evaluators = plugins.evaluators()
@@ -145,6 +153,7 @@ def command(
             settings=of_evaluators,
             threads=threads,
             tools=ToolOptions(gpu_layers, extra, bytes_of(memory)),
+            cluster=cluster,
         ),
         head_rows=rows_of(mtp_rows),
         keep=keep,
@@ -152,11 +161,11 @@ def command(
     with show.progress() as report:
         sweep = plan(model_path, folder, options, place=replace(place, report=report))
     if dry_run:
-        _dry_run(sweep, json_)
+        _dry_run(sweep, json_, "each machine's disk" if cluster else "the disk")
         return
     if not plot.available():
         click.echo(f"warning: {plot.MISSING}", err=True)  # now, when it can still be installed before the hours of work
-    outcomes = _run(sweep, scores, keep)
+    outcomes = in_order(sweep, _run(sweep, scores, keep, cluster))
     rows = [outcome.row for outcome in outcomes]
     done = reported(sweep, rows, scores, bound)
     if json_:
@@ -210,16 +219,20 @@ def _divided(
     return {name: settings[name] for name in own}, {name: value for name, value in settings.items() if name not in own}
 
 
-def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
+def _run(sweep: Sweep, scores: Sequence[str], keep: bool, cluster: str | None) -> list[Outcome]:
     """Run it, with one bar for the whole, and a line after each point."""
     outcomes: list[Outcome] = []
     pieces = [piece_of(works) for works in planned_works(sweep)]
-    if pieces:
-        takes = Estimate(sum(one.seconds for _, one in pieces), all(one.measured for _, one in pieces))
-        show.note(f"{len(pieces)} of {len(sweep.points)} points to do: {takes}, plus the time for quantizing")
+    address = cluster if pieces else None  # with nothing to do no cluster is needed
     try:
-        with show.progress() as report:
-            whole = Whole("sweep", report, [piece for piece, _ in pieces])
+        with show.progress() as report, measuring(address, sweep.request.tools, report) as how:
+            whole = Whole("sweep", report, [piece for piece, _ in pieces], at_once=how.at_once)
+            if pieces:
+                takes = Estimate(whole.left(), all(one.measured for _, one in pieces))
+                on = f" on {_workers(how.at_once())}" if cluster else ""
+                show.note(
+                    f"{len(pieces)} of {len(sweep.points)} points to do{on}: {takes}, plus the time for quantizing"
+                )
             numbers = iter(range(len(pieces)))
 
             @contextmanager
@@ -228,7 +241,7 @@ def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
                 yield whole.of(number)
                 whole.finish(number)
 
-            for outcome in run_sweep(sweep, keep=keep, progress=point):
+            for outcome in run_sweep(sweep, keep=keep, progress=point, measure=how.measure):
                 outcomes.append(outcome)
                 eta = f", {whole.left():.0f} s left" if not outcome.reused and whole.left() >= 1 else ""
                 show.note(f"[{len(outcomes)}/{len(sweep.points)}] {outcome.row.name}: {_said(outcome, scores)}{eta}")
@@ -239,6 +252,10 @@ def _run(sweep: Sweep, scores: Sequence[str], keep: bool) -> list[Outcome]:
         show.note(_kept(sweep))
         raise
     return outcomes
+
+
+def _workers(number: int) -> str:
+    return "1 worker" if number == 1 else f"{number} workers"
 
 
 def _kept(sweep: Sweep) -> str:
@@ -267,7 +284,7 @@ def _said(outcome: Outcome, scores: Sequence[str]) -> str:
     return f"{value}{' (measured before)' if outcome.reused else f' ({row.seconds:.0f} s)'}"
 
 
-def _dry_run(sweep: Sweep, json_: bool) -> None:
+def _dry_run(sweep: Sweep, json_: bool, disk: str) -> None:
     rows = [(planned_row(point, sweep), point.identity in sweep.known) for point in sweep.points]
     if json_:
         show.as_json([{**as_data(row), "recorded": recorded} for row, recorded in rows])
@@ -278,7 +295,7 @@ def _dry_run(sweep: Sweep, json_: bool) -> None:
     show.table(f"Sweep, {len(rows)} points", ("point", "head", "file", "state"), cells, right=("head", "file"))
     click.echo(f"evaluators: {', '.join(one.name for one in sweep.evaluators)}")
     click.echo(
-        f"room on the disk: {show.size(sweep.room)}" + ("; the trunk is quantized once" if sweep.trunk_once else "")
+        f"room on {disk}: {show.size(sweep.room)}" + ("; the trunk is quantized once" if sweep.trunk_once else "")
     )
 
 

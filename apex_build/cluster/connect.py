@@ -24,17 +24,20 @@ _CONNECT = 10.0  # seconds
 _FIRST_WORKER = 30.0
 _CLOSE = 3.0
 _NAMED = 3
+_START = "dask worker ADDRESS --nthreads 1, on each machine"
+_INSTALL = f"there: pip install 'apex-build[cluster]=={__version__}', and start the worker again"
+_TOOLS = "apex build --export FILE here, apex build --import FILE --make-current there"
 
 
 @dataclass
 class Cluster:
-    """`fit`: address -> worker; `refused`: address -> why."""
+    """`fit`: address -> worker; `refused`: address -> why, and what to do."""
 
     client: Client
     address: str
     report: Report = silent
     fit: dict[str, remote.About] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def alive(self) -> bool:
@@ -55,8 +58,9 @@ class Cluster:
         answers: Mapping[str, Any] = self.client.run(remote.about, workers=new, on_error="return")
         for address, found in answers.items():
             name = f"{found.host} ({address})" if isinstance(found, remote.About) else address
-            if why := _unfit(found, tools):
-                self.refused[address] = f"{name} {why}"
+            why, hint = _unfit(found, tools)
+            if why:
+                self.refused[address] = f"{name} {why}", hint
                 self.report(Step(f"a worker is not used: {name} {why}", 0, said=True))
             else:
                 self.fit[address] = found
@@ -65,27 +69,29 @@ class Cluster:
         """Raises WorkersUnfit where nobody can take the work."""
         if self.fit:
             return
-        listed = [*self.refused.values()]
+        listed = [why for why, _ in self.refused.values()]
         more = f"\n  and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
         said = "".join(f"\n  {line}" for line in listed[:_NAMED]) + more
         raise WorkersUnfit(
             f"no worker of {self.address} can take the work" + (f":{said}" if said else ": it has none"),
-            hint="docs/long-runs.md: the same apex-build and tools on every machine, and one thread for each worker",
+            hint=next((hint for _, hint in self.refused.values()), _START),
         )
 
 
-def _unfit(found: Any, tools: Toolset) -> str:
+def _unfit(found: Any, tools: Toolset) -> tuple[str, str]:
+    """Why the worker is not used, and what to do; empty for one that is fit."""
     if not isinstance(found, remote.About):
-        return f"cannot run apex-build: {type(found).__name__}: {str(found).splitlines()[0] if str(found) else ''}"
+        said = str(found).splitlines()[0] if str(found) else ""
+        return f"cannot run apex-build: {type(found).__name__}: {said}", _INSTALL
     if found.apex != __version__:
-        return f"has apex-build {found.apex}, and this is {__version__}"
+        return f"has apex-build {found.apex}, and this is {__version__}", _INSTALL
     if not found.tools:
-        return f"has no tools: {found.without}"
+        return f"has no tools: {found.without}", _TOOLS
     if found.tools != tools.identity:
-        return f"has another build of the tools: {found.tools[:12]}, and this one is {tools.identity[:12]}"
+        return f"has another build of the tools: {found.tools[:12]}, and this one is {tools.identity[:12]}", _TOOLS
     if found.threads > 1:
-        return f"would run {found.threads} shards at a time: start it with --nthreads 1"
-    return ""
+        return f"would run {found.threads} tasks at a time", _START
+    return "", ""
 
 
 @contextmanager

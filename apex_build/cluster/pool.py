@@ -13,7 +13,7 @@ from apex_build.calibration.run import Job, Settings
 from apex_build.calibration.shards import Shard, ShardRecord, Task, Together, counts_file, parts_of
 from apex_build.cluster import worker as remote
 from apex_build.cluster.connect import Cluster
-from apex_build.cluster.tasks import ClusterTasks, order_of
+from apex_build.cluster.tasks import ClusterTasks, order_of, step_of
 from apex_build.errors import ClusterFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import read_imatrix
@@ -47,8 +47,7 @@ class ClusterPool:
         topic = f"apex-{sha256_json([[task.sha256, task.shard.first] for task in tasks])[:16]}"
 
         def told(event: tuple[float, dict[str, Any]]) -> None:
-            said = event[1]
-            together.of(said["number"])(Step("calibrating", said["done"], said["total"], "chunks"))
+            together.of(event[1]["number"])(step_of(event))
 
         def submit(number: int) -> Future:
             task = tasks[number]

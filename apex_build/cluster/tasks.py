@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apex_build.cluster import worker as remote
@@ -15,6 +17,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, Step
+from apex_build.storage.digests import sha256_file
 
 if TYPE_CHECKING:
     from distributed import Future
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 _BLOCK = 32 << 20
 _LOOK = 1.0  # seconds between two looks at the workers
 _ALONE = 60.0  # seconds without a worker, before it is given up
+_STEP = frozenset(one.name for one in fields(Step))
 _LOST = "what is done is kept: start the scheduler and the workers again, then the same command"
 
 
@@ -30,13 +34,24 @@ def order_of(model: Model) -> remote.ModelOrder:
     return remote.ModelOrder(str(model.path.absolute()), fingerprint(model), names)
 
 
+def order_of_file(path: Path) -> remote.ModelOrder:
+    """Of a file that is no model: an imatrix."""
+    return remote.ModelOrder(str(path.absolute()), sha256_file(path), (path.name,), of_model=False)
+
+
+def step_of(event: tuple[float, dict[str, Any]]) -> Step:
+    """What a worker said of its progress. Dask adds fields of its own."""
+    return Step(**{name: value for name, value in event[1].items() if name in _STEP})
+
+
 @dataclass
 class ClusterTasks:
-    """`models`: what every worker must have. `ready`: addresses of those that do."""
+    """`models` and `files`: what every worker must have. `ready`: addresses of those that do."""
 
     cluster: Cluster
     tools: Toolset
     models: tuple[Model, ...]
+    files: tuple[Path, ...] = ()
     ready: set[str] = field(default_factory=set)
 
     def submit(self, function: Callable[..., Any], order: Any, key: str) -> Future:
@@ -59,6 +74,20 @@ class ClusterTasks:
         report: Report,
     ) -> None:
         """Submit each number, and take what comes of it. Raises ClusterFailed, WorkersUnfit, and what `take` does."""
+        try:
+            with closing(self.each(numbers, submit, report)) as done:
+                for number, future in done:
+                    take(number, future)
+        except (OSError, TimeoutError) as error:
+            raise self.lost(str(error)) from None
+
+    def each(
+        self, numbers: Iterable[int], submit: Callable[[int], Future], report: Report
+    ) -> Generator[tuple[int, Future], None, None]:
+        """Submit each number, and give it with its future as soon as that is done. Closed early, it cancels the others.
+
+        Raises ClusterFailed, WorkersUnfit.
+        """
         missing = list(numbers)
         waiting: dict[int, Future] = {}
         allowed: dict[int, set[str]] = {}
@@ -88,7 +117,7 @@ class ClusterTasks:
                     continue
                 _await([*waiting.values()])
                 for number in [one for one, future in waiting.items() if future.done()]:
-                    take(number, waiting.pop(number))
+                    yield number, waiting.pop(number)
         except (OSError, TimeoutError) as error:
             raise self.lost(str(error)) from None
         finally:
@@ -145,26 +174,32 @@ class ClusterTasks:
         raise ClusterFailed(f"{what}: {kind}: {str(error).splitlines()[0] if str(error) else ''}", hint=_LOST)
 
     def prepare(self, report: Report) -> None:
-        """Let every fit worker have the models: at the same path, or sent, once for all that share a cache."""
+        """Let every fit worker have the files: at the same path, or sent, once for all that share a cache."""
         self.ready &= self.cluster.fit.keys()
         new = sorted(self.cluster.fit.keys() - self.ready)
         if not new:
             return
-        for model in self.models:
-            has = self.cluster.client.run(remote.has_model, order_of(model), workers=new, on_error="return")
+        for order, paths in self._needed():
+            has = self.cluster.client.run(remote.has_model, order, workers=new, on_error="return")
             sent: set[tuple[str, str]] = set()
             for address, found in has.items():
                 about = self.cluster.fit[address]
                 if found is not True and (about.host, about.cache) not in sent:
-                    self._send(model, address, about.host, report)
+                    self._send(order, paths, address, about.host, report)
                     sent.add((about.host, about.cache))
         self.ready |= set(new)
 
-    def _send(self, model: Model, address: str, host: str, report: Report) -> None:
-        client, order = self.cluster.client, order_of(model)
-        total = sum(path.stat().st_size for path in model.files)
+    def _needed(self) -> Iterator[tuple[remote.ModelOrder, tuple[Path, ...]]]:
+        for model in self.models:
+            yield order_of(model), model.files
+        for path in self.files:
+            yield order_of_file(path), (path,)
+
+    def _send(self, order: remote.ModelOrder, paths: Sequence[Path], address: str, host: str, report: Report) -> None:
+        client, name = self.cluster.client, Path(order.path).name
+        total = sum(path.stat().st_size for path in paths)
         done = 0
-        for path in model.files:
+        for path in paths:
             with path.open("rb") as file:
                 while block := file.read(_BLOCK):
                     offset = file.tell() - len(block)
@@ -172,9 +207,9 @@ class ClusterTasks:
                     if wrote != hashlib.sha256(block).hexdigest():
                         raise ClusterFailed(f"{host} wrote another block of {path.name} than it was sent")
                     done += len(block)
-                    report(Step(f"sending {model.path.name} to {host}", done / 1e6, total / 1e6, "MB"))
+                    report(Step(f"sending {name} to {host}", done / 1e6, total / 1e6, "MB"))
         if not client.run(remote.finish_model, order, workers=[address])[address]:
-            raise ClusterFailed(f"{host}: the model that arrived is not {model.path}")
+            raise ClusterFailed(f"{host}: the file that arrived is not {order.path}")
 
 
 def _await(futures: Sequence[Future]) -> None:

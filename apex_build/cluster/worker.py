@@ -1,4 +1,4 @@
-"""What runs on the workers: who they are, the model's files, and one shard.
+"""What runs on the workers: who they are, the model's files, and one shard, evaluation, or point of a sweep.
 
 Only names of this module go over the wire, with plain data: a worker runs its own apex-build and its own tools, which
 must be those of the client.
@@ -6,6 +6,7 @@ must be those of the client.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,8 +15,9 @@ import shutil
 import signal
 import time
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,26 @@ from apex_build import __version__
 from apex_build.calibration.run import Settings
 from apex_build.calibration.shards import Shard, Task, count_chunks, counts_file, make_shard
 from apex_build.errors import ApexError, ModelMissing, WorkersUnfit
+from apex_build.evaluation.run import Inputs
 from apex_build.evaluation.task import Prompt, ToolOptions
 from apex_build.evaluation.task import Task as EvaluationTask
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.model import read_model
-from apex_build.hookspecs import Figure
+from apex_build.hookspecs import Evaluator, Figure, PolicySpec
 from apex_build.loaded import origin_of
-from apex_build.native.run import Stopped
+from apex_build.native.run import Stopped, stopping
 from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.parameters import Value
-from apex_build.places import cache_root
+from apex_build.places import cache_folder, cache_root, in_use
 from apex_build.plugins import load_plugins
+from apex_build.policy.plan import Plan
 from apex_build.progress import Report, Step, silent
+from apex_build.quantization.run import Job
+from apex_build.storage.digests import sha256_file
 from apex_build.storage.outputs import LOG, MANIFEST, beside
 from apex_build.storage.scratch import scratch_folder
+from apex_build.sweep.files import Files, Measured, Recipe
 
 _TELL = 0.5  # seconds between two words about the progress
 
@@ -57,11 +64,12 @@ class About:
 
 @dataclass(frozen=True)
 class ModelOrder:
-    """A model by its path on the client, and what it must be."""
+    """A model or another file by its path on the client, and what it must be; of a file the sha256."""
 
     path: str
     fingerprint: str
     files: tuple[str, ...]  # names
+    of_model: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def about(dask_worker: Any) -> About:  # Dask requires this parameter name
 
 def has_model(order: ModelOrder) -> bool:
     try:
-        _model(order)
+        _model(order) if order.of_model else _file(order)
     except ModelMissing:
         return False
     return True
@@ -142,11 +150,8 @@ def run_shard(order: ShardOrder) -> ShardResult:
     model = _model(order.model)
     with scratch_folder("shard") as folder:
         task = _task(order, folder)
-        stopped, report = _watched(order)
-        try:
-            make_shard(model, task, tools, order.settings, stopped=stopped, report=report)
-        except Stopped:
-            raise RuntimeError("nobody waits for this shard any more") from None
+        with _watched(order.topic, order.number) as report:
+            make_shard(model, task, tools, order.settings, report=report)
         counts = counts_file(task.out)
         details = beside(task.out, MANIFEST).read_bytes()
         log = beside(task.out, LOG)
@@ -179,18 +184,12 @@ class EvaluationOrder:
 
 def run_evaluation(order: EvaluationOrder) -> tuple[tuple[Figure, ...], float]:
     """The figures, and the seconds it took. Raises WorkersUnfit where this worker has another plugin."""
-    tools, plugins = _tools(order), load_plugins()
-    evaluator = plugins.evaluators().get(order.evaluator)
-    if evaluator is None or evaluator.version != order.version or origin_of(evaluator)[1] != order.code:
-        found = "no" if evaluator is None else "another"
-        raise WorkersUnfit(f"{platform.node()} has {found} evaluator '{order.evaluator}'")
+    tools = _tools(order)
+    evaluator = _evaluator(order.evaluator, order.version, order.code)
     model = _model(order.model)
     reference = _model(order.reference) if order.reference else None
-    with scratch_folder("evaluation") as folder:
-        texts = {}
-        for number, (domain, text) in enumerate(order.texts.items()):
-            texts[domain] = folder / f"{number}.txt"
-            texts[domain].write_bytes(zlib.decompress(text))
+    with scratch_folder("evaluation") as folder, _watched("", 0):
+        texts = _texts(order.texts, folder)
         data = folder / order.data_name if order.data is not None else None
         if data is not None and order.data is not None:
             data.write_bytes(zlib.decompress(order.data))
@@ -202,6 +201,91 @@ def run_evaluation(order: EvaluationOrder) -> tuple[tuple[Figure, ...], float]:
         return tuple(evaluator.evaluate(task)), time.monotonic() - began
 
 
+@dataclass(frozen=True)
+class JobOrder:
+    """A planned file (`quantization.run.Job`), without what the worker has itself. `memory`: of the tool."""
+
+    name: str
+    plan: Plan
+    keys: dict[str, str | int | float]
+    n_bytes: int
+    warnings: tuple[str, ...]
+    imatrix: ModelOrder | None
+    derived: bool
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class RecipeOrder:
+    job: JobOrder
+    trunk: JobOrder | None
+
+
+@dataclass(frozen=True)
+class PointOrder:
+    """One point of a sweep. `sweep` names the folder in the worker's cache that its points share; `keep`: the file
+    stays there. `evaluators`: name, version and code of each; `data`: the file of each, its name and content.
+    """
+
+    sweep: str
+    recipe: RecipeOrder
+    baseline: RecipeOrder | None
+    keep: bool
+    model: ModelOrder
+    reference: ModelOrder | None
+    tools: str
+    evaluators: tuple[tuple[str, int, str], ...]
+    texts: dict[str, bytes]
+    prompts: tuple[Prompt, ...]
+    data: dict[str, tuple[str, bytes]]
+    settings: dict[str, str]
+    options: ToolOptions
+    threads: int | None
+    topic: str
+
+
+def run_point(order: PointOrder) -> Measured:
+    """Quantize the point's file, measure it, delete it. What the points share is kept until `end_sweep`."""
+    tools, model = _tools(order), _model(order.model)
+    evaluators = [_evaluator(*one) for one in order.evaluators]
+    place = cache_folder("cluster", "sweeps", order.sweep)
+
+    def job_of(one: JobOrder) -> Job:
+        imatrix = _file(one.imatrix) if one.imatrix else None
+        policy = PolicySpec(one.plan.policy, None, one.plan.base_type)
+        return Job(
+            model, one.plan, None, imatrix, place / one.name, one.keys, one.n_bytes, one.warnings, tools, policy,
+            derived=one.derived, memory=one.memory,
+        )  # fmt: skip
+
+    def recipe_of(one: RecipeOrder) -> Recipe:
+        return Recipe(job_of(one.job), job_of(one.trunk) if one.trunk else None)
+
+    with in_use(place), scratch_folder("sweep") as folder, _watched(order.topic, 0) as report:
+        data = {name: folder / f"{name}-{file}" for name, (file, _) in order.data.items()}
+        for name, path in data.items():
+            path.write_bytes(zlib.decompress(order.data[name][1]))
+        inputs = Inputs(
+            _model(order.reference) if order.reference else None, _texts(order.texts, folder), order.prompts, data,
+            order.settings, order.options,
+        )  # fmt: skip
+        files = Files(place, tools, evaluators, inputs, order.threads, wait="another point of the sweep")
+        baseline = recipe_of(order.baseline) if order.baseline else None
+        return files.measure(recipe_of(order.recipe), baseline, None, report, keep=order.keep)
+
+
+def end_sweep(sweep: str) -> None:
+    """Remove what its points shared, unless another client's point is under way."""
+    place = cache_root() / "cluster" / "sweeps" / sweep
+    with suppress(OSError):
+        handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place)
+        finally:
+            os.close(handle)
+
+
 def count(order: ShardOrder) -> int:
     """Whole chunks of the text."""
     tools, model = _tools(order), _model(order.model)
@@ -209,11 +293,27 @@ def count(order: ShardOrder) -> int:
         return count_chunks(model, _task(order, folder).text, tools, order.settings)
 
 
-def _tools(order: ShardOrder | EvaluationOrder) -> Toolset:
+def _tools(order: ShardOrder | EvaluationOrder | PointOrder) -> Toolset:
     tools = find_toolset()
     if tools.identity != order.tools:
         raise WorkersUnfit(f"{platform.node()} has another build of the tools: {tools.identity}, not {order.tools}")
     return tools
+
+
+def _evaluator(name: str, version: int, code: str) -> Evaluator:
+    """Raises WorkersUnfit where this worker has another plugin."""
+    found = load_plugins().evaluators().get(name)
+    if found is None or found.version != version or origin_of(found)[1] != code:
+        raise WorkersUnfit(f"{platform.node()} has {'no' if found is None else 'another'} evaluator '{name}'")
+    return found
+
+
+def _texts(given: dict[str, bytes], folder: Path) -> dict[str, Path]:
+    texts = {}
+    for number, (domain, text) in enumerate(given.items()):
+        texts[domain] = folder / f"{number}.txt"
+        texts[domain].write_bytes(zlib.decompress(text))
+    return texts
 
 
 def _task(order: ShardOrder, folder: Path) -> Task:
@@ -241,8 +341,17 @@ def _model(order: ModelOrder) -> Model:
     raise ModelMissing(f"{platform.node()} does not have {order.path}")
 
 
-def _watched(order: ShardOrder) -> tuple[Callable[[], bool], Report]:
-    """Whether to stop, since nobody waits any more; and whom to tell how far it is."""
+def _file(order: ModelOrder) -> Path:
+    """As `_model`, for another file."""
+    for path in (Path(order.path), _folder(order) / order.files[0]):
+        if path.is_file() and sha256_file(path) == order.fingerprint:
+            return path.absolute()
+    raise ModelMissing(f"{platform.node()} does not have {order.path}")
+
+
+@contextmanager
+def _watched(topic: str, number: int) -> Iterator[Report]:
+    """End the tools of the block when nobody waits for this task any more. The report tells the client of progress."""
     from distributed import get_worker
     from distributed.core import Status
 
@@ -257,9 +366,12 @@ def _watched(order: ShardOrder) -> tuple[Callable[[], bool], Report]:
 
     def report(step: Step) -> None:
         now = time.monotonic()
-        if step.total and (now - last[0] >= _TELL or step.done >= step.total):
+        if step.said or (step.total and (now - last[0] >= _TELL or step.done >= step.total)):
             last[0] = now
-            told = {"number": order.number, "done": step.done, "total": step.total}
-            worker.loop.add_callback(worker.log_event, order.topic, told)
+            worker.loop.add_callback(worker.log_event, topic, {"number": number, **asdict(step)})
 
-    return stopped, report if order.topic else silent
+    try:
+        with stopping(stopped):
+            yield report if topic else silent
+    except Stopped:
+        raise RuntimeError("nobody waits for this any more") from None

@@ -206,7 +206,7 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
         result = Result(work, figures, time.monotonic() - began)
         try:
             if results is not None:
-                _append(results, record(result))
+                append_record(results, record(result))
         except ApexError:  # a full disk: hours of results are not lost
             yield result
             raise
@@ -217,7 +217,7 @@ def taken(work: Work, figures: Sequence[Figure], seconds: float, results: Path |
     """The result of work that was done elsewhere, checked and recorded. Raises PluginFailed, OutputUnwritable."""
     result = Result(work, _checked(work.evaluator, figures), seconds)
     if results is not None:
-        _append(results, record(result))
+        append_record(results, record(result))
     return result
 
 
@@ -303,7 +303,7 @@ def record(result: Result) -> dict[str, Any]:
     }
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
+def append_record(path: Path, row: Mapping[str, Any]) -> None:
     """Append one line, whole or not at all, however the run ends. Several runs may append to the same file."""
     path = path.resolve()  # the file that a link leads to
     line = json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n"

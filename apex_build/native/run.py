@@ -40,6 +40,7 @@ _GRACE = 5.0  # seconds between SIGINT, SIGTERM and SIGKILL
 _DRAIN = 0.5  # seconds that a daemon holding the pipe may delay us after the tool has exited
 _UNSTARTED = re.compile(r"setpriv: failed to execute .*: (.*)")
 _UNSAID = re.compile(r"[\s=\-#*.]*")
+_asked = threading.local()  # `stopped`: of the block of `stopping` that the thread is in
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def run_tool(
     Whatever ends this function early (Ctrl-C, SIGTERM, an error in `on_line`) also ends the tool and every process it
     started: SIGINT, then SIGTERM, then SIGKILL. The tool runs in its own session, so the terminal's Ctrl-C reaches only
     us. Where we are killed ourselves the kernel sends it the signal `on_death`. In a thread, which no Ctrl-C reaches,
-    `stopped` is called several times a second: if it returns true, the tool is stopped and Stopped raised.
+    `stopped` (by default that of `stopping`) is called several times a second: if it returns true, the tool is stopped
+    and Stopped raised.
 
     Raises ToolFailed (not startable; with `check` also a code other than 0), ToolKilled (with `check`: ended by a
     signal; more memory than it may have), ToolTimeout (`timeout` seconds are over); OutputUnwritable (the log).
@@ -86,6 +88,7 @@ def run_tool(
     name = Path(command[0]).name
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     began = time.monotonic()
+    stopped = stopped or stopped_in_thread()
     with _log_file(log) as write, unwinding_signals(), _folder(cwd) as folder, ExitStack() as stack:
         write(f"$ {shlex.join(command)}\n".encode(errors="surrogateescape"))
         child = start(command, cwd=folder, env=env, on_death=on_death)
@@ -186,6 +189,23 @@ class Stopped(Exception):
 
 class _OutOfTime(Exception):
     """The deadline of a run passed."""
+
+
+@contextmanager
+def stopping(stopped: Callable[[], bool]) -> Iterator[None]:
+    """Within the block, tools and servers that this thread runs are ended as soon as `stopped` says so."""
+    before = stopped_in_thread()
+    _asked.stopped = stopped
+    try:
+        yield
+    finally:
+        _asked.stopped = before
+
+
+def stopped_in_thread() -> Callable[[], bool] | None:
+    """What `stopping` gave this thread."""
+    found: Callable[[], bool] | None = getattr(_asked, "stopped", None)
+    return found
 
 
 def _output_of(

@@ -18,12 +18,13 @@ from apex_build.errors import EvaluationRefused, ToolFailed, ToolKilled, ToolTim
 from apex_build.native.lines import Lines
 from apex_build.native.memory import memory_guard
 from apex_build.native.output import draft, explain, server_address
-from apex_build.native.run import failure, start, stop, tail, unwinding_signals, where
+from apex_build.native.run import failure, start, stop, stopped_in_thread, tail, unwinding_signals, where
 from apex_build.native.toolset import Toolset
 from apex_build.storage.scratch import scratch_folder
 
 _LARGEST_ANSWER = 64 << 20
 _LOG_READ = 4 << 20
+_STOP_ASKED = 0.2  # seconds between two questions whether to stop
 _LOG_WAIT = 10.0  # seconds that log lines, written by a separate thread, may come after the answer
 
 # The server parses even a plain completion as a chat message, and answers 500 when a (small, or badly quantized) model
@@ -213,6 +214,7 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float, memory
             # LLAMA_TRACE: print the result of each draft
             process = start(command, cwd=folder, output=output, env={"LLAMA_TRACE": "1"})
         guard = stack.enter_context(memory_guard(process.pid, memory))
+        stack.enter_context(_ended_when_stopped(process))
         try:
             address = _wait_ready(process, path, log, ready_within)
             yield Server(address, process, path, log, ready_within, tuple(command), memory)
@@ -222,6 +224,30 @@ def _serve(command: Sequence[str], log: Path | None, ready_within: float, memory
             raise
         finally:
             stop(process)
+
+
+@contextmanager
+def _ended_when_stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """As `run_tool` ends a tool in a block of `stopping`: whoever waits for an answer then gets an error."""
+    stopped = stopped_in_thread()
+    if stopped is None:
+        yield
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_STOP_ASKED):
+            if stopped():
+                process.kill()  # to a gentler signal it would answer first; it writes nothing
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def request(address: str, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, bytes]:

@@ -198,21 +198,30 @@ def run(
     replace: bool = False,
     threads: int | None = None,
     load_check: bool = True,
+    wait: str = "",
     report: Report = silent,
 ) -> Quantized:
     """Write, verify, put in place, with a manifest (`out` + .json) and a log (`out` + .log) beside it.
 
     `load_check`: the tools load the model before anything is written, and the file before it is put in place. A file
-    made from the same parts is used again, unless `force`; another is replaced only with `force` or `replace`. A
-    failed or interrupted run leaves the previous output. Raises OutputUnwritable, DiskTooSmall, LoadFailed,
-    ToolFailed, ToolKilled, VerificationFailed.
+    made from the same parts is used again, unless `force`; another is replaced only with `force` or `replace`. `wait`:
+    for what, where another run makes the file now. A failed or interrupted run leaves the previous output. Raises
+    OutputUnwritable, DiskTooSmall, LoadFailed, ToolFailed, ToolKilled, VerificationFailed.
     """
     out = job.out
     sizes = {tensor.name: tensor.n_bytes for tensor in job.model.tensors}
     progress = _Progress(sizes, report, f"quantizing {out.name}")
     may = _may_replace(force, replace)
     with (
-        making(job.artifact, inputs=job.inputs, reuse=not force, replace=may, n_bytes=job.n_bytes) as draft,
+        making(
+            job.artifact,
+            inputs=job.inputs,
+            reuse=not force,
+            replace=may,
+            n_bytes=job.n_bytes,
+            wait=wait,
+            report=report,
+        ) as draft,
         scratch_folder("quantize") as scratch,
         unwinding_signals(),  # also while the file is verified
     ):

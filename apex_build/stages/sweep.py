@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from apex_build import __version__
+from apex_build.cluster.connect import connected
+from apex_build.cluster.points import ClusterPoints, check_cluster
 from apex_build.errors import ApexError, PolicyUnknown
 from apex_build.gguf_model.mtp_rows import Rows
 from apex_build.hookspecs import PolicySpec
+from apex_build.native.toolset import Toolset
 from apex_build.parameters import Value
 from apex_build.places import model_stem
 from apex_build.plugins import Plugins
+from apex_build.progress import Report
 from apex_build.stages.evaluate import EvaluateOptions, inputs_of
 from apex_build.stages.given import ModelFile, Workplace, workplace
 from apex_build.sweep.plan import Sweep, plan_sweep
 from apex_build.sweep.report import Summary, check_scores, default_score, report_sweep, write_report
 from apex_build.sweep.request import Request
 from apex_build.sweep.rows import Row
-from apex_build.sweep.run import run_sweep
+from apex_build.sweep.run import Measure, in_order, measure_here, points_to_do, run_sweep
 
 
 @dataclass(frozen=True)
 class SweepOptions:
     """`over`: parameter -> its values; every combination is a file. `curves`: with the head's calibration data (True),
     without (False). `measured`: by what, and on what; by default the draft head's score, or the divergence where the
-    head is not swept. `scores`: figures to show; `bound`: the knee is the smallest file that loses less.
+    head is not swept; with its `cluster` each point is quantized and measured there. `scores`: figures to show;
+    `bound`: the knee is the smallest file that loses less.
     """
 
     over: Mapping[str, Sequence[str]] = field(hash=False)
@@ -76,7 +81,30 @@ def plan(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workpl
         threads=options.measured.threads,
         head_rows=options.head_rows,
     )
-    return plan_sweep(request, keep=options.keep, report=place.report)
+    elsewhere = options.measured.cluster is not None
+    planned = plan_sweep(request, keep=options.keep, elsewhere=elsewhere, report=place.report)
+    if elsewhere:
+        check_cluster(planned, keep=options.keep)
+    return planned
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How points are measured, and how many at a time."""
+
+    measure: Measure
+    at_once: Callable[[], int]
+
+
+@contextmanager
+def measuring(cluster: str | None, tools: Toolset, report: Report) -> Iterator[Measuring]:
+    """Here, or on a cluster. Raises ClusterFailed, WorkersUnfit."""
+    if cluster is None:
+        yield Measuring(measure_here, lambda: 1)
+        return
+    with connected(cluster, tools, report) as found:
+        points = ClusterPoints(found, tools, report)
+        yield Measuring(points, points.at_once)
 
 
 def sweep(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workplace | None = None) -> Swept:
@@ -87,7 +115,11 @@ def sweep(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workp
     """
     place = place or workplace()
     planned = plan(model, folder, options, place=place)
-    outcomes = list(run_sweep(planned, keep=options.keep, progress=lambda: nullcontext(place.report)))
+    report = place.report
+    cluster = options.measured.cluster if points_to_do(planned) else None
+    with measuring(cluster, place.tools, report) as found:
+        ran = run_sweep(planned, keep=options.keep, progress=lambda: nullcontext(report), measure=found.measure)
+        outcomes = in_order(planned, ran)
     errors = tuple(error for outcome in outcomes for error in outcome.errors)
     return reported(planned, [outcome.row for outcome in outcomes], options.scores, options.bound, errors)
 

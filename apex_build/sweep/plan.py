@@ -75,8 +75,9 @@ class Sweep:
         return self.points[0] if self.points[0].baseline else None
 
 
-def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent) -> Sweep:
-    """Check everything and plan every file; nothing is written. `keep`: the files will be kept.
+def plan_sweep(request: Request, *, keep: bool = False, elsewhere: bool = False, report: Report = silent) -> Sweep:
+    """Check everything and plan every file; nothing is written. `keep`: the files will be kept; `elsewhere`: they will
+    be made on other machines, so this one's disk need not hold them.
 
     Raises ParameterUnknown, TypeUnknown, EvaluationRefused, EvaluatorUnknown, ImatrixInvalid, ImatrixMismatch,
     HeadRowsMismatch, DataMissing (where the baseline, or no point at all, can be quantized), OutputUnwritable (also for
@@ -120,7 +121,7 @@ def plan_sweep(request: Request, *, keep: bool = False, report: Report = silent)
         trunk_once = len(jobs) > 1 and head_only and same_trunk(jobs)
         # a derived imatrix has the same data for the trunk as the one it was made of
         trunks = (1 if derived else len({point.head_data for point in points if point.job})) if trunk_once else 0
-        room = _check_disk(request, jobs, trunks, keep)
+        room = _check_disk(request, jobs, trunks, keep, elsewhere)
     known = read_rows(request.folder)
     return Sweep(request, tuple(points), tuple(evaluators), parts, derived, head_only, trunk_once, known, room)
 
@@ -270,7 +271,7 @@ def _inputs(request: Request) -> Iterator[Path]:
     yield from request.tools.files()
 
 
-def _check_disk(request: Request, jobs: Sequence[Job], trunks: int, keep: bool) -> int:
+def _check_disk(request: Request, jobs: Sequence[Job], trunks: int, keep: bool, elsewhere: bool) -> int:
     """Room for the files that exist at the same time: the trunks, the baseline, and the largest other file, or all
     files.
     """
@@ -278,5 +279,6 @@ def _check_disk(request: Request, jobs: Sequence[Job], trunks: int, keep: bool) 
     before = trunks * trunk_job(largest, largest.out).n_bytes if trunks else 0
     before += sum(job.n_bytes for job in jobs) - largest.n_bytes if keep else jobs[0].n_bytes if len(jobs) > 1 else 0
     check_place((request.folder if request.folder.is_dir() else request.folder.parent) / largest.out.name, _ELSEWHERE)
-    check_room(request.folder, largest.n_bytes, largest.out.name, before=before)
+    if not elsewhere:
+        check_room(request.folder, largest.n_bytes, largest.out.name, before=before)
     return before + largest.n_bytes

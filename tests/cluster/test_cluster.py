@@ -4,62 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from apex_runs import run_apex
+from children import tool_of
+from dask_processes import scheduler, until, worker
 
+import apex_build
 from apex_build.native.toolset import Toolset
 
 pytestmark = pytest.mark.usefixtures("tools")
 SHARDS = ("--chunks", "24", "--shards", "4", "--no-rows-check")
-
-
-@contextmanager
-def process(*arguments: object, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("ab") as said:
-        child = subprocess.Popen(
-            [sys.executable, "-m", *map(str, arguments)],
-            stdout=said, stderr=said, env={**os.environ, **environment}, cwd=log.parent,
-        )  # fmt: skip
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.wait()
-
-
-@contextmanager
-def scheduler(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Start a scheduler; yields its address."""
-    told = folder / f"scheduler-{time.monotonic_ns()}.json"
-    common = ("--port", 0, "--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", told)
-    with process("distributed.cli.dask_scheduler", *common, log=folder / "scheduler.log") as child:
-        until(lambda: told.exists() and told.read_text().strip().endswith("}"), child)
-        yield child, json.loads(told.read_text())["address"]
-
-
-def worker(
-    address: str, folder: Path, *more: object, **environment: str
-) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    settings = ("--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--local-directory", folder / "dask")
-    threads = () if "--nthreads" in more else ("--nthreads", 1)
-    return process(
-        "distributed.cli.dask_worker", address, *settings, *threads, *more, log=folder / "worker.log", **environment
-    )
-
-
-def until(what: Callable[[], object], child: subprocess.Popen[Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def client(model: Path, out: Path, address: str, *more: object) -> subprocess.Popen[str]:
@@ -68,18 +29,6 @@ def client(model: Path, out: Path, address: str, *more: object) -> subprocess.Po
         [sys.executable, "-m", "apex_build", *map(str, command)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-
-
-def tool_of(parent: int) -> bool:
-    """Whether a process is running llama-imatrix."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
-        except OSError:
-            continue
-        if name.startswith("llama-imatrix") and int(fields.split()[1]) == parent:
-            return True
-    return False
 
 
 def kept(out: Path) -> dict[str, int]:
@@ -148,8 +97,23 @@ def test_another_build_is_refused_by_name(expected: bytes, tools: Toolset, testb
         with worker(address, tmp_path), worker(address, tmp_path, "--nthreads", 4):
             until(lambda: (tmp_path / "worker.log").read_text().count("Registered to") >= 3, other)
             ran = run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address)
-            assert ran.stderr.count("a worker is not used") == 2 and "would run 4 shards at a time" in ran.stderr
+            assert ran.stderr.count("a worker is not used") == 2 and "would run 4 tasks at a time" in ran.stderr
     assert out.read_bytes() == expected
+
+
+def test_another_version_is_refused_by_name(testbed: Path, tmp_path: Path) -> None:
+    """A worker that runs a copy of the package with another number."""
+    here, out = Path(apex_build.__file__).parent, tmp_path / "out.gguf"
+    shutil.copytree(here, tmp_path / "other" / "apex_build", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("vendor", "patches", "plugins", "calibration_sets"):  # of a checkout
+        if (data := here.parent / name).is_dir():
+            (tmp_path / "other" / name).symlink_to(data)
+    (tmp_path / "other" / "apex_build" / "__init__.py").write_text('__version__ = "9.9.9"\n')
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path, PYTHONPATH=str(tmp_path / "other")):
+        ran = run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address, code=84)
+    assert f"has apex-build 9.9.9, and this is {apex_build.__version__}" in ran.stderr and "127.0.0.1" in ran.stderr
+    assert f"pip install 'apex-build[cluster]=={apex_build.__version__}'" in ran.stderr
+    assert not out.exists()
 
 
 def test_two_clients_at_once(expected: bytes, testbed: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_runs_may_share_a_file_of_results(tmp_path: Path) -> None:
 
 def _append_many(path: Path, name: str) -> None:
     for number in range(20):
-        run._append(path, {"identity": f"{name}{number}", "note": name * 30_000, "figures": [], "seconds": 0.0})
+        run.append_record(path, {"identity": f"{name}{number}", "note": name * 30_000, "figures": [], "seconds": 0.0})
 
 
 def test_a_line_that_a_crash_cut_short_goes(tools: Toolset, place: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_file_that_holds_no_results_is_refused_and_stays(content: str, tools: 
     assert "r.jsonl:1: not a result of apex evaluate" in said and "--results" in said
     assert (place / "r.jsonl").read_text() == content and not (place / "ran.txt").exists()
     with pytest.raises(OutputUnwritable):
-        run._append(place / "r.jsonl", {"figures": []})
+        run.append_record(place / "r.jsonl", {"figures": []})
     assert (place / "r.jsonl").read_text() == content and not list(place.glob(".r.jsonl*"))
 
 

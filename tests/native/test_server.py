@@ -16,6 +16,7 @@ import pytest
 from children import servers
 
 from apex_build.errors import EvaluationRefused, ToolFailed, ToolKilled, ToolTimeout
+from apex_build.native.run import Stopped, run_tool, stopping
 from apex_build.native.server import Draft, Server, drafts_printed, request, serve
 from apex_build.native.toolset import Toolset
 
@@ -119,6 +120,25 @@ def test_a_server_that_dies_is_reported_as_killed(tools: Toolset, testbed: Path)
         server.process.kill()
         with pytest.raises(ToolKilled, match="llama-server was ended by SIGKILL"):
             server.completion("x", n_predict=1)
+
+
+def test_a_server_of_a_thread_ends_when_nobody_waits(tools: Toolset, testbed: Path) -> None:
+    """As Ctrl-C elsewhere: whoever is answered gets an error. The thread's other tools end too."""
+    asked, seen = threading.Event(), []
+
+    def work() -> None:
+        with stopping(asked.is_set):
+            with pytest.raises(ToolKilled), serve(tools, testbed, arguments=ARGUMENTS) as server:
+                threading.Timer(0.5, asked.set).start()
+                server.completion("x", n_predict=100_000, ignore_eos=True)
+            with pytest.raises(Stopped):
+                run_tool(["sleep", "60"])
+            seen.append("both")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert seen == ["both"] and not servers()
 
 
 def test_a_damaged_model(tools: Toolset, testbed: Path, tmp_path: Path) -> None:
