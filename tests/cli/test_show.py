@@ -162,6 +162,25 @@ def test_an_evaluation_of_two_files_knows_its_end() -> None:
     right([Piece(kind, one, sum(one.values())) for kind, one in zip(kinds, runs, strict=True)], took)
 
 
+def test_the_end_of_pieces_that_run_at_the_same_time() -> None:
+    """Six of 60 s each on two workers of a cluster, the second a little behind the first: 180 s and a little."""
+    clock, said = Clock(), list[Step]()
+    pieces = [Piece("head", {f"head: p{n}": 600.0}, 100.0) for n in range(6)]
+    whole = Whole("all", said.append, pieces, clock, at_once=lambda: 2)
+    assert whole.left() == 300
+    for now in range(1, 184):
+        clock.now = float(now)
+        for worker in (0, 1):
+            number, second = divmod(now - 3 * worker - 1, 60)
+            if 0 <= number < 3:
+                whole.of(2 * number + worker)(Step(f"head: p{2 * number + worker}", second + 1, 60, "chunks"))
+                if second == 59:
+                    whole.finish(2 * number + worker)
+        if 18 <= now < 175:
+            assert abs(whole.left() - (183 - now)) <= (183 - now) / 3, now
+    assert said[-1].done == 100 and whole.left() == 0 and max(step.done for step in said[:-1]) < 100
+
+
 def test_what_was_there_before_takes_no_time() -> None:
     clock = Clock()
     said: list[Step] = []

@@ -16,6 +16,7 @@ from apex_runs import run_apex
 from children import tool_of
 from dask_processes import scheduler, until, worker
 
+from apex_build import api
 from apex_build.errors import EvaluationRefused
 from apex_build.native.toolset import Toolset
 
@@ -200,9 +201,24 @@ def check_idle(worker: subprocess.Popen[bytes]) -> None:
     assert not tool_of(worker.pid) and worker.poll() is None
 
 
+def test_from_a_script(expected: Path, testbed: Path, heldout: Path, tmp_path: Path) -> None:
+    """The cluster is one of the options of what is measured; rows are in the sweep's order."""
+    said: list[api.Step] = []
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path):
+        measured = api.EvaluateOptions(
+            reference=testbed, texts=(heldout / "chat.txt",), only=("kld",), settings={"kld.chunks": "1"}, threads=1,
+            cluster=address,
+        )  # fmt: skip
+        types = {"type": ("Q8_0", "Q6_K", "Q4_K")}
+        options = api.SweepOptions(types, policy="uniform", curves=(False,), measured=measured)
+        swept = api.sweep(testbed, tmp_path / "out", options, place=api.workplace(report=said.append))
+    assert [row.values["type"] for row in swept.rows] == ["Q8_0", "Q6_K", "Q4_K"] and not swept.errors
+    assert any(step.task.startswith("quantizing") for step in said), "workers tell of their progress"
+    check_same(tmp_path / "out", expected)
+
+
 def test_what_a_cluster_cannot_do(trunk: list[object], tmp_path: Path) -> None:
     command = [*trunk, "-o", tmp_path / "out", "--cluster", "tcp://127.0.0.1:9"]
     code = EvaluationRefused.exit_code
     assert "made, and deleted, on the workers" in run_apex(*command, "--keep", code=code).stderr
     assert "speed measures times" in run_apex(*command, "--only", "speed", code=code).stderr
-    assert "no Dask scheduler answers" in run_apex(*command, code=83).stderr
