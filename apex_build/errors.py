@@ -361,7 +361,7 @@ class PluginFailed(ApexError):
 
 
 class SystemUnsupported(ApexError):
-    """The operating system lacks what is needed: apex-build runs on Linux."""
+    """Unsupported operating system: apex-build runs on Linux."""
 
     exit_code = 81
 

@@ -34,7 +34,7 @@ def no_such(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def near_folder(folder: Path) -> str:
-    """'; near it: models', for a folder that does not exist: what is beside the first part of it that is missing."""
+    """'; near it: models', for a missing folder: similar names beside the first missing part of its path."""
     missing = folder
     while not missing.parent.is_dir() and missing.parent != missing:
         missing = missing.parent

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Step:
-    """The progress of a long task. `total` is None while it is not known; `unit` names what is counted.
+    """The progress of a long task. `total` is None while unknown; `unit`: the unit of the counts.
 
     `said`: not work, but a warning to show at once and keep. `detail`: the current piece of a task made of several;
     `left`: seconds to its end, if the reporter knows better than linear extrapolation.

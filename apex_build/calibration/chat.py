@@ -120,7 +120,7 @@ def try_render(template: ChatTemplate, documents: Sequence[Document], *, answer_
     except OutOfBounds as error:
         raise ChatTemplateFailed(f"chat template of {template.origin}: {error}") from None
     except TypeError as error:  # of a source in a plugin
-        raise CalibrationSetInvalid(f"a conversation holds what is not JSON: {error}") from None
+        raise CalibrationSetInvalid(f"a conversation contains a value that is not JSON: {error}") from None
     if "error" in answer:
         at = f", in {documents[answer['at']].origin}" if "at" in answer and answer["at"] < len(documents) else ""
         raise ChatTemplateFailed(

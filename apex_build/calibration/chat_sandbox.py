@@ -49,7 +49,7 @@ def _tojson(
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: marks what the assistant wrote, for training; renders its content, in a scope of its own."""
+    """`{% generation %}`: marks what the assistant wrote, for training; renders its content, in a separate scope."""
 
     tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
 

@@ -14,7 +14,7 @@ _PART = re.compile(r"^[ \t]*\[\[[ \t]*part[ \t]*\]\][^\n]*\n", re.MULTILINE)
 
 
 def pinned(chosen: CalibrationSet, sources: Mapping[str, Source], out: Path) -> tuple[str, list[tuple[str, str]]]:
-    """The set's file with what its sources add to each part, all else as it is written; and what was added.
+    """The text of the set's file with the keys that its sources add to each part, otherwise unchanged; and those keys.
 
     Raises CalibrationSetInvalid if it would name other files from `out`'s folder, and what the sources raise.
     """

@@ -108,7 +108,7 @@ class Made:
     perplexity: float | None
     seconds: float
     resumed_at: int
-    goal: DataclassInstance | None = None  # what was reached, where there was one
+    goal: DataclassInstance | None = None  # what was reached, if there was a goal
 
 
 def arguments(model: Model, settings: Settings, tools: Toolset) -> list[str]:

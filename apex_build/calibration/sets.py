@@ -259,7 +259,7 @@ def _part_read(
 
 
 def _fall_back(rendered: list[Rendered], documents: Sequence[Document], template: ChatTemplate) -> int:
-    """Render what was refused with another template, in place; returns how many that took."""
+    """Render rejected documents with another template, in place; returns how many it accepted."""
     again = [at for at, one in enumerate(rendered) if one.text is None]
     taken = 0
     for at, one in zip(again, try_render(template, [documents[at] for at in again]), strict=True):

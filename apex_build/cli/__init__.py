@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _file_of(error: OSError) -> str:
-    """The file whose writing failed, which the system does not name: the one that was open where it happened."""
+    """The file whose writing failed. The system does not name it: it is the one that was open at that point."""
     name = "a file"
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for value in frame.f_locals.values():

@@ -118,7 +118,7 @@ def command(
 
     The same source, patches, compiler and options are never built twice. An interrupted build resumes where it stopped.
     CC, CXX, CFLAGS, CXXFLAGS and LDFLAGS are used, and are part of a build's identity. Builds of several pins can
-    exist side by side: the other verbs use the default pin's, or that of the pin named by APEX_PIN or apex.toml.
+    exist side by side: the other verbs use the build of the default pin, or of the pin in APEX_PIN or apex.toml.
 
     \b
     Examples:

@@ -200,7 +200,7 @@ def command(
     if max_tokens is not None and until is None:
         raise click.UsageError("--max-tokens goes with --until-experts; --chunks bounds a run without it")
     if until is not None and chunks is not None:
-        raise click.UsageError("--until-experts takes --max-tokens in place of --chunks")
+        raise click.UsageError("--until-experts takes --max-tokens instead of --chunks")
     goal = Goal(until, max_tokens) if until is not None else None
     options = CalibrateOptions(
         set_name,
@@ -298,7 +298,7 @@ def _print_goal(goal: Mapping[str, Any]) -> None:
         shown = ", ".join(f"{expert} ({tokens})" for expert, tokens in layer["experts"][:_SHOWN])
         more = f" and {layer['count'] - _SHOWN} more" if layer["count"] > _SHOWN else ""
         click.echo(f"  layer {layer['layer']}: experts (tokens) {shown}{more}")
-    click.echo("  apex plan --imatrix says which types they get; --set starved=Q4_K raises those of the APEX tiers")
+    click.echo("  apex plan --imatrix shows the types they get; --set starved=Q4_K raises them in the APEX tiers")
 
 
 def _print(done: Calibration) -> None:

@@ -47,8 +47,8 @@ _EVERYWHERE = ("threads", "gpu-layers", "tools", "quiet", "verbose")  # options 
 _PLUGINS = ("off", "folders")
 # The environment overrides a file; these options have a variable.
 _VARIABLES = {"tools": "APEX_TOOLS", "python": "APEX_CONVERT_PYTHON"}
-# What a folder's file may not set: its author would choose what is run, what is overwritten, or in whose name files are
-# made.
+# Settings not allowed in a folder's file: its author could choose what is run or overwritten, or in whose name files
+# are made.
 _USERS_OWN = {
     *("cache-dir", "source-dir", "quantized-by", "tools", "plugin", "python", "tool-argument"),
     *("repository", "archive", "from", "import"),

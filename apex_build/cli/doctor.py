@@ -1,4 +1,4 @@
-"""`apex doctor`: what this machine has for building, what is missing, and what can be built."""
+"""`apex doctor`: what this machine has and lacks for building, and what can be built."""
 
 from __future__ import annotations
 

@@ -86,11 +86,11 @@ def evaluation_options(function: Any) -> Any:
 )
 @click.option("--all", "all_", is_flag=True, help="Show every figure with its interval, by domain; same as -v.")
 @click.option("--list", "list_", is_flag=True, help="List the evaluators with their parameters.")
-@click.option("--force", is_flag=True, help="Measure again what is in the results file.")
+@click.option("--force", is_flag=True, help="Measure again, even if the results file has the result.")
 @click.option(
     "--cluster",
     metavar="ADDRESS",
-    help="Measure on a Dask cluster, all but what is timed: tcp://HOST:8786, or local:N for N processes here.",
+    help="Measure on a Dask cluster, except timings: tcp://HOST:8786, or local:N for N processes here.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, and show what would run.")
 @tools_option
@@ -192,7 +192,7 @@ def command(
                         f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}",
                         err=True,
                     )
-        # the results file cannot be written: what was measured is shown all the same
+        # the results file cannot be written: show the results anyway
         except (DiskTooSmall, OutputUnwritable) as error:
             unrecorded = error
     if json_:

@@ -18,7 +18,7 @@ _MANY = 12  # entries that are not listed one by one
 
 @click.command()
 @click.argument("path", metavar="MANIFEST|OUTPUT", type=click.Path(path_type=Path))
-@click.option("--check", "check_", is_flag=True, help="Read the file: is it the one that the manifest describes?")
+@click.option("--check", "check_", is_flag=True, help="Read the whole file and check that it matches the manifest.")
 @click.option("--json", "json_", is_flag=True, help="Print JSON.")
 def command(path: Path, check_: bool, json_: bool) -> None:
     """Show how an output was made: its kind, identity, what went in, what came out.

@@ -41,7 +41,7 @@ mtp_rows_option = click.option(
     type=click.Choice([AUTO, *CHOICES]),
     default=AUTO,
     show_default=True,
-    help="Hidden rows that the draft head was trained on: before or after the final norm. auto: what is known of its "
+    help="Hidden rows that the draft head was trained on: before or after the final norm. auto: as known for its "
     "architecture.",
 )
 

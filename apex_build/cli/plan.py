@@ -50,7 +50,7 @@ _ANOTHER = "give another name with --write-rules"
     "--compare",
     "compared",
     metavar="NAME,NAME,...",
-    help="Several policies side by side: bytes, bits, tensors that differ, and what is predicted.",
+    help="Compare several policies: bytes, bits, tensors that differ, and predictions.",
 )
 @click.option("--imatrix", type=_PATH, help="Check that it has data for the types that need data.")
 @mtp_rows_option

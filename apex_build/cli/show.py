@@ -124,7 +124,7 @@ def _plain() -> Report:
 
 def _clock() -> Callable[[Step], tuple[float, float | None]]:
     """Seconds since the first step of a task, and those left: from the step, or by linear extrapolation."""
-    began: list[tuple[float, float]] = []  # time, and what was done by then: a resumed run does not begin at 0
+    began: list[tuple[float, float]] = []  # time, and the work done by then: a resumed run does not start at 0
 
     def read(step: Step) -> tuple[float, float | None]:
         now = time.monotonic()

@@ -19,7 +19,7 @@ _MOVEMENTS = re.compile(r"(\x1b\[[0-9;?]*[A-Za-z]|\r)")
 
 
 def prepare() -> None:
-    """Replace Python's own streams; if our caller closed one, what is written to it is discarded."""
+    """Replace Python's own streams; if our caller closed one, its output is discarded."""
     for descriptor in (0, 1, 2):  # else the next opened file would become one of them
         try:
             os.fstat(descriptor)
@@ -34,7 +34,7 @@ def prepare() -> None:
 
 
 def discard() -> None:
-    """Discard what is not printed yet: Python would retry at exit, and complain."""
+    """Discard output that is not printed yet: Python would retry at exit, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

@@ -1,4 +1,4 @@
-"""The names of the verbs: our own with their modules, and those of plugins."""
+"""The names of the verbs: built-in ones with their modules, and those from plugins."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Cluster:
                 self.fit[address] = found
 
     def check(self) -> None:
-        """Raises WorkersUnfit where nobody can take the work."""
+        """Raises WorkersUnfit if no worker can take the work."""
         if self.fit:
             return
         listed = [why for why, _ in self.refused.values()]
@@ -150,7 +150,7 @@ def _scheduler(address: str) -> Iterator[str]:
         threads_per_worker=1,
         processes=True,
         dashboard_address=None,
-        memory_limit=0,  # the tool is a process of its own, with bounds of its own
+        memory_limit=0,  # the tool is a separate process with its own limits
         silence_logs=logging.CRITICAL,
         preload=[remote.__name__],
         host="127.0.0.1",

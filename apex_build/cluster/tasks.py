@@ -26,7 +26,7 @@ _BLOCK = 32 << 20
 _LOOK = 1.0  # seconds between two looks at the workers
 _ALONE = 60.0  # seconds without a worker, before it is given up
 _STEP = frozenset(one.name for one in fields(Step))
-_LOST = "what is done is kept: start the scheduler and the workers again, then the same command"
+_LOST = "finished work is kept: start the scheduler and the workers again, then run the same command"
 
 
 def order_of(model: Model) -> remote.ModelOrder:
@@ -169,7 +169,7 @@ class ClusterTasks:
         if kind == "KilledWorker":
             raise ClusterFailed(
                 f"{what}: the workers that took it died, several times",
-                hint="look at the workers' own output: most often memory ran out; then the same command again",
+                hint="look at the workers' own output: most often memory ran out; then run the same command again",
             )
         raise ClusterFailed(f"{what}: {kind}: {str(error).splitlines()[0] if str(error) else ''}", hint=_LOST)
 

@@ -122,7 +122,7 @@ def has_model(order: ModelOrder) -> bool:
 
 
 def write_block(order: ModelOrder, name: str, offset: int, block: bytes) -> str:
-    """Put a piece of a model's file into the cache; returns the digest of what is on the disk."""
+    """Put a piece of a model's file into the cache; returns the digest of the piece on disk."""
     part = _folder(order).with_name(f"{order.fingerprint}.part")
     part.mkdir(parents=True, exist_ok=True)
     path = part / Path(name).name
@@ -135,7 +135,7 @@ def write_block(order: ModelOrder, name: str, offset: int, block: bytes) -> str:
 
 
 def finish_model(order: ModelOrder) -> bool:
-    """All pieces are there: the model counts from now on, if it is the one that was asked for."""
+    """Put the model in place after all pieces have arrived, if it is the requested one."""
     folder = _folder(order)
     part = folder.with_name(f"{order.fingerprint}.part")
     if not has_model(order):

@@ -85,7 +85,7 @@ class Job:
     head: bool  # keep the draft head; False leaves it out
     python: Python
     n_bytes: int
-    force: bool = False  # replace what is at `out`
+    force: bool = False  # replace an existing `out`
     drop: frozenset[str] = frozenset()
     metadata: tuple[Setting, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ def prepare(
     """Refuse what cannot succeed, before any work. `source` is a pinned tree, `python` the converter's interpreter (see
     environment.choose), `drop` patterns of tensors that may be left out, `metadata` keys to set.
 
-    Raises CheckpointInvalid (what is missing, an architecture that the converter lacks, a promised head without
+    Raises CheckpointInvalid (what is missing, an architecture that the converter lacks, a declared head without
     tensors), ParameterUnknown (pre-tokenizer, a pattern), OutputUnwritable, DiskTooSmall, EnvironmentUnusable.
     """
     checkpoint = read_checkpoint(folder)

@@ -25,7 +25,7 @@ class Family:
     """The converter's code for one architecture.
 
     `writes_heads`: it can write a draft head. `head_keys`: what it looks for in the config; empty if it looks for
-    none (a count of its own). `can_omit_head`: it takes --no-mtp.
+    none (a separate count). `can_omit_head`: it takes --no-mtp.
     """
 
     writes_heads: bool

@@ -37,7 +37,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was measured, by domain ('' is all of them), and what is wrong: empty for a good file."""
+    """Measured figures by domain ('' is all of them), and problems: none for a good file."""
 
     model: Model
     acceptance: Mapping[str, Figure]  # %, without a head empty

@@ -1,4 +1,4 @@
-"""Run evaluators over files: check first, record each result as it arrives, do not redo what is recorded."""
+"""Run evaluators over files: check first, record each result as it arrives, and do not repeat recorded ones."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Result:
 def choose(
     evaluators: Mapping[str, Evaluator], only: Sequence[str], model: Model, inputs: Inputs
 ) -> tuple[list[Evaluator], list[str]]:
-    """The evaluators for a file: those of `only`, or all whose inputs are given. Second, a line for each one left out.
+    """The evaluators for a file: those in `only`, or all whose inputs are given. Second, a line for each one left out.
 
     Raises EvaluatorUnknown; EvaluationRefused where one of `only` lacks something.
     """

@@ -219,7 +219,7 @@ class Task:
         return sha256_file(self.texts[domain])
 
     def _options(self, tool: str, own: Sequence[str]) -> list[str]:
-        """What the user adds to a tool's `own` arguments. Raises ParameterUnknown for what is among those already."""
+        """Arguments that the user adds to a tool's `own` ones. Raises ParameterUnknown if these include one already."""
         program, given = self.tools.tool(tool), self.options.of(tool)
         check_no_double(program, own, given)
         layers = [] if self.options.gpu_layers is None else ["--n-gpu-layers", str(self.options.gpu_layers)]
@@ -246,7 +246,7 @@ class Task:
             yield
             return
         what = "another evaluation on this machine (--threads N: do not wait)"
-        # again in this process: an evaluator may run a tool while a server of its own is up
+        # again in this process: an evaluator may run a tool while its server is running
         with locked_in_thread(cache_folder("evaluation") / f"machine-{_this_machine()}", what=what, report=self.report):
             yield
 

@@ -2,7 +2,7 @@
 
 llama-quantize weights each error by its column's mean square. Where that is zero the quantizers ignore the column:
 16 columns of zeros in a row are lost at Q3_K, 32 at Q4_0, IQ4_XS and IQ2_XXS, 128 at Q6_K, 256 at Q2_K, Q4_K and Q5_K
-(they silently become zeros in the file). The smallest floor is enough: with 1e-8 of the mean in place of zero,
+(they silently become zeros in the file). The smallest floor is enough: with 1e-8 of the mean instead of zero,
 all types did as well on such columns as on others (runs of 16 to 512 columns, normal weights). FLOOR leaves a margin
 on both sides.
 """

@@ -19,7 +19,7 @@ class ExpertGrid:
     """`tokens` [layers, experts]; NaN where a layer has fewer experts than another."""
 
     layers: tuple[int, ...]
-    head: frozenset[int]  # those of the draft head, where that is known
+    head: frozenset[int]  # layers of the draft head, if known
     tokens: npt.NDArray[np.float64]
 
     @property

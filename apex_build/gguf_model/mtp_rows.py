@@ -36,7 +36,7 @@ class TrainedOn:
 
 _OCTOBER = "llama.cpp of October 2026 (0c1e57098bba)"
 
-# architecture in GGUF -> what is known
+# architecture in GGUF -> known rows
 TRAINED_ON: Mapping[str, TrainedOn] = {
     "qwen35": TrainedOn(
         "post_norm",
@@ -92,7 +92,7 @@ TRAINED_ON: Mapping[str, TrainedOn] = {
 }
 
 
-AUTO = "auto"  # a user's choice, beside those of CHOICES: what is known of the architecture
+AUTO = "auto"  # a further choice for users, besides CHOICES: as known for the architecture
 
 
 def tool_arguments(choice: str, architecture: str, program: Path | None = None) -> list[str]:

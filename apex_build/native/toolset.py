@@ -97,7 +97,7 @@ def find_toolset(path: Path | None = None) -> Toolset:
 def current_build(pin: str = "") -> Path | None:
     """The folder of the build in use of the pin (the chosen one), if there is one.
 
-    Each pin and backend has a pointer; the one that was last asked for counts.
+    Each pin and backend has a pointer; the one last requested counts.
     """
     pointers = _pointers(pin)[0]
     return places.cache_root() / "builds" / max(pointers)[1] if pointers else None

@@ -222,7 +222,7 @@ def _rendered(
         same = [
             _rules(render(made, template, {**context, **variant})[0]) == _rules(text) for variant in wanted["variants"]
         ]
-    except Exception:  # with a value that nobody asked for
+    except Exception:  # with an arbitrary value
         same = []
     return {"text": text, "places": places, "same": same}
 

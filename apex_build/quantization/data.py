@@ -15,7 +15,7 @@ from apex_build.storage.digests import sha256_file
 
 @dataclass(frozen=True)
 class Data:
-    """An imatrix against a model. `warnings`: what is odd about it; `derived`: llama-quantize gets an examined copy."""
+    """An imatrix checked against a model. `warnings`: oddities; `derived`: llama-quantize gets an examined copy."""
 
     path: Path
     sha256: str

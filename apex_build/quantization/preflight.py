@@ -50,7 +50,7 @@ def check_policy(policy: PolicySpec, model: Model, imatrix: Path | None) -> None
 
 
 def check_data(covered: Coverage, borrowed: Sequence[str]) -> list[str]:
-    """What is odd about the calibration data, and what is done about it. `borrowed`: tensors that use others' data."""
+    """Oddities of the calibration data, and how they are handled. `borrowed`: tensors that use others' data."""
     words = covered.examined.lines()
     if borrowed:
         many = f" and {len(borrowed) - 1} others" if len(borrowed) > 1 else ""
@@ -80,7 +80,7 @@ def check_plan(
             hint=f"accept that with --allow-fallback (it concerns {len(plan.fallbacks)} tensors), or plan another type",
         )
     rows = check_head_rows(plan.entries, model, covered, allowed.head_rows) if covered is not None else []
-    doubts = [f"llama.cpp cannot load {model.path} or what is made of it: {reason}" for reason in unsound(model)]
+    doubts = [f"llama.cpp cannot load {model.path} or files made from it: {reason}" for reason in unsound(model)]
     if not trunk_blocks(model):
         doubts.append(
             f"{model.path} holds a draft head alone: the tools load it beside its model only, so loading is not tested"

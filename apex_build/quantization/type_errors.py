@@ -35,7 +35,7 @@ ERRORS = {
     **{"IQ1_M": 0.469, "IQ1_S": 0.498, "Q1_0": 0.600, "TQ2_0": 0.804, "TQ1_0": 0.810},
 }
 _TIMES, _TIMES_AT_2_BITS = 1.6, 2.0
-_MOST = 0.9  # zeros in place of weights are an error of 1
+_MOST = 0.9  # zeros instead of weights are an error of 1
 
 
 def far_over(type_name: str) -> float:

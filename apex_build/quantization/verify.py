@@ -34,7 +34,7 @@ def verify(
 ) -> None:
     """Raises VerificationFailed, naming the first tensor or key that is not as planned.
 
-    `n_bytes`: the file's predicted size; `source`: the model it was made of; `imatrix`: the one that it was made with.
+    `n_bytes`: the file's predicted size; `source`: the model it was made from; `imatrix`: the imatrix it was made with.
     """
     try:
         header = read_header(path)

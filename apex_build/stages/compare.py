@@ -1,4 +1,4 @@
-"""Stage plan, for several policies: what each would make of a model, side by side, and what is predicted of each."""
+"""Stage plan, for several policies: the files that each would make from a model, side by side, with predictions."""
 
 from __future__ import annotations
 

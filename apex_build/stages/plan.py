@@ -42,7 +42,7 @@ class PlanOptions:
     tensor_types: Path | None = None
     head_rows: Rows | None = None
     rules: Path | None = None
-    force: bool = False  # replace what is at `rules`
+    force: bool = False  # replace an existing `rules`
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Planned:
 
 
 def policy_of(plugins: Plugins, name: str | None, tensor_types: Path | None) -> PolicySpec:
-    """The policy by name; with a list of types alone that of the list. Raises PolicyUnknown."""
+    """The policy by name, or the policy for a list of types if only that is given. Raises PolicyUnknown."""
     if name is None and tensor_types is None:
         raise PolicyUnknown("no policy and no list of types was given", hint="apex policies lists the policies")
     return plugins.policy(name) if name is not None else own_types()
@@ -96,7 +96,7 @@ def plan(model: ModelFile, options: PlanOptions, *, place: Workplace | None = No
 def _measured(
     policy: PolicySpec, parameters: dict[str, Value], model: Model, options: PlanOptions, place: Workplace
 ) -> str | None:
-    """Put what was measured before in the place of 'auto', and say so, or that nothing was."""
+    """Replace 'auto' by an earlier measurement, and note that, or that there is none."""
     name = parameter_at_auto(policy, parameters)
     if name is None or not model.has_head:
         return None

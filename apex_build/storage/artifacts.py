@@ -63,7 +63,7 @@ class Artifact:
         return self.manifest_at or beside(self.out, MANIFEST)
 
     def found(self) -> Manifest | None:
-        """The manifest of what is at `out`, if it was made from the same parts; does not check whether it is whole."""
+        """The manifest of an existing `out`, if it was made from the same parts; does not check its content."""
         found = manifest_of(self.out, self.manifest_path) if self.out.is_file() else read_manifest(self.manifest_path)
         same = found is not None and found.usable and found.kind == self.kind and found.identity == self.identity
         return found if same else None
@@ -89,7 +89,7 @@ class Draft:
         return self._put(made)
 
     def adopted(self, manifest: Manifest) -> Manifest:
-        """As `done`, for a folder made elsewhere: keeps the details of its own manifest."""
+        """Like `done`, for a folder made elsewhere: keeps the details in its manifest."""
         artifact = self.artifact
         details = manifest.details
         return self._put(
@@ -181,7 +181,7 @@ def making_folder(
 
 
 def check_free(artifact: Artifact, replace: Replace = "nothing") -> None:
-    """Raises OutputUnwritable if what is at the artifact's place, or beside it, may not be replaced."""
+    """Raises OutputUnwritable if an existing file at the artifact's path, or beside it, may not be replaced."""
     if replace == "anything":
         return
     out, at = artifact.out, artifact.manifest_path

@@ -1,4 +1,4 @@
-"""The disk: checks for room, readable errors, and syncing what was written."""
+"""The disk: check for free space, make errors readable, and sync written files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from apex_build.errors import ApexError, ConversionFailed, DiskTooSmall, OutputUnwritable, ToolFailed, ToolKilled
 
-ROOM = 64 << 20  # bytes to keep free beyond what is written
+ROOM = 64 << 20  # bytes to keep free in addition to the output
 _MANY = 200  # files
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)

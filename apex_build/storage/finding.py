@@ -26,7 +26,7 @@ class Located:
     present: bool
 
     def is_whole(self) -> bool | None:
-        """Whether the file is the one that the manifest describes: reads every byte. None for a folder."""
+        """Whether the file matches the manifest: reads every byte. None for a folder."""
         return self.manifest.describes(self.artifact) if self.manifest.sha256 else None
 
 

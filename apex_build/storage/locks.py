@@ -1,4 +1,4 @@
-"""One writer at a time: a lock beside what is written, held by the kernel for as long as its process lives.
+"""One writer at a time: a lock beside the output, held by the kernel as long as the process lives.
 
 The file `.NAME.lock` lies beside NAME while it is held. The lock of a killed run is free: the kernel releases it.
 """

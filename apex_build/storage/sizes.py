@@ -11,7 +11,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.ASCII | re.IGNOR
 
 
 def parse_bytes(text: str) -> int | None:
-    """Bytes of 20GB, 500M, 1.5GiB or 123456; None for what is not a size."""
+    """Parse 20GB, 500M, 1.5GiB or 123456 as bytes; None if it is not a size."""
     found = _SIZE.fullmatch(text)
     return int(float(found[1]) * _UNITS[(found[2] or "").lower()]) if found else None
 

@@ -104,7 +104,7 @@ def parameter_at_auto(policy: PolicySpec, given: Mapping[str, Value]) -> str | N
 
 
 def measure(question: Question, *, report: Report = silent, progress: Progress | None = None) -> Choice:
-    """Measure what was not measured before, and choose. An interrupted run is resumed.
+    """Measure whatever has not been measured yet, and choose. Resumes an interrupted run.
 
     Raises EvaluationRefused for a model without a draft head, DataMissing without an imatrix that covers it, and what
     a sweep raises.
@@ -233,7 +233,7 @@ def _chosen(sweep: Sweep, name: str, bound: float, progress: Progress | None) ->
 
 
 def _choice(rows: Sequence[Row], name: str, bound: float, figures: Mapping[str, str], *, reused: bool) -> Choice:
-    """Of the measured rows, the baseline among them. `figures`: the names of what is measured (Service.figures)."""
+    """Choose from the measured rows, which include the baseline. `figures`: names of the figures (Service.figures)."""
     baseline = next(row for row in rows if row.baseline)
     candidates = [
         one for row in rows if row is not baseline and (one := _candidate(row, baseline, name, bound, figures))

@@ -45,7 +45,7 @@ def read_files(options: Mapping[str, Any], folder: Path) -> Iterator[Document]:
         files = [path for path in sorted(root.glob(pattern)) if path.is_file()]
     except (NotImplementedError, ValueError) as error:
         raise CalibrationSetInvalid(f"'pattern' is {pattern!r}: {error}") from None
-    if "pattern" not in options:  # a repository's own files, such as those of git, are not its text
+    if "pattern" not in options:  # administrative files of a repository, such as git's, are not its text
         files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     if not files:
         raise CalibrationSetInvalid(f"no file matches {root}/{pattern}")
@@ -120,7 +120,7 @@ def text_option(options: Mapping[str, Any], key: str) -> str:
 
 
 def columns_option(options: Mapping[str, Any]) -> dict[str, str]:
-    """`columns = { messages = "chat", tools = "functions" }`: what is in which column."""
+    """`columns = { messages = "chat", tools = "functions" }`: which column contains what."""
     value = options.get("columns", {})
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
         raise CalibrationSetInvalid(f"'columns' is {value!r:.80}, expected names of columns: {{ messages = \"chat\" }}")

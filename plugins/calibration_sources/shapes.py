@@ -35,7 +35,7 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 def document(row: Any, origin: str, columns: Mapping[str, str] | None = None) -> Document:
-    """A row as a document. `columns`: what is to be taken for what, where the names do not say it.
+    """A row as a document. `columns`: the meaning of columns whose names do not tell.
 
     Raises CalibrationSetInvalid, with the columns that were found, for a row of no known shape.
     """

@@ -52,9 +52,7 @@ def apex_evaluators() -> list[Evaluator]:
                     "text",
                     "hidden rows that the head reads: pre or post the final norm; auto: the server's choice",
                 ),
-                "context": Parameter(
-                    2048, "int", "tokens of the context, which holds a prompt and what is written after it"
-                ),
+                "context": Parameter(2048, "int", "tokens of the context, for a prompt and its continuation"),
             },
             headline=(("greedy.n2.acceptance", "acceptance"), ("greedy.n*.acceptance", "acceptance")),
             runs=_runs,

@@ -26,7 +26,7 @@ _BINARY_HINT = "the binary format of llama-perplexity --multiple-choice: see doc
 
 @dataclass(frozen=True)
 class Tasks:
-    """`content` is what the tool is given, `count` tasks. `left_out`: those of the file that the tool would misread."""
+    """`content`: the tool's input, with `count` tasks. `left_out`: tasks in the file that the tool would misread."""
 
     count: int
     content: bytes

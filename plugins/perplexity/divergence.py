@@ -54,7 +54,7 @@ class Divergence:
 
 
 def kld(task: Task) -> list[Figure]:
-    """Figures over all texts, and of each. Quantiles of all cannot be had from those of each, so they are left out."""
+    """Figures over all texts, and for each. Overall quantiles cannot be computed from each text's and are left out."""
     check_context(task)
     assert task.reference is not None
     found: list[Divergence] = []

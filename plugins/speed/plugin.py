@@ -47,7 +47,7 @@ def apex_evaluators() -> list[Evaluator]:
                 "generate": Parameter(128, "int", "llama-bench: tokens generated; and those written after each prompt"),
                 "repetitions": Parameter(5, "int", "llama-bench: how often each is timed"),
                 "n_max": Parameter(2, "int", "tokens drafted at a time; 0: no comparison with drafting"),
-                "context": Parameter(2048, "int", "the servers' context: a prompt and what is written after it"),
+                "context": Parameter(2048, "int", "the servers' context: a prompt and its continuation"),
             },
             headline=(("generation", "speed"), ("end_to_end.drafting", "drafting")),
             runs=_runs,
