@@ -41,9 +41,8 @@ _LEAST_CHUNKS = 2  # llama-imatrix refuses a text of fewer
 _RESUMABLE = 3  # chunks: llama-imatrix refuses to start where fewer are left
 _NO_SAVES = 1_000_000_000
 SHARDS = "shards"  # folder for a run in shards, in its work folder
-Check = Callable[
-    [Path], "DataclassInstance | None"
-]  # checks the text before the run; returns what to record in the manifest
+# Checks the text before the run; returns what to record in the manifest.
+Check = Callable[[Path], "DataclassInstance | None"]
 Parts = Mapping[str, Any]
 
 

@@ -47,7 +47,7 @@ class Cluster:
         return set(self.client.scheduler_info(n_workers=-1)["workers"])
 
     def look(self, tools: Toolset) -> None:
-        """Ask the workers that are new who they are. Those that are refused are named once."""
+        """Ask new workers about themselves. Report each rejected one once."""
         here = self.addresses()
         for gone in (self.fit.keys() | self.refused.keys()) - here:
             self.fit.pop(gone, None)

@@ -108,16 +108,16 @@ class ClusterPoints:
 
 
 def check_cluster(sweep: Sweep, *, keep: bool) -> None:
-    """Raises EvaluationRefused for what a cluster cannot do."""
+    """Raises EvaluationRefused if a cluster cannot do this."""
     if timed := [one.name for one in sweep.evaluators if one.timed]:
         raise EvaluationRefused(
             f"{timed[0]} measures times, and the cluster's machines may differ",
-            hint="the same without --cluster, or other evaluators: --only NAME",
+            hint="leave out --cluster, or choose other evaluators: --only NAME",
         )
     if keep:
         raise EvaluationRefused(
-            "--keep: with --cluster the files are made, and deleted, on the workers",
-            hint="the same without --keep; apex quantize makes a single file",
+            "--keep: with --cluster the workers make the files, and delete them",
+            hint="leave out --keep; apex quantize makes a single file",
         )
 
 

@@ -35,12 +35,12 @@ def order_of(model: Model) -> remote.ModelOrder:
 
 
 def order_of_file(path: Path) -> remote.ModelOrder:
-    """Of a file that is no model: an imatrix."""
+    """For a file that is not a model, such as an imatrix."""
     return remote.ModelOrder(str(path.absolute()), sha256_file(path), (path.name,), of_model=False)
 
 
 def step_of(event: tuple[float, dict[str, Any]]) -> Step:
-    """What a worker said of its progress. Dask adds fields of its own."""
+    """A worker's progress. Dask adds its own fields."""
     return Step(**{name: value for name, value in event[1].items() if name in _STEP})
 
 

@@ -275,7 +275,7 @@ def run_point(order: PointOrder) -> Measured:
 
 
 def end_sweep(sweep: str) -> None:
-    """Remove what its points shared, unless another client's point is under way."""
+    """Remove what its points shared, unless a point of another client is running."""
     place = cache_root() / "cluster" / "sweeps" / sweep
     with suppress(OSError):
         handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
@@ -301,7 +301,7 @@ def _tools(order: ShardOrder | EvaluationOrder | PointOrder) -> Toolset:
 
 
 def _evaluator(name: str, version: int, code: str) -> Evaluator:
-    """Raises WorkersUnfit where this worker has another plugin."""
+    """Raises WorkersUnfit if this worker has another plugin."""
     found = load_plugins().evaluators().get(name)
     if found is None or found.version != version or origin_of(found)[1] != code:
         raise WorkersUnfit(f"{platform.node()} has {'no' if found is None else 'another'} evaluator '{name}'")
@@ -342,7 +342,7 @@ def _model(order: ModelOrder) -> Model:
 
 
 def _file(order: ModelOrder) -> Path:
-    """As `_model`, for another file."""
+    """Like `_model`, for another kind of file."""
     for path in (Path(order.path), _folder(order) / order.files[0]):
         if path.is_file() and sha256_file(path) == order.fingerprint:
             return path.absolute()
@@ -351,7 +351,7 @@ def _file(order: ModelOrder) -> Path:
 
 @contextmanager
 def _watched(topic: str, number: int) -> Iterator[Report]:
-    """End the tools of the block when nobody waits for this task any more. The report tells the client of progress."""
+    """Stop the block's tools when no client waits for this task any more. The report sends progress to the client."""
     from distributed import get_worker
     from distributed.core import Status
 

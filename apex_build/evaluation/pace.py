@@ -16,7 +16,7 @@ from apex_build.system import cpus
 
 # A guess if nothing was measured: operations a second of one core, two for each parameter and token.
 _PER_CORE = 1.5e10
-# the same where matrices are large: the parts of a small model are too small to keep a core busy
+# the same for large models: the matrices of a small model are too small to keep a core busy
 _PER_CORE_LARGE = 6e10
 _LARGE = 1e8  # active parameters
 _OF_LARGE = " of large models"
@@ -45,12 +45,12 @@ def tokens_of(n_bytes: float) -> float:
 
 
 def work_of(core_seconds: float) -> float:
-    """Other work than tokens through a model, in the same unit: what a core takes so long for, by the guess."""
+    """Work other than running tokens through a model, in the same unit: what a core does in this time by our guess."""
     return core_seconds * _PER_CORE / 2
 
 
 def of_size(kind: str, parameters: float) -> str:
-    """The kind of work, apart for large models: what a small one takes says nothing of them."""
+    """The kind of work, separate for large models: times of small ones do not predict theirs."""
     return f"{kind}{_OF_LARGE}" if parameters >= _LARGE else kind
 
 
