@@ -12,7 +12,7 @@ from apex_build.calibration.sets import CalibrationText
 from apex_build.errors import CalibrationSetInvalid
 from apex_build.gguf_model.catalogue import Model
 from apex_build.storage.digests import sha256_file
-from apex_build.storage.manifest import manifest_of
+from apex_build.storage.manifest import Manifest, manifest_of
 from apex_build.storage.outputs import MANIFEST, beside, write_text
 
 FILE = "heldout.json"
@@ -72,10 +72,20 @@ def heldout_of(model: Model) -> dict[str, Path]:
         return {}
     for folder in dict.fromkeys((model.path.absolute().parent, Path.cwd())):
         imatrix = folder / Path(name).name
-        found = manifest_of(imatrix, beside(imatrix, MANIFEST)) if imatrix.is_file() else None
+        found = _manifest(imatrix)
         if found and found.sha256 == digest:
-            return _texts(found.details.get("text", {}).get("heldout"))
+            return heldout_of_imatrix(imatrix)
     return {}
+
+
+def heldout_of_imatrix(imatrix: Path) -> dict[str, Path]:
+    """The texts that were kept apart from a calibration, by domain. Empty as in `heldout_of`."""
+    found = _manifest(imatrix)
+    return _texts(found.details.get("text", {}).get("heldout")) if found else {}
+
+
+def _manifest(imatrix: Path) -> Manifest | None:
+    return manifest_of(imatrix, beside(imatrix, MANIFEST)) if imatrix.is_file() else None
 
 
 def _texts(record: Any) -> dict[str, Path]:

@@ -23,7 +23,12 @@ from apex_build.stages.given import workplace
     "--prompts", metavar="FILE", type=PATH, help='JSON lines: {"domain": ..., "prompt": ...}.  [default: built in]'
 )
 @click.option(
-    "--text", "texts", metavar="FILE", type=PATH, multiple=True, help="A text for the perplexity.  [default: built in]"
+    "--text",
+    "texts",
+    metavar="FILE",
+    type=PATH,
+    multiple=True,
+    help="A text for the perplexity.  [default: the text kept apart from calibration, or a built-in one]",
 )
 @click.option(
     "--prompts-per-domain",
@@ -54,7 +59,7 @@ def command(
     """Load FILE in llama-server and check that it writes text and drafts.
 
     Built-in prompts of four domains are answered without and with drafts of two tokens; the perplexity of a few chunks
-    of built-in text is taken. The check fails, with exit code 90, if the trunk does not write text, if less than 20
+    of text is taken. The check fails, with exit code 90, if the trunk does not write text, if less than 20
     % of the drafts are accepted or less than half of the reference's share, or if drafting changes the text after
     most prompts.
 
@@ -69,6 +74,7 @@ def command(
     )
     with show.progress() as report:
         done = check(file, options, place=workplace(tools_path, folders, report=report))
+    show.kept_apart(done.heldout)
     if json_:
         show.as_json(as_json(done))
     else:

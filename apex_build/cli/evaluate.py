@@ -39,7 +39,8 @@ def evaluation_options(function: Any) -> Any:
             metavar="FILE",
             type=PATH,
             multiple=True,
-            help="A text to score, or a folder of them; each is a domain named after its file.",
+            help="A text to score, or a folder of them; each is a domain named after its file.  "
+            "[default: the text kept apart from calibration, if any]",
         ),
         click.option(
             "--prompts",
@@ -158,8 +159,7 @@ def command(
     works = planned.works
     if planned.without:
         click.echo(f"warning: without --text: the built-in texts are left out: {printable(planned.without)}", err=True)
-    if planned.heldout:
-        show.note(f"measured on the text that was kept apart from calibration: {planned.heldout} (--text uses others)")
+    show.kept_apart(planned.heldout)
     if planned.built_in:
         show.note(f"measured on the built-in {planned.built_in} (--text and --prompts use others)")
     for lines, names in planned.left_out.items():

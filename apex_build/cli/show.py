@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,6 +37,11 @@ def note(text: str) -> None:
     """A remark for people, on stderr; -q leaves it out."""
     if verbosity() != QUIET:
         click.echo(text, err=True)
+
+
+def kept_apart(folder: Path | None) -> None:
+    if folder:
+        note(f"measured on the text that was kept apart from calibration: {folder} (--text uses others)")
 
 
 @contextmanager

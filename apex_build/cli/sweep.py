@@ -160,6 +160,8 @@ def command(
     )
     with show.progress() as report:
         sweep = plan(model_path, folder, options, place=replace(place, report=report))
+    apart = () if texts else sweep.request.inputs.texts.values()
+    show.kept_apart(next((text.parent for text in apart), None))
     if dry_run:
         _dry_run(sweep, json_, "each machine's disk" if cluster else "the disk")
         return

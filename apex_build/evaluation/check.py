@@ -37,13 +37,16 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Checked:
-    """Measured figures by domain ('' is all of them), and problems: none for a good file."""
+    """Measured figures by domain ('' is all of them), and problems: none for a good file. `heldout`: the folder of the
+    texts, where they are those kept apart from calibration.
+    """
 
     model: Model
     acceptance: Mapping[str, Figure]  # %, without a head empty
     same_text: Figure | None
     perplexity: Mapping[str, Figure]
     problems: tuple[str, ...]
+    heldout: Path | None = None
 
     def refuse(self) -> None:
         """Raises CheckFailed for a file with problems."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apex_build.errors import EvaluationRefused
@@ -10,14 +10,15 @@ from apex_build.evaluation.built_in import built_in_prompts
 from apex_build.evaluation.check import Bounds, Checked
 from apex_build.evaluation.check import check as run
 from apex_build.evaluation.task import ToolOptions, read_prompts
-from apex_build.stages.given import ModelFile, Workplace, workplace
+from apex_build.stages.given import ModelFile, Workplace, texts_apart, workplace
 
 PROMPTS = 4  # of each domain
 
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """`reference`: a file to compare with, such as the F16. Texts and prompts default to the built-in ones."""
+    """`reference`: a file to compare with, such as the F16. Prompts default to the built-in ones; texts to
+    those that were kept apart from the file's calibration, or the built-in ones."""
 
     reference: Path | None = None
     prompts: Path | None = None
@@ -52,15 +53,17 @@ def check(
         prompts = read_prompts(options.prompts)
     else:
         prompts = built_in_prompts(model, sources, options.prompts_per_domain, template)
-    return run(
+    apart = {} if options.texts else texts_apart([model])
+    done = run(
         model,
         place.plugins.evaluators(),
         place.tools,
         prompts,
-        place.texts(options.texts, model, template),
+        apart or place.texts(options.texts, model, template),
         reference=reference,
         bounds=options.bounds,
         threads=options.threads,
         options=options.tools,
         report=place.report,
     )
+    return replace(done, heldout=next((text.parent for text in apart.values()), None))

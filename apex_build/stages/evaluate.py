@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from apex_build.calibration.heldout import heldout_of
 from apex_build.cluster.connect import connected
 from apex_build.cluster.evaluations import ClusterEvaluations
 from apex_build.errors import ChatTemplateFailed
@@ -28,7 +27,7 @@ from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.catalogue import Model
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report
-from apex_build.stages.given import ModelFile, Workplace, check_data_files, texts_by_domain, workplace
+from apex_build.stages.given import ModelFile, Workplace, check_data_files, texts_apart, texts_by_domain, workplace
 
 _PROMPTS = 12  # of each domain, of the built-in set
 
@@ -91,9 +90,9 @@ def plan(files: Sequence[ModelFile], options: EvaluateOptions, *, place: Workpla
     evaluators = place.plugins.evaluators()
     models = list({model.path: model for model in map(place.model, files)}.values())
     given = inputs_of(options, place)
-    apart = {} if given.texts else next(filter(None, map(heldout_of, models)), {})
+    apart = {} if given.texts else texts_apart(models)
     if apart:
-        given = replace(given, texts=texts_by_domain(tuple(apart.values())))
+        given = replace(given, texts=apart)
     inputs, built_in, without = _with_built_in(given, models[0], options.only, place)
     works: list[Work] = []
     left_out: dict[tuple[str, ...], list[str]] = {}

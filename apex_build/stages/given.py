@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from apex_build.calibration.heldout import heldout_of, heldout_of_imatrix
 from apex_build.errors import CalibrationSetInvalid, ParameterUnknown
 from apex_build.evaluation.built_in import built_in_texts
 from apex_build.gguf_model.catalogue import Model
@@ -76,6 +77,14 @@ def texts_by_domain(paths: Sequence[Path]) -> dict[str, Path]:
             )
         found[path.stem] = path
     return found
+
+
+def texts_apart(models: Sequence[Model], imatrix: Path | None = None) -> dict[str, Path]:
+    """What to measure on where no text is given: the texts kept apart from the calibration of this imatrix, or of the
+    first of the files that has some. Empty if there are none.
+    """
+    found = heldout_of_imatrix(imatrix) if imatrix else {}
+    return texts_by_domain(tuple((found or next(filter(None, map(heldout_of, models)), {})).values()))
 
 
 def check_data_files(found: Mapping[str, Path], evaluators: Mapping[str, Evaluator]) -> Mapping[str, Path]:

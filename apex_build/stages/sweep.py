@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apex_build import __version__
@@ -19,7 +19,7 @@ from apex_build.places import model_stem
 from apex_build.plugins import Plugins
 from apex_build.progress import Report
 from apex_build.stages.evaluate import EvaluateOptions, inputs_of
-from apex_build.stages.given import ModelFile, Workplace, workplace
+from apex_build.stages.given import ModelFile, Workplace, texts_apart, workplace
 from apex_build.sweep.plan import Sweep, plan_sweep
 from apex_build.sweep.report import Summary, check_scores, default_score, report_sweep, write_report
 from apex_build.sweep.request import Request
@@ -64,8 +64,10 @@ class Swept:
 def plan(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workplace | None = None) -> Sweep:
     """Check all of it and plan every file; nothing is written. Raises as `sweep`."""
     place = place or workplace()
+    found, inputs = place.model(model), inputs_of(options.measured, place)
+    inputs = inputs if inputs.texts else replace(inputs, texts=texts_apart([found], options.imatrix))
     request = Request(
-        model=place.model(model),
+        model=found,
         policy=_policy(options.policy, place.plugins),
         parameters=options.parameters,
         over=options.over,
@@ -74,7 +76,7 @@ def plan(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workpl
         tools=place.tools,
         evaluators=place.plugins.evaluators(),
         only=options.measured.only,
-        inputs=inputs_of(options.measured, place),
+        inputs=inputs,
         imatrix_without_head=options.imatrix_without_head,
         curves=options.curves,
         baseline=options.baseline,

@@ -269,7 +269,7 @@ def test_check_shows_tokens_by_domain_and_how_each_part_begins(
     assert {one["domain"] for one in found["heldout"]} == set(tokens)
 
 
-def test_a_calibration_keeps_a_text_apart_that_evaluate_then_takes(
+def test_a_calibration_keeps_a_text_apart_that_is_then_measured_on(
     tools: Toolset, testbed: Path, three_sources: Path, tmp_path: Path
 ) -> None:
     out, apart = tmp_path / "testbed.imatrix.gguf", tmp_path / "apart"
@@ -286,10 +286,19 @@ def test_a_calibration_keeps_a_text_apart_that_evaluate_then_takes(
     assert recorded["tokens"] == sum(one["tokens"] for one in recorded["parts"])
     quantized = tmp_path / "small.gguf"
     run_apex("quantize", testbed, "-o", quantized, "--imatrix", out, "--policy", "i-mini", "--threads", 1)
-    planned = run_apex("evaluate", quantized, "--only", "perplexity", "--dry-run")
-    assert f"the text that was kept apart from calibration: {apart}" in planned.stderr
+    said = f"the text that was kept apart from calibration: {apart}"
+    evaluate = ("evaluate", quantized, "--only", "perplexity", "--dry-run")
+    sweep = ("sweep", testbed, "--over", "draft_head=Q8_0,Q4_K", "--imatrix", out, "-o", tmp_path / "s", "--dry-run")
+    check = ("check", quantized, "--prompts-per-domain", 1, "--threads", 1, "--json")
+    assert said in run_apex(*evaluate).stderr
+    assert said in run_apex(*sweep).stderr
+    checked = run_apex(*check)
+    assert said in checked.stderr
+    assert set(json.loads(checked.stdout)["perplexity"]) == {"all", "chat", "code"}, "the notes are too short"
     (apart / "chat.txt").write_text("something else")
-    assert "kept apart" not in run_apex("evaluate", quantized, "--only", "perplexity", "--dry-run").stderr
+    assert "kept apart" not in run_apex(*evaluate).stderr
+    refused = run_apex(*sweep, code=77)
+    assert "kept apart" not in refused.stderr and "--text" in refused.stderr
 
 
 def test_ctrl_c_while_a_set_is_read(testbed: Path, tmp_path: Path) -> None:
