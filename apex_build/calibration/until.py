@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apex_build.calibration.choose import Floats, Measured, Piece, choose, cut, features_of
+from apex_build.calibration.choose import Features, Floats, Measured, Piece, choose, cut, features_of
 from apex_build.calibration.disk import imatrix_bytes
 from apex_build.calibration.run import SHARDS, Job, Made
 from apex_build.calibration.shards import NO_BOUND, Pool, Shard, Task, counts_file, put_together, routed_of
@@ -112,7 +112,7 @@ class _Drawing:
     count: Count | None
     pieces: list[Piece]
     domains: list[str]
-    features: list[Floats]
+    features: list[Features]
     sizes: list[float]  # tokens
     left: list[int]
     routed: tuple[Tensor, ...]
@@ -134,7 +134,10 @@ class _Drawing:
                 f"{job.model.path} has no routed experts to draw text for (asked for {goal.tokens} tokens each)",
                 hint=f"run apex calibrate {job.model.path} without --until-experts",
             )
-        pieces = cut(documents, int(2 * job.settings.context * _BYTES))
+        texts = [text for _, text in documents]
+        # Pieces of about a chunk: what one of them gives is measured almost by itself, and no text comes along unasked.
+        per_token = sum(map(len, texts)) / max(1, sum(count(texts))) if count else _BYTES
+        pieces = cut(documents, int(job.settings.context * per_token))
         domains = sorted({piece.domain for piece in pieces})
         features = [features_of([(piece, piece.text)], domains) for piece in pieces]
         sizes = list(map(float, count([piece.text for piece in pieces]))) if count else []
@@ -172,7 +175,7 @@ class _Drawing:
             return []
         taken = set(chosen)
         self.left = [number for number in self.left if number not in taken]
-        return chosen
+        return sorted(chosen)  # neighbours stay together
 
     def tasks(self, number: int, chosen: Sequence[int]) -> Iterator[tuple[Task, list[int]]]:
         """The runs of a round, with their pieces."""

@@ -52,5 +52,6 @@ if __name__ == "__main__":
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--skew", type=float, default=SKEW)
     given = parser.parse_args()
-    write(given.base, given.out, given.seed)
+    write(given.base, given.out, given.seed, given.skew)

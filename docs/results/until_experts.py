@@ -2,7 +2,7 @@
 
     python docs/results/until_experts.py MODEL TOKENS [TOKENS...] [--orders 2]
 
-Blindly: the default set in its own order (its domains in turn), and in `--orders` random orders of its documents; the
+In the default set's own order (its domains in turn), and in `--orders` random orders of its documents. Blindly: the
 first chunk after which the least seen expert has TOKENS. Needs the tools; threads 1.
 """
 
@@ -12,12 +12,15 @@ import argparse
 import hashlib
 import random
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from apex_build import api
 from apex_build.calibration.run import Settings
+from apex_build.calibration.sets import CalibrationText
 from apex_build.calibration.shards import Shard, Task, counts_file, make_shard
 from apex_build.calibration.until import Goal
 from apex_build.stages.calibrate import CalibrateOptions, text_of
@@ -39,6 +42,14 @@ def blindly(
     return least
 
 
+def drawn(place: api.Workplace, model: api.Model, text: CalibrationText, tokens: int, folder: Path) -> dict[str, Any]:
+    out = folder / f"until-{tokens}.gguf"
+    options = CalibrateOptions(settings=SETTINGS, rows_check=False, until=Goal(tokens))
+    api.calibrate(model, out, options, place=place, text=text)
+    goal: dict[str, Any] = locate(out).manifest.details["goal"]
+    return goal
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -48,24 +59,20 @@ def main() -> None:
     place = api.workplace()
     model = place.model(given.model)
     text = text_of(model, CalibrateOptions(), place.plugins)
-    documents = [document for _, document in text.documents]
-    with tempfile.TemporaryDirectory() as scratch:
-        blind = {"in turn": blindly(place, model, text.data, Path(scratch) / "turn")}
-        for seed in range(1, given.orders + 1):
-            random.Random(seed).shuffle(documents)  # noqa: S311
-            blind[f"order {seed}"] = blindly(place, model, b"".join(documents), Path(scratch) / f"order-{seed}")
-        print(f"the whole set: {len(blind['in turn']) * 512} tokens, least seen {blind['in turn'][-1]:.0f}")
-        for tokens in given.tokens:
-            out = Path(scratch) / f"{tokens}.gguf"
-            options = CalibrateOptions(settings=SETTINGS, rows_check=False, until=Goal(tokens))
-            api.calibrate(model, out, options, place=place)
-            goal = locate(out).manifest.details["goal"]
-            print(f"until {tokens}: {goal['tokens']} tokens in {goal['rounds']} rounds, least seen {goal['fewest']}")
-            for name, least in blind.items():
+    for order in range(given.orders + 1):
+        documents = list(text.documents)
+        if order:
+            random.Random(order).shuffle(documents)  # noqa: S311
+        shuffled = replace(text, data=b"".join(one for _, one in documents), documents=tuple(documents))
+        with tempfile.TemporaryDirectory() as scratch:
+            least = blindly(place, model, shuffled.data, Path(scratch))
+            print(f"order {order or 'of the set'}: {len(least) * 512} tokens in all, least seen {least[-1]:.0f}")
+            for tokens in given.tokens:
+                goal = drawn(place, model, shuffled, tokens, Path(scratch))
                 reached = np.flatnonzero(least >= tokens)
                 spent = (int(reached[0]) + 1) * 512 if len(reached) else None
-                ratio = f"{goal['tokens'] / spent:.2f} of it" if spent else "not reached with all of the set"
-                print(f"    blindly, {name}: {spent or '-'} tokens; {ratio}")
+                ratio = f"{goal['tokens'] / spent:.2f} of blindly {spent}" if spent else "blindly not reached"
+                print(f"    until {tokens}: {goal['tokens']} tokens in {goal['rounds']} rounds, {ratio}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from apex_runs import SMALL, run_apex
 
+from apex_build.calibration import choose as choosing
 from apex_build.calibration.choose import Measured, Piece, choose, cut, features_of
 from apex_build.gguf_model.imatrix import least_tokens, read_imatrix
 from apex_build.native.toolset import Toolset
@@ -48,6 +49,48 @@ def test_documents_that_reach_the_starving_are_drawn_first() -> None:
     measured.add(features[20], 100, np.array([400.0, 400.0]))
     enough = choose(measured, 300, pieces, features, [100.0] * 200, left, 200, 1500)
     assert enough == [20, 21], "nobody starves: in their own order, as few as can be run"
+
+
+def test_the_right_documents_of_a_few() -> None:
+    """Expert 0 has enough; 1 gets its tokens from b, 2 from c, and is three times as rare."""
+    texts = [b"a a a a", b"b b b b", b"c c c a", b"a a a a", b"b b b a", b"c c c c", b"b b b b", b"a a a a", b"c c c c"]
+    counts = [[100, 0, 0], [0, 60, 0], [40, 0, 20]]
+    pieces = [Piece("all", text) for text in texts]
+    features = [features_of([(piece, piece.text)], ["all"]) for piece in pieces]
+    measured = Measured()
+    for number, of in enumerate(counts):
+        measured.add(features[number], 100, np.array(of, dtype=float))
+
+    def chosen(goal: float, budget: float) -> list[int]:
+        return choose(measured, goal, pieces, features, [100.0] * 9, range(3, 9), 100, budget)
+
+    assert chosen(70, 200) == [5, 8], "2 needs 50 tokens, which c gives"
+    assert sorted(chosen(200, 400)) == [4, 5, 6, 8], "both starve: b and c"
+    assert chosen(20, 500) == [3], "nobody starves: the least, in their own order"
+
+
+def test_the_next_document_is_always_the_one_that_gives_most() -> None:
+    """What is computed lazily is what computing all of it each time finds."""
+    dice = np.random.default_rng(3)
+    rates = dice.gamma(0.3, size=(40, 30))  # words x experts
+    uses = [dice.multinomial(80, dice.dirichlet(np.full(40, 0.2))) for _ in range(60)]
+    texts = [" ".join(f"w{word}" for word in np.repeat(np.arange(40), use)).encode() for use in uses]
+    pieces = [Piece("all", text) for text in texts]
+    features = [features_of([(piece, piece.text)], ["all"]) for piece in pieces]
+    measured, left, goal = Measured(), range(12, 60), 400.0
+    for number in range(12):
+        measured.add(features[number], 80, dice.poisson(uses[number] @ rates).astype(float))
+    found = choose(measured, goal, pieces, features, [80.0] * 60, left, 80, 1200)
+    total = measured.total
+    starving = np.flatnonzero(total < goal)
+    expected = choosing._rates(measured, starving, np.stack([features[number] for number in left])) * 80
+    missing, mean, taken = goal - total[starving], (total[starving] + 0.5) / (12 * 80), list[int]()
+    while len(taken) < 15:
+        gains = (np.minimum(expected, missing) / mean).sum(axis=1)
+        gains[[number - 12 for number in taken]] = -1
+        taken.append(int(np.argmax(gains)) + 12)
+        missing = np.maximum(missing - expected[taken[-1] - 12], 0)
+    assert found == taken
 
 
 def test_long_documents_are_cut_at_paragraphs_and_nothing_is_lost() -> None:
