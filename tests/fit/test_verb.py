@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.usefixtures("tools"), pytest.mark.slow]
 
 @pytest.fixture
 def arguments(testbed: Path, calibrated: Path, heldout: Path) -> list[str]:
-    few = ["--types", "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0", "--chunks", "2", "--check-chunks", "8", "--sample", "8192"]
+    few = ["--types", "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0", "--chunks", "2", "--check-chunks", "8", "--sample", "131072"]
     return [
         "fit",
         str(testbed),
@@ -40,15 +40,22 @@ def test_it_is_resumed_in_each_part_and_says_what_it_gave(
     monkeypatch.setenv("APEX_CACHE_DIR", str(cache))
     out = tmp_path / "fit.gguf"
     wanted = [*arguments, "--target-size", "8MiB", "-o", str(out)]
-    killed(wanted, "measuring errors", signal.SIGINT)
-    (errors,) = cache.glob("fit/*/errors.jsonl")
-    kept = errors.stat().st_size
-    killed(wanted, "probes: testbed-f16.gguf on chat: ", signal.SIGKILL)
-    assert errors.stat().st_size >= kept > 0
-    assert any(path.stat().st_size > 100 for path in cache.glob("evaluation/*/probes-*.tsv"))
-    assert not out.exists()
+    kept = 0
+    for how in (signal.SIGINT, signal.SIGKILL):
+        killed(wanted, "measuring errors", how, wait=0.5)
+        (errors,) = cache.glob("fit/*/errors.jsonl")
+        before, kept = kept, errors.stat().st_size
+        assert kept > before
+        assert json.loads(run_apex(*wanted, "--dry-run", "--json").stdout)["errors"], "ended before all was measured"
+    scored = 0
+    for how in (signal.SIGKILL, signal.SIGINT):
+        killed(wanted, "probes: testbed-f16.gguf on chat: ", how, wait=3)
+        before, scored = scored, sum(path.stat().st_size for path in cache.glob("evaluation/*/probes-*.tsv"))
+        assert scored > before + 100
+    assert errors.stat().st_size >= kept and not out.exists()
     planned = json.loads(run_apex(*wanted, "--dry-run", "--json").stdout)
     assert planned["errors"] == "" and planned["targets"] == [8 << 20] and planned["smallest"] < 8 << 20
+    assert planned["probing"]
     found = json.loads(run_apex(*wanted, "--json").stdout)
     (row,), (tier,) = found["rows"], found["tiers"]
     assert 0.998 * (8 << 20) <= row["n_bytes"] == out.stat().st_size <= 8 << 20
