@@ -15,7 +15,7 @@ from apex_build.places import newer_build
 _PLANNED = re.compile(
     r"(?:computing|calculating perplexity) over (\d+) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)"
 )
-_MARK = re.compile(r"\[(\d+)\]-?(?:\d+\.\d+|nan|inf),")
+_MARK = re.compile(r"\[(\d+)\](?:-?(?:\d+\.\d+|nan|inf))?,")
 _KLD_ROW = re.compile(r"\s*(\d+)\s+\d+\.\d+ ±\s+\S+\s+-?\d+\.\d+ ±")
 _PROBES_PLANNED = re.compile(r"kl_divergence_probes: (\d+) probes$")
 _PROBE = re.compile(r"kl_divergence_probes: (\d+)/\d+ ")
@@ -176,9 +176,7 @@ def planned(line: str) -> Planned | None:
 
 def chunks_done(line: str) -> int | None:
     """The last chunk that a (perhaps unfinished) line counts: `[11]5.3,[12]5.3412,` or a row of the KL divergence
-    table.
-
-    llama-imatrix --no-ppl prints no such marks.
+    table. Of llama-imatrix --no-ppl it is `[11],[12],`.
     """
     if row := _KLD_ROW.match(line):
         return int(row[1])

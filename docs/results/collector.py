@@ -113,6 +113,9 @@ def main() -> None:
         "before": [*imatrix[given.before], "-o", str(folder / "before.gguf")],
         "after": [*imatrix[given.after], "-o", str(folder / "after.gguf")],
         "after, with the head": [*imatrix[given.after], "-o", str(folder / "head.gguf"), "--mtp"],
+        "before, --no-ppl": [*imatrix[given.before], "-o", str(folder / "before-no.gguf"), "--no-ppl"],
+        "after, --no-ppl": [*imatrix[given.after], "-o", str(folder / "after-no.gguf"), "--no-ppl"],
+        "after, --no-ppl, with the head": [*imatrix[given.after], "-o", str(folder / "no.gguf"), "--no-ppl", "--mtp"],
     }
     few, many = given.chunks
     runs: dict[tuple[str, int], list[Run]] = {(name, chunks): [] for name in commands for chunks in (few, many)}

@@ -31,7 +31,7 @@ def test_imatrix() -> None:
     assert only([output.perplexity(line) for line in lines]) == output.Perplexity(2122.1942, 17.12078)
 
 
-def test_imatrix_without_perplexity_counts_no_chunks() -> None:
+def test_imatrix_without_perplexity_counts_no_chunks_if_it_is_not_patched() -> None:
     lines = captured("imatrix-no-ppl")
     assert only([output.planned(line) for line in lines]) == output.Planned(12, 256, 512, 2)
     assert not any(output.chunks_done(line) for line in lines)
@@ -56,6 +56,7 @@ def test_kl_divergence_rows_count_chunks() -> None:
         ("[1]5.3412,[2]6.0", 1),  # the second is not finished
         ("[1]5.3412,[2]6.0102,", 2),
         ("[7]nan,", 7),
+        ("[7],[8],[9", 8),
         ("[  12/ 733] blk.0.attn_q.weight - [ 256, 128, 1, 1]", None),
         ("[", None),
         ("", None),

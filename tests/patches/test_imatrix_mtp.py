@@ -14,6 +14,7 @@ from gguf_edit import with_own_head_output, without_head
 from reference import Reference
 
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
+from apex_build.native.output import chunks_done
 from apex_build.native.server import serve
 from apex_build.native.toolset import Toolset
 
@@ -116,6 +117,19 @@ def test_the_trunk_is_untouched_and_the_head_is_counted(
             assert sum(mtp.entries[name].counts) == chunks * 512 * 2
     assert len(head_of(mtp)) == 13
     assert mtp.head_tokens is not None and plain.head_tokens is None and stock.head_tokens is None
+
+
+@pytest.mark.parametrize("head", [[], ["--mtp"]], ids=["trunk", "head"])
+def test_without_perplexity_the_data_is_the_same(
+    head: list[str], tools: Toolset, testbed: Path, text: Path, tmp_path: Path
+) -> None:
+    """The output is not computed then. One chunk a batch, and several."""
+    tool, arguments = tools.tool("llama-imatrix"), ["-c", 256, "--chunks", 5, *head]
+    for batch in (256, 1024):
+        scored, _ = imatrix(tool, testbed, text, tmp_path / "scored.gguf", *arguments, "-b", batch)
+        plain, said = imatrix(tool, testbed, text, tmp_path / "plain.gguf", *arguments, "-b", batch, "--no-ppl")
+        assert scored.entries.keys() == plain.entries.keys() and same(scored, plain, set(scored.entries)) == []
+        assert [done for line in said.splitlines() if (done := chunks_done(line))][-1] == 5
 
 
 @pytest.mark.parametrize("rows", ["post", "pre"])
