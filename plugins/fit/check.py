@@ -83,7 +83,9 @@ def _trunk(types: Mapping[str, str], heads: set[str]) -> dict[str, str]:
 def with_check(
     rows: Sequence[Row], tiers: Sequence[Row], before: Preview, asked: Asked, place: Workplace
 ) -> tuple[list[Row], list[Row], tuple[str, ...]]:
-    """Evaluate the written file: its divergence, and the agreement its draft head lost. Score the tiers with probes."""
+    """Evaluate the written file: its divergence, that of its weights alone, and the agreement its draft head lost. Score
+    the tiers with probes.
+    """
     assert asked.out is not None
     chunks, context = str(asked.check_chunks), str(measure.CONTEXT)
     settings = {"kld.chunks": chunks, "kld.context": context}
@@ -112,12 +114,22 @@ def with_check(
         low=figure.low,
         high=figure.high,
     )
-    said: tuple[str, ...] = ()
+    types = {tensor.name: tensor.type for tensor in before.model.tensors}
+    written = {tensor.name: tensor.type for tensor in place.model(asked.out).tensors}
+    own = replace(row, name="its weights", types={name: kind for name, kind in written.items() if kind != types[name]})
+    weights, *beside = scored([own, *tiers], before, asked, place)
+    said = [_weights(weights)]
     if (lost := figures.get(policy.AGREEMENT)) is not None and lost.value is not None:
         interval = f" [{lost.low:.2f}, {lost.high:.2f}]" if lost.low is not None and lost.high is not None else ""
         expected = f", predicted {row.agreement:+.2f}" if row.agreement is not None else ""
-        said = (f"draft head: {lost.value:+.2f}{interval} points of agreement{expected}",)
-    return [row], scored(tiers, before, asked, place), said
+        said.append(f"draft head: {lost.value:+.2f}{interval} points of agreement{expected}")
+    return [row], beside, tuple(said)
+
+
+def _weights(row: Row) -> str:
+    """What is predicted, and what a probe says of a tier, is of weights: a CPU's or GPU's kernels add to it."""
+    interval = f" [{row.low:.4f}, {row.high:.4f}]" if row.low is not None and row.high is not None else ""
+    return f"its weights alone: KLD {row.measured:.4f}{interval}; kernels add to it by rounding activations to 8 bits"
 
 
 def plot(out: Path, rows: Sequence[Row], tiers: Sequence[Row], before: Preview) -> tuple[Path, ...]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apex_build.plugin_api import (
+    BASELINE,
     CalibrationSetInvalid,
     Model,
     PaceEstimate,
     PolicyTask,
     Probe,
-    ProbeScore,
     Task,
     Workplace,
     cache_folder,
@@ -33,6 +33,7 @@ PROBED = ("Q2_K", "Q3_K", "IQ4_NL", "Q4_0", "Q8_0")  # types of probes, whatever
 CHUNKS = 4  # of each text, for the probes
 _LEAST_TEXT = 2 * 4 * CONTEXT  # bytes of half a text: two chunks at four bytes a token
 _ANCHORS = (2.1, 2.5, 3.0, 3.6, 4.3, 5.2, 6.2)  # bits per weight of the trunk
+_LONGER = 4  # whole files get this many times the chunks: a few of them set the level of all predictions
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Plan:
     @property
     def most(self) -> int:
         """Chunks of each text in the reference."""
-        return 2 * self.chunks if self.budget else self.chunks
+        return _LONGER * self.chunks
 
     @property
     def parts(self) -> dict[str, object]:
@@ -156,7 +157,7 @@ def expected(plan: Plan, place: Workplace) -> Expected:
     if again := min(len(probes), plan.budget // (plan.chunks * len(plan.texts.probed))):
         found = replace(found, seconds=found.seconds * (1 + again / len(probes)))
     whole = _of_whole_files(plan, some)
-    found = _sum(found, probe_seconds(task, whole, plan.imatrix, chunks=plan.chunks))
+    found = _sum(found, probe_seconds(task, whole, plan.imatrix, chunks=plan.most))
     heads: list[Probe] = []
     if plan.head_score:
         _, heads = head.parts(plan.model, list(plan.work.types), plain(some))
@@ -223,11 +224,13 @@ def measure(plan: Plan, place: Workplace) -> Measurement:
             replace(task, evaluator="draft head"), parts, tried, plan.imatrix, known, chunks=plan.chunks
         )
         made = replace(made, head=heads)
-    return _anchored(made, plan, task, scores)
+    return _anchored(made, plan, task)
 
 
-def _anchored(made: Measurement, plan: Plan, task: Task, scores: Sequence[ProbeScore]) -> Measurement:
-    """Add anchors: allocate and measure whole files of several sizes, to see how the losses of tensors add up."""
+def _anchored(made: Measurement, plan: Plan, task: Task) -> Measurement:
+    """Add anchors: allocate and measure whole files of several sizes, to see how the losses of tensors add up. They get
+    more text than the other probes.
+    """
     assert plan.policy_task is not None
     choices = policy.choices_of(plan.policy_task, made)
     tensors = {tensor.name: tensor for tensor in plan.model.tensors}
@@ -245,8 +248,9 @@ def _anchored(made: Measurement, plan: Plan, task: Task, scores: Sequence[ProbeS
         totals.append(found.loss)
     if not probes:
         return made
-    base = next(score for score in scores if not score.probe.types)
-    measured = run_probes(replace(task, evaluator="whole files"), probes, plan.imatrix, chunks=plan.chunks)
+    base, *measured = run_probes(
+        replace(task, evaluator="whole files"), [BASELINE, *probes], plan.imatrix, chunks=plan.most
+    )
     anchors = []
     for total, score in zip(totals, measured, strict=True):
         cost = sensitivity.difference(score, base)

@@ -32,7 +32,7 @@ Errors = Mapping[tuple[str, str], float]  # (tensor, type in upper case) -> rela
 # IQ2_XS within 1 %; Q3_K and Q2_K are 5 to 33 % off.
 _LOW = ("Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q2_K", "Q4_K", "Q8_0")
 _HIGH = ("Q5_K", "Q6_K", "Q5_0", "Q8_0", "Q4_K")
-VERSION = 2  # raise it when a change of the code makes other probes, or draws other conclusions from them
+VERSION = 3  # raise it when a change of the code makes other probes, or draws other conclusions from them
 _NOISY = 0.5  # half an interval, relative to the value: less certain probes get more chunks
 _EXPONENTS = (0.5, 2.0)  # bounds of p: if two probes yield a value outside, one of them is noise
 # standard deviations: of p around 1 without probes; of a group's p around the value from its own probes, and around the
