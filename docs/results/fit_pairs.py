@@ -4,9 +4,10 @@
 
 Each OTHER is a policy with its parameters (i-mini, uniform:type=Q3_K), a file that is there (Q2_K.gguf), or a number
 of bytes, for a fitted file by itself. Of each, the file is written, a fitted one of its bytes beside it, and both are
-scored on the same chunks of the half of the text that no probe saw. Prints Markdown: the divergence of both, and their
-ratio, paired, with its 95 % interval.
-Scores are kept in FOLDER/scores.json; the files that were written are deleted as soon as they are scored.
+scored on the same chunks of the half of the text that no probe saw: as they are, and with their weights restored to
+F16, which leaves out what the kernels lose by rounding activations to 8 bits. Prints Markdown: the divergence of both,
+and their ratio, paired, with its 95 % interval. Scores are kept in FOLDER/scores.json; what is written is deleted as
+soon as it is scored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -29,7 +31,9 @@ from apex_build.plugin_api import (
     Task,
     Workplace,
     clustered_ratio,
+    codec,
     divergence_rows,
+    mapped_rows,
     progress,
     reference_logits,
     run_over_chunks,
@@ -40,30 +44,33 @@ from apex_build.plugin_api import (
 sys.path.insert(0, str(Path(__file__).parents[2] / "plugins"))
 measure: Any = importlib.import_module("fit.measure")
 CONTEXT: int = measure.CONTEXT
+Sums = list[list[float]]
 
 
 @dataclass(frozen=True)
 class Score:
-    """`sums`: for each text, the divergence of each chunk, summed over its positions."""
+    """For each text, the divergence of each chunk, summed over its positions: of the file, and of its weights alone."""
 
     name: str
     n_bytes: int
-    sums: tuple[tuple[float, ...], ...]
+    file: Sums
+    weights: Sums
     predicted: float | None = None
 
-    @property
-    def values(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        text = np.repeat(np.arange(len(self.sums)), [len(one) for one in self.sums])
-        return np.concatenate([np.array(one) for one in self.sums]), text
 
-    @property
-    def mean(self) -> Estimate:
-        sums, text = self.values
-        return clustered_ratio(sums, np.full(len(sums), scored_positions(CONTEXT)), text)
+def mean_of(each: Sums) -> Estimate:
+    sums, text = _flat(each)
+    return clustered_ratio(sums, np.full(len(sums), scored_positions(CONTEXT)), text)
 
-    def ratio(self, other: Score) -> Estimate:
-        (own, text), (others, _) = self.values, other.values
-        return clustered_ratio(own, others, text)
+
+def ratio(own: Sums, others: Sums) -> Estimate:
+    sums, text = _flat(own)
+    return clustered_ratio(sums, _flat(others)[0], text)
+
+
+def _flat(each: Sums) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The chunks of all texts, and the text that each is of."""
+    return np.concatenate([np.array(one) for one in each]), np.repeat(np.arange(len(each)), [len(one) for one in each])
 
 
 def main() -> None:
@@ -80,9 +87,11 @@ def main() -> None:
     asked.folder.mkdir(exist_ok=True)
     with progress() as report:
         place = workplace(report=report)
+        asked.place = place
         task = _task(asked, place)
         lines = [_compared(other, asked, task) for other in asked.others]
-    print("| bits | file | bytes | KLD | fitted, bytes | predicted | KLD | ratio |\n|---|---|---|---|---|---|---|---|")
+    columns = "bits | other | bytes | file | weights | fitted | predicted | weights | file | ratio, weights | file"
+    print(f"| {columns} |\n|{'---|' * len(columns.split(' | '))}")
     print("\n".join(lines))
 
 
@@ -94,9 +103,10 @@ def _compared(other: str, asked: argparse.Namespace, task: Task) -> str:
     own = _scored(f"fit:{target}", ["fit", *settings], asked, task)
     weights = sum(tensor.n_elements for tensor in task.reference.tensors) if task.reference else 0
     cells = [f"{8 * own.n_bytes / weights:.2f}"]
-    cells += [beside.name, f"{beside.n_bytes:,}", _shown(beside.mean)] if beside else ["", "", ""]
-    cells += [f"{own.n_bytes:,}", f"{own.predicted:.4g}" if own.predicted else "", _shown(own.mean)]
-    cells += [_shown(own.ratio(beside), 2) if beside else ""]
+    cells += [beside.name, f"{beside.n_bytes:,}", *_both(beside)] if beside else [""] * 4
+    cells += [f"{own.n_bytes:,}", f"{own.predicted:.4g}" if own.predicted else "", *reversed(_both(own))]
+    if beside:
+        cells += [_shown(ratio(own.weights, beside.weights), 2), _shown(ratio(own.file, beside.file), 2)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -115,14 +125,35 @@ def _scored(name: str, policy: list[str], asked: argparse.Namespace, task: Task,
         path = given or asked.folder / f"{name.replace(':', '-').replace(',', '-')}.gguf"
         predicted = None if given else _write(path, policy, asked)
         written = time.monotonic()
-        sums = [_sums(task, path, domain) for domain in task.texts]
-        known[name] = {"n_bytes": path.stat().st_size, "sums": sums, "predicted": predicted}
+        known[name] = {"n_bytes": path.stat().st_size, "predicted": predicted}
+        known[name]["file"] = [_sums(task, path, domain) for domain in task.texts]
+        restored = _restored(path, asked, task)
+        known[name]["weights"] = [_sums(task, restored, domain) for domain in task.texts]
+        restored.unlink()
         known[name]["seconds"] = [round(written - began), round(time.monotonic() - written)]
         kept.write_text(json.dumps(known, indent=1), "utf-8")
         if given is None:
             path.unlink()
     one = known[name]
-    return Score(name, one["n_bytes"], tuple(tuple(sums) for sums in one["sums"]), one["predicted"])
+    return Score(name, one["n_bytes"], one["file"], one["weights"], one["predicted"])
+
+
+def _restored(path: Path, asked: argparse.Namespace, task: Task) -> Path:
+    """A copy of the model with the values that the file's weights have."""
+    copy: Path = asked.folder / "restored.gguf"
+    shutil.copyfile(asked.model, copy)
+    (header,) = task.model.headers
+    places = {tensor.name: tensor for tensor in header.tensors}
+    coder = codec(task.tools)
+    with mapped_rows(asked.place.model(path).headers) as rows, copy.open("r+b") as file:
+        for name, data in rows.items():
+            if data.type == places[name].type:
+                continue
+            values = coder.decode(data.type, data.rows, places[name].shape[0])
+            assert values is not None and places[name].type == "F16"
+            file.seek(header.data_offset + places[name].offset)
+            file.write(values.astype("<f2").tobytes())
+    return copy
 
 
 def _write(path: Path, policy: list[str], asked: argparse.Namespace) -> float | None:
@@ -164,6 +195,10 @@ def _sums(task: Task, path: Path, domain: str) -> list[float]:
         return found
 
     return run_over_chunks(task, path, task.texts[domain], arguments, f"{path.name} on {domain}", read)
+
+
+def _both(one: Score) -> list[str]:
+    return [_shown(mean_of(one.file)), _shown(mean_of(one.weights))]
 
 
 def _shown(one: Estimate, digits: int | None = None) -> str:
