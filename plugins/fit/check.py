@@ -83,8 +83,8 @@ def _trunk(types: Mapping[str, str], heads: set[str]) -> dict[str, str]:
 def with_check(
     rows: Sequence[Row], tiers: Sequence[Row], before: Preview, asked: Asked, place: Workplace
 ) -> tuple[list[Row], list[Row], tuple[str, ...]]:
-    """Evaluate the written file: its divergence, that of its weights alone, and the agreement its draft head lost. Score
-    the tiers with probes.
+    """Evaluate the written file: its divergence, that of its weights alone, and the agreement that its draft head lost.
+    Score the tiers with probes.
     """
     assert asked.out is not None
     chunks, context = str(asked.check_chunks), str(measure.CONTEXT)

@@ -61,6 +61,7 @@ def test_it_is_resumed_in_each_part_and_says_what_it_gave(
     assert 0.998 * (8 << 20) <= row["n_bytes"] == out.stat().st_size <= 8 << 20
     assert 0.4 < row["predicted"] / row["measured"] < 2.5 and row["low"] < row["measured"] < row["high"]
     assert tier["measured"] > row["measured"]
+    assert any("its weights alone: KLD 0.0" in line for line in found["file"]["lines"])
     assert any("points of agreement, predicted" in line for line in found["file"]["lines"])
     assert read_model(out, load_plugins().role_of).metadata["apex.policy"] == "fit"
     again = json.loads(run_apex(*wanted, "--json").stdout)
