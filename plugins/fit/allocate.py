@@ -7,11 +7,11 @@ exchanges between two tensors, until nothing helps any more. The same items alwa
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import NamedTuple
 
 _EXCHANGES = 200  # maximum; each one looks at every step of every tensor once
 
@@ -173,11 +173,13 @@ def _fill(state: _State, budget: int) -> None:
 
 
 def _exchange(state: _State, budget: int) -> bool:
-    """Move one tensor down and another up, choosing the pair that saves most loss. False if no pair saves any."""
+    """Move one tensor up and another down, choosing the pair that saves most loss; if no pair saves any, one up and
+    several down. False if that saves none either.
+    """
     downs, ups = [], []
     for item, (ladder, at) in enumerate(zip(state.ladders, state.at, strict=True)):
         now = ladder[at]
-        downs += [(now.n_bytes - ladder[to].n_bytes, ladder[to].loss - now.loss, item, to) for to in range(at)]
+        downs += [_Down(now.n_bytes - ladder[to].n_bytes, ladder[to].loss - now.loss, item, to) for to in range(at)]
         ups += [
             (ladder[to].n_bytes - now.n_bytes, now.loss - ladder[to].loss, item, to)
             for to in range(at + 1, len(ladder))
@@ -185,35 +187,98 @@ def _exchange(state: _State, budget: int) -> bool:
     state.looked_at += len(downs) + len(ups)
     if not downs or not ups:
         return False
-    # for each number of bytes to save: the cheapest step that saves as many, and the cheapest one of another tensor
-    downs.sort(key=lambda one: (-one[0], one[1], one[2], one[3]))
-    firsts: list[int] = []
-    seconds: list[int] = []
-    first = second = -1
-    for index, (_, cost, item, _) in enumerate(downs):
-        if first < 0 or cost < downs[first][1]:
-            second = first if first >= 0 and downs[first][2] != item else second
-            first = index
-        elif item != downs[first][2] and (second < 0 or cost < downs[second][1]):
-            second = index
-        firsts.append(first)
-        seconds.append(second)
-    saves = -np.array([one[0] for one in downs])  # ascending
+    saving = _Saving(downs)
     slack = budget - state.n_bytes
-    counts = np.searchsorted(saves, -(np.array([one[0] for one in ups]) - slack), side="right")
-    best: tuple[float, int, int] | None = None
-    for number, (_, gain, item, _) in enumerate(ups):
-        if (count := int(counts[number])) == 0:
-            continue
-        down = firsts[count - 1] if downs[firsts[count - 1]][2] != item else seconds[count - 1]
-        if down < 0 or downs[down][2] == item:
-            continue
-        net = gain - downs[down][1]
-        if net > (best[0] if best else 1e-12 * abs(gain)):
-            best = (net, number, down)
+    best: tuple[float, tuple[int, int], list[_Down]] | None = None
+    for several in (False, True):
+        for n_bytes, gain, item, to in ups:
+            found = saving.of(n_bytes - slack, item, gain - (best[0] if best else 1e-12 * abs(gain)), several=several)
+            if found is not None:
+                best = (gain - found[0], (item, to), found[1])
+        if best is not None:
+            break
+    state.looked_at += saving.looked_at
     if best is None:
         return False
-    _, up, down = best
-    state.move(downs[down][2], downs[down][3])
-    state.move(ups[up][2], ups[up][3])
+    _, (item, to), moved = best
+    for down in moved:
+        state.move(down.item, down.to)
+    state.move(item, to)
     return True
+
+
+class _Down(NamedTuple):
+    """A step to a smaller type: bytes saved, and loss added."""
+
+    saves: int
+    cost: float
+    item: int
+    to: int
+
+
+class _Saving:
+    """The cheapest steps down that save a number of bytes."""
+
+    def __init__(self, downs: Sequence[_Down]) -> None:
+        self.looked_at = 0
+        # the largest first; at each place the cheapest so far, and the cheapest so far of another tensor
+        self.downs = sorted(downs, key=lambda one: (-one.saves, *one[1:]))
+        self.saves = [-one.saves for one in self.downs]
+        self.cheapest: list[tuple[_Down, _Down | None]] = []
+        for down in self.downs:
+            first, second = self.cheapest[-1] if self.cheapest else (down, None)
+            if down.cost < first.cost:
+                first, second = down, first if first.item != down.item else second
+            elif down.item != first.item and (second is None or down.cost < second.cost):
+                second = down
+            self.cheapest.append((first, second))
+        # along each tensor's lower convex hull; what costs least for a byte saved first, so each tensor's in order
+        ascending = sorted(downs, key=lambda one: (one.item, one.saves, one.cost))
+        steps = [step for _, own in itertools.groupby(ascending, lambda one: one.item) for step in _chain(own)]
+        self.frugal = [down for _, down in sorted(steps, key=lambda one: (one[0], one[1].item, one[1].saves))]
+
+    def of(self, n_bytes: int, but: int, below: float, *, several: bool) -> tuple[float, list[_Down]] | None:
+        """Cost and steps, of other tensors than `but`: the cheapest one that saves `n_bytes`, or several frugal ones
+        and one that saves the rest. None if all cost `below` or more.
+        """
+        found: tuple[float, list[_Down]] | None = None
+        taken: dict[int, _Down] = {}
+        saved, cost = 0, 0.0
+        for frugal in itertools.chain(self.frugal, [None]):
+            if frugal is not None and frugal.item == but:
+                continue
+            self.looked_at += 1
+            last = self._one(n_bytes - saved, {but} | taken.keys())
+            if last is not None and cost + last.cost < (found[0] if found else below):
+                found = (cost + last.cost, [*taken.values(), last])
+            if frugal is None or not several or saved >= n_bytes or cost >= below:
+                break
+            before = taken.get(frugal.item, _Down(0, 0.0, frugal.item, -1))
+            saved, cost = saved + frugal.saves - before.saves, cost + frugal.cost - before.cost
+            taken[frugal.item] = frugal
+        if several and saved >= n_bytes and cost < (found[0] if found else below):
+            found = (cost, [*taken.values()])
+        return found
+
+    def _one(self, n_bytes: int, but: set[int]) -> _Down | None:
+        count = bisect.bisect_right(self.saves, -n_bytes)
+        if not count:
+            return None
+        return next((one for one in self.cheapest[count - 1] if one is not None and one.item not in but), None)
+
+
+def _chain(downs: Iterable[_Down]) -> list[tuple[float, _Down]]:
+    """A tensor's steps on the lower convex hull of cost over bytes saved; each with its cost for a byte beyond the one
+    before it.
+    """
+    hull: list[tuple[float, _Down]] = []
+    for down in downs:
+        while hull and _rate(hull[-2][1] if len(hull) > 1 else None, down) <= hull[-1][0]:
+            hull.pop()
+        hull.append((_rate(hull[-1][1] if hull else None, down), down))
+    return hull
+
+
+def _rate(before: _Down | None, after: _Down) -> float:
+    saves, cost = (before.saves, before.cost) if before else (0, 0.0)
+    return (after.cost - cost) / max(1, after.saves - saves)

@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 from apex_build.plugin_api import BASELINE, NORMAL, Estimate, Model, Probe, ProbeScore, Tensor, clustered_ratio, student
 
+from .errors import TYPES
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Errors = Mapping[tuple[str, str], float]  # (tensor, type in upper case) -> relative error; missing: not possible
@@ -39,6 +41,7 @@ _EXPONENTS = (0.5, 2.0)  # bounds of p: if two probes yield a value outside, one
 # value from another group at a similar depth
 _PRIOR, _OWN, _ANOTHER = 0.5, 0.05, 0.2
 _OTHER_ROLE = 0.2  # weight of a group of another role, relative to one of the same role
+_FAR = 10  # ratio of two errors: no type is chosen beside a smaller one with a tenth of its error
 _APART = 0.2  # minimum logarithm of the ratio of two errors: closer ones do not tell p
 _NORMAL = NormalDist()
 _Probed = tuple[ProbeScore, tuple[float, ...]]  # with the errors of its tensors
@@ -206,12 +209,25 @@ def _role(tensor: Tensor) -> str:
 
 
 def _probe(group: Group, errors: Errors, types: Sequence[str]) -> Probe | None:
-    """A probe of the group, with each tensor at the first of the types that it can have."""
-    chosen = {name: next((kind for kind in types if (name, kind) in errors), None) for name in group.tensors}
+    """A probe of the group, with each tensor at the first of the types that it can have: if possible one of an ordinary
+    error, since the loss at a huge one does not tell the loss at small ones.
+    """
+    chosen: dict[str, str | None] = {}
+    for name in group.tensors:
+        can = [kind for kind in types if (name, kind) in errors]
+        chosen[name] = next((kind for kind in can if not _huge(name, kind, errors)), can[0] if can else None)
     if None in chosen.values():
         return None
     named = {name: kind for name, kind in chosen.items() if kind is not None}
     return Probe(f"{group.name} {'+'.join(dict.fromkeys(named.values()))}", named)
+
+
+def _huge(name: str, kind: str, errors: Errors) -> bool:
+    """Whether a smaller type has a far smaller error. In a tensor where one column counts for nearly everything, a type
+    can lose that column's largest weight: SmolLM2's blk.11.ffn_down has 0.80 at Q3_K, and 0.0085 at IQ3_S.
+    """
+    smaller = TYPES[: TYPES.index(kind)] if kind in TYPES else ()
+    return any(errors[name, kind] > _FAR * errors.get((name, one), math.inf) for one in smaller)
 
 
 def _baseline(scores: Sequence[ProbeScore]) -> ProbeScore:

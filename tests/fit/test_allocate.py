@@ -65,6 +65,15 @@ def test_more_bytes_never_lose_more() -> None:
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(losses))
 
 
+def test_a_long_step_of_one_is_paid_by_many() -> None:
+    """One large tensor whose last step is worth more than all that was spent on the others before it."""
+    large = Item("large", (Option("Q5_K", 5500, 2.0), Option("Q6_K", 6560, 0.5)))
+    small = [Item(f"t{number}", (Option("Q4_K", 450, 0.05), Option("Q8_0", 850, 0.01))) for number in range(20)]
+    found = allocation.allocate([large, *small], 6560 + 20 * 450 + 850 - 450)
+    assert found.types["large"] == "Q6_K"
+    assert list(found.types.values()).count("Q8_0") == 1
+
+
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.8])
 def test_800_tensors_of_12_types_are_quick(share: float) -> None:
     """Python looks at more than a million steps per second: 5 s."""

@@ -144,6 +144,17 @@ def test_a_matrix_outside_the_layers_is_taken_as_measured(fit: ModuleType) -> No
     assert found[0].measured == pytest.approx(costs) and not found[1].measured
 
 
+def test_a_type_that_breaks_a_tensor_is_not_what_it_is_probed_with(fit: ModuleType) -> None:
+    """The loss at an error of 0.8 says nothing of the loss at 0.01; without another type it is better than nothing."""
+    group = fit.Group("blk.0.dense.down", "dense.down", 0, ("a",))
+    broken = {("a", "IQ3_S"): 0.0085, ("a", "Q3_K"): 0.8, ("a", "Q5_K"): 0.0001}
+    ordinary = {**broken, ("a", "Q3_K"): 0.02}
+    names = [[one.name for one in fit.first_probes([group], errors)][1] for errors in (broken, ordinary)]
+    assert names == ["blk.0.dense.down IQ3_S", "blk.0.dense.down Q3_K"]
+    alone = {("a", "Q2_K"): 0.06, ("a", "Q3_K"): 0.8}
+    assert [one.name for one in fit.first_probes([group], alone, ["Q3_K"])][1] == "blk.0.dense.down Q3_K"
+
+
 def test_what_noise_hides_is_pooled_or_given_more_chunks(fit: ModuleType, groups: list[object]) -> None:
     def truth(name: str) -> tuple[float, float]:
         return 0.002 if "attention" in name else 1.0, 1.0
