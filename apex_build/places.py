@@ -124,3 +124,14 @@ def in_use(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def unused(folder: Path) -> Iterator[None]:
+    """Hold a folder of the cache that nobody has `in_use`, to remove it. Raises BlockingIOError if somebody has."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

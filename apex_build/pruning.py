@@ -4,7 +4,6 @@ else.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apex_build.errors import ApexError
-from apex_build.places import cache_root, unfinished
+from apex_build.places import cache_root, unfinished, unused
 from apex_build.source.applied import unsaved_work
 from apex_build.source.pins import all_pins
 from apex_build.source.series import read_series
@@ -192,12 +191,8 @@ def _alone(item: Item) -> Iterator[None]:
             yield
     elif item.kind in ("evaluations", "compiler-cache", "downloads", "cluster-sweeps"):
         itself = item.kind in ("compiler-cache", "cluster-sweeps")
-        handle = os.open(item.path if itself else item.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with unused(item.path if itself else item.path.parent):
             yield
-        finally:
-            os.close(handle)
     else:
         with locked(item.path):
             yield

@@ -6,7 +6,6 @@ must be those of the client.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -36,7 +35,7 @@ from apex_build.loaded import origin_of
 from apex_build.native.run import Stopped, stopping
 from apex_build.native.toolset import Toolset, find_toolset
 from apex_build.parameters import Value
-from apex_build.places import cache_folder, cache_root, in_use
+from apex_build.places import cache_folder, cache_root, in_use, unused
 from apex_build.plugins import load_plugins
 from apex_build.policy.plan import Plan
 from apex_build.progress import Report, Step, silent
@@ -277,13 +276,8 @@ def run_point(order: PointOrder) -> Measured:
 def end_sweep(sweep: str) -> None:
     """Remove what its points shared, unless a point of another client is running."""
     place = cache_root() / "cluster" / "sweeps" / sweep
-    with suppress(OSError):
-        handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place)
-        finally:
-            os.close(handle)
+    with suppress(OSError), unused(place):
+        shutil.rmtree(place)
 
 
 def count(order: ShardOrder) -> int:

@@ -220,5 +220,7 @@ def test_from_a_script(expected: Path, testbed: Path, heldout: Path, tmp_path: P
 def test_what_a_cluster_cannot_do(trunk: list[object], tmp_path: Path) -> None:
     command = [*trunk, "-o", tmp_path / "out", "--cluster", "tcp://127.0.0.1:9"]
     code = EvaluationRefused.exit_code
-    assert "made, and deleted, on the workers" in run_apex(*command, "--keep", code=code).stderr
+    assert (
+        "with --cluster the workers make the files, and delete them" in run_apex(*command, "--keep", code=code).stderr
+    )
     assert "speed measures times" in run_apex(*command, "--only", "speed", code=code).stderr
