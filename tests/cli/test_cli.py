@@ -13,16 +13,17 @@ from click.testing import CliRunner
 from apex_build import errors
 from apex_build.cli import apex, show
 from apex_build.cli.verbs import VERBS
+from apex_build.plugins import command_summaries
 from apex_build.progress import Step
 
 ROOT = Path(__file__).parents[2]
 
 
 def commands() -> list[tuple[str, click.Command]]:
-    """Each verb, including the verbs of groups."""
+    """Each verb, including the verbs of groups and of plugins."""
     context = click.Context(apex)
     found = []
-    for name in VERBS:
+    for name in (*VERBS, *command_summaries()):
         command = apex.get_command(context, name)
         assert command is not None
         if isinstance(command, click.Group):
