@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -178,9 +178,17 @@ def stop(child: subprocess.Popen[bytes]) -> None:
             for process in (*_session_members(child.pid), child.pid):
                 if child.returncode is None or process != child.pid:
                     _kill(process)
-            child.wait()
+            _reap(child)
         if child.stdout:
             child.stdout.close()
+
+
+def _reap(child: subprocess.Popen[bytes]) -> None:
+    """As child.wait(), which would wait forever for Popen's own lock if Ctrl-C came while poll() held it."""
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    if child.poll() is None:
+        child.returncode = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
 
 
 class Stopped(Exception):

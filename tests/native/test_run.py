@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from apex_build.errors import DiskTooSmall, OutputUnwritable, ToolFailed, ToolKilled, ToolTimeout
-from apex_build.native.run import run_tool
+from apex_build.native.run import run_tool, start, stop
 
 
 def python(code: str) -> list[str]:
@@ -162,6 +162,15 @@ def test_ctrl_c_and_sigterm_end_the_child_too(tmp_path: Path, number: signal.Sig
     parent.send_signal(number)
     assert parent.wait(30) == code
     assert gone(pid, 2)
+
+
+def test_ctrl_c_in_the_midst_of_a_poll_does_not_hold_us_up(tmp_path: Path) -> None:
+    """It leaves Popen's own lock held, and nobody will release it."""
+    child = start(["sleep", "600"], cwd=tmp_path)
+    lock = child._waitpid_lock  # type: ignore[attr-defined]
+    assert lock.acquire(False)
+    stop(child)
+    assert child.returncode == -signal.SIGINT and not Path(f"/proc/{child.pid}").exists()
 
 
 def test_a_daemon_that_keeps_the_pipe_does_not_hold_us_up() -> None:
