@@ -188,7 +188,9 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
     with suppress(ChildProcessError):
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     if child.poll() is None:
-        child.returncode = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+        child.returncode = -signal.SIGKILL  # where the interrupted poll() has reaped it and lost its status
+        with suppress(ChildProcessError):
+            child.returncode = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
 
 
 class Stopped(Exception):

@@ -173,6 +173,15 @@ def test_ctrl_c_in_the_midst_of_a_poll_does_not_hold_us_up(tmp_path: Path) -> No
     assert child.returncode == -signal.SIGINT and not Path(f"/proc/{child.pid}").exists()
 
 
+def test_ctrl_c_after_a_poll_has_reaped_the_child_does_not_hold_us_up(tmp_path: Path) -> None:
+    """As above, and the status is lost too."""
+    child = start(["true"], cwd=tmp_path)
+    assert child._waitpid_lock.acquire(False)  # type: ignore[attr-defined]
+    os.waitpid(child.pid, 0)
+    stop(child)
+    assert child.returncode == -signal.SIGKILL
+
+
 def test_a_daemon_that_keeps_the_pipe_does_not_hold_us_up() -> None:
     daemon = (
         "import os, time\npid = os.fork()\nif not pid:\n    os.setsid()\n    time.sleep(3600)\n    "
