@@ -1,21 +1,26 @@
 """The patched tools on a device whose memory the host cannot read: ggml's RPC backend, served by this machine's CPU.
 
-Regarding access to tensors it behaves like a GPU: a pointer into such memory would crash or give other numbers.
+Regarding access to tensors it behaves like a GPU: a pointer into such memory would crash or give other numbers. Where
+there is a GPU that the tools can use (APEX_TOOLS=BUILD names a CUDA build), everything runs on it too.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from gguf_edit import changed, copy
 
@@ -41,13 +46,45 @@ ffi.dlopen(sys.argv[2]).ggml_backend_rpc_start_server(sys.argv[3].encode(), ffi.
 """
 
 
-@pytest.fixture(scope="module")
-def device(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+Numbers = npt.NDArray[np.floating[Any]]
+GPUS = ["CUDA0"] if shutil.which("nvidia-smi") else []
+
+
+@dataclass(frozen=True)
+class Device:
+    """`name`: as -dev takes it. `exact`: it computes as the host does, so that only the order of additions differs."""
+
+    name: str
+    environment: dict[str, str]
+    exact: bool
+
+    def alike(self, here: Numbers, there: Numbers) -> bool:
+        """Whether two arrays of sums, or of scores, agree as far as the device allows."""
+        if self.exact:
+            return np.allclose(here, there, rtol=5e-6, atol=0)
+        return bool(np.abs(here - there).sum() <= 0.01 * np.abs(here).sum())
+
+
+@pytest.fixture(scope="module", params=["RPC0", *GPUS])
+def device(
+    request: pytest.FixtureRequest, tools: Toolset, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Device]:
+    if request.param == "RPC0":
+        with served(tools, tmp_path_factory.mktemp("device")) as environment:
+            yield Device("RPC0", environment, exact=True)
+        return
+    listed = subprocess.run([tools.tool("llama-perplexity"), "--list-devices"], capture_output=True, text=True).stdout
+    if f"{request.param}:" not in listed:
+        pytest.skip(f"these tools cannot use {request.param}: APEX_TOOLS=BUILD names a CUDA build")
+    yield Device(request.param, dict(os.environ), exact=False)
+
+
+@contextmanager
+def served(tools: Toolset, folder: Path) -> Iterator[dict[str, str]]:
     """The environment in which the tools find the device RPC0."""
     from apex_build.source.fetch import ensure_source
     from apex_build.source.pins import load_pin
 
-    folder = tmp_path_factory.mktemp("device")
     ggml, library = ensure_source(load_pin()) / "ggml", folder / "libclient.so"
     (folder / "client.cpp").write_text(_CLIENT)
     command = [
@@ -81,18 +118,21 @@ def device(tools: Toolset, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         server.wait()
 
 
-def run(tool: Path, *arguments: object, device: dict[str, str] | None = None) -> str:
-    """`-dev` goes first, because it makes the tool look for the device."""
-    command = [tool, *(["-dev", "RPC0"] if device else []), *arguments, "-t", 1]
-    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace", env=device)
+def run(tool: Path, *arguments: object, device: Device | None = None) -> str:
+    """`-dev` goes first, because it makes the tool look for the device; without one, no GPU is used."""
+    command = [tool, "-dev", device.name if device else "none", *arguments, "-t", 1]
+    environment = device.environment if device else None
+    ran = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, errors="replace", env=environment
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert not device or "RPC0[" in ran.stdout + ran.stderr, "the device was not used"
+    assert not device or f"using device {device.name} (" in ran.stdout + ran.stderr, "the device was not used"
     return ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("layers", [99, 3], ids=["the whole model", "half of it"])
 def test_the_imatrix_is_summed_up_there(
-    layers: int, device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+    layers: int, device: Device, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
     tool, common = (
         tools.tool("llama-imatrix"),
@@ -103,19 +143,21 @@ def test_the_imatrix_is_summed_up_there(
     host, there = read_imatrix(tmp_path / "host.gguf"), read_imatrix(tmp_path / "device.gguf")
     assert host.head_tokens == there.head_tokens == 6 * 256
     assert host.entries.keys() == there.entries.keys()
-    summed = set(re.findall(r"adding up (\S+) on RPC0", said))
+    summed = set(re.findall(rf"adding up (\S+) on {device.name}", said))
     assert "is not supported by" not in said
     for name, entry in host.entries.items():
-        assert entry.counts == there.entries[name].counts, name
-        # the kernels are the same, and the rows are added up in another order
-        assert np.allclose(entry.values(), there.entries[name].values(), rtol=5e-6, atol=0), name
-        if name not in summed:
-            assert layers < 99 and np.array_equal(entry.values(), there.entries[name].values()), name
+        found = there.entries[name]
+        assert sum(entry.counts) == sum(found.counts), name
+        # other kernels round otherwise, and then a router may pick another expert
+        assert np.allclose(entry.counts, found.counts, rtol=0, atol=0 if device.exact else 5), name
+        assert device.alike(entry.values(), found.values()), name
+        if device.exact and name not in summed:
+            assert layers < 99 and np.array_equal(entry.values(), found.values()), name
     assert {name.split(".")[1] for name in summed} >= ({"0", "3", "6"} if layers == 99 else {"5", "6"})
 
 
 def test_sums_that_stay_on_the_device_are_continued_and_saved_in_between(
-    device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+    device: Device, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
     tool, common = (
         tools.tool("llama-imatrix"),
@@ -134,7 +176,7 @@ def test_sums_that_stay_on_the_device_are_continued_and_saved_in_between(
 
 
 def test_a_value_on_the_device_that_is_not_finite_is_refused_when_it_is_saved(
-    device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+    device: Device, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
     model = changed(
         testbed, tmp_path / "spoilt.gguf", lambda name, values: values * np.nan if name == "blk.5.ssm_a" else values
@@ -143,7 +185,7 @@ def test_a_value_on_the_device_that_is_not_finite_is_refused_when_it_is_saved(
     command = [
         tools.tool("llama-imatrix"),
         "-dev",
-        "RPC0",
+        device.name,
         "-ngl",
         99,
         "-m",
@@ -154,25 +196,33 @@ def test_a_value_on_the_device_that_is_not_finite_is_refused_when_it_is_saved(
         256,
     ]
     command += ["--chunks", 3, "-t", 1, "-o", tmp_path / "out.gguf"]
-    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace", env=device)
+    ran = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, errors="replace", env=device.environment
+    )
     assert ran.returncode == 1
     assert "nan detected in blk.5." in ran.stdout + ran.stderr
     assert not (tmp_path / "out.gguf").exists()
 
 
 def test_the_scores_of_the_head_are_the_same(
-    device: dict[str, str], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
+    device: Device, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
     tool, common = tools.tool("llama-perplexity"), ["-m", testbed, "-f", heldout / "code.txt", "-c", 256, "-b", 1024]
     common += ["--chunks", 6, "--mtp", "--mtp-output-file"]
     run(tool, *common, tmp_path / "host.csv")
     run(tool, *common, tmp_path / "device.csv", "-ngl", 99, "-v", device=device)
-    assert (tmp_path / "host.csv").read_bytes() == (tmp_path / "device.csv").read_bytes()
+    if device.exact:
+        assert (tmp_path / "host.csv").read_bytes() == (tmp_path / "device.csv").read_bytes()
+        return
+    host, there = (np.genfromtxt(tmp_path / f"{name}.csv", delimiter=",", skip_header=1) for name in ("host", "device"))
+    assert host.shape == there.shape and np.isfinite(host).all()
+    for column in range(host.shape[1]):
+        assert device.alike(host[:, column], there[:, column]), column
 
 
 @pytest.mark.parametrize("layers", [99, 3], ids=["the whole model", "half of it"])
 def test_probed_tensors_are_quantized_and_put_back_there(
-    layers: int, device: dict[str, str], tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
+    layers: int, device: Device, tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
 ) -> None:
     """With tied embeddings the table is on the host, and the output is a copy of it on the device."""
     tied = copy(testbed, tmp_path / "tied.gguf", keys={}, drop="output.weight")
@@ -187,6 +237,12 @@ def test_probed_tensors_are_quantized_and_put_back_there(
     run(tool, *common, tmp_path / "host.tsv")
     run(tool, *common, tmp_path / "device.tsv", "-ngl", layers, "-v", device=device)
     found = (tmp_path / "device.tsv").read_text()
-    assert found == (tmp_path / "host.tsv").read_text()
+    if device.exact:
+        assert found == (tmp_path / "host.tsv").read_text()
+    else:
+        host, there = (np.genfromtxt(tmp_path / f"{name}.tsv", skip_header=1) for name in ("host", "device"))
+        # by the reference of the host even the model as it is has a small divergence there
+        assert np.allclose(host[4:12, 3], there[4:12, 3], rtol=0.05), (host, there)
+        assert (np.abs(there[:4, 3]) < 0.05 * there[4:8, 3]).all(), there
     lines = [line.partition("\t")[2] for line in found.splitlines()[1:]]
     assert lines[:4] == lines[12:] and len(set(lines)) == 12
