@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -32,7 +33,12 @@ def client(model: Path, out: Path, address: str, *more: object) -> subprocess.Po
 
 
 def kept(out: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in out.with_name(f".{out.name}.work").glob("shards/*.gguf")}
+    """Its finished shards. The run removes them when it ends, perhaps while this looks."""
+    found = {}
+    for path in out.with_name(f".{out.name}.work").glob("shards/*.gguf"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path.name] = path.stat().st_mtime_ns
+    return found
 
 
 @pytest.fixture(scope="module")
