@@ -20,6 +20,7 @@ from apex_build.evaluation.pace import active_parameters, expect, remember, toke
 from apex_build.gguf_model.model import read_model
 from apex_build.gguf_model.mtp_rows import AUTO, CHOICES, trained_on
 from apex_build.gguf_model.summary import imatrix_json
+from apex_build.native.devices import gpus_used
 from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.native.toolset import find_toolset
 from apex_build.plugins import load_plugins
@@ -248,7 +249,9 @@ def command(
         )
     tokens = tokens_of(len(text.data)) if chunks is None else min(tokens_of(len(text.data)), chunks * context)
     work = tokens * active_parameters(model)
-    show.note(f"about {max(2, round(tokens / context))} chunks of {context} tokens: {expect('calibrate', work)}")
+    gpu = gpus_used(tools, gpu_layers)
+    expected = expect("calibrate", work, gpu=gpu)
+    show.note(f"about {max(2, round(tokens / context))} chunks of {context} tokens: {expected}")
     try:
         with show.progress() as report:
             place = Workplace(plugins, report, tools)
@@ -261,7 +264,8 @@ def command(
         raise
     covered = done.coverage.imatrix
     if not done.reused and not done.resumed_at and covered.chunk_count and covered.chunk_size:
-        remember("calibrate", covered.chunk_count * covered.chunk_size * active_parameters(model), done.seconds)
+        work = covered.chunk_count * covered.chunk_size * active_parameters(model)
+        remember("calibrate", work, done.seconds, gpu=gpu)
     if json_:
         show.as_json(_json(done))
         return

@@ -18,6 +18,7 @@ from apex_build.system import cpus
 _PER_CORE = 1.5e10
 # the same for large models: the matrices of a small model are too small to keep a core busy
 _PER_CORE_LARGE = 6e10
+_PER_GPU = 3e13  # of one data centre GPU with a small batch: docs/results/gpu.md
 _LARGE = 1e8  # active parameters
 _OF_LARGE = " of large models"
 GENERATED = 6.0  # writing a token takes about as long as reading this many in a batch, on a CPU
@@ -54,22 +55,23 @@ def of_size(kind: str, parameters: float) -> str:
     return f"{kind}{_OF_LARGE}" if parameters >= _LARGE else kind
 
 
-def expect(kind: str, work: float) -> Estimate:
-    """For `work` in tokens times active parameters."""
-    known = _known().get(_key(kind))
+def expect(kind: str, work: float, *, gpu: str = "") -> Estimate:
+    """For `work` in tokens times active parameters. `gpu`: what the work runs on, if not on the CPU."""
+    known = _known().get(_key(kind, gpu))
     if isinstance(known, (int, float)) and known > 0:
         return Estimate(work * known, True)
-    return Estimate(work * 2 / ((_PER_CORE_LARGE if kind.endswith(_OF_LARGE) else _PER_CORE) * cpus()), False)
+    cores = (_PER_CORE_LARGE if kind.endswith(_OF_LARGE) else _PER_CORE) * cpus()
+    return Estimate(work * 2 / (max(_PER_GPU, cores) if gpu else cores), False)
 
 
-def remember(kind: str, work: float, seconds: float) -> None:
+def remember(kind: str, work: float, seconds: float, *, gpu: str = "") -> None:
     """Record the time for each unit, for estimates of later work of the kind. Failing to record it is not an error."""
     if work <= 0 or seconds < 1:  # mostly the time to start the program
         return
     known = _known()
-    before = known.get(_key(kind))
+    before = known.get(_key(kind, gpu))
     now = seconds / work
-    known[_key(kind)] = (
+    known[_key(kind, gpu)] = (
         (before + now) / 2 if isinstance(before, (int, float)) and before / 4 < now < before * 4 else now
     )
     with contextlib.suppress(OSError):
@@ -88,8 +90,8 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 10 else f"{hours} h"
 
 
-def _key(kind: str) -> str:
-    return f"{kind} on {platform.node()}, {cpus()} CPUs"
+def _key(kind: str, gpu: str) -> str:
+    return f"{kind} on {platform.node()}, {gpu or f'{cpus()} CPUs'}"
 
 
 def _known() -> dict[str, object]:

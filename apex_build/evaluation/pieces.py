@@ -30,7 +30,7 @@ def piece_of(works: Sequence[Work]) -> tuple[Piece, pace.Estimate]:
     for work in works:
         own = runs_of(work.evaluator, work.task)
         parameters = pace.active_parameters(work.task.model)
-        found = pace.expect(work.evaluator.name, sum(own.values()) * parameters)
+        found = pace.expect(work.evaluator.name, sum(own.values()) * parameters, gpu=work.task.gpu)
         seconds, measured = seconds + found.seconds, measured and found.measured
         runs |= {name: tokens * found.seconds / (sum(own.values()) or 1.0) for name, tokens in own.items()}
     kind = works[0].evaluator.name if len(works) == 1 else "+".join(sorted(work.evaluator.name for work in works))
@@ -40,4 +40,5 @@ def piece_of(works: Sequence[Work]) -> tuple[Piece, pace.Estimate]:
 def remember(work: Work, share: float, seconds: float) -> None:
     """Record the time of a work, of which `share` had to be done: the rest was cached."""
     tokens = sum(runs_of(work.evaluator, work.task).values()) * share
-    pace.remember(work.evaluator.name, tokens * pace.active_parameters(work.task.model), seconds)
+    parameters = pace.active_parameters(work.task.model)
+    pace.remember(work.evaluator.name, tokens * parameters, seconds, gpu=work.task.gpu)

@@ -19,6 +19,7 @@ from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.native import output
 from apex_build.native.arguments import check_no_double, resolve
+from apex_build.native.devices import gpus_used
 from apex_build.native.early import warnings_of
 from apex_build.native.memory import memory_limit
 from apex_build.native.run import ToolRun, run_tool
@@ -123,6 +124,11 @@ class Task:
     report: Report = silent
     options: ToolOptions = ToolOptions()
     code: str = ""  # of the evaluator's plugin: LoadedEvaluator.code
+
+    @property
+    def gpu(self) -> str:
+        """What the tools run the model on, such as `NVIDIA H200`; empty if it is the CPU."""
+        return gpus_used(self.tools, self.options.gpu_layers)
 
     def number(self, name: str) -> int:
         """A setting of the kind 'int'."""

@@ -40,6 +40,7 @@ _STATE = re.compile(r"llama_memory_recurrent: size =\s+(\d+\.\d+) MiB")
 _COMPUTE = re.compile(r"sched_reserve:\s+\S+ compute buffer size =\s+(\d+\.\d+) MiB")
 _LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 _DRAFT = re.compile(r"\| accepted +(\d+)/ *(\d+) draft tokens( \(restore checkpoint\))?")
+_DEVICE = re.compile(r"  [A-Za-z]+\d+: (.+) \(\d+ MiB, \d+ MiB free\)$")
 _LOADS = re.compile(r"projected to use \d+ MiB|you need at least \d+ tokens")
 _MISSING_DATA = re.compile(r"Missing importance matrix for tensor (\S+) in|- offending tensor: (\S+)")
 
@@ -347,3 +348,9 @@ def explain(lines: Sequence[str]) -> tuple[str, str | None] | None:
             if found := pattern.search(line):
                 return diagnosis.format(*found.groups()), hint and hint.replace("{newer}", newer_build())
     return None
+
+
+def device_listed(line: str) -> str | None:
+    """The name of a GPU, from a line of --list-devices."""
+    found = _DEVICE.fullmatch(line)
+    return found[1] if found else None

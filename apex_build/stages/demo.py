@@ -131,7 +131,7 @@ def _pieces(model: Model, n_bytes: int, work: Work) -> list[Piece]:
     tokens = tokens_of(n_bytes) * active_parameters(model)
     drafted, _ = piece_of([work])
     return [
-        Piece("calibrate", {"calibrating": 1.0}, expect("calibrate", tokens).seconds),
+        Piece("calibrate", {"calibrating": 1.0}, expect("calibrate", tokens, gpu=work.task.gpu).seconds),
         *(Piece("quantize", {}, _QUANTIZING) for _ in FILES),
         *(
             Piece(drafted.kind, {name: drafted.units}, drafted.expected)

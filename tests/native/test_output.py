@@ -138,3 +138,17 @@ def test_the_hint_for_what_is_too_new_names_a_newer_pin(monkeypatch: pytest.Monk
 
 def test_a_good_run_is_not_explained() -> None:
     assert output.explain(captured("imatrix")) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("  CUDA0: NVIDIA H200 (143167 MiB, 142559 MiB free)", "NVIDIA H200"),
+        ("  CUDA1: NVIDIA GeForce RTX 4090 (24081 MiB, 23700 MiB free)", "NVIDIA GeForce RTX 4090"),
+        ("  Vulkan0: Intel(R) Arc(TM) Graphics (ARL) (15000 MiB, 9 MiB free)", "Intel(R) Arc(TM) Graphics (ARL)"),
+        ("Available devices:", None),
+        ("  Device 0: NVIDIA H200, compute capability 9.0, VMM: yes, VRAM: 143167 MiB", None),
+    ],
+)
+def test_listed_devices(line: str, name: str | None) -> None:
+    assert output.device_listed(line) == name
