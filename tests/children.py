@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 
 
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def servers() -> list[int]:
     """Our llama-server child processes that still run."""
     found = []

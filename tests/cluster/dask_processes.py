@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from waiting import until
 
 
 @contextmanager
@@ -37,17 +38,24 @@ def scheduler(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         yield child, json.loads(told.read_text())["address"]
 
 
-def worker(
-    address: str, folder: Path, *more: object, **environment: str
-) -> AbstractContextManager[subprocess.Popen[bytes]]:
+@contextmanager
+def worker(address: str, folder: Path, *more: object, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a worker; yields it as soon as the scheduler knows it."""
     settings = ("--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--local-directory", folder / "dask")
     threads = () if "--nthreads" in more else ("--nthreads", 1)
-    return process(
-        "distributed.cli.dask_worker", address, *settings, *threads, *more, log=folder / "worker.log", **environment
-    )
+    log = folder / f"worker-{time.monotonic_ns()}.log"
+    command = ("distributed.cli.dask_worker", address, *settings, *threads, *more)
+    with process(*command, log=log, **environment) as child:
+        until(lambda: "Registered to" in log.read_text(), child)
+        yield child
 
 
-def until(what: Callable[[], object], child: subprocess.Popen[Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+def wanted_by(address: str) -> int:
+    """How many clients wait for the same task."""
+    from distributed import Client
+
+    with Client(address, set_as_default=False) as client:
+        most: int = client.run_on_scheduler(
+            lambda dask_scheduler: max((len(task.who_wants) for task in dask_scheduler.tasks.values()), default=0)
+        )
+        return most

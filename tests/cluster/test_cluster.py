@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from apex_runs import run_apex
 from children import tool_of
-from dask_processes import scheduler, until, worker
+from dask_processes import scheduler, wanted_by, worker
+from gates import Gate, gated
+from waiting import until
 
 import apex_build
 from apex_build.native.toolset import Toolset
@@ -24,21 +25,24 @@ pytestmark = pytest.mark.usefixtures("tools")
 SHARDS = ("--chunks", "24", "--shards", "4", "--no-rows-check")
 
 
-def client(model: Path, out: Path, address: str, *more: object) -> subprocess.Popen[str]:
-    command = ["calibrate", model, "-o", out, *SHARDS, "--cluster", address, *more]
+def client(model: Path, out: Path, address: str, **environment: str) -> subprocess.Popen[str]:
+    command = ["calibrate", model, "-o", out, *SHARDS, "--cluster", address]
     return subprocess.Popen(
-        [sys.executable, "-m", "apex_build", *map(str, command)],
+        [sys.executable, "-m", "apex_build", *map(str, command)], env={**os.environ, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
-def kept(out: Path) -> dict[str, int]:
-    """Its finished shards. The run removes them when it ends, perhaps while this looks."""
-    found = {}
-    for path in out.with_name(f".{out.name}.work").glob("shards/*.gguf"):
-        with contextlib.suppress(FileNotFoundError):
-            found[path.name] = path.stat().st_mtime_ns
-    return found
+def kept(out: Path) -> list[Path]:
+    """Its finished shards."""
+    return sorted(out.with_name(f".{out.name}.work").glob("shards/*.gguf"))
+
+
+@pytest.fixture
+def gate(tools: Toolset, tmp_path: Path) -> Iterator[Gate]:
+    """For workers: the tool waits before each shard."""
+    with gated(tools, tmp_path / "gate", "llama-imatrix", having="--chunks") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -56,40 +60,50 @@ def test_two_processes_here(expected: bytes, testbed: Path, tmp_path: Path) -> N
     assert "calibrating: 24/24 chunks" in ran.stderr and not list(tmp_path.glob(".*"))
 
 
-def test_a_killed_worker_loses_its_shard_alone(expected: bytes, testbed: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.gguf"
+def test_a_killed_worker_loses_its_shard_alone(expected: bytes, gate: Gate, testbed: Path, tmp_path: Path) -> None:
+    out, tools = tmp_path / "out.gguf", str(gate.root)
     with (
         scheduler(tmp_path) as (_, address),
-        worker(address, tmp_path, "--name", "one") as one,
-        worker(address, tmp_path, "--name", "two"),
+        worker(address, tmp_path, "--name", "one", APEX_TOOLS=tools) as one,
+        worker(address, tmp_path, "--name", "two", APEX_TOOLS=tools),
         client(testbed, out, address) as running,
     ):
-        until(lambda: kept(out) and tool_of(one.pid), running)
-        before = kept(out)
+        gate.let(1)
+        until(lambda: len(kept(out)) == 1 and len(gate.waiting()) == 2, running)
         one.kill()
+        until(lambda: len(gate.waiting()) == 1)
+        gate.open()
         said = running.communicate(timeout=300)[1]
         assert running.returncode == 0, said
-        assert before and len(before) < 4
+    assert len(gate.passed()) == 4, "the finished shard was not made again"
     assert out.read_bytes() == expected
 
 
-def test_a_lost_scheduler_costs_no_finished_shard(expected: bytes, testbed: Path, tmp_path: Path) -> None:
+def test_a_lost_scheduler_costs_no_finished_shard(
+    expected: bytes, gate: Gate, tools: Toolset, testbed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.gguf"
-    with scheduler(tmp_path) as (boss, address), worker(address, tmp_path), client(testbed, out, address) as running:
-        until(lambda: len(kept(out)) >= 2, running)
+    with (
+        scheduler(tmp_path) as (boss, address),
+        worker(address, tmp_path, APEX_TOOLS=str(gate.root)),
+        client(testbed, out, address) as running,
+    ):
+        gate.let(2)
+        until(lambda: len(kept(out)) == 2, running)
         boss.kill()
         said = running.communicate(timeout=120)[1]
     assert running.returncode == 83 and "the scheduler is gone" in said and "the same command" in said, said
     assert "Traceback" not in said and not out.exists()
-    before = kept(out)
-    assert len(before) >= 2
-    with scheduler(tmp_path) as (_, address), worker(address, tmp_path), client(testbed, out, address) as running:
-        later: dict[str, int] = {}
-        until(lambda: later.update(kept(out)) or not later, running)
-        said = running.communicate(timeout=300)[1]
-        assert running.returncode == 0, said
+    assert len(kept(out)) == 2
+    with (
+        gated(tools, tmp_path / "later", "llama-imatrix", having="--chunks") as later,
+        scheduler(tmp_path) as (_, address),
+        worker(address, tmp_path, APEX_TOOLS=str(later.root)),
+    ):
+        later.open()
+        run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address)
+        assert len(later.passed()) == 2, "none was made twice"
     assert out.read_bytes() == expected
-    assert {name: later.get(name, at) for name, at in before.items()} == before, "none was made twice"
 
 
 def test_another_build_is_refused_by_name(expected: bytes, tools: Toolset, testbed: Path, tmp_path: Path) -> None:
@@ -97,11 +111,10 @@ def test_another_build_is_refused_by_name(expected: bytes, tools: Toolset, testb
     foreign, out = tmp_path / "foreign", tmp_path / "out.gguf"
     foreign.mkdir()
     (foreign / "bin").symlink_to(tools.bin)
-    with scheduler(tmp_path) as (_, address), worker(address, tmp_path, APEX_TOOLS=str(foreign)) as other:
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path, APEX_TOOLS=str(foreign)):
         ran = run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address, code=84)
         assert "has another build of the tools" in ran.stderr and "127.0.0.1" in ran.stderr
         with worker(address, tmp_path), worker(address, tmp_path, "--nthreads", 4):
-            until(lambda: (tmp_path / "worker.log").read_text().count("Registered to") >= 3, other)
             ran = run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address)
             assert ran.stderr.count("a worker is not used") == 2 and "would run 4 tasks at a time" in ran.stderr
     assert out.read_bytes() == expected
@@ -122,39 +135,38 @@ def test_another_version_is_refused_by_name(testbed: Path, tmp_path: Path) -> No
     assert not out.exists()
 
 
-def test_two_clients_at_once(expected: bytes, testbed: Path, tmp_path: Path) -> None:
+def test_two_clients_at_once(expected: bytes, gate: Gate, testbed: Path, tmp_path: Path) -> None:
     """Two runs share their shards: those that both wait for are made once. A third may not write the same output."""
     outs = [tmp_path / "one.gguf", tmp_path / "two.gguf"]
-    with scheduler(tmp_path) as (_, address), worker(address, tmp_path):
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path, APEX_TOOLS=str(gate.root)):
         running = [client(testbed, out, address) for out in outs]
-        until(lambda: kept(outs[0]), running[0])
+        until(lambda: wanted_by(address) == 2, running[0])
         third = run_apex("calibrate", testbed, "-o", outs[0], *SHARDS, "--cluster", address, code=71)
         assert "is being written by another run" in third.stderr
+        gate.open()
         said = [one.communicate(timeout=300)[1] for one in running]
         assert [one.returncode for one in running] == [0, 0], said
     assert [out.read_bytes() for out in outs] == [expected, expected]
-    logs = [out.with_name(f"{out.name}.log").read_text().splitlines() for out in outs]
-    made = [{line for line in log if line.startswith("$")} for log in logs]
-    assert made[0] & made[1], "what both wait for is made once"
+    assert len(gate.passed()) == 4, "what both wait for is made once"
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_ctrl_c(local: bool, expected: bytes, testbed: Path, tmp_path: Path) -> None:
+def test_ctrl_c(local: bool, expected: bytes, gate: Gate, testbed: Path, tmp_path: Path) -> None:
     """To all processes of the terminal. Tools stop at once, even those of workers that keep running."""
-    out = tmp_path / "out.gguf"
-    with scheduler(tmp_path) as (_, address), worker(address, tmp_path) as one:
-        running = client(testbed, out, "local:2" if local else address)
-        until(lambda: kept(out) and (local or tool_of(one.pid)), running)
+    out, tools = tmp_path / "out.gguf", str(gate.root)
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path, APEX_TOOLS=tools) as one:
+        running = client(testbed, out, "local:2" if local else address, APEX_TOOLS=tools)
+        gate.let(1)
+        until(lambda: len(kept(out)) == 1 and len(gate.waiting()) == (2 if local else 1), running)
         os.killpg(running.pid, signal.SIGINT)
         said = running.communicate(timeout=60)[1]
         assert running.returncode == 130 and "Traceback" not in said, said
         assert "is kept" in said and kept(out) and not out.exists()
-        deadline = time.monotonic() + 10
-        while tool_of(one.pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not tool_of(one.pid), "the worker's tool ended too"
-        assert one.poll() is None
+        until(lambda: not gate.waiting())
+        assert not tool_of(one.pid) and one.poll() is None
+        gate.open()
         run_apex("calibrate", testbed, "-o", out, *SHARDS, "--cluster", address)
+        assert len(gate.passed()) == 4, "the finished shard was not made again"
     assert out.read_bytes() == expected
 
 

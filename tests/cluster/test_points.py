@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from apex_runs import run_apex
 from children import tool_of
-from dask_processes import scheduler, until, worker
+from dask_processes import scheduler, wanted_by, worker
+from gates import Gate, gated
+from waiting import until
 
 from apex_build import api
 from apex_build.errors import EvaluationRefused
@@ -35,15 +37,24 @@ def kld(heldout: Path) -> list[object]:
     return ["--only", "kld", "--set", "kld.chunks=1", "--threads", 1, "--text", heldout / "chat.txt"]
 
 
-def client(*command: object) -> subprocess.Popen[str]:
+@pytest.fixture
+def gate(tools: Toolset, tmp_path: Path) -> Iterator[Gate]:
+    """For workers: each point waits for its measurement, and `--only kld` for that of the file."""
+    with gated(tools, tmp_path / "gate", "llama-perplexity", having="--kl-divergence") as made:
+        yield made
+
+
+def client(*command: object, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "apex_build", *map(str, command)],
+        [sys.executable, "-m", "apex_build", *map(str, command)], env={**os.environ, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Whole ones: another process may be writing."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,49 +116,59 @@ def test_a_sweep_is_that_of_one_machine(
     assert again.stderr.count("(measured before)") == 3, "with nothing to do no cluster is needed"
 
 
-def test_a_killed_worker_loses_its_point_alone(trunk: list[object], expected: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_killed_worker_loses_its_point_alone(trunk: list[object], expected: Path, gate: Gate, tmp_path: Path) -> None:
+    out, tools = tmp_path / "out", str(gate.root)
     with (
         scheduler(tmp_path) as (_, address),
-        worker(address, tmp_path, "--name", "one") as one,
-        worker(address, tmp_path, "--name", "two"),
+        worker(address, tmp_path, "--name", "one", APEX_TOOLS=tools) as one,
+        worker(address, tmp_path, "--name", "two", APEX_TOOLS=tools),
         client(*trunk, "-o", out, "--cluster", address) as running,
     ):
-        until(lambda: points(out) and tool_of(one.pid), running)
+        gate.let(1)
+        until(lambda: len(points(out)) == 1 and len(gate.waiting()) == 2, running)
         before = lines(out / "sweep.jsonl")
         one.kill()
+        until(lambda: len(gate.waiting()) == 1)
+        gate.open()
         said = running.communicate(timeout=300)[1]
         assert running.returncode == 0, said
-    assert 0 < len(before) < 3
-    assert all(row in lines(out / "sweep.jsonl") for row in before), "what was measured is not measured again"
+    assert len(gate.passed()) == 3, "what was measured is not measured again"
+    assert all(row in lines(out / "sweep.jsonl") for row in before if row["measured"])
     check_same(out, expected)
 
 
-def test_a_lost_scheduler_costs_no_measured_point(trunk: list[object], expected: Path, tmp_path: Path) -> None:
+def test_a_lost_scheduler_costs_no_measured_point(
+    trunk: list[object], expected: Path, gate: Gate, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = [*trunk, "-o", out, "--cluster"]
-    with scheduler(tmp_path) as (boss, address), worker(address, tmp_path), client(*command, address) as running:
+    with (
+        scheduler(tmp_path) as (boss, address),
+        worker(address, tmp_path, APEX_TOOLS=str(gate.root)),
+        client(*command, address) as running,
+    ):
+        gate.let(1)
         until(lambda: points(out), running)
         boss.kill()
         said = running.communicate(timeout=120)[1]
     assert running.returncode == 83 and "the scheduler is gone" in said and "the same command" in said, said
     assert "Traceback" not in said
-    before = points(out)
-    assert 0 < len(before) < 3
+    assert len(points(out)) == 1
     with scheduler(tmp_path) as (_, address), worker(address, tmp_path):
         again = run_apex(*command, address)
-    assert again.stderr.count("(measured before)") == len(before)
+    assert again.stderr.count("(measured before)") == 1
     check_same(out, expected)
 
 
-def test_two_clients_at_once(trunk: list[object], expected: Path, tmp_path: Path) -> None:
+def test_two_clients_at_once(trunk: list[object], expected: Path, gate: Gate, tmp_path: Path) -> None:
     """They want the same points. The same folder is refused to the second."""
     outs = [tmp_path / "one", tmp_path / "two"]
-    with scheduler(tmp_path) as (_, address), worker(address, tmp_path):
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path, APEX_TOOLS=str(gate.root)):
         running = [client(*trunk, "-o", out, "--cluster", address) for out in outs]
-        until(lambda: points(outs[0]), running[0])
+        until(lambda: wanted_by(address) == 2, running[0])
         third = run_apex(*trunk, "-o", outs[0], "--cluster", address, code=71)
         assert "is being written by another run" in third.stderr
+        gate.open()
         said = [one.communicate(timeout=300)[1] for one in running]
     assert [one.returncode for one in running] == [0, 0], said
     check_same(outs[0], expected)
@@ -157,47 +178,47 @@ def test_two_clients_at_once(trunk: list[object], expected: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_ctrl_c_in_a_sweep(local: bool, trunk: list[object], expected: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_sweep(local: bool, trunk: list[object], expected: Path, gate: Gate, tmp_path: Path) -> None:
     """To all processes of the terminal. Tools end at once, also those of workers that stay."""
-    out = tmp_path / "out"
-    with scheduler(tmp_path) as (_, address), worker(address, tmp_path) as one:
-        running = client(*trunk, "-o", out, "--cluster", "local:1" if local else address)
-        until(lambda: points(out) and (local or tool_of(one.pid)), running)
+    out, tools = tmp_path / "out", str(gate.root)
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path, APEX_TOOLS=tools) as one:
+        running = client(*trunk, "-o", out, "--cluster", "local:1" if local else address, APEX_TOOLS=tools)
+        gate.let(1)
+        until(lambda: len(points(out)) == 1 and gate.waiting(), running)
         os.killpg(running.pid, signal.SIGINT)
         said = running.communicate(timeout=60)[1]
         assert running.returncode == 130 and "Traceback" not in said, said
-        before = points(out)
-        assert 0 < len(before) < 3 and f"kept: {len(before)} measured points in {out / 'sweep.jsonl'}" in said
+        assert len(points(out)) == 1 and f"kept: 1 measured points in {out / 'sweep.jsonl'}" in said
         assert not list(out.glob(".*")) and not (out / "files").exists()
-        check_idle(one)
+        check_idle(one, gate)
+        gate.open()
         again = run_apex(*trunk, "-o", out, "--cluster", address)
-    assert again.stderr.count("(measured before)") == len(before)
+    assert again.stderr.count("(measured before)") == 1
     check_same(out, expected)
 
 
-def test_ctrl_c_in_an_evaluation(testbed: Path, heldout: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_an_evaluation(testbed: Path, heldout: Path, gate: Gate, tmp_path: Path) -> None:
     """The first measurement is recorded, the second is ended on the worker."""
     results = tmp_path / "results.jsonl"
     common = ["evaluate", testbed, "--text", heldout / "chat.txt", "--only", "perplexity,kld", "--reference", testbed]
     common += ["--set", "perplexity.chunks=1", "--threads", 1, "--results", results, "--cluster"]
-    with scheduler(tmp_path) as (_, address), worker(address, tmp_path) as one:
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path, APEX_TOOLS=str(gate.root)) as one:
         running = client(*common, address)
-        until(lambda: lines(results) and tool_of(one.pid), running)
+        until(lambda: lines(results) and gate.waiting(), running)
         os.killpg(running.pid, signal.SIGINT)
         said = running.communicate(timeout=60)[1]
         assert running.returncode == 130 and "Traceback" not in said, said
         assert [row["evaluator"] for row in lines(results)] == ["perplexity"] and not list(tmp_path.glob(".res*"))
-        check_idle(one)
+        check_idle(one, gate)
+        gate.open()
         more = run_apex(*common, address, "--set", "kld.chunks=1", "--json")
     assert {row["evaluator"] for row in json.loads(more.stdout)} == {"perplexity", "kld"}
     assert len(lines(results)) == 2, "what was measured is not measured again"
 
 
-def check_idle(worker: subprocess.Popen[bytes]) -> None:
+def check_idle(worker: subprocess.Popen[bytes], gate: Gate) -> None:
     """The worker stays, and its tool ends."""
-    deadline = time.monotonic() + 10
-    while tool_of(worker.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: not gate.waiting())
     assert not tool_of(worker.pid) and worker.poll() is None
 
 

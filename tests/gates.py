@@ -1,0 +1,81 @@
+"""Real tools behind a gate: a test lets as many calls through as it wants, and acts while the next one waits there.
+
+So a run is stopped at a place in its work, not at a moment, on fast and slow machines alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from children import alive
+
+from apex_build.native.toolset import Toolset
+
+# The shell becomes the tool: it has the same process id and name, and ends as a tool does on every signal.
+_SCRIPT = """#!/bin/sh
+case " $* " in
+*' {having} '*)
+    echo $$ >> '{root}/came'
+    read -r pass < '{root}/gate' || exit 75
+    echo "$$ $*" >> '{root}/passed';;
+esac
+exec '{tool}' "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`root`: what APEX_TOOLS names."""
+
+    root: Path
+    permits: int
+
+    def let(self, calls: int) -> None:
+        """That many more calls may pass, those that come later too."""
+        os.write(self.permits, b"\n" * calls)
+
+    def open(self) -> None:
+        self.let(1000)
+
+    def waiting(self) -> list[int]:
+        """The processes that wait at the gate, in the order in which they came."""
+        passed = {line.split(" ")[0] for line in self._lines("passed")}
+        return [int(pid) for pid in self._lines("came") if pid not in passed and alive(int(pid))]
+
+    def passed(self) -> list[str]:
+        """The arguments of the calls that passed."""
+        return [line.partition(" ")[2] for line in self._lines("passed")]
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.root / name
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@contextmanager
+def gated(tools: Toolset, root: Path, name: str, having: str) -> Iterator[Gate]:
+    """The same build, in which calls of this tool with this word among their arguments wait.
+
+    Those that still wait at the end of the block fail.
+    """
+    (root / "bin").mkdir(parents=True)
+    for path in tools.bin.iterdir():
+        if path.name != name:
+            (root / "bin" / path.name).symlink_to(path)
+    script = root / "bin" / name
+    script.write_text(_SCRIPT.format(tool=tools.tool(name), root=root, having=having))
+    script.chmod(0o755)
+    if tools.manifest:
+        files = {**tools.manifest["files"]}
+        files[f"bin/{name}"] = {**files[f"bin/{name}"], "size": script.stat().st_size}
+        (root / "manifest.json").write_text(json.dumps({**tools.manifest, "files": files}))
+    os.mkfifo(root / "gate")
+    permits = os.open(root / "gate", os.O_RDWR)  # held open: a reader waits for a line, and a line for a reader
+    try:
+        yield Gate(root, permits)
+    finally:
+        os.close(permits)
