@@ -2,9 +2,11 @@
 tensors and types in one run, without writing a file for any of them. Part of the plugin API.
 
 `llama-perplexity --kl-divergence-probes` of this project's build quantizes the tensors of the loaded model, scores the
-chunks, and puts the tensors back: a probe costs one evaluation of the chunks. It writes a line for each probe and
-chunk as soon as it has it. The files with these lines are kept in the cache as they are, beside each other, for each
-model, imatrix, text and build; what is in any of them is not measured again. A run that was killed left such a file.
+chunks, and puts the tensors back: a probe costs one evaluation of the chunks, and its tensors are quantized once for
+all texts, whose references are joined into one file (joined.py). The tool writes a line for each probe and chunk of
+this file as soon as it has it. The files with these lines are kept in the cache as they are, beside each other, for
+each model, imatrix, set of texts and build; what is in any of them is not measured again. A run that was killed left
+such a file.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from apex_build.errors import EvaluationRefused, ToolFailed
 from apex_build.evaluation import pace
 from apex_build.evaluation.chunked import check_context
 from apex_build.evaluation.intervals import Estimate, clustered_ratio
-from apex_build.evaluation.reference import chunks_in, reference_logits
+from apex_build.evaluation.joined import distinct_texts, first_chunks, joined_reference, known_chunks, places
 from apex_build.evaluation.task import Task
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import read_imatrix
@@ -108,23 +110,21 @@ def run_probes(
     check_context(task)
     check_probes(task, probes, imatrix)
     task = _with_reference(task)
-    found: list[tuple[_Sums, int]] = []
     with in_use(cache_root() / "evaluation"):
-        for domain in task.texts:
-            logits = reference_logits(task, domain)
-            wanted = min(chunks, chunks_in(logits))
-            folder = _folder(task, domain, imatrix, head_depth)
-            with locked_in_thread(folder / "probes", what="another run of the same probes", report=task.report):
-                for start, few in _missing(probes, _read(folder), wanted).items():
-                    _run(task, domain, few, imatrix, logits, folder, range(start, wanted), head_depth)
-                found.append((_read(folder), wanted))
-    for sums, wanted in found:
-        if lost := [probe for probe in probes if len(_of(sums, probe, wanted)) < wanted]:
-            raise ToolFailed(
-                f"{task.model.path}: llama-perplexity exited without writing the scores of {lost[0].name}",
-                hint="check free disk space (df -h), then run the command again",
-            )
-    scores = tuple(_score(probe, found) for probe in probes)
+        reference = joined_reference(task)
+        wanted = first_chunks(reference.chunks, chunks)
+        folder = _folder(task, imatrix, head_depth)
+        with locked_in_thread(folder / "probes", what="another run of the same probes", report=task.report):
+            for start, few in _missing(probes, _read(folder), wanted).items():
+                _run(task, few, imatrix, reference.logits, folder, range(start, wanted), head_depth)
+            sums = _read(folder)
+    if lost := [probe for probe in probes if len(_of(sums, probe, range(wanted))) < wanted]:
+        raise ToolFailed(
+            f"{task.model.path}: llama-perplexity exited without writing the scores of {lost[0].name}",
+            hint="check free disk space (df -h), then run the command again",
+        )
+    lines = _lines(task, reference.chunks, chunks)
+    scores = tuple(_score(probe, sums, lines) for probe in probes)
     for score in scores:
         if not (np.isfinite(score.kld).all() and np.isfinite(score.head).all()):
             raise ToolFailed(
@@ -135,17 +135,28 @@ def run_probes(
 
 
 def probe_seconds(
-    task: Task, probes: Sequence[Probe], imatrix: Path | None, *, chunks: int, head_depth: int = 0
+    task: Task,
+    probes: Sequence[Probe],
+    imatrix: Path | None,
+    *,
+    chunks: int,
+    head_depth: int = 0,
+    references: bool = True,
 ) -> pace.Estimate:
-    """How long `run_probes` would take now, its references included; for texts of at least as many chunks."""
-    passes, quantizing = 0, 0.0
+    """How long `run_probes` would take now; for texts of at least as many chunks. Without `references` they are counted
+    elsewhere.
+    """
     task = _with_reference(task)
-    for domain in task.texts:
-        known = _read(_folder(task, domain, imatrix, head_depth))
-        for start, few in _missing(probes, known, chunks).items():
-            passes += (chunks - start) * len(few)
-            quantizing += _quantizing(task, few)
-        passes += 0 if known else task.number("chunks")
+    counts = known_chunks(task)
+    texts = len(distinct_texts(task))
+    wanted = first_chunks(counts, chunks) if counts else texts * chunks
+    passes, quantizing = 0, 0.0
+    known = _read(_folder(task, imatrix, head_depth))
+    for start, few in _missing(probes, known, wanted).items():
+        passes += (wanted - start) * len(few)
+        quantizing += _quantizing(task, few)
+    if references and not (known or counts):
+        passes += texts * task.number("chunks")
     found = pace.expect(_kind(task), _work(task, passes))
     return replace(found, seconds=found.seconds + quantizing)
 
@@ -187,14 +198,16 @@ def _rows(task: Task) -> list[str]:
     return tool_arguments(AUTO, task.model.architecture, task.tools.tool("llama-perplexity"))
 
 
-def _folder(task: Task, domain: str, imatrix: Path | None, head_depth: int) -> Path:
+def _folder(task: Task, imatrix: Path | None, head_depth: int) -> Path:
+    """Not of the chunks that the reference has: those that a smaller one has too are at the same places in it."""
     assert task.reference is not None
+    texts = list(distinct_texts(task))
     parts: dict[str, Any] = {
         "what": "probes",
         "model": fingerprint(task.model),
         "reference": fingerprint(task.reference),
         "imatrix": sha256_file(imatrix) if imatrix else None,
-        "text": task.identity_of_text(domain),
+        "text": texts if len(texts) > 1 else texts[0],
         "context": task.number("context"),
         "parse_special": bool(task.settings["parse_special"]),
         "tools": task.tools.identity,
@@ -207,7 +220,6 @@ def _folder(task: Task, domain: str, imatrix: Path | None, head_depth: int) -> P
 
 def _run(
     task: Task,
-    domain: str,
     probes: Sequence[Probe],
     imatrix: Path | None,
     logits: Path,
@@ -215,7 +227,7 @@ def _run(
     chunks: range,
     head_depth: int,
 ) -> None:
-    """Score these probes on these chunks; the tool's lines are added to what the folder has."""
+    """Score these probes on these chunks of the reference's file; the tool's lines are added to what the folder has."""
     out = folder / f"probes-{len(list(folder.glob('probes-*.tsv'))):06}.tsv"
     began = time.monotonic()
     with scratch_folder("probes") as scratch:
@@ -234,10 +246,15 @@ def _run(
             *("--from-chunk", str(chunks.start), "--chunks", str(len(chunks))),
             *(("--imatrix", imatrix) if imatrix else ()),
             *(("--mtp", "--mtp-depth", str(head_depth), *_rows(task)) if head_depth else ()),
-            what=f"{task.model.path.name} on {domain or task.texts[domain].name}",
+            what=f"{task.model.path.name} on {_named(task)}",
         )
     seconds = time.monotonic() - began - _quantizing(task, probes)
     pace.remember(_kind(task), _work(task, len(chunks) * len(probes)), seconds)
+
+
+def _named(task: Task) -> str:
+    (domain, text), *others = task.texts.items()
+    return f"{len(task.texts)} texts" if others else domain or text.name
 
 
 def _work(task: Task, passes: int) -> float:
@@ -283,13 +300,21 @@ def _read(folder: Path) -> _Sums:
     return found
 
 
-def _of(sums: _Sums, probe: Probe, chunks: int) -> list[tuple[float, ...]]:
+def _of(sums: _Sums, probe: Probe, lines: Sequence[int]) -> list[tuple[float, ...]]:
     known = sums.get(probe.key, {})
-    return [known[chunk] for chunk in range(chunks) if chunk in known]
+    return [known[line] for line in lines if line in known]
 
 
-def _score(probe: Probe, found: Sequence[tuple[_Sums, int]]) -> ProbeScore:
-    rows = [(text, *row) for text, (sums, chunks) in enumerate(found) for row in _of(sums, probe, chunks)]
+def _lines(task: Task, counts: Sequence[int], chunks: int) -> list[list[int]]:
+    """For each of the task's texts, where its first `chunks` chunks are in the reference's file."""
+    place = {of: line for line, of in enumerate(places(counts))}
+    numbers = {identity: number for number, identity in enumerate(distinct_texts(task))}
+    texts = [numbers[task.identity_of_text(domain)] for domain in task.texts]
+    return [[place[text, chunk] for chunk in range(min(chunks, counts[text]))] for text in texts]
+
+
+def _score(probe: Probe, sums: _Sums, lines: Sequence[Sequence[int]]) -> ProbeScore:
+    rows = [(text, *row) for text, of in enumerate(lines) for row in _of(sums, probe, of)]
     table = np.array(rows, dtype=np.float64)
     text, n, same_top = (table[:, column].astype(np.int64) for column in (0, 1, 3))
     return ProbeScore(probe, n, table[:, 2], same_top, text, table[:, 4:].reshape(len(table), -1, len(_HEAD)))

@@ -26,13 +26,13 @@ from apex_build.native.run import ToolRun, run_tool
 from apex_build.native.server import Server, serve
 from apex_build.native.toolset import Toolset
 from apex_build.parameters import Value
-from apex_build.places import cache_folder
+from apex_build.places import cache_folder, cache_root
 from apex_build.progress import Report, Step, silent
-from apex_build.storage.artifacts import Artifact, making
+from apex_build.storage.artifacts import Artifact, Draft, making
 from apex_build.storage.digests import sha256_file, sha256_json
 from apex_build.storage.disk import check_room
 from apex_build.storage.locks import lock_file, locked_in_thread
-from apex_build.storage.manifest import KEPT
+from apex_build.storage.manifest import KEPT, Manifest
 
 __all__ = ["Prompt", "Server", "Step", "Task", "read_prompts"]  # what a plugin may rely on
 
@@ -184,6 +184,41 @@ class Task:
         `make` writes it to the path it is given; nothing that it left half-written is ever found. `about` holds JSON
         values.
         """
+        with self.keeping(name, about, of=of) as draft:
+            if not draft.found:
+                make(draft.part)
+                draft.done(KeptRecord(name))
+        return draft.artifact.out
+
+    @contextmanager
+    def keeping(self, name: str, about: Mapping[str, object], *, of: Model | None = None) -> Iterator[Draft]:
+        """As `kept`, for a `with` block that makes the file and calls `done` unless it was `found`. No other run makes
+        or finds it meanwhile.
+        """
+        artifact = self.kept_as(name, about, of=of)
+        path = cache_folder("evaluation", artifact.out.parent.name) / name
+        wait = f"another evaluation that makes {name}"
+        with making(
+            artifact, replace="anything", intact=lambda one: one.is_of_size(path), wait=wait, report=self.report
+        ) as draft:
+            if draft.found:
+                os.utime(path)  # `apex cache prune` goes by the last use
+            else:
+                for left in path.parent.glob(
+                    f".{glob.escape(name)}.*"
+                ):  # what a killed run's tool wrote beside: it may be of many GB
+                    if left not in (draft.part, lock_file(path)):
+                        left.unlink(missing_ok=True)
+            yield draft
+
+    def kept_before(self, name: str, about: Mapping[str, object], *, of: Model | None = None) -> Manifest | None:
+        """The manifest of the file that `kept` would find; None if it would make it."""
+        artifact = self.kept_as(name, about, of=of)
+        found = artifact.found()
+        return found if found and found.is_of_size(artifact.out) else None
+
+    def kept_as(self, name: str, about: Mapping[str, object], *, of: Model | None = None) -> Artifact:
+        """Where `kept` keeps a file, and what makes it another one."""
         parts: dict[str, Any] = {
             **about,
             "model": fingerprint(of or self.model),
@@ -195,23 +230,8 @@ class Task:
             self.code
         ):  # not a built-in evaluator: another version of it may write another file, and others may use the same name
             parts |= {"evaluator": self.evaluator, "code": self.code}
-        path = cache_folder("evaluation", sha256_json(parts)[:32]) / name
-        artifact = Artifact(path, KEPT, parts, path.with_name("made-from.json"))
-        wait = f"another evaluation that makes {name}"
-        with making(
-            artifact, replace="anything", intact=lambda one: one.is_of_size(path), wait=wait, report=self.report
-        ) as draft:
-            if draft.found:
-                os.utime(path)  # `apex cache prune` goes by the last use
-                return path
-            for left in path.parent.glob(
-                f".{glob.escape(name)}.*"
-            ):  # what a killed run's tool wrote beside: it may be of many GB
-                if left not in (draft.part, lock_file(path)):
-                    left.unlink(missing_ok=True)
-            make(draft.part)
-            draft.done(KeptRecord(name))
-        return path
+        path = cache_root() / "evaluation" / sha256_json(parts)[:32] / name
+        return Artifact(path, KEPT, parts, path.with_name("made-from.json"))
 
     def tokens_of_text(self, domain: str) -> float:
         """About how many tokens a run over this text reads: at most `chunks` of `context`, if the evaluator has these

@@ -157,11 +157,14 @@ def expected(plan: Plan, place: Workplace) -> Expected:
     if again := min(len(probes), plan.budget // (plan.chunks * len(plan.texts.probed))):
         found = replace(found, seconds=found.seconds * (1 + again / len(probes)))
     whole = _of_whole_files(plan, some)
-    found = _sum(found, probe_seconds(task, whole, plan.imatrix, chunks=plan.most))
+    found = _sum(found, probe_seconds(task, whole, plan.imatrix, chunks=plan.most, references=False))
     heads: list[Probe] = []
     if plan.head_score:
         _, heads = head.parts(plan.model, list(plan.work.types), plain(some))
-        found = _sum(found, probe_seconds(task, heads, plan.imatrix, chunks=plan.chunks, head_depth=1))
+        found = _sum(
+            found,
+            probe_seconds(task, heads, plan.imatrix, chunks=plan.chunks, head_depth=1, references=False),
+        )
     return Expected(errors.expected(plan.work, plan.cores), found, len(probes) + len(whole) + len(heads))
 
 

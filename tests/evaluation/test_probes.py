@@ -39,7 +39,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     run = module._run
 
     def counted(*arguments: object) -> None:
-        probes, chunks = arguments[2], arguments[6]
+        probes, chunks = arguments[1], arguments[5]
         assert isinstance(probes, list) and isinstance(chunks, range)
         found.append((len(probes), chunks.start, len(chunks)))
         run(*arguments)  # type: ignore[arg-type]
@@ -53,8 +53,9 @@ def test_what_was_scored_is_not_scored_again(task: Task, calibrated: Path, monke
     runs = ran(monkeypatch)
     steps: list[Step] = []
     first = run_probes(replace(task, report=steps.append), [PLAIN, LOW], calibrated, chunks=4)
-    assert runs == [(2, 0, 4), (2, 0, 4)]
-    assert [(step.done, step.total) for step in steps if step.unit == "probes"][-3:] == [(0, 2), (1, 2), (2, 2)]
+    assert runs == [(2, 0, 8)]
+    said = [(step.done, step.total) for step in steps if step.unit == "probes"]
+    assert said == [(0, 2), (1, 2), (2, 2)], "each is quantized once for both texts: the tool's own lines"
     plain, low = first
     assert plain.positions == 2 * 4 * SCORED and plain.text.tolist() == [0] * 4 + [1] * 4
     assert plain.mean.value < 1e-4 < low.mean.value and low.top1.value < plain.top1.value <= 1.0
@@ -62,17 +63,18 @@ def test_what_was_scored_is_not_scored_again(task: Task, calibrated: Path, monke
     runs.clear()
     renamed = Probe("other", {name: kind.lower() for name, kind in list(LOW.types.items())[::-1]})
     second = run_probes(task, [HIGH, renamed, LOW], calibrated, chunks=4)
-    assert runs == [(1, 0, 4), (1, 0, 4)]
+    assert runs == [(1, 0, 8)]
     assert [score.probe.name for score in second] == ["output", "other", "experts"]
     assert second[1].kld.tolist() == second[2].kld.tolist() == low.kld.tolist()
     runs.clear()
     third = run_probes(task, [LOW, HIGH], calibrated, chunks=6)
-    assert runs == [(2, 4, 2), (2, 4, 2)]
-    assert third[0].kld.tolist()[:4] == low.kld.tolist()[:4] and len(third[0].kld) == 12
+    assert runs == [(2, 8, 4)]
+    assert len(third[0].kld) == 12 and third[0].text.tolist() == [0] * 6 + [1] * 6
+    assert third[0].kld[[0, 1, 2, 3, 6, 7, 8, 9]].tolist() == low.kld.tolist()
     assert (interval := third[0].mean).low is not None and 0 < interval.low < interval.value
     runs.clear()
     other = run_probes(task, [Probe("experts", {"blk.2.ffn_up_exps.weight": "q3_K"})], None, chunks=1)
-    assert runs == [(1, 0, 1), (1, 0, 1)] and other[0].mean.low is None, "without the imatrix nothing is known"
+    assert runs == [(1, 0, 2)] and other[0].mean.low is None, "without the imatrix nothing is known"
 
 
 def test_the_time_that_is_left_counts_what_is_missing(task: Task, calibrated: Path) -> None:
@@ -90,28 +92,55 @@ def test_the_time_that_is_left_counts_what_is_missing(task: Task, calibrated: Pa
     assert probe_seconds(one, [PLAIN], calibrated, chunks=4).seconds == 0
 
 
+def test_quantizing_is_expected_once_for_all_texts(task: Task, calibrated: Path) -> None:
+    def quantizing(some: Task) -> float:
+        low, plain = (probe_seconds(some, [one], calibrated, chunks=4) for one in (LOW, PLAIN))
+        return low.seconds - plain.seconds
+
+    one = replace(task, texts={"code": task.texts["code"]})
+    assert quantizing(task) == pytest.approx(quantizing(one)) and quantizing(one) > 0
+    run_probes(task, [PLAIN, LOW], calibrated, chunks=4)
+    assert probe_seconds(task, [PLAIN, LOW], calibrated, chunks=4).seconds == 0
+
+
+def test_the_time_of_short_texts_is_of_what_they_have(task: Task, tmp_path: Path) -> None:
+    """Their length is known once their reference is there."""
+    (tmp_path / "short.txt").write_text(task.texts["chat"].read_text("utf-8")[:1500], "utf-8")
+    unequal = replace(task, texts={"short": tmp_path / "short.txt", "code": task.texts["code"]})
+    assert probe_seconds(unequal, [PLAIN], None, chunks=10).seconds > 0
+    (found,) = run_probes(unequal, [PLAIN], None, chunks=10)
+    assert 2 <= (found.text == 0).sum() < 10 == (found.text == 1).sum()
+    assert probe_seconds(unequal, [PLAIN], None, chunks=10).seconds == 0
+
+
 _RUN = """
 import os, sys
 from pathlib import Path
 from scoring import task_of
 from apex_build.evaluation.probes import Probe, run_probes
 from apex_build.native.toolset import find_toolset
-root, testbed, text, cache = map(Path, sys.argv[1:])
-task = task_of("kld", find_toolset(root), testbed, {"code": text})
+root, testbed, cache, *texts = map(Path, sys.argv[1:])
+task = task_of("kld", find_toolset(root), testbed, {text.stem: text for text in texts})
 os.environ["APEX_CACHE_DIR"] = str(cache)
 probes = [Probe(str(n), {f"blk.{n}.ffn_up_exps.weight": "Q2_K"}) for n in range(6)]
-run_probes(task, probes, None, chunks=10)
+run_probes(task, probes, None, chunks=5)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_ended_is_continued(
-    how: signal.Signals, task: Task, tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
-) -> None:
-    cache = tmp_path / "cache"
-    command = [sys.executable, "-c", _RUN, str(tools.root), str(testbed), str(heldout / "code.txt"), str(cache)]
+SIX = [Probe(str(n), {f"blk.{n}.ffn_up_exps.weight": "Q2_K"}) for n in range(6)]
+
+
+def started(task: Task, cache: Path) -> subprocess.Popen[str]:
+    """A process that scores SIX on five chunks of each text."""
+    command = [sys.executable, "-c", _RUN, task.tools.root, task.model.path, cache, *task.texts.values()]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    run = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_is_continued(how: signal.Signals, task: Task, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    run = started(task, cache)
     lines = 0
     while lines < 12:
         assert run.poll() is None, run.communicate()[1]
@@ -119,14 +148,28 @@ def test_a_run_that_is_ended_is_continued(
         time.sleep(0.02)
     run.send_signal(how)
     run.wait(30)
-    code = replace(task, texts={"code": task.texts["code"]})
-    probes = [Probe(str(n), {f"blk.{n}.ffn_up_exps.weight": "Q2_K"}) for n in range(6)]
-    found = run_probes(code, probes, None, chunks=10)
+    found = run_probes(task, SIX, None, chunks=5)
     kept = min(cache.glob("evaluation/*/probes-*.tsv"))
-    first = [line.split("\t") for line in kept.read_text().splitlines()[1:] if line.startswith(probes[0].key)]
+    first = [line.split("\t") for line in kept.read_text().splitlines()[1:] if line.startswith(SIX[0].key)]
     assert len(first) == 10
-    assert found[0].kld.tolist() == [float(row[3]) for row in first], "taken as the first run wrote it"
+    assert sorted(found[0].kld) == sorted(float(row[3]) for row in first), "taken as the first run wrote it"
     assert not list(cache.glob("evaluation/*/.*lock"))
+
+
+def test_two_runs_at_once_score_a_probe_once(task: Task, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    runs = [started(task, cache) for _ in range(2)]
+    for run in runs:
+        assert run.wait(300) == 0, run.communicate()[1]
+        assert run.stderr is not None
+        run.stderr.close()
+    rows = [
+        tuple(line.split("\t")[:2])
+        for path in cache.glob("evaluation/*/probes-*.tsv")
+        for line in path.read_text().splitlines()[1:]
+    ]
+    assert len(rows) == len(set(rows)) == 6 * 10
+    assert len(list(cache.glob("evaluation/*/*.logits"))) == 1
 
 
 def test_what_the_tool_would_refuse_is_refused_before_it_is_run(
