@@ -32,18 +32,21 @@ def silent(_step: Step) -> None:
 
 
 _TELLING = 0.02  # share of a piece: with less its pace is unknown
+_SHOWN = 4  # pieces that are worked on at the same time
 
 
 @dataclass(frozen=True)
 class Piece:
     """A part of a whole. `runs`: the tasks that it will report, in order, and the work in each, in units of `kind`.
 
-    Work of one kind takes proportional time; `expected` is the estimate for all of it, in seconds.
+    Work of one kind takes proportional time; `expected` is the estimate for all of it, in seconds. `alone`: no other
+    piece is worked on at the same time.
     """
 
     kind: str
     runs: Mapping[str, float]
     expected: float
+    alone: bool = False
 
     @property
     def units(self) -> float:
@@ -52,9 +55,10 @@ class Piece:
 
 @dataclass
 class _Running:
-    """A piece that is being worked on. `seen`: run -> share done."""
+    """A piece that is being worked on. `last`: what it reported; `seen`: run -> share done."""
 
     began: float
+    last: Step | None = None
     seen: dict[str, float] = field(default_factory=dict)
 
 
@@ -84,9 +88,10 @@ class Whole:
                 return
             if number not in self.finished:
                 one = self.running.setdefault(number, _Running(self.clock()))
+                one.last = step
                 if step.total:
                     one.seen[step.task] = min(1.0, step.done / step.total)
-            self._tell(step)
+            self._tell()
 
         return take
 
@@ -106,20 +111,21 @@ class Whole:
             seconds, units = self.paces.get(piece.kind, (0.0, 0.0))
             self.paces[piece.kind] = (seconds + taken, units + done)
             self.over |= set(one.seen)
-        self._tell(None)
+        self._tell()
         return share, taken
 
     def left(self) -> float:
         """Seconds to the end."""
-        rests = self._rests()
-        return max(sum(rests) / max(1, min(self.at_once(), len(rests))), max(rests, default=0.0))
+        rests = self._rests(alone=False)
+        together = max(sum(rests) / max(1, min(self.at_once(), len(rests))), max(rests, default=0.0))
+        return together + sum(self._rests(alone=True))
 
-    def _rests(self) -> list[float]:
-        """Seconds of work left in each piece that is not finished."""
+    def _rests(self, *, alone: bool) -> list[float]:
+        """Seconds of work left in each piece of the kind that is not finished."""
         return [
             max(0.0, self._rest_of(number)) if number in self.running else self._expected(piece)
             for number, piece in enumerate(self.pieces)
-            if number not in self.finished
+            if number not in self.finished and piece.alone == alone
         ]
 
     def _rest_of(self, number: int) -> float:
@@ -174,15 +180,15 @@ class Whole:
             foreseen, spent = foreseen + other.expected * done / other.units, spent + taken
         return piece.expected * (spent / foreseen if foreseen and spent else 1.0)
 
-    def _tell(self, step: Step | None) -> None:
-        rest = sum(self._rests())
+    def _tell(self) -> None:
+        rest = sum((*self._rests(alone=False), *self._rests(alone=True)))
         seconds = sum(self.finished.values()) + sum(self.clock() - one.began for one in self.running.values())
         everything = seconds + rest
         share = seconds / everything if everything else float(len(self.finished) == len(self.pieces))
-        detail = f"{min(len(self.finished) + 1, len(self.pieces))} of {len(self.pieces)}"
-        if step is not None:
-            counted = f" {step.done:.0f}/{step.total:.0f} {step.unit}".rstrip() if step.total else ""
-            detail += f", {step.task}{counted}"
+        steps = [one.last for one in self.running.values() if one.last]
+        begun = min(len(self.finished) + max(1, len(steps)), len(self.pieces))
+        more = [f"and {len(steps) - _SHOWN} more"] if len(steps) > _SHOWN else []
+        detail = ", ".join([f"{begun} of {len(self.pieces)}", *map(_counted, steps[:_SHOWN]), *more])
         ended = len(self.finished) == len(self.pieces)
         self.report(
             Step(
@@ -194,3 +200,7 @@ class Whole:
                 left=self.left(),
             )
         )
+
+
+def _counted(step: Step) -> str:
+    return f"{step.task} {step.done:.0f}/{step.total:.0f} {step.unit}".rstrip() if step.total else step.task

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from apex_build.cli.options import PATH, json_option, plugin_option, tools_optio
 from apex_build.errors import ApexError, DiskTooSmall, OutputUnwritable
 from apex_build.evaluation.pace import Estimate
 from apex_build.evaluation.pieces import piece_of, remember
-from apex_build.evaluation.run import Result, Work, record, recorded, with_report
+from apex_build.evaluation.run import Result, Work, in_order, place_of, record, recorded, with_report
 from apex_build.evaluation.task import ToolOptions
 from apex_build.hookspecs import Figure
 from apex_build.loaded import LoadedEvaluator
@@ -24,7 +25,7 @@ from apex_build.native.memory import MEMORY, bytes_of
 from apex_build.parameters import parse_settings
 from apex_build.plugins import load_plugins
 from apex_build.printable import printable
-from apex_build.progress import Whole
+from apex_build.progress import Whole, silent
 from apex_build.stages.evaluate import EvaluateOptions, measuring, plan
 from apex_build.stages.given import workplace
 
@@ -153,6 +154,7 @@ def command(
         tools=ToolOptions(gpu_layers, extra, bytes_of(memory)),
         results=results,
         force=force,
+        cluster=cluster,
     )
     where = workplace(tools_path, folders)
     planned = plan(files, options, place=where)
@@ -171,30 +173,35 @@ def command(
     unrecorded: ApexError | None = None
     known = {} if force else recorded(results)
     pieces = [piece_of([work]) for work in works]
-    place = {work.identity: number for number, work in enumerate(works)}
-    to_do = [estimate for work, (_, estimate) in zip(works, pieces, strict=True) if work.identity not in known]
-    if to_do:
-        takes = Estimate(sum(one.seconds for one in to_do), all(one.measured for one in to_do))
-        show.note(f"{len(to_do)} of {len(works)} measurements to do: {takes}")
-    with show.progress() as report, ExitStack() as stack:
-        whole = Whole("evaluating", report, [piece for piece, _ in pieces])
+    place = {place_of(work): number for number, work in enumerate(works)}
+    to_do = [number for number, work in enumerate(works) if work.identity not in known]
+    with show.progress() as report, measuring(works, options, replace(where, report=report)) as how:
+        whole = Whole("evaluating", report, [piece for piece, _ in pieces], at_once=how.at_once)
+        if to_do:
+            rough = Whole("", silent, [pieces[number][0] for number in to_do], at_once=how.at_once)
+            takes = Estimate(rough.left(), all(pieces[number][1].measured for number in to_do))
+            on = f" on {counted(how.at_once(), 'worker')}" if how.away else ""
+            show.note(f"{len(to_do)} of {len(works)} measurements to do{on}: {takes}")
         reporting = [with_report(work, whole.of(number)) for number, work in enumerate(works)]
         try:
-            for result in stack.enter_context(measuring(cluster, where.tools, report))(reporting, results, force=force):
-                done.append(result)
-                share, seconds = whole.finish(
-                    place[result.work.identity], reused=result.reused or result.error is not None
-                )
-                remember(result.work, share, seconds)
-                if result.error is not None:
-                    task = result.work.task
-                    click.echo(
-                        f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}",
-                        err=True,
+            with closing(how.measure(reporting, results, force=force)) as ran:
+                for result in ran:
+                    done.append(result)
+                    share, seconds = whole.finish(
+                        place[place_of(result.work)], reused=result.reused or result.error is not None
                     )
+                    if not how.away or result.work.evaluator.timed:  # else it is another machine's time
+                        remember(result.work, share, seconds)
+                    if result.error is not None:
+                        task = result.work.task
+                        click.echo(
+                            f"failed: {task.evaluator} on {task.model.path.name}: {printable(result.error.message)}",
+                            err=True,
+                        )
         # the results file cannot be written: show the results anyway
         except (DiskTooSmall, OutputUnwritable) as error:
             unrecorded = error
+    done = in_order(works, done)
     if json_:
         show.as_json([record(result) for result in done if result.error is None])
     else:
@@ -208,7 +215,7 @@ def command(
     good, reused = sum(result.error is None for result in done), sum(result.reused for result in done)
     before = f", {reused} of them recorded before" if reused else ""
     show.note(
-        f"{_counted(good, 'result')} in {results}{before}" + ("" if all_ or json_ else "; --all shows every figure")
+        f"{counted(good, 'result')} in {results}{before}" + ("" if all_ or json_ else "; --all shows every figure")
     )
     if failed := [result.error for result in done if result.error is not None]:
         raise _summed_up(failed, len(done))
@@ -286,9 +293,9 @@ def _summed_up(failed: Sequence[ApexError], total: int) -> ApexError:
     """The first failure, repeated at the end with its exit code."""
     first = failed[0]
     return type(first)(
-        f"{len(failed)} of {_counted(total, 'measurement')} failed; the first: {first.message}", hint=first.hint
+        f"{len(failed)} of {counted(total, 'measurement')} failed; the first: {first.message}", hint=first.hint
     )
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from apex_build.cli import show, values
-from apex_build.cli.evaluate import data_files, evaluation_options, names_of
+from apex_build.cli.evaluate import counted, data_files, evaluation_options, names_of
 from apex_build.cli.options import PATH, json_option, mtp_rows_option, plugin_option, rows_of, tools_option
 from apex_build.evaluation.pace import Estimate
 from apex_build.evaluation.pieces import piece_of
@@ -231,7 +231,7 @@ def _run(sweep: Sweep, scores: Sequence[str], keep: bool, cluster: str | None) -
             whole = Whole("sweep", report, [piece for piece, _ in pieces], at_once=how.at_once)
             if pieces:
                 takes = Estimate(whole.left(), all(one.measured for _, one in pieces))
-                on = f" on {_workers(how.at_once())}" if cluster else ""
+                on = f" on {counted(how.at_once(), 'worker')}" if cluster else ""
                 show.note(
                     f"{len(pieces)} of {len(sweep.points)} points to do{on}: {takes}, plus the time for quantizing"
                 )
@@ -254,10 +254,6 @@ def _run(sweep: Sweep, scores: Sequence[str], keep: bool, cluster: str | None) -
         show.note(_kept(sweep))
         raise
     return outcomes
-
-
-def _workers(number: int) -> str:
-    return "1 worker" if number == 1 else f"{number} workers"
 
 
 def _kept(sweep: Sweep) -> str:

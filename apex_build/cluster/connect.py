@@ -43,6 +43,10 @@ class Cluster:
     def alive(self) -> bool:
         return bool(self.client.status == "running")
 
+    def at_once(self) -> int:
+        """How many tasks are worked on at the same time."""
+        return max(1, len(self.fit))
+
     def addresses(self) -> set[str]:
         return set(self.client.scheduler_info(n_workers=-1)["workers"])
 

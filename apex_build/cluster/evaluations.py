@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +13,20 @@ from apex_build.cluster import worker as remote
 from apex_build.cluster.connect import Cluster
 from apex_build.cluster.tasks import ClusterTasks, order_of
 from apex_build.errors import ApexError, ClusterFailed, WorkersUnfit
-from apex_build.evaluation.run import Result, Work, evaluate, recorded, taken
-from apex_build.gguf_model.catalogue import Model
+from apex_build.evaluation.run import Result, Work, checked, evaluate, kept, recorded
 from apex_build.native.run import unwinding_signals
 from apex_build.native.toolset import Toolset
-from apex_build.progress import Report, Step
+from apex_build.progress import Report
 from apex_build.storage.digests import sha256_json
 
 if TYPE_CHECKING:
     from distributed import Future
+
+
+def to_send(works: Sequence[Work], results: Path | None, *, force: bool = False) -> list[Work]:
+    """Those of which a cluster makes tasks: neither recorded nor timed."""
+    known = {} if force or results is None else recorded(results)
+    return [work for work in works if not work.evaluator.timed and work.identity not in known]
 
 
 @dataclass
@@ -29,43 +35,40 @@ class ClusterEvaluations:
     tools: Toolset
     report: Report
 
-    def __call__(self, works: Sequence[Work], results: Path | None, *, force: bool = False) -> Iterator[Result]:
-        """As `evaluation.run.evaluate`. Results are recorded as they arrive, so none is lost with the scheduler."""
-        known = {} if force or results is None else recorded(results)
-        sent = [work for work in works if not work.evaluator.timed and work.identity not in known]
-        yield from self._all(sent, results) if sent else ()
-        rest = [work for work in works if work not in sent]
-        yield from evaluate(rest, results, force=force)
+    def __call__(
+        self, works: Sequence[Work], results: Path | None, *, force: bool = False
+    ) -> Generator[Result, None, None]:
+        """As `evaluation.run.evaluate`: first what is recorded, then what the workers measure, as soon as each is done,
+        then what is timed. Results are recorded as they arrive, so none is lost with the scheduler.
+        """
+        sent = to_send(works, results, force=force)
+        here = [work for work in works if work not in sent]
+        yield from evaluate([work for work in here if not work.evaluator.timed], results)
+        yield from self._sent(sent, results) if sent else ()
+        yield from evaluate([work for work in here if work.evaluator.timed], results, force=force)
 
-    def _all(self, works: list[Work], results: Path | None) -> list[Result]:
-        models: dict[Path, Model] = {}
-        for work in works:
-            for model in (work.task.model, work.task.reference):
-                if model is not None:
-                    models[model.path] = model
+    def _sent(self, works: Sequence[Work], results: Path | None) -> Iterator[Result]:
+        models = {model.path: model for work in works for model in (work.task.model, work.task.reference) if model}
         tasks = ClusterTasks(self.cluster, self.tools, tuple(models.values()))
-        done: dict[int, Result] = {}
 
         def submit(number: int) -> Future:
-            # also by the model's path: two clients may mean the same file by two names
-            key = sha256_json([works[number].identity, str(works[number].task.model.path.absolute())])
-            return tasks.submit(remote.run_evaluation, _order(works[number]), f"apex-evaluation-{key[:32]}")
-
-        def take(number: int, future: Future) -> None:
             work = works[number]
-            name = f"{work.evaluator.name} of {work.task.model.path.name}"
-            try:
-                figures, seconds = tasks.result(future, name)
-                done[number] = taken(work, figures, seconds, results)
-            except (ClusterFailed, WorkersUnfit):
-                raise
-            except ApexError as error:
-                done[number] = Result(work, (), 0.0, error=error)
-            self.report(Step("evaluating", len(done), len(works), "measurements"))
+            # also by the model's path: two clients may mean the same file by two names
+            key = sha256_json([work.identity, str(work.task.model.path.absolute())])
+            return tasks.submit(remote.run_evaluation, _order(work), f"apex-evaluation-{key[:32]}", work.task.report)
 
-        with unwinding_signals():
-            tasks.run(range(len(works)), submit, take, self.report)
-        return [done[number] for number in range(len(works))]
+        with unwinding_signals(), closing(tasks.each(range(len(works)), submit, self.report)) as done:
+            for number, future in done:
+                work = works[number]
+                try:
+                    figures, seconds = tasks.result(future, f"{work.evaluator.name} of {work.task.model.path.name}")
+                    result = Result(work, checked(work.evaluator, figures), seconds)
+                except (ClusterFailed, WorkersUnfit):
+                    raise
+                except ApexError as error:
+                    yield Result(work, (), 0.0, error=error)
+                else:
+                    yield from kept(result, results)
 
 
 def _order(work: Work) -> remote.EvaluationOrder:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apex_build.cluster import worker as remote
 from apex_build.cluster.connect import Cluster
-from apex_build.cluster.tasks import ClusterTasks, order_of, order_of_file, step_of
+from apex_build.cluster.tasks import ClusterTasks, order_of, order_of_file
 from apex_build.errors import EvaluationRefused
 from apex_build.evaluation.run import append_record
 from apex_build.loaded import origin_of
@@ -35,10 +33,6 @@ class ClusterPoints:
     tools: Toolset
     report: Report
 
-    def at_once(self) -> int:
-        """How many points are worked on at the same time."""
-        return max(1, len(self.cluster.fit))
-
     def __call__(
         self, sweep: Sweep, points: Sequence[Point], *, keep: bool, progress: Progress
     ) -> Generator[tuple[Point, Measured], None, None]:
@@ -49,28 +43,20 @@ class ClusterPoints:
         files = {Path(one.path) for order in orders for one in _files_of(order)}
         models = (request.model, *([request.inputs.reference] if request.inputs.reference else []))
         tasks = ClusterTasks(self.cluster, self.tools, models, tuple(sorted(files)))
-        lock = threading.Lock()  # what workers say arrives in a thread of Dask's
+        bars = [ExitStack() for _ in points]
+        reports = [bar.enter_context(progress()) for bar in bars]
 
         def submit(number: int) -> Future:
             # also by the model's path: two clients may mean the same file by two names
             key = sha256_json([points[number].identity, orders[number].model.path])
-            return tasks.submit(remote.run_point, orders[number], f"apex-point-{key[:32]}")
+            return tasks.submit(remote.run_point, orders[number], f"apex-point-{key[:32]}", reports[number])
 
-        def told(report: Report, event: tuple[float, dict[str, Any]]) -> None:
-            with lock:
-                report(step_of(event))
-
-        bars = [ExitStack() for _ in points]
-        for bar, order in zip(bars, orders, strict=True):
-            self.cluster.client.subscribe_topic(order.topic, partial(told, bar.enter_context(progress())))
         with closing(tasks.each(range(len(points)), submit, self.report)) as done:
             for number, future in done:
                 measured: Measured = tasks.result(future, points[number].name)
                 for row in measured.records:
                     append_record(request.folder / MEASURED, row)
-                self.cluster.client.unsubscribe_topic(orders[number].topic)
-                with lock:
-                    bars[number].close()
+                bars[number].close()
                 yield points[number], measured
         with suppress(Exception):  # of a scheduler that is gone: apex cache prune removes it there
             self.cluster.client.run(remote.end_sweep, orders[0].sweep, workers=sorted(self.cluster.fit))
@@ -101,7 +87,6 @@ class ClusterPoints:
                 settings=dict(inputs.settings),
                 options=inputs.options,
                 threads=request.threads,
-                topic=f"apex-point-{point.identity[:32]}",
             )
             for point in points
         ]

@@ -7,13 +7,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apex_build.calibration.run import Job, Settings
 from apex_build.calibration.shards import Shard, ShardRecord, Task, Together, counts_file, parts_of
 from apex_build.cluster import worker as remote
 from apex_build.cluster.connect import Cluster
-from apex_build.cluster.tasks import ClusterTasks, order_of, step_of
+from apex_build.cluster.tasks import ClusterTasks, order_of
 from apex_build.errors import ClusterFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import read_imatrix
@@ -22,6 +22,7 @@ from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, Step
 from apex_build.storage.artifacts import Artifact, making
 from apex_build.storage.digests import sha256_file, sha256_json
+from apex_build.storage.disk import writing
 from apex_build.storage.manifest import IMATRIX
 from apex_build.storage.outputs import LOG, beside, whole_file
 
@@ -43,16 +44,12 @@ class ClusterPool:
     def __call__(self, tasks: Sequence[Task], report: Report) -> None:
         """Make the file of each task (`shards.Pool`). Raises ClusterFailed, WorkersUnfit, and what a shard raises."""
         together = Together(report, tasks)
-        # the same for two clients that need the same shards: each is made once, and both get it
-        topic = f"apex-{sha256_json([[task.sha256, task.shard.first] for task in tasks])[:16]}"
-
-        def told(event: tuple[float, dict[str, Any]]) -> None:
-            together.of(event[1]["number"])(step_of(event))
 
         def submit(number: int) -> Future:
             task = tasks[number]
-            key = sha256_json(parts_of(self.model, task, self.settings, self.tools))
-            return self.tasks.submit(remote.run_shard, self._order(task, number, topic), f"apex-shard-{key[:32]}")
+            # the same for two clients that need the same shards: each is made once, and both get it
+            key = f"apex-shard-{sha256_json(parts_of(self.model, task, self.settings, self.tools))[:32]}"
+            return self.tasks.submit(remote.run_shard, self._order(task), key, together.of(number))
 
         def take(number: int, future: Future) -> None:
             self._take(tasks[number], f"shard {number + 1} of {len(tasks)}", future)
@@ -66,7 +63,6 @@ class ClusterPool:
                 missing.append(number)
         if missing:
             with unwinding_signals():
-                self.cluster.client.subscribe_topic(topic, told)
                 self.tasks.run(missing, submit, take, together.report)
 
     def count(self, job: Job, text: Path) -> int:
@@ -78,17 +74,17 @@ class ClusterPool:
         with unwinding_signals():
             self.tasks.run(
                 [0],
-                lambda _: self.tasks.submit(remote.count, self._order(task, 0, ""), key),
+                lambda _: self.tasks.submit(remote.count, self._order(task), key),
                 lambda _, future: counted.append(int(self.tasks.result(future, "counting the chunks"))),
                 job.report,
             )
         return counted[0]
 
-    def _order(self, task: Task, number: int, topic: str) -> remote.ShardOrder:
+    def _order(self, task: Task) -> remote.ShardOrder:
         text = zlib.compress(task.text.read_bytes(), 6)
         return remote.ShardOrder(
             order_of(self.model), self.tools.identity, text, task.text.name, task.sha256, task.shard, task.every,
-            self.settings, topic, number,
+            self.settings,
         )  # fmt: skip
 
     def _take(self, task: Task, name: str, future: Future) -> None:
@@ -97,14 +93,17 @@ class ClusterPool:
         with making(artifact, replace="own", wait=f"another run that takes {task.out.name}") as draft:
             if draft.found:
                 return
-            draft.part.write_bytes(result.content)
+            with writing(draft.part):
+                draft.part.write_bytes(result.content)
             if sha256_file(draft.part) != result.details.get("sha256"):
                 raise ClusterFailed(f"{name} arrived damaged", hint="run the same command again")
             read_imatrix(draft.part)
             if result.counts:
                 with whole_file(counts_file(task.out)) as part:
                     part.write_bytes(result.counts)
-            beside(task.out, LOG).write_bytes(result.log)
+            log = beside(task.out, LOG)
+            with writing(log):
+                log.write_bytes(result.log)
             seconds = result.details.get("seconds")
             draft.done(ShardRecord(result.details.get("perplexity"), float(seconds or 0), result.details.get("device")))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from apex_build.errors import ApexError, ClusterFailed, WorkersUnfit
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.native.toolset import Toolset
-from apex_build.progress import Report, Step
+from apex_build.progress import Report, Step, silent
 from apex_build.storage.digests import sha256_file
 
 if TYPE_CHECKING:
@@ -39,22 +40,29 @@ def order_of_file(path: Path) -> remote.ModelOrder:
     return remote.ModelOrder(str(path.absolute()), sha256_file(path), (path.name,), of_model=False)
 
 
-def step_of(event: tuple[float, dict[str, Any]]) -> Step:
-    """A worker's progress. Dask adds its own fields."""
-    return Step(**{name: value for name, value in event[1].items() if name in _STEP})
-
-
 @dataclass
 class ClusterTasks:
-    """`models` and `files`: what every worker must have. `ready`: addresses of those that do."""
+    """`models` and `files`: what every worker must have. `ready`: addresses of those that do.
+
+    `reports`: of the tasks that are waited for, by key. `said`: what workers reported since it was last looked at; it
+    arrives in a thread of Dask's.
+    """
 
     cluster: Cluster
     tools: Toolset
     models: tuple[Model, ...]
     files: tuple[Path, ...] = ()
     ready: set[str] = field(default_factory=set)
+    reports: dict[str, Report] = field(default_factory=dict)
+    said: queue.SimpleQueue[tuple[str, dict[str, Any]]] = field(default_factory=queue.SimpleQueue)
 
-    def submit(self, function: Callable[..., Any], order: Any, key: str) -> Future:
+    def submit(self, function: Callable[..., Any], order: Any, key: str, report: Report = silent) -> Future:
+        """`report` gets the task's progress, in the thread that waits for it: from whatever worker has it, also where
+        another client waits for it too.
+        """
+        if key not in self.reports:
+            self.cluster.client.subscribe_topic(key, lambda event: self.said.put((key, event[1])))
+        self.reports[key] = report
         restricted = bool(self.cluster.refused) or self.ready != set(self.cluster.fit)
         return self.cluster.client.submit(
             function,
@@ -74,12 +82,9 @@ class ClusterTasks:
         report: Report,
     ) -> None:
         """Submit each number, and take what comes of it. Raises ClusterFailed, WorkersUnfit, and what `take` does."""
-        try:
-            with closing(self.each(numbers, submit, report)) as done:
-                for number, future in done:
-                    take(number, future)
-        except (OSError, TimeoutError) as error:
-            raise self.lost(str(error)) from None
+        with closing(self.each(numbers, submit, report)) as done:
+            for number, future in done:
+                take(number, future)
 
     def each(
         self, numbers: Iterable[int], submit: Callable[[int], Future], report: Report
@@ -115,14 +120,37 @@ class ClusterTasks:
                 if not waiting:
                     time.sleep(_LOOK)
                     continue
-                _await([*waiting.values()])
+                self._await([*waiting.values()])
                 for number in [one for one, future in waiting.items() if future.done()]:
+                    self._forget(waiting[number])
                     yield number, waiting.pop(number)
         except (OSError, TimeoutError) as error:
             raise self.lost(str(error)) from None
         finally:
             if waiting and self.cluster.alive:
+                for future in waiting.values():
+                    self._forget(future)
                 self.cluster.client.cancel([*waiting.values()])
+
+    def _await(self, futures: Sequence[Future]) -> None:
+        """Report what workers do until one of these is done, but no longer than to the next look at the workers."""
+        end = time.monotonic() + _LOOK
+        while time.monotonic() < end and not any(future.done() for future in futures):
+            self._tell()
+            time.sleep(0.05)
+        self._tell()
+
+    def _tell(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                key, said = self.said.get_nowait()
+                step = Step(**{name: value for name, value in said.items() if name in _STEP})  # Dask adds some
+                self.reports.get(key, silent)(step)
+
+    def _forget(self, future: Future) -> None:
+        """Report no more of a task: what it said may arrive after it is done."""
+        if self.reports.pop(future.key, None) is not None and self.cluster.alive:
+            self.cluster.client.unsubscribe_topic(future.key)
 
     def alive(self) -> None:
         if not self.cluster.alive:
@@ -152,10 +180,16 @@ class ClusterTasks:
         return wanted
 
     def result(self, future: Future, what: str) -> Any:
-        """What a task gave. Raises its error, named."""
+        """What a task gave. Raises its error, named; ClusterFailed."""
+        try:
+            return self._result(future, what)
+        except (OSError, TimeoutError) as error:
+            raise self.lost(str(error)) from None
+
+    def _result(self, future: Future, what: str) -> Any:
         while not future.done():
             self.alive()
-            _await([future])
+            self._await([future])
         if future.status == "finished":
             return future.result(timeout=60)
         self.alive()
@@ -210,10 +244,3 @@ class ClusterTasks:
                     report(Step(f"sending {name} to {host}", done / 1e6, total / 1e6, "MB"))
         if not client.run(remote.finish_model, order, workers=[address])[address]:
             raise ClusterFailed(f"{host}: the file that arrived is not {order.path}")
-
-
-def _await(futures: Sequence[Future]) -> None:
-    """Until one of them is done, but no longer than to the next look at the workers."""
-    end = time.monotonic() + _LOOK
-    while time.monotonic() < end and not any(future.done() for future in futures):
-        time.sleep(0.05)

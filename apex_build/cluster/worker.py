@@ -38,7 +38,7 @@ from apex_build.parameters import Value
 from apex_build.places import cache_folder, cache_root, in_use, unused
 from apex_build.plugins import load_plugins
 from apex_build.policy.plan import Plan
-from apex_build.progress import Report, Step, silent
+from apex_build.progress import Report, Step
 from apex_build.quantization.run import Job
 from apex_build.storage.digests import sha256_file
 from apex_build.storage.outputs import LOG, MANIFEST, beside
@@ -81,8 +81,6 @@ class ShardOrder:
     shard: Shard
     every: int
     settings: Settings
-    topic: str
-    number: int
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def run_shard(order: ShardOrder) -> ShardResult:
     model = _model(order.model)
     with scratch_folder("shard") as folder:
         task = _task(order, folder)
-        with _watched(order.topic, order.number) as report:
+        with _watched() as report:
             make_shard(model, task, tools, order.settings, report=report)
         counts = counts_file(task.out)
         details = beside(task.out, MANIFEST).read_bytes()
@@ -187,14 +185,14 @@ def run_evaluation(order: EvaluationOrder) -> tuple[tuple[Figure, ...], float]:
     evaluator = _evaluator(order.evaluator, order.version, order.code)
     model = _model(order.model)
     reference = _model(order.reference) if order.reference else None
-    with scratch_folder("evaluation") as folder, _watched("", 0):
+    with in_use(cache_root() / "evaluation"), scratch_folder("evaluation") as folder, _watched() as report:
         texts = _texts(order.texts, folder)
         data = folder / order.data_name if order.data is not None else None
         if data is not None and order.data is not None:
             data.write_bytes(zlib.decompress(order.data))
         task = EvaluationTask(
             order.evaluator, model, tools, reference, texts, order.prompts, data, order.settings, order.threads,
-            silent, order.options, order.code,
+            report, order.options, order.code,
         )  # fmt: skip
         began = time.monotonic()
         return tuple(evaluator.evaluate(task)), time.monotonic() - began
@@ -240,7 +238,6 @@ class PointOrder:
     settings: dict[str, str]
     options: ToolOptions
     threads: int | None
-    topic: str
 
 
 def run_point(order: PointOrder) -> Measured:
@@ -260,7 +257,7 @@ def run_point(order: PointOrder) -> Measured:
     def recipe_of(one: RecipeOrder) -> Recipe:
         return Recipe(job_of(one.job), job_of(one.trunk) if one.trunk else None)
 
-    with in_use(place), scratch_folder("sweep") as folder, _watched(order.topic, 0) as report:
+    with in_use(place), scratch_folder("sweep") as folder, _watched() as report:
         data = {name: folder / f"{name}-{file}" for name, (file, _) in order.data.items()}
         for name, path in data.items():
             path.write_bytes(zlib.decompress(order.data[name][1]))
@@ -344,14 +341,16 @@ def _file(order: ModelOrder) -> Path:
 
 
 @contextmanager
-def _watched(topic: str, number: int) -> Iterator[Report]:
-    """Stop the block's tools when no client waits for this task any more. The report sends progress to the client."""
+def _watched() -> Iterator[Report]:
+    """Stop the block's tools when no client waits for this task any more. The report sends progress to those that do,
+    under the task's key (`ClusterTasks.submit`).
+    """
     from distributed import get_worker
     from distributed.core import Status
 
     worker = get_worker()
     key = worker.get_current_task()
-    last = [0.0]
+    last = [(0.0, "")]
 
     def stopped() -> bool:
         task = worker.state.tasks.get(key)
@@ -359,13 +358,14 @@ def _watched(topic: str, number: int) -> Iterator[Report]:
         return not running or task is None or task.state in ("cancelled", "released", "forgotten")
 
     def report(step: Step) -> None:
-        now = time.monotonic()
-        if step.said or (step.total and (now - last[0] >= _TELL or step.done >= step.total)):
-            last[0] = now
-            worker.loop.add_callback(worker.log_event, topic, {"number": number, **asdict(step)})
+        now, (before, task) = time.monotonic(), last[0]
+        ended = step.total is not None and step.done >= step.total
+        if step.said or ended or step.task != task or now - before >= _TELL:
+            last[0] = (now, step.task)
+            worker.loop.add_callback(worker.log_event, key, asdict(step))
 
     try:
         with stopping(stopped):
-            yield report if topic else silent
+            yield report
     except Stopped:
         raise RuntimeError("nobody waits for this any more") from None

@@ -34,7 +34,8 @@ def piece_of(works: Sequence[Work]) -> tuple[Piece, pace.Estimate]:
         seconds, measured = seconds + found.seconds, measured and found.measured
         runs |= {name: tokens * found.seconds / (sum(own.values()) or 1.0) for name, tokens in own.items()}
     kind = works[0].evaluator.name if len(works) == 1 else "+".join(sorted(work.evaluator.name for work in works))
-    return Piece(kind, runs, seconds), pace.Estimate(seconds, measured)
+    alone = any(work.evaluator.timed for work in works)
+    return Piece(kind, runs, seconds, alone), pace.Estimate(seconds, measured)
 
 
 def remember(work: Work, share: float, seconds: float) -> None:

@@ -10,7 +10,7 @@ import operator
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,9 @@ def _example_of(evaluators: Mapping[str, Evaluator]) -> str:
     )
 
 
-def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool = False) -> Iterator[Result]:
+def evaluate(
+    works: Sequence[Work], results: Path | None = None, *, force: bool = False
+) -> Generator[Result, None, None]:
     """Do the work one after the other, each with all cores; timed evaluators last.
 
     Results are appended to `results`, one JSON object a line, and taken from there where they are; `force` measures
@@ -199,26 +201,35 @@ def evaluate(works: Sequence[Work], results: Path | None = None, *, force: bool 
         began = time.monotonic()
         try:
             with in_use(cache_root() / "evaluation"):
-                figures = _checked(work.evaluator, work.evaluator.evaluate(work.task))
+                figures = checked(work.evaluator, work.evaluator.evaluate(work.task))
         except ApexError as error:
             yield Result(work, (), time.monotonic() - began, error=error)
             continue
-        result = Result(work, figures, time.monotonic() - began)
-        try:
-            if results is not None:
-                append_record(results, record(result))
-        except ApexError:  # a full disk: hours of results are not lost
-            yield result
-            raise
+        yield from kept(Result(work, figures, time.monotonic() - began), results)
+
+
+def kept(result: Result, results: Path | None) -> Iterator[Result]:
+    """The result, recorded first. Raises DiskTooSmall, OutputUnwritable, but only after it was given: hours of results
+    are not lost.
+    """
+    try:
+        if results is not None:
+            append_record(results, record(result))
+    except ApexError:
         yield result
+        raise
+    yield result
 
 
-def taken(work: Work, figures: Sequence[Figure], seconds: float, results: Path | None) -> Result:
-    """The result of work that was done elsewhere, checked and recorded. Raises PluginFailed, OutputUnwritable."""
-    result = Result(work, _checked(work.evaluator, figures), seconds)
-    if results is not None:
-        append_record(results, record(result))
-    return result
+def in_order(works: Sequence[Work], results: Iterable[Result]) -> list[Result]:
+    """Results of these works as `evaluate` gives them: a cluster gives those first that are done first."""
+    places = {place_of(work): number for number, work in enumerate(works)}
+    return sorted(results, key=lambda result: (result.work.evaluator.timed, places[place_of(result.work)]))
+
+
+def place_of(work: Work) -> tuple[str, Path]:
+    """Names it among the works of a run: the same file may be measured under two names."""
+    return work.identity, work.task.model.path
 
 
 def check_results(path: Path, works: Sequence[Work] = (), inputs: Inputs | None = None) -> None:
@@ -311,7 +322,8 @@ def append_record(path: Path, row: Mapping[str, Any]) -> None:
         part.write_bytes(_records(path)[1] + line)
 
 
-def _checked(evaluator: Evaluator, figures: Sequence[Figure]) -> tuple[Figure, ...]:
+def checked(evaluator: Evaluator, figures: Sequence[Figure]) -> tuple[Figure, ...]:
+    """What an evaluator gave. Raises PluginFailed for what cannot be recorded or shown."""
     try:
         return tuple(map(_plain, figures))
     except (TypeError, ValueError) as error:

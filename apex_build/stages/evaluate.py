@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from apex_build.cluster.connect import connected
-from apex_build.cluster.evaluations import ClusterEvaluations
+from apex_build.cluster.evaluations import ClusterEvaluations, to_send
 from apex_build.errors import ChatTemplateFailed
 from apex_build.evaluation.built_in import built_in_prompts, built_in_texts
 from apex_build.evaluation.run import (
@@ -19,17 +19,17 @@ from apex_build.evaluation.run import (
     check_results,
     check_settings,
     choose,
+    in_order,
     plan_work,
     with_report,
 )
 from apex_build.evaluation.run import evaluate as run
 from apex_build.evaluation.task import ToolOptions, read_prompts
 from apex_build.gguf_model.catalogue import Model
-from apex_build.native.toolset import Toolset
-from apex_build.progress import Report
 from apex_build.stages.given import ModelFile, Workplace, check_data_files, texts_apart, texts_by_domain, workplace
 
 _PROMPTS = 12  # of each domain, of the built-in set
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
@@ -121,24 +121,37 @@ def evaluate(
     place = place or workplace()
     planned = plan(files, options, place=place)
     works = [with_report(work, place.report) for work in planned.works]
-    with measuring(options.cluster, place.tools, place.report) as measure:
-        return tuple(measure(works, options.results, force=options.force))
+    with measuring(works, options, place) as how:
+        return tuple(in_order(works, how.measure(works, options.results, force=options.force)))
 
 
 class Measure(Protocol):
     """`evaluation.run.evaluate`, or the same on a cluster."""
 
-    def __call__(self, works: Sequence[Work], results: Path | None, *, force: bool = False) -> Iterator[Result]: ...
+    def __call__(
+        self, works: Sequence[Work], results: Path | None, *, force: bool = False
+    ) -> Generator[Result, None, None]: ...
+
+
+@dataclass(frozen=True)
+class Measuring(Generic[M]):
+    """How to measure, and how many at a time: on the workers of a cluster (`away`), or one here."""
+
+    measure: M
+    at_once: Callable[[], int] = lambda: 1
+    away: bool = False
 
 
 @contextmanager
-def measuring(cluster: str | None, tools: Toolset, report: Report) -> Iterator[Measure]:
-    """How to measure: here, or on a cluster. Raises ClusterFailed, WorkersUnfit."""
-    if cluster is None:
-        yield run
+def measuring(works: Sequence[Work], options: EvaluateOptions, place: Workplace) -> Iterator[Measuring[Measure]]:
+    """How to measure these: here, or on a cluster if one is given, and has something to do. Raises ClusterFailed,
+    WorkersUnfit.
+    """
+    if options.cluster is None or not to_send(works, options.results, force=options.force):
+        yield Measuring(run)
         return
-    with connected(cluster, tools, report) as found:
-        yield ClusterEvaluations(found, tools, report)
+    with connected(options.cluster, place.tools, place.report) as found:
+        yield Measuring(ClusterEvaluations(found, place.tools, place.report), found.at_once, away=True)
 
 
 def _with_built_in(inputs: Inputs, model: Model, only: Sequence[str], place: Workplace) -> tuple[Inputs, str, str]:

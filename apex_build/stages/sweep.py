@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from apex_build.parameters import Value
 from apex_build.places import model_stem
 from apex_build.plugins import Plugins
 from apex_build.progress import Report
-from apex_build.stages.evaluate import EvaluateOptions, inputs_of
+from apex_build.stages.evaluate import EvaluateOptions, Measuring, inputs_of
 from apex_build.stages.given import ModelFile, Workplace, texts_apart, workplace
 from apex_build.sweep.plan import Sweep, plan_sweep
 from apex_build.sweep.report import Summary, check_scores, default_score, report_sweep, write_report
@@ -90,23 +90,14 @@ def plan(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workpl
     return planned
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """How points are measured, and how many at a time."""
-
-    measure: Measure
-    at_once: Callable[[], int]
-
-
 @contextmanager
-def measuring(cluster: str | None, tools: Toolset, report: Report) -> Iterator[Measuring]:
+def measuring(cluster: str | None, tools: Toolset, report: Report) -> Iterator[Measuring[Measure]]:
     """Here, or on a cluster. Raises ClusterFailed, WorkersUnfit."""
     if cluster is None:
-        yield Measuring(measure_here, lambda: 1)
+        yield Measuring(measure_here)
         return
     with connected(cluster, tools, report) as found:
-        points = ClusterPoints(found, tools, report)
-        yield Measuring(points, points.at_once)
+        yield Measuring(ClusterPoints(found, tools, report), found.at_once, away=True)
 
 
 def sweep(model: ModelFile, folder: Path, options: SweepOptions, *, place: Workplace | None = None) -> Swept:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from apex_build.cli.layout import lay_out, shorten
-from apex_build.progress import Piece, Step, Whole
+from apex_build.progress import Piece, Step, Whole, silent
 
 COLUMNS = ("name", "what it measures", "needs", "parameters")
 ROWS = [
@@ -179,6 +179,27 @@ def test_the_end_of_pieces_that_run_at_the_same_time() -> None:
         if 18 <= now < 175:
             assert abs(whole.left() - (183 - now)) <= (183 - now) / 3, now
     assert said[-1].done == 100 and whole.left() == 0 and max(step.done for step in said[:-1]) < 100
+
+
+def test_the_end_of_pieces_that_run_alone_after_the_others() -> None:
+    """What is timed is not measured on the workers of a cluster, but afterwards, one after the other."""
+    pieces = [Piece("head", {f"head: p{n}": 1.0}, 100.0, alone=n >= 4) for n in range(6)]
+    assert Whole("all", silent, pieces, Clock(), at_once=lambda: 2).left() == 200 + 200
+
+
+def test_all_that_runs_at_the_same_time_is_shown() -> None:
+    said: list[Step] = []
+    whole = Whole("all", said.append, [Piece("a", {f"a: p{n}": 1.0}, 100.0) for n in range(7)], Clock())
+    whole.of(3)(Step("a: p3", 0, 5, "chunks"))
+    assert said[-1].detail == "1 of 7, a: p3 0/5 chunks"
+    whole.of(0)(Step("waiting for another evaluation", 0))
+    whole.of(3)(Step("a: p3", 1, 5, "chunks"))
+    assert said[-1].detail == "2 of 7, a: p3 1/5 chunks, waiting for another evaluation"
+    whole.finish(3)
+    assert said[-1].detail == "2 of 7, waiting for another evaluation"
+    for number in (1, 2, 4, 5, 6):
+        whole.of(number)(Step(f"a: p{number}", 2, 5, "chunks"))
+    assert said[-1].detail.startswith("7 of 7, waiting ") and said[-1].detail.endswith("a: p4 2/5 chunks, and 2 more")
 
 
 def test_what_was_there_before_takes_no_time() -> None:

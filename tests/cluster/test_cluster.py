@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from gates import Gate, gated
 from waiting import until
 
 import apex_build
+from apex_build import api
 from apex_build.native.toolset import Toolset
 
 pytestmark = pytest.mark.usefixtures("tools")
@@ -210,15 +214,45 @@ def test_bad_input(testbed: Path, tmp_path: Path) -> None:
 
 
 def test_evaluations(testbed: Path, heldout: Path, tmp_path: Path) -> None:
-    """One task per evaluator and file; the figures equal those of a single machine."""
+    """One task per evaluator and file; the figures equal those of a single machine, and so does what is shown."""
     common = ["evaluate", testbed, "--text", heldout / "chat.txt", "--only", "perplexity,draft-head"]
     common += ["--set", "perplexity.chunks=2", "--set", "draft-head.chunks=2", "--set", "draft-head.depth=1", "--json"]
     here = json.loads(run_apex(*common, "--results", tmp_path / "here.jsonl").stdout)
     results = tmp_path / "there.jsonl"
     with scheduler(tmp_path) as (_, address), worker(address, tmp_path):
-        there = json.loads(run_apex(*common, "--results", results, "--cluster", address).stdout)
+        ran = run_apex(*common, "--results", results, "--cluster", address)
+        quiet = run_apex(*common, "--results", tmp_path / "quiet.jsonl", "--cluster", address, "-q")
+    there = json.loads(ran.stdout)
+    assert "2 of 2 measurements to do on 1 worker: about " in ran.stderr
+    assert re.search(
+        r"evaluating: \d+ % \(1 of 2, \S+: testbed-f16.gguf on chat 0/2 chunks\) \(0 s, \d+ s left\)", ran.stderr
+    )
+    assert "evaluating: 100 % (" in ran.stderr and not quiet.stderr
+    assert [one["figures"] for one in json.loads(quiet.stdout)] == [one["figures"] for one in here]
     assert [one["figures"] for one in there] == [one["figures"] for one in here] and len(there) == 2
     assert [one["identity"] for one in there] == [one["identity"] for one in here]
-    again = run_apex(*common, "--results", results)
+    again = run_apex(*common, "--results", results, "--cluster", "tcp://127.0.0.1:9")
     assert "measurements to do" not in again.stderr, "recorded: nothing is measured again"
     assert [one["figures"] for one in json.loads(again.stdout)] == [one["figures"] for one in here]
+
+
+def test_progress_of_an_evaluation_in_a_script(testbed: Path, heldout: Path, tmp_path: Path) -> None:
+    """Every task tells of its chunks and prompts, in the script's own thread. What is timed comes last."""
+    said: list[tuple[api.Step, int]] = []
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"domain": "chat", "prompt": "Hello"}\n{"domain": "chat", "prompt": "Who"}\n')
+    options = api.EvaluateOptions(
+        texts=(heldout / "chat.txt",), prompts=prompts, only=("draft-acceptance", "speed", "perplexity"),
+        settings={
+            "perplexity.chunks": "2", "draft-acceptance.lengths": "1", "draft-acceptance.n_predict": "8",
+            "speed.prompt": "8", "speed.generate": "2", "speed.repetitions": "1", "speed.n_max": "0",
+        }, threads=1,
+    )  # fmt: skip
+    place = api.workplace(report=lambda step: said.append((step, threading.get_ident())))
+    with scheduler(tmp_path) as (_, address), worker(address, tmp_path):
+        results = api.evaluate([testbed], replace(options, cluster=address), place=place)
+    assert [one.work.evaluator.name for one in results] == ["draft-acceptance", "perplexity", "speed"]
+    counted = {(step.task, step.done, step.total, step.unit) for step, _ in said}
+    assert {("perplexity: testbed-f16.gguf on chat", done, 2, "chunks") for done in (0, 2)} <= counted
+    assert {step.unit for step, _ in said if step.task.startswith("draft-acceptance: ")} >= {"prompts"}
+    assert {thread for _, thread in said} == {threading.get_ident()}
