@@ -157,7 +157,7 @@ def probe_seconds(
         quantizing += _quantizing(task, few)
     if references and not (known or counts):
         passes += texts * task.number("chunks")
-    found = pace.expect(_kind(task), _work(task, passes))
+    found = pace.expect(_kind(task), _work(task, passes), gpu=task.gpu)
     return replace(found, seconds=found.seconds + quantizing)
 
 
@@ -249,7 +249,7 @@ def _run(
             what=f"{task.model.path.name} on {_named(task)}",
         )
     seconds = time.monotonic() - began - _quantizing(task, probes)
-    pace.remember(_kind(task), _work(task, len(chunks) * len(probes)), seconds)
+    pace.remember(_kind(task), _work(task, len(chunks) * len(probes)), seconds, gpu=task.gpu)
 
 
 def _named(task: Task) -> str:

@@ -103,6 +103,13 @@ def test_quantizing_is_expected_once_for_all_texts(task: Task, calibrated: Path)
     assert probe_seconds(task, [PLAIN, LOW], calibrated, chunks=4).seconds == 0
 
 
+def test_a_gpu_is_expected_to_be_quicker(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = probe_seconds(task, [PLAIN], None, chunks=4)
+    monkeypatch.setattr(Task, "gpu", "NVIDIA H200")
+    there = probe_seconds(task, [PLAIN], None, chunks=4)
+    assert not here.measured and not there.measured and there.seconds < here.seconds
+
+
 def test_the_time_of_short_texts_is_of_what_they_have(task: Task, tmp_path: Path) -> None:
     """Their length is known once their reference is there."""
     (tmp_path / "short.txt").write_text(task.texts["chat"].read_text("utf-8")[:1500], "utf-8")
