@@ -49,7 +49,7 @@ _PATH = click.Path(path_type=Path, readable=False)
 @click.option(
     "--measurement", "at", metavar="FILE", type=_PATH,
     help="Read the measurement from FILE, or write it there.  A measurement of another model with the same tensor "
-    "shapes is used as it is.  "
+    "shapes is used as it is; one of MODEL with other settings is replaced with --force.  "
     "[default: beside the output]",
 )  # fmt: skip
 @click.option(

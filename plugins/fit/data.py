@@ -85,6 +85,7 @@ class Preview:
             "probing": str(self.expected.probing) if self.expected.probing.seconds else "",
             "measurement": str(self.at),
             "gpu": list(self.room),
+            "warnings": list(self.warnings),
         }
 
 

@@ -186,6 +186,25 @@ def check(found: Measurement, model: Model, build: str) -> list[str]:
     return []
 
 
+def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What two measurements of a model by one build differ in, given their inputs: the options, in words."""
+    said = []
+    for name, option in (("chunks", "--chunks"), ("budget", "--probe-budget")):
+        if found.get(name) != wanted.get(name):
+            said.append(f"{option} {found.get(name)}, not {wanted.get(name)}")
+    same_data = found.get("imatrix") == wanted.get("imatrix")  # without it types and errors differ by themselves
+    for name, option in (("imatrix", "--imatrix"), ("texts", "--text"), ("types", "--types")):
+        if found.get(name) != wanted.get(name) and (same_data or name != "types"):
+            said.append(f"another {option}")
+    if found.get("head") != wanted.get("head"):
+        said.append("with --head-score" if found.get("head") else "with --no-head-score")
+    if any(found.get(name) != wanted.get(name) for name in ("context", "probing")):
+        said.append("another version of apex fit")
+    elif same_data and found.get("errors") != wanted.get("errors"):
+        said.append("another --sample")
+    return said or ["other inputs"]
+
+
 def _parsed(value: Mapping[str, Any], path: Path) -> Measurement:
     errors = {
         name: {kind: TypeLoss(_number(pair[0]), _number(pair[1])) for kind, pair in one["errors"].items()}

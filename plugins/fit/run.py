@@ -11,6 +11,7 @@ from apex_build.plugin_api import (
     BudgetUnfit,
     Ggml,
     Model,
+    OutputUnwritable,
     Planned,
     PlanOptions,
     PolicyTask,
@@ -18,6 +19,7 @@ from apex_build.plugin_api import (
     QuantizeOptions,
     Workplace,
     cache_folder,
+    check_place,
     cpus,
     fingerprint,
     footprint,
@@ -88,7 +90,7 @@ def preview(path: Path, asked: Asked, place: Workplace) -> Preview:
         head_score=asked.head_score and any(tensor.draft_head for tensor in model.tensors),
         policy_task=replace(task, parameters={**task.parameters, "keep": "", "min": "", "types": ",".join(wanted)}),
     )
-    known, warnings = _known(at, plan, model, place, given=asked.measurement is not None)
+    known, warnings = _known(at, plan, asked, place)
     return Preview(
         model,
         data,
@@ -192,22 +194,36 @@ def _beside(asked: Asked, model: Model) -> Path:
     return Path(f"{model.path.stem}.measurement.json")
 
 
-def _known(
-    at: Path, plan: measure.Plan, model: Model, place: Workplace, *, given: bool
-) -> tuple[Measurement | None, tuple[str, ...]]:
+def _known(at: Path, plan: measure.Plan, asked: Asked, place: Workplace) -> tuple[Measurement | None, tuple[str, ...]]:
     """The measurement in `at` if it fits the plan; a file that the user named may also belong to a model with the same
     shapes.
+
+    What was made from something else is not replaced without --force, with the exception of the model's own beside the
+    output. Raises OutputUnwritable, MeasurementUnfit.
     """
+    given, model = asked.measurement is not None, plan.model
     if not at.exists():
+        if given:
+            check_place(at, hint="give another name with --measurement")
         return None, ()
-    found = measurement.read(at)
+    found = replace(measurement.read(at), file=at)
     if found.parts == plan.parts:
         return found, ()
-    if found.parts.get("model") == fingerprint(model) and found.parts.get("tools") == place.tools.identity:
-        return None, ()  # of this model, with other settings: replace it
-    if not given:
-        measurement.check(replace(found, file=at), model, place.tools.identity)
-    return found, tuple(measurement.check(replace(found, file=at), model, place.tools.identity))
+    own = found.parts.get("model") == fingerprint(model) and found.parts.get("tools") == place.tools.identity
+    if given and not own:
+        return found, tuple(measurement.check(found, model, place.tools.identity))
+    if own:
+        other = "; ".join(measurement.differing(found.parts, plan.parts))
+    else:
+        other = f"the model {found.model}, with the build {str(found.parts.get('tools'))[:12]}"
+    if not asked.force and (given or not own):
+        measurement.check(found, model, place.tools.identity)
+        name = "--measurement" if given else "-o"
+        raise OutputUnwritable(
+            f"{at} exists and was made from something else: {other}",
+            hint=f"give another name with {name}, or --force to replace it",
+        )
+    return None, (f"{at} was made from something else and is replaced: {other}",)
 
 
 def _planned(target: int, before: Preview, asked: Asked, place: Workplace) -> Planned:
