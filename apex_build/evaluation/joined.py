@@ -108,7 +108,7 @@ def join(parts: Sequence[Path], out: Path, task: Task) -> tuple[int, ...]:
         chunks = tuple(int(head[3]) for head in heads)
         n_bytes = logits_bytes(sum(chunks), context, vocabulary)
         what = f"the file with the log-probabilities of {len(parts)} texts, made of one of each that is there already,"
-        check_room(out.parent, n_bytes, what, hint="free some space, or APEX_CACHE_DIR=FOLDER on a larger disk")
+        check_room(out.parent, n_bytes, what, hint=task.hint_of_room(max(chunks)))
         tokens = [file.read(4 * context * many) for file, many in zip(files, chunks, strict=True)]
         order = places(chunks)
         target = stack.enter_context(out.open("wb"))

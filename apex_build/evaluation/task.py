@@ -124,6 +124,7 @@ class Task:
     report: Report = silent
     options: ToolOptions = ToolOptions()
     code: str = ""  # of the evaluator's plugin: LoadedEvaluator.code
+    chunks_option: str = ""  # of a verb, for hints: its own way to set `chunks`
 
     @property
     def gpu(self) -> str:
@@ -150,12 +151,17 @@ class Task:
         def guard(step: Step) -> None:
             if step.unit == "chunks" and step.total and step.done == 0:
                 chunks = int(step.total)
-                fewer = f"fewer positions (--set {self.evaluator}.chunks={max(1, chunks // 4)})"
-                hint = f"{fewer}, or APEX_CACHE_DIR=FOLDER on a larger disk" if "chunks" in self.settings else None
-                check_room(folder, n_bytes(chunks), what(chunks), hint=hint)
+                check_room(folder, n_bytes(chunks), what(chunks), hint=self.hint_of_room(chunks))
             self.report(step)
 
         return replace(self, report=guard)
+
+    def hint_of_room(self, chunks: int) -> str | None:
+        """What to do where the disk is too small for what is kept of so many chunks of a text."""
+        if "chunks" not in self.settings:
+            return None
+        option = self.chunks_option or f"--set {self.evaluator}.chunks={max(1, chunks // 4)}"
+        return f"fewer positions ({option}), or APEX_CACHE_DIR=FOLDER on a larger disk"
 
     @contextmanager
     def serve(self, *arguments: str) -> Iterator[Server]:

@@ -65,7 +65,8 @@ def scored(rows: Sequence[Row], before: Preview, asked: Asked, place: Workplace)
     """Score the rows on the text that no probe used. The types are changed in memory: no file is written."""
     if not rows:
         return []
-    task = measure.task_for(before.model, place, before.plan.texts.unseen, asked.check_chunks, asked.threads, "check")
+    texts = before.plan.texts.unseen
+    task = measure.task_for(before.model, place, texts, asked.check_chunks, asked.threads, "check", "--check-chunks")
     heads = {tensor.name for tensor in before.model.tensors if tensor.draft_head}
     probes = [BASELINE, *(Probe(row.name, _trunk(row.types, heads)) for row in rows)]
     base, *scores = run_probes(task, probes, before.data.path, chunks=asked.check_chunks)

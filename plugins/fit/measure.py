@@ -120,9 +120,11 @@ def task_for(
     chunks: int,
     threads: int | None,
     name: str = "probes",
+    option: str = "--chunks",
 ) -> Task:
+    """`option`: of the verb, which sets the number of chunks."""
     settings = {"context": CONTEXT, "parse_special": True, "chunks": chunks}
-    return Task(name, model, place.tools, None, texts, (), None, settings, threads, place.report)
+    return Task(name, model, place.tools, None, texts, (), None, settings, threads, place.report, chunks_option=option)
 
 
 def first(plan: Plan, found: Errors) -> tuple[tuple[sensitivity.Group, ...], tuple[Probe, ...]]:

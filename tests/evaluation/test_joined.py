@@ -179,7 +179,10 @@ def test_a_disk_too_small_for_the_joined_file(task: Task, tmp_path: Path, monkey
     monkeypatch.setattr("shutil.disk_usage", lambda _folder: type("Usage", (), {"free": room}))
     with pytest.raises(DiskTooSmall, match="the file with the log-probabilities of 3 texts") as caught:
         joined_reference(task)
-    assert "APEX_CACHE_DIR=FOLDER" in str(caught.value.hint)
+    assert caught.value.hint == "fewer positions (--set kld.chunks=1), or APEX_CACHE_DIR=FOLDER on a larger disk"
+    with pytest.raises(DiskTooSmall) as caught:
+        joined_reference(replace(task, chunks_option="--chunks"))
+    assert str(caught.value.hint).startswith("fewer positions (--chunks), or ")
     assert files(tmp_path) == ["reference.logits"] * 3, "what was made is there for the next run"
     room += 1
     steps: list[Step] = []
