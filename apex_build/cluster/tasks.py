@@ -122,8 +122,10 @@ class ClusterTasks:
                     continue
                 self._await([*waiting.values()])
                 for number in [one for one, future in waiting.items() if future.done()]:
-                    self._forget(waiting[number])
-                    yield number, waiting.pop(number)
+                    future = waiting.pop(number)
+                    self._forget(future)
+                    yield number, future
+                    future.release()  # else the task is done again if the worker that keeps its result is lost
         except (OSError, TimeoutError) as error:
             raise self.lost(str(error)) from None
         finally:

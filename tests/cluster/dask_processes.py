@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from waiting import until
+
+import apex_build
+from apex_build.native.toolset import Toolset
 
 
 @contextmanager
@@ -59,3 +63,22 @@ def wanted_by(address: str) -> int:
             lambda dask_scheduler: max((len(task.who_wants) for task in dask_scheduler.tasks.values()), default=0)
         )
         return most
+
+
+def other_build(tools: Toolset, folder: Path) -> Path:
+    """The same libraries without their manifest, for APEX_TOOLS: apex cannot know that they are the same."""
+    foreign = folder / "foreign"
+    foreign.mkdir()
+    (foreign / "bin").symlink_to(tools.bin)
+    return foreign
+
+
+def other_version(folder: Path) -> Path:
+    """A copy of the package with another number, for PYTHONPATH."""
+    here, other = Path(apex_build.__file__).parent, folder / "other"
+    shutil.copytree(here, other / "apex_build", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("vendor", "patches", "plugins", "calibration_sets"):  # of a checkout
+        if (data := here.parent / name).is_dir():
+            (other / name).symlink_to(data)
+    (other / "apex_build" / "__init__.py").write_text('__version__ = "9.9.9"\n')
+    return other
