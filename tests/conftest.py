@@ -116,14 +116,16 @@ def stock_imatrix(source_tree: Path) -> Path:
     """
     from apex_build.places import cache_root, chosen_pin_name
     from apex_build.source.tree import BASE
+    from apex_build.storage.locks import locked
     from apex_build.toolchain.backends import Backend
     from apex_build.toolchain.build.run import build, plan_build
 
     stock = cache_root() / "tests" / f"stock-{chosen_pin_name()}"
-    shutil.rmtree(stock, ignore_errors=True)
-    subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(source_tree), str(stock)], check=True)
-    subprocess.run(["git", "-C", str(stock), "checkout", "--quiet", "--detach", BASE], check=True)
-    built = build(plan_build(stock, Backend("cpu", targets=("llama-imatrix",))))
+    with locked(stock, wait=True, what="other tests that make the stock tool"):
+        shutil.rmtree(stock, ignore_errors=True)
+        subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(source_tree), str(stock)], check=True)
+        subprocess.run(["git", "-C", str(stock), "checkout", "--quiet", "--detach", BASE], check=True)
+        built = build(plan_build(stock, Backend("cpu", targets=("llama-imatrix",))))
     return built.toolset.tool("llama-imatrix")
 
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from children import alive
+from waiting import until
 
 from apex_build.native.toolset import Toolset
 
@@ -47,6 +51,15 @@ class Gate:
         passed = {line.split(" ")[0] for line in self._lines("passed")}
         return [int(pid) for pid in self._lines("came") if pid not in passed and alive(int(pid))]
 
+    def next(self, child: subprocess.Popen[str], *, after: int, waiting: int = 1) -> list[int]:
+        """Those that wait, as soon as so many calls have passed and so many more have come."""
+
+        def found() -> list[int]:
+            pids = self.waiting()
+            return pids if len(self.passed()) == after and len(pids) == waiting else []
+
+        return until(found, child)
+
     def passed(self) -> list[str]:
         """The arguments of the calls that passed."""
         return [line.partition(" ")[2] for line in self._lines("passed")]
@@ -79,3 +92,34 @@ def gated(tools: Toolset, root: Path, name: str, having: str) -> Iterator[Gate]:
         yield Gate(root, permits)
     finally:
         os.close(permits)
+
+
+def make_endless(tool: int, first: int) -> None:
+    """Give a llama-perplexity that waits at the gate more probes than it can ever score, after the first ones."""
+    words = Path(f"/proc/{tool}/cmdline").read_bytes().split(b"\0")
+    path = Path(os.fsdecode(words[words.index(b"--kl-divergence-probes") + 1]))
+    probes = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*probes[:first], *(f"more-{number}\n" for number in range(100_000)), *probes[first:]]))
+
+
+def started(gate: Gate, command: Sequence[object]) -> subprocess.Popen[str]:
+    """`apex` with these tools, in a session of its own, as in a terminal of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "apex_build", *map(str, command)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "APEX_TOOLS": str(gate.root)},
+    )  # fmt: skip
+
+
+def ended_at_gate(gate: Gate, command: Sequence[object], how: signal.Signals) -> str:
+    """Send `apex` this signal as soon as its tool waits at the gate; what it said. It must end at once, and the tool
+    with it.
+    """
+    with started(gate, command) as child:
+        until(gate.waiting, child)
+        child.send_signal(how)
+        _, said = child.communicate(timeout=60)
+    ends = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    assert child.returncode == ends.get(how, -how) and "Traceback" not in said, (child.returncode, said)
+    until(lambda: not gate.waiting())
+    return said

@@ -302,7 +302,7 @@ def test_one_writer_at_a_time_whatever_cache_it_uses(testbed: Path, tools: Tools
     """The lock is beside the output, where every run sees it."""
     out = tmp_path / "out.gguf"
     code = "import sys, time; from pathlib import Path; from apex_build.storage.locks import locked\n"
-    code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(3600)"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(out)],
         stdout=subprocess.PIPE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from apex_runs import run_apex
+from gates import ended_at_gate, gated
 
 from apex_build import pruning
 from apex_build.native.toolset import Toolset
@@ -94,7 +96,7 @@ def test_by_size_and_kind(cache: Path) -> None:
 
 
 def test_what_is_used_meanwhile_stays(cache: Path) -> None:
-    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"--build={cache}/work/0123/x"])
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)", f"--build={cache}/work/0123/x"])
     try:
         assert prune("--kind", "work")["kept"]["0123"]["kept"] == "in use by a running program"
     finally:
@@ -121,13 +123,8 @@ def test_calibrations_that_did_not_end(
     monkeypatch.setenv("APEX_TOOLS", str(tools.root))
     monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
     out = tmp_path / "i.gguf"
-    command = [sys.executable, "-m", "apex_build", "calibrate", testbed, "-o", out, "--threads", 1]
-    child = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (work_folder(out) / "total.json").exists() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child.kill()
-    child.wait()
+    with gated(tools, tmp_path / "gate", "llama-imatrix", having="--save-frequency") as gate:
+        ended_at_gate(gate, ["calibrate", testbed, "-o", out, "--threads", 1], signal.SIGKILL)
     (found,) = json.loads(run_apex("cache", "list", "--kind", "calibrations", "--json").stdout)["items"]
     assert found["path"] == str(work_folder(out)) and found["n_bytes"] > 10_000
     with locked(out):

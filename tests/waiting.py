@@ -16,8 +16,8 @@ BOUND = 120.0  # seconds: only a failure takes that long
 def until(what: Callable[[], T], child: subprocess.Popen[Any] | None = None, seconds: float = BOUND) -> T:
     """Ask again and again; returns the first true answer.
 
-    Raises AssertionError where none has come in `seconds`, or before the child ended: whatever it said is in the
-    message.
+    Raises AssertionError where none has come in `seconds`, or before the child ended: what it said is in the message.
+    The child is then killed, so that nothing waits for it.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -27,7 +27,11 @@ def until(what: Callable[[], T], child: subprocess.Popen[Any] | None = None, sec
         if ended and child is not None:
             raise AssertionError(f"the child ended before this was so, with code {child.returncode}: {_said(child)}")
         if time.monotonic() > deadline:
-            raise AssertionError(f"this was not so within {seconds:.0f} s")
+            said = ""
+            if child is not None:
+                child.kill()
+                said = f"; the child said: {_said(child)}"
+            raise AssertionError(f"this was not so within {seconds:.0f} s{said}")
         time.sleep(0.02)
 
 

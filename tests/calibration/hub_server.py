@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote, urlparse
 
 NAME, COMMIT = "some/set", "0123456789abcdef0123456789abcdef01234567"
@@ -16,11 +16,13 @@ _API, _FILES = f"/api/datasets/{NAME}", f"/datasets/{NAME}/resolve/{COMMIT}/"
 
 
 @contextlib.contextmanager
-def serving(files: Mapping[str, bytes], *, breaks_off: str = "") -> Iterator[str]:
-    """The server's address, for HF_ENDPOINT. `breaks_off`: a file whose download always stops early."""
+def serving(files: Mapping[str, bytes], *, breaks_off: str = "", requests: list[str] | None = None) -> Iterator[str]:
+    """The server's address, for HF_ENDPOINT. `breaks_off`: a file whose download always stops early. `requests`: takes
+    the paths that were asked for.
+    """
 
     class Hub(_Hub):
-        held, broken = files, breaks_off
+        held, broken, asked = files, breaks_off, [] if requests is None else requests
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
@@ -36,8 +38,10 @@ def serving(files: Mapping[str, bytes], *, breaks_off: str = "") -> Iterator[str
 class _Hub(BaseHTTPRequestHandler):
     held: Mapping[str, bytes] = {}
     broken = ""
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
+        self.asked.append(self.path)
         path = unquote(urlparse(self.path).path)
         if path in (_API, f"{_API}/revision/{COMMIT}"):
             self._json(200, {"id": NAME, "sha": COMMIT, "tags": [], "siblings": [], "private": False, "gated": False})

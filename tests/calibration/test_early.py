@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import gguf
@@ -15,6 +12,7 @@ import pytest
 from apex_runs import run_apex
 from architectures import write_model
 from gguf_edit import copy
+from snapshots import stopped_at
 
 from apex_build.errors import ModelInvalid, VerificationFailed
 from apex_build.native import output
@@ -102,18 +100,12 @@ def test_a_resumed_run_tells_no_perplexity_of_its_last_part(
 ) -> None:
     out = tmp_path / "a.gguf"
     wanted = ["calibrate", testbed, "--text", heldout / "code.txt", "--chunks", 40, "--threads", 1, "-o", out, "--json"]
-    command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import "
-                                     "sys; "
-               "from apex_build.cli import main; main(sys.argv[1:])", *map(str, wanted)]  # fmt: skip
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    # the copy at 10 chunks is written when that at 20 is begun
-    while not list(tmp_path.glob(".a.gguf.work/*.at_20")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGINT)
-    assert first.wait(60) == 130
+    with stopped_at(20, tools, out, *wanted) as (first, _):
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=60)
+        assert first.returncode == 130
     done = json.loads(run_apex(*wanted).stdout)
-    assert done["resumed_at"] >= 10
+    assert done["resumed_at"] == 10
     assert done["perplexity"] is None
 
 
@@ -156,18 +148,9 @@ def test_a_gpu_that_is_not_there_is_told_of(tools: Toolset, testbed: Path, heldo
 def test_a_tool_that_takes_more_than_it_may_have_is_ended(
     tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    wanted = (
-        "calibrate",
-        testbed,
-        "--text",
-        heldout / "code.txt",
-        "--threads",
-        1,
-        "-o",
-        tmp_path / "a.gguf",
-        "--memory",
-        0.01,
-    )
+    long = tmp_path / "long.txt"
+    long.write_text(20 * (heldout / "code.txt").read_text())
+    wanted = ("calibrate", testbed, "--text", long, "--threads", 1, "-o", tmp_path / "a.gguf", "--memory", 0.01)
     said = run_apex(*wanted, code=31).stderr
     assert (
         "llama-imatrix took 0." in said and "and was ended: its limit is 0.0 GB" in said and "try:   --memory 1" in said

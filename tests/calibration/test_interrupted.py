@@ -5,52 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from apex_runs import run_apex
-from children import tool_of
+from apex_runs import ended_at, run_apex
+from gates import gated, started
+from waiting import until
 
 from apex_build.native.toolset import Toolset
 
 
-def started(*command: object) -> subprocess.Popen[str]:
-    """In a session of its own, as in a terminal of its own."""
-    whole = [sys.executable, "-m", "apex_build", *map(str, command)]
-    return subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def interrupted(child: subprocess.Popen[str], when: Callable[[], object]) -> tuple[str, str]:
-    """Ctrl-C to the whole session as soon as `when` says so."""
-    deadline = time.monotonic() + 120
-    while not when() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.killpg(child.pid, signal.SIGINT)
-    said = child.communicate(timeout=60)
-    assert child.returncode == 130 and "Traceback" not in said[1], (child.returncode, said)
-    return said
-
-
-def opened(child: subprocess.Popen[str], path: Path) -> bool:
-    for link in Path(f"/proc/{child.pid}/fd").glob("*"):
-        try:
-            if link.readlink() == path:
-                return True
-        except OSError:
-            continue
-    return False
-
-
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two imatrices of 100 MB, of a model of many experts: seconds of work."""
-    folder = tmp_path_factory.mktemp("large")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two imatrices of one model."""
+    folder = tmp_path_factory.mktemp("two")
     dice = np.random.default_rng(1)
     made = []
     for name in ("one", "two"):
@@ -60,11 +30,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         writer.add_array("imatrix.datasets", [name])
         writer.add_uint32("imatrix.chunk_count", 8)
         writer.add_uint32("imatrix.chunk_size", 512)
-        for layer in range(50):
+        for layer in range(2):
             for part in ("gate", "up"):
                 weight = f"blk.{layer}.ffn_{part}_exps.weight"
-                writer.add_tensor(f"{weight}.in_sum2", dice.random((256, 1024), dtype=np.float32))
-                writer.add_tensor(f"{weight}.counts", np.full((256, 1), 64, dtype=np.float32))
+                writer.add_tensor(f"{weight}.in_sum2", dice.random((8, 64), dtype=np.float32))
+                writer.add_tensor(f"{weight}.counts", np.full((8, 1), 64, dtype=np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -72,44 +42,47 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
-def test_merge(large: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [None, b"an earlier one"])
+def test_merge(before: bytes | None, two: list[Path], tmp_path: Path) -> None:
+    """Where a part of the file is written."""
     out = tmp_path / "out.gguf"
-    child = started("imatrix", "merge", *large, "-o", out)
-    interrupted(child, lambda: list(tmp_path.glob(".out.gguf.*.part")))
-    assert not list(tmp_path.iterdir()), "neither a part nor a manifest"
-    out.write_bytes(b"an earlier one")
-    child = started("imatrix", "merge", *large, "-o", out, "--force")
-    interrupted(child, lambda: list(tmp_path.glob(".out.gguf.*.part")))
-    assert out.read_bytes() == b"an earlier one" and [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+    if before is not None:
+        out.write_bytes(before)
+    writing = ("gguf", "GGUFWriter.write_tensors_to_file")
+    ended_at(writing, 1, signal.SIGINT, "imatrix", "merge", *two, "-o", out, "--force")
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert left == ({} if before is None else {"out.gguf": before}), "neither a part nor a manifest"
 
 
-def test_diff(large: list[Path]) -> None:
-    child = started("imatrix", "diff", *large, "--json")
-    said = interrupted(child, lambda: opened(child, large[1]))
+def test_diff(two: list[Path]) -> None:
+    comparing = ("apex_build.calibration.diff", "_role")
+    said = ended_at(comparing, 1, signal.SIGINT, "imatrix", "diff", *two, "--json")
     assert said[0] == "" and "interrupted" in said[1]
 
 
 def test_until_experts(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:
     """In the second round: the first is kept, and the same command resumes after it."""
-    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    out, whole = folder / "out.gguf", tmp_path / "whole.gguf"
     command = ["calibrate", testbed, "--until-experts", 300, "--text", heldout / "chat.txt", "--no-rows-check"]
-    shards = tmp_path / ".out.gguf.work" / "shards"
-    child = started(*command, "-o", out)
-    said = interrupted(child, lambda: (shards / "0001-1" / "1.gguf").exists() and tool_of(child.pid))
-    assert not tool_of(child.pid) and not out.exists() and "resumes" in said[1]
-    kept = {path: path.stat().st_mtime_ns for path in shards.glob("*/1.gguf")}
-    assert kept and [path.name for path in tmp_path.iterdir()] == [".out.gguf.work"]
-    assert not list(shards.rglob("*.part")), "nothing is half-written"
-    again = started(*command, "-o", out, "--json")
-    later: dict[Path, int] = {}
-    while again.poll() is None and not later:
-        later = {path: path.stat().st_mtime_ns for path in shards.glob("0002-1/1.gguf")} and {
-            path: path.stat().st_mtime_ns for path in kept if path.exists()
-        }
-        time.sleep(0.005)
-    done, problems = again.communicate(timeout=300)
-    assert again.returncode == 0, problems
-    assert later == kept, "the first round was not run again"
+    shards = folder / ".out.gguf.work" / "shards"
+    with gated(tools, tmp_path / "gate", "llama-imatrix", having="--chunks") as gate:
+        child = started(gate, [*command, "-o", out])
+        gate.let(1)
+        until(lambda: (shards / "0001-1" / "1.gguf").exists() and gate.waiting(), child)
+        os.killpg(child.pid, signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == 130 and "Traceback" not in said, said
+        assert not gate.waiting() and not out.exists() and "resumes" in said
+    assert [path.name for path in folder.iterdir()] == [".out.gguf.work"]
+    assert list(shards.glob("*/1.gguf")) and not list(shards.rglob("*.part")), "nothing is half-written"
+    with gated(tools, tmp_path / "later", "llama-imatrix", having="--chunks") as gate:
+        gate.open()
+        environment = {**os.environ, "APEX_TOOLS": str(gate.root)}
+        done = json.loads(run_apex(*command, "-o", out, "--json", env=environment).stdout)
+        rounds = len(gate.passed())
     straight = json.loads(run_apex(*command, "-o", whole, "--json").stdout)
-    assert json.loads(done)["goal"] == straight["goal"] and straight["goal"]["rounds"] > 1
+    assert done["goal"] == straight["goal"] and straight["goal"]["rounds"] > 1
+    assert rounds == straight["goal"]["rounds"] - 1, "the first round was not run again"
     assert out.read_bytes() == whole.read_bytes()

@@ -5,34 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from apex_runs import run_apex
+from children import alive
 from gguf_edit import without_head
+from snapshots import stopped_at
 
-from apex_build.errors import ApexError
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.native.toolset import Toolset
 
 pytestmark = pytest.mark.usefixtures("tools")  # every test here runs llama-imatrix
-
-
-def running(fragment: str) -> list[str]:
-    """Command lines of processes that mention a path of this test."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if fragment in line and "llama-imatrix" in line:
-            found.append(line)
-    return found
 
 
 def test_the_whole_model_is_calibrated(calibrated: Path) -> None:
@@ -58,34 +43,23 @@ def test_another_work_does_not_replace_a_file(calibrated: Path, testbed: Path) -
     assert calibrated.read_bytes() == before
 
 
-def whole_imatrix(path: Path) -> bool:
-    """Whether the tool has written the whole file."""
-    try:
-        return bool(read_imatrix(path).entries)
-    except ApexError:
-        return False
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_without_recounting(
     how: signal.Signals, tools: Toolset, calibrated: Path, testbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "größe mit leer.imatrix.gguf"
-    command = [sys.executable, "-m", "apex_build", "calibrate", testbed, "-o", out, "--chunks", 24, "--threads", 1]
-    child = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     work = tmp_path / f".{out.name}.work"
-    deadline = time.monotonic() + 300
-    while not any(map(whole_imatrix, work.glob("*.at_10"))) and time.monotonic() < deadline and child.poll() is None:
-        time.sleep(0.02)
-    child.send_signal(how)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode in (130, 143, -signal.SIGTERM), said.decode()
-    assert "Traceback" not in said.decode()
-    assert not out.exists() and list(work.glob("*.at_10"))
-    assert running(str(tmp_path)) == [] and running(work.name) == [], "the tool ended with us"
+    with stopped_at(20, tools, out, "calibrate", testbed, "-o", out, "--chunks", 24, "--threads", 1) as (child, tool):
+        assert alive(tool)
+        child.send_signal(how)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode in (130, 143, -signal.SIGTERM), said
+        assert "Traceback" not in said
+        assert not out.exists() and list(work.glob("*.at_10"))
+        assert not alive(tool), "the tool ended with us"
 
     ran = run_apex("calibrate", testbed, "-o", out, "--chunks", 24, "--threads", 1, "--json")
-    assert json.loads(ran.stdout)["resumed_at"] in (10, 20)
+    assert json.loads(ran.stdout)["resumed_at"] == 10
     resumed, whole = read_imatrix(out), read_imatrix(calibrated)
     assert resumed.chunk_count == whole.chunk_count == 24 and resumed.head_tokens == whole.head_tokens
     assert set(resumed.entries) == set(whole.entries)

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import gguf_edit
 import pytest
 from apex_runs import run_apex
+from waiting import until
 
 from apex_build.calibration.sets import CalibrationText, compose, load_set
 from apex_build.errors import CalibrationSetInvalid, LoadFailed
@@ -307,16 +307,14 @@ def test_ctrl_c_while_a_set_is_read(testbed: Path, tmp_path: Path) -> None:
     plugin.mkdir()
     (plugin / "plugin.py").write_text(
         "import time\nfrom apex_build.plugin_api import Source, hookimpl\nAPEX_API = 2\n\n\n"
-        "def read(options, folder):\n    (folder / 'began').touch()\n    time.sleep(60)\n    yield\n\n\n"
+        "def read(options, folder):\n    (folder / 'began').touch()\n    time.sleep(3600)\n    yield\n\n\n"
         "@hookimpl\ndef apex_calibration_sources():\n    return [Source('slow', read, ())]\n"
     )
     (tmp_path / "mine.toml").write_text('[[part]]\ndomain = "x"\nsource = "slow"\n')
     command = [sys.executable, "-m", "apex_build", "calibrate", str(testbed), "--plugin", str(plugin)]
     command += ["--calibration-set", str(tmp_path / "mine.toml"), "--write-text", str(tmp_path / "text.txt")]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    began = time.monotonic()
-    while not (tmp_path / "began").exists() and time.monotonic() - began < 60:
-        time.sleep(0.05)
+    until((tmp_path / "began").exists, child)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=120)
     assert child.returncode == 130 and "Traceback" not in said

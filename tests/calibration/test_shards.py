@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from apex_runs import run_apex
+from gates import Gate, gated, started
+from waiting import until
 
 from apex_build.calibration.run import Settings
 from apex_build.calibration.shards import Shard, Task, make_shard, rounding, split
@@ -27,27 +26,15 @@ from apex_build.plugins import load_plugins
 CHUNKS = 24
 
 
-def tools_running(where: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The running llama-imatrix processes that write below a folder, with their environments."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_bytes().split(b"\0")
-            environ = (entry / "environ").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if Path(os.fsdecode(command[0])).name == "llama-imatrix" and any(os.fsencode(where) in one for one in command):
-            yield int(entry.name), dict(item.partition("=")[::2] for item in environ.split("\0"))
+def in_shards(testbed: Path, out: Path, *more: object) -> list[object]:
+    return ["calibrate", testbed, "-o", out, "--chunks", CHUNKS, "--shards", 4, "--no-rows-check", *more]
 
 
-def started(testbed: Path, out: Path, *more: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "apex_build", "calibrate", testbed, "-o", out, "--chunks", CHUNKS, *more]
-    return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def until(what: object, child: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what() and child.poll() is None and time.monotonic() < deadline:  # type: ignore[operator]
-        time.sleep(0.01)
+@pytest.fixture
+def gate(tools: Toolset, tmp_path: Path) -> Iterator[Gate]:
+    """The tool waits before each shard."""
+    with gated(tools, tmp_path / "gate", "llama-imatrix", having="--chunks") as made:
+        yield made
 
 
 def same_sums(one: Imatrix, parts: Imatrix, chunks: int = CHUNKS) -> None:
@@ -118,53 +105,56 @@ def test_where_the_rounding_comes_from(tools: Toolset, testbed: Path, heldout: P
     same_sums(one, two, chunks=6)
 
 
-def test_a_killed_tool_is_run_again(four: Path, testbed: Path, tmp_path: Path) -> None:
+def test_a_killed_tool_is_run_again(four: Path, gate: Gate, testbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    child = started(testbed, out, "--shards", 4, "--no-rows-check")
-    shards = tmp_path / ".out.gguf.work" / "shards"
-    until(lambda: (shards / "0002.gguf").exists() and any(tools_running(shards)), child)
-    for process, _ in tools_running(shards):
-        os.kill(process, signal.SIGKILL)
+    child = started(gate, in_shards(testbed, out))
+    gate.let(2)
+    (tool,) = gate.next(child, after=2)
+    os.kill(tool, signal.SIGKILL)
+    gate.open()
     _, said = child.communicate(timeout=300)
-    assert child.returncode == 0, said.decode()
-    assert b"of 4 again: llama-imatrix was ended by SIGKILL" in said
+    assert child.returncode == 0, said
+    assert "running shard 3 of 4 again: llama-imatrix was ended by SIGKILL" in said
     assert out.read_bytes() == four.read_bytes()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_what_is_done_is_kept(how: signal.Signals, four: Path, testbed: Path, tmp_path: Path) -> None:
+def test_what_is_done_is_kept(
+    how: signal.Signals, four: Path, gate: Gate, tools: Toolset, testbed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.gguf"
-    child = started(testbed, out, "--shards", 4, "--no-rows-check")
+    child = started(gate, in_shards(testbed, out))
     shards = tmp_path / ".out.gguf.work" / "shards"
-    until(lambda: (shards / "0001.gguf").exists(), child)
+    gate.let(1)
+    until(lambda: (shards / "0001.gguf").exists() and gate.waiting(), child)
     child.send_signal(how)
     _, said = child.communicate(timeout=60)
-    assert child.returncode in (130, 143, -how), said.decode()
-    assert "Traceback" not in said.decode() and not out.exists()
-    until(lambda: not any(tools_running(shards)), child)
-    time.sleep(0.3)
-    assert not list(tools_running(shards)), "the tool ended with us"
-    kept = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.gguf")}
-    assert "0001.gguf" in kept and len(kept) < 4
-    resumed = started(testbed, out, "--shards", 4, "--no-rows-check")
-    until(lambda: (shards / "0004.gguf").exists(), resumed)
-    again = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.gguf")} or kept
-    resumed.communicate(timeout=300)
-    assert resumed.returncode == 0 and out.read_bytes() == four.read_bytes()
-    assert all(again[name] == time for name, time in kept.items()), "none was made twice"
+    assert child.returncode in (130, 143, -how), said
+    assert "Traceback" not in said and not out.exists()
+    until(lambda: not gate.waiting())  # the tool ended with us
+    assert [path.name for path in shards.glob("*.gguf")] == ["0001.gguf"]
+    with gated(tools, tmp_path / "later", "llama-imatrix", having="--chunks") as later:
+        later.open()
+        resumed = started(later, in_shards(testbed, out))
+        _, said = resumed.communicate(timeout=300)
+        assert resumed.returncode == 0, said
+        assert len(later.passed()) == 3, "none was made twice"
+    assert out.read_bytes() == four.read_bytes()
 
 
-def test_each_set_of_gpus_has_a_shard(four: Path, testbed: Path, tmp_path: Path) -> None:
+def test_each_set_of_gpus_has_a_shard(four: Path, gate: Gate, testbed: Path, tmp_path: Path) -> None:
     """Each tool sees only the GPUs that it was given; two run at a time."""
     out = tmp_path / "out.gguf"
-    child = started(testbed, out, "--shards", 4, "--devices", "0", "--devices", "1,2", "--no-rows-check")
-    seen: set[frozenset[str]] = set()
-    while child.poll() is None:
-        seen.add(frozenset(env.get("CUDA_VISIBLE_DEVICES", "") for _, env in tools_running(tmp_path)))
-        time.sleep(0.005)
-    assert child.returncode == 0, child.communicate()[1].decode()
-    child.communicate()
-    assert frozenset({"0", "1,2"}) in seen and not any("" in one for one in seen)
+    child = started(gate, in_shards(testbed, out, "--devices", "0", "--devices", "1,2"))
+    for done in range(3):
+        pids = gate.next(child, after=done, waiting=2)
+        environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids]
+        seen = [[one for one in some if one.startswith(b"CUDA_VISIBLE_DEVICES=")] for some in environments]
+        assert sorted(seen) == [[b"CUDA_VISIBLE_DEVICES=0"], [b"CUDA_VISIBLE_DEVICES=1,2"]]
+        gate.let(1)
+    gate.let(1)
+    _, said = child.communicate(timeout=300)
+    assert child.returncode == 0, said
     assert out.read_bytes() == four.read_bytes()
 
 
@@ -181,7 +171,7 @@ def test_the_dry_run_says_how_long_it_takes(tools: Toolset, testbed: Path, tmp_p
     out = tmp_path / "out.gguf"
     common = ["calibrate", testbed, "-o", out, "--chunks", 100, "--dry-run"]
     told = json.loads(run_apex(*common, "--no-rows-check", "--json").stdout)["forecast"]
-    assert told["chunks"] == 100 and told["measured_chunks"] == 6 and told["seconds_a_chunk"] > 0
+    assert told["chunks"] == 100 and told["measured_chunks"] >= 6 and told["seconds_a_chunk"] > 0
     seconds = told["seconds_by_workers"]
     assert list(seconds) == ["1", "2", "4", "8", "16", "32"]
     assert seconds["1"] == pytest.approx(told["seconds_to_start"] + 100 * told["seconds_a_chunk"])

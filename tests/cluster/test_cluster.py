@@ -78,7 +78,7 @@ def test_a_killed_worker_loses_its_shard_alone(
         gate.let(1)
         until(lambda: len(kept(out)) == 1 and gate.waiting() and second.waiting(), running)
         one.kill()
-        until(lambda: not gate.waiting())
+        until(lambda: not gate.waiting(), running)
         second.open()
         said = running.communicate(timeout=300)[1]
         assert running.returncode == 0, said

@@ -187,7 +187,7 @@ def test_a_killed_worker_loses_its_measurement_alone(verb: Verb, gate: Gate, sec
         until(lambda: len(verb.measured(out)) == 1 and gate.waiting() and second_gate.waiting(), running)
         before = verb.measured(out)
         one.kill()
-        until(lambda: not gate.waiting())
+        until(lambda: not gate.waiting(), running)
         second_gate.open()
         said = running.communicate(timeout=300)[1]
         assert running.returncode == 0, said

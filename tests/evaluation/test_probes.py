@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gates import gated, make_endless
 from scoring import SCORED, task_of
+from waiting import until
 
 from apex_build.errors import EvaluationRefused, ShapeUnfit, TypeUnknown
 from apex_build.evaluation import probes as module
@@ -137,26 +138,27 @@ run_probes(task, probes, None, chunks=5)
 SIX = [Probe(str(n), {f"blk.{n}.ffn_up_exps.weight": "Q2_K"}) for n in range(6)]
 
 
-def started(task: Task, cache: Path) -> subprocess.Popen[str]:
+def started(task: Task, cache: Path, root: Path | None = None) -> subprocess.Popen[str]:
     """A process that scores SIX on five chunks of each text."""
-    command = [sys.executable, "-c", _RUN, task.tools.root, task.model.path, cache, *task.texts.values()]
+    command = [sys.executable, "-c", _RUN, root or task.tools.root, task.model.path, cache, *task.texts.values()]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     return subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_is_continued(how: signal.Signals, task: Task, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    run = started(task, cache)
-    lines = 0
-    while lines < 12:
-        assert run.poll() is None, run.communicate()[1]
-        lines = sum(path.read_text().count("\n") for path in cache.glob("evaluation/*/probes-*.tsv"))
-        time.sleep(0.02)
-    run.send_signal(how)
-    run.wait(30)
+    cache, files = tmp_path / "cache", "evaluation/*/probes-*.tsv"
+    with (
+        gated(task.tools, tmp_path / "gate", "llama-perplexity", having="--kl-divergence-probes") as gate,
+        started(task, cache, gate.root) as run,
+    ):
+        make_endless(gate.next(run, after=0)[0], first=1)
+        gate.let(1)
+        until(lambda: sum(path.read_text().count("\n") for path in cache.glob(files)) > 11, run)
+        run.send_signal(how)
+        run.communicate(timeout=60)
     found = run_probes(task, SIX, None, chunks=5)
-    kept = min(cache.glob("evaluation/*/probes-*.tsv"))
+    kept = min(cache.glob(files))
     first = [line.split("\t") for line in kept.read_text().splitlines()[1:] if line.startswith(SIX[0].key)]
     assert len(first) == 10
     assert sorted(found[0].kld) == sorted(float(row[3]) for row in first), "taken as the first run wrote it"

@@ -6,13 +6,12 @@ import json
 import multiprocessing
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import gguf_edit
 import pytest
 from apex_runs import run_apex
+from gates import ended_at_gate, gated
 
 from apex_build.errors import (
     CalibrationSetInvalid,
@@ -262,34 +261,13 @@ def test_without_only_what_cannot_be_run_is_left_out_and_said(tools: Toolset, pl
     assert "size on " in ran.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_of_it_and_leaves_no_process(
-    number: signal.Signals, code: int, tools: Toolset, place: Path, heldout: Path
+    number: signal.Signals, tools: Toolset, place: Path, heldout: Path
 ) -> None:
     """Inside an evaluator, whose other errors do not stop the next one."""
-    command = [
-        sys.executable, "-m", "apex_build", "evaluate", str(place / "model.gguf"), "--plugin", str(place / "scales"),
-        "--results", str(place / "r.jsonl"), "--only", "perplexity,size", "--text", str(heldout / "chat.txt"),
-    ]  # fmt: skip
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not _tool_of(place) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child.send_signal(number)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == code and "failed" not in said and "Traceback" not in said
+    command = ["evaluate", place / "model.gguf", "--plugin", place / "scales", "--results", place / "r.jsonl"]
+    command += ["--only", "perplexity,size", "--text", heldout / "chat.txt"]
+    with gated(tools, place / "gate", "llama-perplexity", having="-f") as gate:
+        assert "failed" not in ended_at_gate(gate, command, number)
     assert not (place / "ran.txt").exists()
-    assert not _tool_of(place)
-
-
-def _tool_of(place: Path) -> list[str]:
-    """llama-perplexity processes that use this test's model."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = entry.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[0].endswith(b"llama-perplexity") and str(place / "model.gguf").encode() in words:
-            found.append(entry.parent.name)
-    return found

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from apex_runs import run_apex
+from waiting import BOUND
 
 from apex_build.errors import CalibrationSetInvalid, ParameterUnknown, ToolFailed
 from apex_build.evaluation.run import Inputs, Work, plan_work
@@ -99,7 +100,7 @@ def test_two_evaluations_wait_for_each_other(work_of: WorkOf, cache: Path) -> No
     def other() -> None:
         with task._machine():
             held.set()
-            over.wait(60)
+            over.wait(BOUND)
 
     def report(step: Step) -> None:
         said.append(step.task)
@@ -107,7 +108,7 @@ def test_two_evaluations_wait_for_each_other(work_of: WorkOf, cache: Path) -> No
 
     with ThreadPoolExecutor() as pool:
         running = pool.submit(other)
-        assert held.wait(60)
+        assert held.wait(BOUND)
         with replace(task, threads=1)._machine():
             assert not said and not running.done()
         with replace(task, report=report)._machine():

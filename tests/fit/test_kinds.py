@@ -13,7 +13,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from apex_runs import killed, run_apex
+from apex_runs import run_apex
+from gates import ended_at_gate, gated
 from gguf_edit import copy
 from gguf_model.files import full_entries, write_imatrix
 from shapes import write_header_only
@@ -151,17 +152,20 @@ def test_a_measurement_of_another_model(quick: list[str], other: Any, tmp_path: 
     assert not (tmp_path / "no.gguf").exists()
 
 
-def test_it_is_stopped_where_it_writes_and_where_it_checks(quick: list[str], other: Any, tmp_path: Path) -> None:
+def test_it_is_stopped_where_it_writes_and_where_it_checks(
+    quick: list[str], other: Any, tools: Toolset, tmp_path: Path
+) -> None:
     """The same command again: a file that is not whole is not there, a whole one is not written twice."""
     out = tmp_path / "fit.gguf"
     wanted = [*quick, "--measurement", str(other(model="0" * 64)), "-o", str(out)]
-    ended = killed(wanted, "quantizing fit.gguf", signal.SIGKILL, wait=0)
-    assert not out.exists(), ended
-    killed(wanted, "quantizing fit.gguf", signal.SIGINT, wait=0)
-    assert not out.exists()
-    killed(wanted, "kld: ", signal.SIGINT, wait=0)
-    assert out.exists()
-    killed(wanted, "kld: ", signal.SIGKILL, wait=0)
+    with gated(tools, tmp_path / "writing", "llama-quantize", having="--override-kv") as gate:
+        for how in (signal.SIGKILL, signal.SIGINT):
+            ended_at_gate(gate, wanted, how)
+            assert not out.exists()
+    with gated(tools, tmp_path / "checking", "llama-perplexity", having="--kl-divergence") as gate:
+        for how in (signal.SIGINT, signal.SIGKILL):
+            ended_at_gate(gate, wanted, how)
+            assert out.exists()
     found = json.loads(run_apex(*wanted, "--json").stdout)
     assert found["file"]["reused"] and found["rows"][0]["measured"] > 0
     assert sorted(path.name for path in tmp_path.glob("fit.gguf*")) == ["fit.gguf", "fit.gguf.json", "fit.gguf.log"]

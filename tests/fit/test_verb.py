@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
-from apex_runs import killed, run_apex
+from apex_runs import ended_at, run_apex
+from gates import gated, make_endless, started
+from waiting import until
 
 from apex_build.gguf_model.model import read_model
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
 
 pytestmark = [pytest.mark.usefixtures("tools"), pytest.mark.slow]
+
+
+def scored(cache: Path, count: int) -> bool:
+    """Whether so many scores are kept, without those of `make_endless`."""
+    texts = [path.read_text() for path in cache.glob("evaluation/*/probes-*.tsv")]
+    found = [line for text in texts for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]
+    return sum(not line.startswith("more-") for line in found) == count
 
 
 @pytest.fixture
@@ -36,22 +46,26 @@ def test_it_is_resumed_in_each_part_and_says_what_it_gave(
     arguments: list[str], tools: Toolset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"  # in which nothing is measured
-    monkeypatch.setenv("APEX_TOOLS", str(tools.bin))
+    monkeypatch.setenv("APEX_TOOLS", str(tools.root))
     monkeypatch.setenv("APEX_CACHE_DIR", str(cache))
     out = tmp_path / "fit.gguf"
     wanted = [*arguments, "--target-size", "8MiB", "-o", str(out)]
     kept = 0
     for how in (signal.SIGINT, signal.SIGKILL):
-        killed(wanted, "measuring errors", how, wait=0.5)
+        ended_at(("apex_build.native.tensor_data", "Codec.encode"), 40, how, *wanted)
         (errors,) = cache.glob("fit/*/errors.jsonl")
         before, kept = kept, errors.stat().st_size
         assert kept > before
         assert json.loads(run_apex(*wanted, "--dry-run", "--json").stdout)["errors"], "ended before all was measured"
-    scored = 0
-    for how in (signal.SIGKILL, signal.SIGINT):
-        killed(wanted, "probes: testbed-f16.gguf on chat: ", how, wait=3)
-        before, scored = scored, sum(path.stat().st_size for path in cache.glob("evaluation/*/probes-*.tsv"))
-        assert scored > before + 100
+    with gated(tools, tmp_path / "gate", "llama-perplexity", having="--kl-divergence-probes") as gate:
+        for number, how in enumerate((signal.SIGKILL, signal.SIGINT), 1):
+            with started(gate, wanted) as child:
+                make_endless(until(gate.waiting, child)[0], first=2)
+                gate.let(1)
+                until(partial(scored, cache, 4 * number), child)  # 2 probes of 2 chunks
+                child.send_signal(how)
+                child.communicate(timeout=60)
+            assert child.returncode == (130 if how == signal.SIGINT else -how)
     assert errors.stat().st_size >= kept and not out.exists()
     planned = json.loads(run_apex(*wanted, "--dry-run", "--json").stdout)
     assert planned["errors"] == "" and planned["targets"] == [8 << 20] and planned["smallest"] < 8 << 20

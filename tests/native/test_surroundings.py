@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from apex_runs import run_apex
+from children import alive
+from waiting import until
 
 from apex_build.errors import ToolFailed, ToolKilled
 from apex_build.native import surroundings
@@ -134,14 +135,15 @@ def test_threads_wait_without_spinning_unless_the_user_says_how(
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    code = "print('begun', flush=True)\nwhile True: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(os.cpu_count() or 1)]
     try:
-        time.sleep(0.5)
+        assert all(one.stdout and one.stdout.readline() for one in busy)
         assert surroundings.environment(tools.tool("llama-server")).get("OMP_WAIT_POLICY") == expected
     finally:
         for one in busy:
             one.kill()
-            one.wait()
+            one.communicate()
 
 
 @needs_compiler
@@ -212,29 +214,18 @@ def children(of: int) -> list[int]:
     return found
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def children_that_run(name: str, parent: int) -> list[int]:
+    """Its children that are the program, and no longer what starts it."""
+    with suppress(OSError):  # a child that has ended since
+        return [pid for pid in children(parent) if name in str(Path(f"/proc/{pid}/exe").readlink())]
+    return []
 
 
 def killed_with_its_children(process: subprocess.Popen[bytes], name: str) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with suppress(FileNotFoundError):  # a child that has ended since
-            found = [pid for pid in children(process.pid) if name in Path(f"/proc/{pid}/cmdline").read_bytes().decode()]
-            if found and name in str(Path(f"/proc/{found[0]}/exe").readlink()):
-                break
-        time.sleep(0.05)
-    else:
-        raise AssertionError(f"{name} was never started")
+    found = until(lambda: children_that_run(name, process.pid), process)
     process.kill()
-    process.wait(10)
-    deadline = time.monotonic() + 60
-    while any(alive(pid) for pid in found) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(alive(pid) for pid in found)
+    process.wait(60)
+    until(lambda: not any(alive(pid) for pid in found))
 
 
 @pytest.mark.parametrize("prefix", ["setpriv", "python"])
@@ -256,14 +247,16 @@ def test_a_program_ends_with_us(prefix: str) -> None:
     ("tool", "arguments"),
     [
         ("llama-bench", ("--only", "speed", "--set", "speed.generate=4096", "--set", "speed.repetitions=1000")),
-        ("llama-perplexity", ("--only", "perplexity", "--text", "{heldout}/code.txt")),
+        ("llama-perplexity", ("--only", "perplexity", "--text", "{long}")),
         ("llama-server", ("--only", "draft-acceptance", "--prompts", "{heldout}/prompts.jsonl")),
     ],
 )
 def test_no_tool_outlives_a_killed_apex(
     tool: str, arguments: tuple[str, ...], tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    given = [word.replace("{heldout}", str(heldout)) for word in arguments]
+    long = tmp_path / "long.txt"
+    long.write_text((heldout / "code.txt").read_text() * 20)
+    given = [word.format(heldout=heldout, long=long) for word in arguments]
     command = [sys.executable, "-m", "apex_build", "evaluate", str(testbed), *given, "--threads", "1"]
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     killed_with_its_children(subprocess.Popen([*command, "--results", str(tmp_path / "r.jsonl")], env=env), tool)

@@ -12,10 +12,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from gguf_edit import changed, copy
+from waiting import until
 
 from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.native.toolset import Toolset
@@ -100,22 +101,26 @@ def served(tools: Toolset, folder: Path) -> Iterator[dict[str, str]]:
     command += ["-o", str(library), str(folder / "client.cpp"), *map(str, sources)]
     subprocess.run([*command, str(tools.library("ggml-base"))], check=True, capture_output=True)
 
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
-    served = [sys.executable, "-c", _SERVER, str(tools.library("ggml")), str(library), f"127.0.0.1:{port}"]
-    server = subprocess.Popen(served, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(200):
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except ConnectionRefusedError:
-                assert server.poll() is None
-                time.sleep(0.1)
-        yield {**os.environ, "GGML_BACKEND_PATH": str(library), "TEST_DEVICE": f"127.0.0.1:{port}"}
-    finally:
-        server.kill()
-        server.wait()
+    for _ in range(10):
+        with closing(socket.create_server(("127.0.0.1", 0))) as free:
+            port = free.getsockname()[1]
+        served = [sys.executable, "-c", _SERVER, str(tools.library("ggml")), str(library), f"127.0.0.1:{port}"]
+        server = subprocess.Popen(served, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            until(partial(answers_or_ended, server, port))
+            if server.poll() is None:
+                yield {**os.environ, "GGML_BACKEND_PATH": str(library), "TEST_DEVICE": f"127.0.0.1:{port}"}
+                return
+        finally:
+            server.kill()
+            server.wait()
+    raise AssertionError("the RPC server ends at once, on ten ports")
+
+
+def answers_or_ended(server: subprocess.Popen[bytes], port: int) -> bool:
+    """Another program may have taken the port."""
+    with socket.socket() as probe:
+        return server.poll() is not None or probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def run(tool: Path, *arguments: object, device: Device | None = None) -> str:

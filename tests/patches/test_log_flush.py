@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from gguf_edit import changed
+from waiting import until
 
 from apex_build.native.toolset import Toolset
 
@@ -26,13 +28,7 @@ def read_late(tool: Path, *arguments: object) -> tuple[int, str]:
     assert process.stdout is not None
     fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
     try:
-        seen = -1.0
-        for _ in range(600):
-            time.sleep(0.3)
-            used = _processor_time(process.pid)
-            if process.poll() is not None or used == seen:
-                break
-            seen = used
+        until(lambda: process.poll() is not None or _rests(process.pid), seconds=300)
         said = process.stdout.read().decode(errors="replace")
         return process.wait(60), said
     finally:
@@ -41,9 +37,21 @@ def read_late(tool: Path, *arguments: object) -> tuple[int, str]:
         process.stdout.close()
 
 
-def _processor_time(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return float(int(fields[11]) + int(fields[12]))
+def _rests(pid: int) -> bool:
+    """Whether each of its threads sleeps, and goes on sleeping: one that waits for a core does not."""
+    before = _threads(pid)
+    time.sleep(0.3)
+    return before == _threads(pid) and all(state in "SZ" for state, _, _ in before)
+
+
+def _threads(pid: int) -> list[tuple[str, str, str]]:
+    """State and processor time of each thread."""
+    found = []
+    for path in sorted(Path(f"/proc/{pid}/task").glob("*/stat")):
+        with suppress(OSError):  # ended since
+            fields = path.read_text().rpartition(")")[2].split()
+            found.append((fields[0], fields[11], fields[12]))
+    return found
 
 
 def test_the_tensor_whose_values_are_not_finite(tools: Toolset, testbed: Path, heldout: Path, tmp_path: Path) -> None:

@@ -6,12 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from apex_runs import SMALL, run_apex
+from apex_runs import SMALL, ended_at, run_apex
 
 from apex_build.errors import DiskTooSmall, OutputUnwritable
 from apex_build.gguf_model.header import read_header
@@ -111,43 +110,12 @@ def test_a_part_that_a_killed_run_left_is_removed_and_nothing_else(
     assert left == {".y.gguf.abcd_123.part", ".x.gguf.mine.part", ".x.gguf.more.abcd_123.part"}
 
 
-_SLOW = """
-import sys, time
-import apex_build.quantization.verify as verify
-real = verify.validator
-def slow(tools):
-    is_valid = real(tools)
-    return lambda *tensor: time.sleep(0.2) or is_valid(*tensor)
-verify.validator = slow
-from apex_build.cli import main
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_ended_while_the_file_is_verified_leaves_nothing(
     how: signal.Signals, testbed: Path, tmp_path: Path, tools: Toolset
 ) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        _SLOW,
-        "quantize",
-        testbed,
-        "--policy",
-        "compact",
-        *SMALL,
-        "-o",
-        tmp_path / "x.gguf",
-    ]
-    child = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    for line in child.stderr:
-        if line.startswith("verifying"):
-            break
-    child.send_signal(how)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode in (130, 143) and "Traceback" not in said
+    verifying = ("apex_build.quantization.verify", "validator")
+    ended_at(verifying, 1, how, "quantize", testbed, "--policy", "compact", *SMALL, "-o", tmp_path / "x.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"x.gguf.log"}
 
 

@@ -8,12 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from apex_runs import SMALL, run_apex
+from gates import ended_at_gate, gated, started
 
 from apex_build.gguf_model.header import read_header
 from apex_build.native.toolset import Toolset
@@ -269,52 +269,26 @@ def test_a_read_only_folder(testbed: Path, tmp_path: Path, tools: Toolset) -> No
 def test_a_run_that_is_ended_leaves_what_was_there(how: str, testbed: Path, tmp_path: Path, tools: Toolset) -> None:
     out = tmp_path / "x.gguf"
     out.write_bytes(b"the good old file")
-    command = [
-        sys.executable,
-        "-m",
-        "apex_build",
-        "quantize",
-        testbed,
-        "--policy",
-        "quality",
-        "-o",
-        out,
-        "--force",
-        "--threads",
-        "1",
-    ]
-    child = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    tool = None
-    deadline = time.monotonic() + 120
-    while tool is None and time.monotonic() < deadline and child.poll() is None:
-        tool = next((pid for pid in processes(str(tmp_path)) if "--dry-run" not in command_of(pid)), None)
-        time.sleep(0.005)
-    assert tool is not None, child.communicate()
-    if how == "tool killed":
-        os.kill(tool, signal.SIGKILL)
-    else:
-        child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == (31 if how == "tool killed" else 130), said
-    assert "Traceback" not in said
+    command = ["quantize", testbed, "--policy", "quality", "-o", out, "--force", "--threads", "1"]
+    with gated(tools, tmp_path / "gate", "llama-quantize", having="--override-kv") as gate:
+        if how == "Ctrl-C":
+            ended_at_gate(gate, command, signal.SIGINT)
+        else:
+            with started(gate, command) as child:
+                (tool,) = gate.next(child, after=0)
+                os.kill(tool, signal.SIGKILL)
+                _, said = child.communicate(timeout=60)
+            assert child.returncode == 31 and "Traceback" not in said, said
     assert out.read_bytes() == b"the good old file"
-    assert not list(tmp_path.glob(".*")) and processes(str(tmp_path)) == []
+    assert not list(tmp_path.glob(".*"))
 
 
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def processes(fragment: str) -> list[int]:
-    pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
-    return [pid for pid in pids if fragment in (line := command_of(pid)) and "/llama-quantize " in line]
-
-
-def test_the_memory_that_llama_quantize_may_take(testbed: Path, tmp_path: Path, tools: Toolset) -> None:
-    wanted = ("quantize", testbed, "--policy", "compact", *SMALL, "-o", tmp_path / "x.gguf", "--no-load-check")
-    said = run_apex(*wanted, "--memory", 0.001, code=31).stderr
+def test_the_memory_that_llama_quantize_may_take(
+    testbed: Path, calibrated: Path, tmp_path: Path, tools: Toolset
+) -> None:
+    """Looked at several times a second: IQ1_M takes many seconds."""
+    wanted = ("quantize", testbed, "--policy", "uniform", "--set", "type=IQ1_M", "--imatrix", calibrated)
+    more = ("--threads", 1, "-o", tmp_path / "x.gguf", "--no-load-check", "--memory", 0.001)
+    said = run_apex(*wanted, *more, code=31).stderr
     assert "llama-quantize took 0." in said and "and was ended" in said and "try:   --memory 1" in said
     assert not (tmp_path / "x.gguf").exists()

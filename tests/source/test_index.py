@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import pytest
 from source.tiny import Apex, World
+from waiting import BOUND, until
 
 from apex_build.errors import DownloadFailed, HashMismatch
 from apex_build.fetching.pip_config import PipConfig, open_session, parse_pip_config, read_pip_config
@@ -153,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if hold:
             self.server.holding.set()
-            time.sleep(30)
+            time.sleep(3600)
 
     def log_message(self, *_arguments: object) -> None:
         pass
@@ -238,8 +239,8 @@ def test_no_index_answers(world: World, apex: Apex, monkeypatch: pytest.MonkeyPa
 def test_interrupted_download(world: World, server: Server) -> None:
     command = [sys.executable, "-m", "apex_build", "source", "fetch", "--pin", str(world.toml)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert server.holding.wait(30)
-    time.sleep(0.2)
+    assert server.holding.wait(BOUND)
+    until(lambda: world.left_over(), process)
     process.send_signal(signal.SIGINT)
     _out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err

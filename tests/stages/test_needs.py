@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +14,7 @@ import pytest
 
 from apex_build.errors import GpuUnknown
 from apex_build.gguf_model.model import read_model
+from apex_build.native.server import serve
 from apex_build.native.toolset import Toolset
 from apex_build.plugins import load_plugins
 from apex_build.stages.given import Workplace
@@ -44,27 +41,30 @@ def _needs(path: Path, place: Workplace, asked: Machine, context: int = 4096) ->
     return {need.step: need for need in needs(planned.plan, planned.model, place, asked, context=context)}
 
 
+# ru_maxrss includes the peak of the process that started the program: a Python that has imported nothing is small.
+_MEASURED = """
+import os, sys
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(child, 0)
+with open("peak", "w") as file:
+    print(usage.ru_maxrss, file=file)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
 def _peak(command: Sequence[str | Path], folder: Path) -> int:
-    with (folder / "output").open("wb") as output:
-        child = subprocess.Popen([str(word) for word in command], cwd=folder, stdout=output, stderr=output)
-    peak = 0
-    while child.poll() is None:
-        peak = max(peak, _high_water(child.pid))
-        time.sleep(0.002)
-    assert child.returncode == 0, (folder / "output").read_text()
-    return peak
+    """Peak memory of a program that ends, in bytes, including mapped files."""
+    measured = [sys.executable, "-I", "-S", "-c", _MEASURED, *map(str, command)]
+    ran = subprocess.run(measured, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert ran.returncode == 0, ran.stdout.decode(errors="replace")
+    return int((folder / "peak").read_text()) << 10
 
 
 def _high_water(pid: int) -> int:
-    """Peak memory of a process so far in bytes, including mapped files.
-
-    Not ru_maxrss, which includes the peak of the Python process that started it.
-    """
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return int(found[1]) << 10 if found else 0
+    """Peak memory of a process so far, in bytes."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) << 10
 
 
 def test_calibration(testbed: Path, tools: Toolset, needed: dict[str, Need], heldout: Path, tmp_path: Path) -> None:
@@ -111,42 +111,16 @@ def test_evaluation(testbed: Path, tools: Toolset, needed: dict[str, Need], held
 def test_a_server(testbed: Path, tools: Toolset, place: Workplace, heldout: Path, tmp_path: Path) -> None:
     """With a full context: allocated buffers that are never used take no memory."""
     context = 8192
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(tools.tool("llama-server")), "-m", str(testbed), "-c", str(context), "-np", "1", "--port", str(port)]
-    command += ["--spec-type", "draft-mtp", "--spec-draft-n-max", "2", "-t", "1", "--cache-ram", "0"]
-    with (tmp_path / "output").open("wb") as output:
-        child = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output)
-    try:
-        _completion(port, child, (heldout / "code.txt").read_text()[:context])  # a token is a character at the least
-        peak = _high_water(child.pid)
-    finally:
-        child.terminate()
-        child.wait()
+    arguments = ["--ctx-size", str(context), "--parallel", "1", "--threads", "1", "--cache-ram", "0"]
+    arguments += ["--spec-type", "draft-mtp", "--spec-draft-n-max", "2"]
+    with serve(tools, testbed, arguments=arguments) as server:
+        text = (heldout / "code.txt").read_text()[:context]  # a token is a character at the least
+        server.completion(text, n_predict=24)
+        peak = _high_water(server.process.pid)
     planned = plan(testbed, PlanOptions("uniform", {"type": "F16"}), place=place)
     found = needs(planned.plan, planned.model, place, AMPLE, context=context)[-1]
     assert found.step == "run"
     assert found.memory == pytest.approx(peak, rel=_CLOSE)
-
-
-def _completion(port: int, child: subprocess.Popen[bytes], prompt: str) -> None:
-    body = json.dumps({"prompt": prompt, "n_predict": 24}).encode()
-    for _ in range(600):
-        assert child.poll() is None
-        try:
-            request = urllib.request.Request(
-                f"http://127.0.0.1:{port}/completion", body, {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                answer.read()
-            return
-        except urllib.error.HTTPError as error:
-            assert error.code == 503, error.read()  # it loads the model
-            time.sleep(0.1)
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError("the server did not answer")
 
 
 def test_what_does_not_fit_is_said(testbed: Path, place: Workplace) -> None:

@@ -5,11 +5,7 @@ measured.
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +13,7 @@ from pathlib import Path
 import gguf_edit
 import pytest
 from apex_runs import SMALL, run_apex
+from gates import gated, started
 
 from apex_build.errors import ChatTemplateFailed, DataMissing, EvaluationRefused
 from apex_build.gguf_model.model import read_model
@@ -148,18 +145,24 @@ def test_a_plan_without_a_measurement_is_cautious_and_says_so(tools: Toolset, te
 
 
 def test_an_interrupted_measurement_is_resumed_and_shown_and_the_file_says_it(
-    tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path
+    tools: Toolset, testbed: Path, calibrated: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = {**os.environ, "APEX_CACHE_DIR": str(tmp_path / "cache"), "APEX_TOOLS": str(tools.bin)}
+    monkeypatch.setenv("APEX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("APEX_TOOLS", str(tools.root))
     out = tmp_path / "out.gguf"
     given = ("--text", heldout / "chat.txt", "--imatrix", calibrated, "-o", out)
-    command = [str(word) for word in (sys.executable, "-m", "apex_build", "quantize", testbed, *AUTO, *given)]
-    dry = run_apex(*command[3:], "--dry-run", env=environment)
+    command = ["quantize", testbed, *AUTO, *given]
+    dry = run_apex(*command, "--dry-run")
     assert "not measured" in dry.stdout and not out.exists()
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        while not measured((tmp_path / "cache").glob("evaluation/auto/*/sweep.jsonl")):
-            assert child.poll() is None, child.communicate()
-            time.sleep(0.2)
+    with (
+        gated(tools, tmp_path / "gate", "llama-quantize", having="--override-kv") as gate,
+        started(gate, command) as child,
+    ):
+        for files in range(5):  # some are written before one is measured
+            gate.next(child, after=files)
+            if measured((tmp_path / "cache").glob("evaluation/auto/*/sweep.jsonl")):
+                break
+            gate.let(1)
         child.send_signal(signal.SIGINT)
         _, stderr = child.communicate(timeout=120)
     assert child.returncode == 130 and "Traceback" not in stderr and not out.exists()
@@ -169,7 +172,7 @@ def test_an_interrupted_measurement_is_resumed_and_shown_and_the_file_says_it(
         for line in map(json.loads, kept.read_text().splitlines())
         if line["measured"]
     }
-    ran = run_apex(*command[3:], env=environment)
+    ran = run_apex(*command)
     after = {line["identity"]: line["measured"] for line in map(json.loads, kept.read_text().splitlines())}
     assert before and before.items() <= after.items()
     assert "loss of agreement, points" in ran.stderr and "IQ2_XXS+Q4_K" in ran.stderr

@@ -21,6 +21,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "the cache, größer"
     monkeypatch.setenv("APEX_CACHE_DIR", str(folder))
     monkeypatch.delenv("APEX_TOOLS", raising=False)
+    monkeypatch.setattr(
+        "apex_build.toolchain.build.launcher._READY_WITHIN", 120.0
+    )  # sccache is there, or the test fails
     for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"):
         monkeypatch.delenv(name, raising=False)
     return folder

@@ -7,9 +7,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from waiting import until
 
 from apex_build.toolchain.backends import Backend
 
@@ -67,13 +68,12 @@ class Gate:
     def pid(self) -> Path:
         return Path(f"{self.path}.pid")
 
-    def wait(self) -> int:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if self.pid.is_file() and (text := self.pid.read_text()).endswith("\n"):
-                return int(text)
-            time.sleep(0.02)
-        raise AssertionError("no build came to the gate")
+    def wait(self, build: subprocess.Popen[str]) -> int:
+        def came() -> int:
+            text = self.pid.read_text() if self.pid.is_file() else ""
+            return int(text) if text.endswith("\n") else 0
+
+        return until(came, build)
 
     def open(self) -> None:
         self.path.unlink()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from children import alive
 from tiny_project import TINY, Gate, make_source, start_build
+from waiting import until
 
 from apex_build.errors import BuildFailed, BuildMissing, OutputUnwritable
 from apex_build.native.run import run_tool
@@ -144,11 +146,10 @@ def test_an_interrupted_build_leaves_nothing_running_and_resumes(
     source: Path, cache: Path, gate: Gate, number: signal.Signals, code: int
 ) -> None:
     with start_build(source) as child:
-        waiting = gate.wait()
+        waiting = gate.wait(child)
         child.send_signal(number)
-        assert child.wait(30) == code
-    assert not Path(f"/proc/{waiting}").exists()
-    assert processes_with(str(cache)) == []
+        assert child.wait(60) == code
+    until(lambda: not alive(waiting) and processes_with(str(cache)) == [])
     assert visible(cache) == []
     gate.open()
     assert run_tool([build(plan_build(source, TINY)).toolset.tool("tool")]).lines == ("42",)
@@ -157,14 +158,12 @@ def test_an_interrupted_build_leaves_nothing_running_and_resumes(
 
 def test_a_build_killed_outright_resumes_too(source: Path, cache: Path, gate: Gate) -> None:
     with start_build(source) as child:
-        waiting = gate.wait()
+        waiting = gate.wait(child)
         child.kill()
-        child.wait(30)
+        child.wait(60)
     assert visible(cache) == []
     gate.open()
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{waiting}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: not alive(waiting))
     assert run_tool([build(plan_build(source, TINY)).toolset.tool("tool")]).lines == ("42",)
     for process in processes_with(
         str(cache)
@@ -174,11 +173,11 @@ def test_a_build_killed_outright_resumes_too(source: Path, cache: Path, gate: Ga
 
 def test_two_builds_at_once(source: Path, cache: Path, gate: Gate) -> None:
     with start_build(source) as first:
-        gate.wait()
+        gate.wait(first)
         with start_build(source) as second:
-            time.sleep(1)
+            until(lambda: has_open(second.pid, ".lock"), second)  # it waits for the first, or will at once
             gate.open()
-            said = sorted(child.communicate(timeout=60)[0].strip() for child in (first, second))
+            said = sorted(child.communicate(timeout=300)[0].strip() for child in (first, second))
     assert said == ["built", "reused"]
     assert len(visible(cache)) == 1
 
@@ -272,6 +271,15 @@ def test_without_any_compiler_cache(source: Path, monkeypatch: pytest.MonkeyPatc
     built = build(plan_build(source, TINY))
     assert built.counts is None
     assert built.toolset.manifest["compiler_cache"] == "none"
+
+
+def has_open(process: int, suffix: str) -> bool:
+    """Whether a process has a file open whose name ends so."""
+    for link in Path(f"/proc/{process}/fd").glob("*"):
+        with suppress(OSError):  # closed since
+            if link.readlink().name.endswith(suffix):
+                return True
+    return False
 
 
 def processes_with(text: str) -> list[int]:

@@ -6,12 +6,13 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_cuda import SPARK, make_cuda_source, tiny_plan
+from waiting import until
 
 from apex_build.errors import CompilerMissing
 from apex_build.native.run import run_tool, start, stop
@@ -26,6 +27,11 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind((LOCAL, 0))
         return int(listener.getsockname()[1])
+
+
+def answers(address: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((LOCAL, int(address.rpartition(":")[2]))) == 0
 
 
 @pytest.fixture
@@ -73,12 +79,12 @@ def farm(tmp_path: Path) -> Iterator[Path]:
                 children.append(
                     start(command, cwd=tmp_path, env={"SCCACHE_NO_DAEMON": "1", "SCCACHE_LOG": "info"}, output=output)
                 )
-            time.sleep(1)  # a server asks the scheduler once
-        deadline = time.monotonic() + 30
-        while (tmp_path / "0.log").read_text().count("Registered new server") < 2:
-            if time.monotonic() > deadline:
-                pytest.skip("the servers of sccache-dist do not start here: " + (tmp_path / "1.log").read_text()[-300:])
-            time.sleep(0.2)
+            if number == 0:  # a server asks the scheduler once
+                until(partial(answers, scheduler), children[0])
+        try:
+            until(lambda: (tmp_path / "0.log").read_text().count("Registered new server") == 2, seconds=30)
+        except AssertionError:
+            pytest.skip("the servers of sccache-dist do not start here: " + (tmp_path / "1.log").read_text()[-300:])
         yield settings
     finally:
         for child in children:
