@@ -103,7 +103,7 @@ def test_an_optional_rule_may_find_nothing(ggml: Ggml, small: Model) -> None:
 
 
 def test_a_pattern_that_backtracks_for_years_is_stopped(ggml: Ggml, small: Model) -> None:
-    with pytest.raises(TemplateFailed, match="more computing than is allowed"):
+    with pytest.raises(TemplateFailed, match=r"more computing than is allowed|not done within"):
         applied(ggml, small, r"^(((\w|\.)+)+)+!$=Q4_K")
 
 
