@@ -56,6 +56,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             patch.setenv("APEX_TOOLS", str(nowhere / "no-tools"))
         else:
             patch.delenv("APEX_TOOLS", raising=False)
+            patch.delenv("APEX_PIN", raising=False)
             patch.setenv("APEX_CACHE_DIR", str(nowhere / "cache"))
         return (yield)
 

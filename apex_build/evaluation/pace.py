@@ -18,7 +18,7 @@ from apex_build.system import cpus
 _PER_CORE = 1.5e10
 # the same for large models: the matrices of a small model are too small to keep a core busy
 _PER_CORE_LARGE = 6e10
-_PER_GPU = 3e13  # of one data centre GPU with a small batch: docs/results/gpu.md
+_PER_GPU = 1e13  # of one data centre GPU with small batches: docs/results/gpu.md
 _LARGE = 1e8  # active parameters
 _OF_LARGE = " of large models"
 GENERATED = 6.0  # writing a token takes about as long as reading this many in a batch, on a CPU

@@ -162,6 +162,7 @@ def test_ctrl_c(folder: Path, source: Path, python: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.glob(".out.gguf.*.part"))
 
 
+@pytest.mark.usefixtures("source")
 def test_the_command(folder: Path, python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.VARIABLE, str(python))
     arguments = ["convert", str(folder), "-o", str(tmp_path / "out.gguf"), "--pre-tokenizer", "qwen2"]

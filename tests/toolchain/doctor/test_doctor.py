@@ -106,6 +106,7 @@ def test_a_whole_toolkit_is_the_one_to_build_with(tmp_path: Path, monkeypatch: p
 
 
 def test_a_toolkit_that_is_too_old_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_nvidia_smi(tmp_path / "bin", monkeypatch)
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda", version="12.4.131")))
     notes = doctor()["could_be_built"][1]["notes"]
     assert any("dgx-spark (121a-real) needs CUDA 12.9 or newer" in note for note in notes)
