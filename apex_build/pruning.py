@@ -39,7 +39,7 @@ KINDS = {
     "sources": "trees of llama.cpp",
     **{kind: said for kind, (_, said) in _FOLDERS.items()},
     "compiler-cache": "sccache's",
-    "calibrations": "periodic copies of unfinished runs, beside their outputs",
+    "calibrations": "periodic copies of unfinished runs, beside their outputs, and of unfinished shards of workers",
 }
 _ARRIVING = 600.0  # seconds without change after which a partial download counts as abandoned
 

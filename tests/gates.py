@@ -18,6 +18,8 @@ from pathlib import Path
 from children import alive
 from waiting import until
 
+from apex_build.errors import ApexError
+from apex_build.gguf_model.imatrix import read_imatrix
 from apex_build.native.toolset import Toolset
 
 # The shell becomes the tool: it has the same process id and name, and ends as a tool does on every signal.
@@ -102,12 +104,33 @@ def make_endless(tool: int, first: int) -> None:
     path.write_text("".join([*probes[:first], *(f"more-{number}\n" for number in range(100_000)), *probes[first:]]))
 
 
-def started(gate: Gate, command: Sequence[object]) -> subprocess.Popen[str]:
+@contextmanager
+def held_at_snapshot(work: Path, chunks: int = 20) -> Iterator[Path]:
+    """A llama-imatrix that waits at the gate will wait again where it would write its snapshot at so many chunks: that
+    file is a pipe without a reader. Yields the one before it, 10 chunks earlier.
+    """
+    pipe = work / f"imatrix.gguf.at_{chunks}"
+    os.mkfifo(pipe)
+    try:
+        yield work / f"imatrix.gguf.at_{chunks - 10}"
+    finally:
+        pipe.unlink(missing_ok=True)
+
+
+def is_whole(imatrix: Path) -> bool:
+    """Whether the tool has written all of it."""
+    try:
+        return imatrix.exists() and bool(read_imatrix(imatrix).entries)
+    except ApexError:
+        return False
+
+
+def started(gate: Gate, command: Sequence[object], cwd: Path | None = None) -> subprocess.Popen[str]:
     """`apex` with these tools, in a session of its own, as in a terminal of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "apex_build", *map(str, command)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "APEX_TOOLS": str(gate.root)},
+        env={**os.environ, "APEX_TOOLS": str(gate.root)}, cwd=cwd,
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from apex_build.calibration.sets import CalibrationText
 from apex_build.errors import DiskTooSmall, ImatrixInvalid, ToolFailed
 from apex_build.gguf_model.catalogue import Model
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
@@ -24,10 +23,12 @@ def imatrix_bytes(model: Model) -> int:
     return sum(4 * (tensor.shape[0] + 1) * math.prod(tensor.shape[2:]) + 512 for tensor in weights)
 
 
-def check_disk(work: Path, model: Model, text: CalibrationText) -> None:
-    """Up to three snapshots exist at once, besides the last one; what an earlier run left is subtracted."""
+def check_disk(work: Path, model: Model, more: int = 0) -> None:
+    """Up to three snapshots exist at once, besides the last one, and `more` bytes; what an earlier run left is
+    subtracted.
+    """
     there = sum(path.stat().st_size for path in files_in(work))
-    needed = COPIES * imatrix_bytes(model) + len(text.data)
+    needed = COPIES * imatrix_bytes(model) + more
     what = f"the imatrix of {model.path.name}, with its periodic copies,"
     check_room(work.parent, max(0, needed - there), what, spare=min(ROOM, needed))
 

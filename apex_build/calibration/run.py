@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,7 +205,7 @@ def calibrate(
             remove_work(out)  # stopped between the last two steps
             return Calibration(out, artifact.identity, coverage(read_imatrix(out), model), None, 0.0, 0, True)
         check_work(out, force=force)
-        check_disk(work_folder(out), model, text)
+        check_disk(work_folder(out), model, len(text.data))
         place = {f"text/{text.name}": text.data}  # a separate folder: a text may have any name
         with unfinished_work(artifact, place, _worth_keeping, fresh=force) as work:
             rows_check = _checked(work, text, check, model, tools)
@@ -216,7 +217,8 @@ def calibrate(
 
 
 def _worth_keeping(work: Path) -> bool:
-    return bool(_snapshots(work)) or any((work / SHARDS).rglob("*.gguf"))
+    shards = (work / SHARDS).glob(".*.work")
+    return any(map(has_snapshots, (work, *shards))) or any((work / SHARDS).rglob("*.gguf"))
 
 
 def _is_whole(out: Path, manifest: Manifest) -> bool:
@@ -240,23 +242,66 @@ def _checked(
 
 def _run(job: Job) -> Made:
     """Run the tool once, from the last snapshot."""
-    model, settings, work = job.model, job.settings, job.work
-    snapshot, done = _snapshot(work)
-    partial = work / "imatrix.gguf"
-    command = [*arguments(model, settings, job.tools), "--file", job.text.name, "--output", f"../{partial.name}"]
-    if snapshot is not None:
-        command += ["--in-file", f"../{snapshot.name}", "--chunk", str(done)]
-    if settings.chunks is not None:
-        command += ["--chunks", str(settings.chunks - done)]
-    watch = Watch(model, job.tools, settings, job.report, done, work)
-    partial.unlink(missing_ok=True)  # of a run that stopped before its last step
-    log = beside(job.out, LOG)
-    memory = memory_for(model, settings)
-    ran = run_tool(command, cwd=work / "text", log=log, on_line=watch.line, explain=output.explain, memory=memory)
-    made = written(partial, job.out, model)
-    verify(made, model, settings, job.tools)
+    text = job.work / "text" / job.text.name
+    run = ToRun(job.model, job.tools, job.settings, text, job.out, chunks=job.settings.chunks)
+    partial, made = run_resumed(run, job.work, job.report)
     partial.replace(job.part)
-    return Made(made, None if done else perplexity_of(ran), ran.seconds, done)
+    return made
+
+
+@dataclass(frozen=True)
+class ToRun:
+    """The tool over `chunks` of a text from its chunk `first`. `out`: where its file will be, and the log beside it;
+    `device`: the GPUs that it may use; `stopped`: of `run_tool`.
+    """
+
+    model: Model
+    tools: Toolset
+    settings: Settings
+    text: Path  # alone in its folder
+    out: Path
+    first: int = 0
+    chunks: int | None = None
+    device: str | None = None
+    stopped: Callable[[], bool] | None = None
+
+
+def run_resumed(run: ToRun, work: Path, report: Report) -> tuple[Path, Made]:
+    """Run it from the last snapshot in `work`. Returns its file, verified, which is still there."""
+    snapshot, done = _snapshot(work)
+    left = changed(run, first=run.first + done, chunks=None if run.chunks is None else run.chunks - done)
+    partial = work / "imatrix.gguf"
+    partial.unlink(missing_ok=True)  # of a run that stopped before its last step
+    watch = Watch(run.model, run.tools, run.settings, report, done, work)
+    ran, made = run_once(left, partial, watch.line, after=snapshot)
+    return partial, Made(made, None if done else perplexity_of(ran), ran.seconds, done)
+
+
+def run_once(
+    run: ToRun, part: Path, on_line: Callable[[str], None], *, after: Path | None = None
+) -> tuple[ToolRun, Imatrix]:
+    """Let the tool write `part`, its sums added to those of `after`; verified."""
+    model, settings, tools = run.model, run.settings, run.tools
+    command = [*arguments(model, settings, tools), "--file", run.text.name, "--output", str(part.absolute())]
+    if after is not None:
+        command += ["--in-file", str(after.absolute())]
+    if run.first:
+        command += ["--chunk", str(run.first)]
+    if run.chunks is not None:
+        command += ["--chunks", str(run.chunks)]
+    ran = run_tool(
+        command,
+        cwd=run.text.parent,
+        log=beside(run.out, LOG),
+        on_line=on_line,
+        env=None if run.device is None else {"CUDA_VISIBLE_DEVICES": run.device},
+        explain=output.explain,
+        memory=memory_for(model, settings),
+        stopped=run.stopped,
+    )
+    made = written(part, run.out, model)
+    verify(made, model, settings, tools)
+    return ran, made
 
 
 def memory_for(model: Model, settings: Settings) -> int | None:
@@ -338,6 +383,10 @@ class Watch:
             if self.work is not None and mark % self.settings.snapshot_every == 0:
                 for path, _ in _snapshots(self.work)[:-2]:
                     path.unlink(missing_ok=True)
+
+
+def has_snapshots(work: Path) -> bool:
+    return bool(_snapshots(work))
 
 
 def _snapshots(work: Path) -> list[tuple[Path, int]]:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 import queue
+import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from apex_build.calibration.disk import imatrix_bytes, written
+from apex_build.calibration.disk import check_disk, imatrix_bytes
 from apex_build.calibration.merge import plan_merge, write_gguf
 from apex_build.calibration.run import (
     SHARDS,
     Job,
     Made,
     Settings,
+    ToRun,
     Watch,
     arguments,
+    has_snapshots,
     memory_for,
     perplexity_of,
+    run_once,
+    run_resumed,
     verify,
 )
 from apex_build.errors import ApexError, CalibrationSetInvalid, ToolKilled
@@ -40,16 +46,18 @@ from apex_build.gguf_model.catalogue import Model, Tensor
 from apex_build.gguf_model.fingerprint import fingerprint
 from apex_build.gguf_model.imatrix import Imatrix, read_imatrix
 from apex_build.native import output
-from apex_build.native.run import Stopped, run_tool, unwinding_signals
+from apex_build.native.run import Stopped, ToolRun, run_tool, unwinding_signals
 from apex_build.native.toolset import Toolset
 from apex_build.progress import Report, Step, silent
 from apex_build.storage.artifacts import Artifact, making
 from apex_build.storage.digests import sha256_file
 from apex_build.storage.disk import check_room, writing
 from apex_build.storage.json_files import read_json, write_json
+from apex_build.storage.locks import locked
 from apex_build.storage.manifest import IMATRIX, Manifest
 from apex_build.storage.outputs import LOG, beside, whole_file
 from apex_build.storage.scratch import scratch_folder
+from apex_build.storage.work import unfinished_work
 
 NO_BOUND = 1 << 24  # chunks of a shard that covers all of its text
 _LEAST = 3  # minimum chunks of a shard: llama-imatrix does not start with fewer
@@ -72,6 +80,7 @@ class Task:
     shard: Shard
     out: Path
     every: int = 0  # record the tokens of each routed expert after this many chunks, beside `out` (`counts_file`)
+    shared: Path | None = None  # as whose unfinished work snapshots are kept, if not as that of `out`
 
 
 # Makes the file of each task, unless it is there already. If a pool is interrupted, finished files stay.
@@ -153,44 +162,54 @@ def make_shard(
     stopped: Callable[[], bool] | None = None,
     report: Report = silent,
 ) -> Manifest:
-    """Run llama-imatrix over one shard, unless its file exists. `device`: the GPUs that the tool may use.
+    """Run llama-imatrix over one shard, unless its file exists; from the last snapshot, if a run of it was ended.
+    `device`: the GPUs that the tool may use.
 
     Raises ToolFailed, ToolKilled, VerificationFailed; Stopped.
     """
     artifact = Artifact(task.out, IMATRIX, parts_of(model, task, settings, tools))
     with making(artifact, replace="own", wait=f"another run that makes {task.out.name}", report=report) as draft:
-        noted = _Noted(model, draft.part, task.every)
         if draft.found and (not task.every or counts_file(task.out).is_file()):
             if task.shard.chunks < NO_BOUND:
                 report(Step("calibrating", task.shard.chunks, task.shard.chunks, "chunks"))
             return draft.found
-        command = arguments(model, replace(settings, snapshot_every=task.every), tools)
-        command += ["--file", task.text.name, "--output", str(draft.part.absolute())]
-        command += ["--chunks", str(task.shard.chunks)]
-        if task.shard.first:
-            command += ["--chunk", str(task.shard.first)]
-        watch = Watch(model, tools, settings, report)
-
-        def line(said: str) -> None:
-            watch.line(said)
-            if watch.seen > noted.seen:
-                noted.look(watch.seen)
-
-        ran = run_tool(
-            command,
-            cwd=task.text.parent,
-            log=beside(task.out, LOG),
-            on_line=line,
-            env=None if device is None else {"CUDA_VISIBLE_DEVICES": device},
-            explain=output.explain,
-            memory=memory_for(model, settings),
-            stopped=stopped,
-        )
-        made = written(draft.part, task.out, model)
-        verify(made, model, settings, tools)
+        run = ToRun(
+            model, tools, settings, task.text, task.out, task.shard.first, task.shard.chunks, device, stopped
+        )  # fmt: skip
         if task.every:
-            noted.write(made, counts_file(task.out))
-        return draft.done(ShardRecord(perplexity_of(ran), round(ran.seconds, 3), device))
+            ran = _run_counted(run, task.every, draft.part, report)
+            return draft.done(ShardRecord(perplexity_of(ran), round(ran.seconds, 3), device))
+        with _snapshots_of(task, artifact, report) as work:
+            check_disk(work, model)
+            partial, made = run_resumed(run, work, report)
+            shutil.move(partial, draft.part)
+            return draft.done(ShardRecord(made.perplexity, round(made.seconds, 3), device))
+
+
+@contextmanager
+def _snapshots_of(task: Task, artifact: Artifact, report: Report) -> Iterator[Path]:
+    """The folder for the snapshots of a shard; whoever makes it next resumes from them."""
+    with ExitStack() as stack:
+        if task.shared is not None:
+            artifact = replace(artifact, out=task.shared)
+            wait = "another worker that makes this shard"
+            stack.enter_context(locked(task.shared, wait=True, what=wait, report=report))
+        yield stack.enter_context(unfinished_work(artifact, {}, has_snapshots, noted=task.shared is not None))
+
+
+def _run_counted(run: ToRun, every: int, part: Path, report: Report) -> ToolRun:
+    """Run the tool, and write the file of counts. Its periodic copies are read for that, so it cannot be resumed."""
+    noted = _Noted(run.model, part, every)
+    watch = Watch(run.model, run.tools, run.settings, report)
+
+    def line(said: str) -> None:
+        watch.line(said)
+        if watch.seen > noted.seen:
+            noted.look(watch.seen)
+
+    ran, made = run_once(replace(run, settings=replace(run.settings, snapshot_every=every)), part, line)
+    noted.write(made, counts_file(run.out))
+    return ran
 
 
 def routed_of(model: Model, *, head: bool = True) -> tuple[Tensor, ...]:

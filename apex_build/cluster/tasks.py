@@ -44,8 +44,8 @@ def order_of_file(path: Path) -> remote.ModelOrder:
 class ClusterTasks:
     """`models` and `files`: what every worker must have. `ready`: addresses of those that do.
 
-    `reports`: of the tasks that are waited for, by key. `said`: what workers reported since it was last looked at; it
-    arrives in a thread of Dask's.
+    `reports`: of the tasks that are waited for, by key; `begun`: keys of those that a worker has begun. `said`: what
+    workers reported since it was last looked at; it arrives in a thread of Dask's.
     """
 
     cluster: Cluster
@@ -54,22 +54,24 @@ class ClusterTasks:
     files: tuple[Path, ...] = ()
     ready: set[str] = field(default_factory=set)
     reports: dict[str, Report] = field(default_factory=dict)
+    begun: set[str] = field(default_factory=set)
     said: queue.SimpleQueue[tuple[str, dict[str, Any]]] = field(default_factory=queue.SimpleQueue)
 
     def submit(self, function: Callable[..., Any], order: Any, key: str, report: Report = silent) -> Future:
-        """`report` gets the task's progress, in the thread that waits for it: from whatever worker has it, also where
-        another client waits for it too.
+        """To one of the workers that are ready: Dask would give it to any that comes, fit or not. `report` gets the
+        task's progress, in the thread that waits for it: from whatever worker has it, also where another client waits
+        for it too.
         """
         if key not in self.reports:
             self.cluster.client.subscribe_topic(key, lambda event: self.said.put((key, event[1])))
         self.reports[key] = report
-        restricted = bool(self.cluster.refused) or self.ready != set(self.cluster.fit)
+        self.begun.discard(key)
         return self.cluster.client.submit(
             function,
             order,
             key=key,
             resources=self._resources() or None,
-            workers=sorted(self.ready) if restricted else None,
+            workers=sorted(self.ready),
             allow_other_workers=False,
             pure=False,
         )
@@ -108,10 +110,11 @@ class ClusterTasks:
                     alone = alone or time.monotonic()
                     if time.monotonic() - alone > _ALONE:
                         self.cluster.check()
-                for number in [one for one in waiting if not allowed[one] & self.ready]:
-                    # its workers are gone, and where some are refused it may not go to just any other
-                    self.cluster.client.cancel([waiting.pop(number)])
-                    missing.append(number)
+                for number, future in [*waiting.items()]:
+                    more = self.ready - allowed[number] and future.key not in self.begun
+                    if more or not allowed[number] & self.ready:
+                        self.cluster.client.cancel([waiting.pop(number)])
+                        missing.append(number)
                 if self.ready:
                     for number in missing:
                         waiting[number] = submit(number)
@@ -146,8 +149,10 @@ class ClusterTasks:
         with suppress(queue.Empty):
             while True:
                 key, said = self.said.get_nowait()
-                step = Step(**{name: value for name, value in said.items() if name in _STEP})  # Dask adds some
-                self.reports.get(key, silent)(step)
+                self.begun.add(key)
+                if "task" in said:
+                    step = Step(**{name: value for name, value in said.items() if name in _STEP})  # Dask adds some
+                    self.reports.get(key, silent)(step)
 
     def _forget(self, future: Future) -> None:
         """Report no more of a task: what it said may arrive after it is done."""

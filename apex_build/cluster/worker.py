@@ -22,7 +22,7 @@ from typing import Any
 
 from apex_build import __version__
 from apex_build.calibration.run import Settings
-from apex_build.calibration.shards import Shard, Task, count_chunks, counts_file, make_shard
+from apex_build.calibration.shards import Shard, Task, count_chunks, counts_file, make_shard, parts_of
 from apex_build.errors import ApexError, ModelMissing, WorkersUnfit
 from apex_build.evaluation.run import Inputs
 from apex_build.evaluation.task import Prompt, ToolOptions
@@ -40,7 +40,7 @@ from apex_build.plugins import load_plugins
 from apex_build.policy.plan import Plan
 from apex_build.progress import Report, Step
 from apex_build.quantization.run import Job
-from apex_build.storage.digests import sha256_file
+from apex_build.storage.digests import sha256_file, sha256_json
 from apex_build.storage.outputs import LOG, MANIFEST, beside
 from apex_build.storage.scratch import scratch_folder
 from apex_build.sweep.files import Files, Measured, Recipe
@@ -142,11 +142,16 @@ def finish_model(order: ModelOrder) -> bool:
 
 
 def run_shard(order: ShardOrder) -> ShardResult:
-    """Make one shard. Raises WorkersUnfit where this worker must not, and what the tool does."""
+    """Make one shard. Raises WorkersUnfit where this worker must not, and what the tool does.
+
+    Its snapshots are kept in the cache: where it is ended, it is resumed by a worker that has the same cache.
+    """
     tools = _tools(order)
     model = _model(order.model)
     with scratch_folder("shard") as folder:
         task = _task(order, folder)
+        name = sha256_json(parts_of(model, task, order.settings, tools))[:32]
+        task = replace(task, shared=cache_folder("cluster", "shards") / f"{name}.gguf")
         with _watched() as report:
             make_shard(model, task, tools, order.settings, report=report)
         counts = counts_file(task.out)
@@ -342,8 +347,8 @@ def _file(order: ModelOrder) -> Path:
 
 @contextmanager
 def _watched() -> Iterator[Report]:
-    """Stop the block's tools when no client waits for this task any more. The report sends progress to those that do,
-    under the task's key (`ClusterTasks.submit`).
+    """Stop the block's tools when no client waits for this task any more. Those that do are told that it has begun, and
+    get what is reported, under the task's key (`ClusterTasks.submit`).
     """
     from distributed import get_worker
     from distributed.core import Status
@@ -351,6 +356,7 @@ def _watched() -> Iterator[Report]:
     worker = get_worker()
     key = worker.get_current_task()
     last = [(0.0, "")]
+    worker.loop.add_callback(worker.log_event, key, {})
 
     def stopped() -> bool:
         task = worker.state.tasks.get(key)

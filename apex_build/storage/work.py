@@ -21,18 +21,24 @@ IDENTITY = "identity.json"
 
 @contextmanager
 def unfinished_work(
-    artifact: Artifact, files: Mapping[str, bytes], worth_keeping: Callable[[Path], bool], *, fresh: bool = False
+    artifact: Artifact,
+    files: Mapping[str, bytes],
+    worth_keeping: Callable[[Path], bool],
+    *,
+    fresh: bool = False,
+    noted: bool = True,
 ) -> Iterator[Path]:
     """The artifact's work folder, with `files` in it: as an earlier run of the same work left it, or a new one
     (always if `fresh`).
 
     It is removed when the block succeeds; otherwise it is kept if `worth_keeping`. A note in the cache tells `apex
-    cache` about it. Call with the lock held.
+    cache` about it, unless it is inside of another work folder (not `noted`). Call with the lock held.
     """
     work, note = work_folder(artifact.out), note_of(artifact.out)
     with contextlib.suppress(OSError, ApexError):  # only for `apex cache`: not essential
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, str(artifact.out.absolute()))
+        if noted:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, str(artifact.out.absolute()))
     with writing(work):
         _prepare(work, artifact.identity, files, fresh=fresh)
     try:
@@ -76,6 +82,7 @@ def _prepare(work: Path, identity: str, files: Mapping[str, bytes], *, fresh: bo
         same = False
     if not same:
         shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).write_bytes(content)

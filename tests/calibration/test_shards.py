@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from apex_runs import run_apex
-from gates import Gate, gated, started
+from children import alive
+from gates import Gate, gated, held_at_snapshot, is_whole, started
 from waiting import until
 
 from apex_build.calibration.run import Settings
@@ -140,6 +141,35 @@ def test_what_is_done_is_kept(
         assert resumed.returncode == 0, said
         assert len(later.passed()) == 3, "none was made twice"
     assert out.read_bytes() == four.read_bytes()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_shard_resumes_from_its_snapshot(
+    how: signal.Signals, gate: Gate, tools: Toolset, testbed: Path, tmp_path: Path
+) -> None:
+    """The same sums, to the byte, as without the interruption."""
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    command = ["calibrate", testbed, "--context", 64, "--chunks", 46, "--shards", 2, "--no-rows-check", "-o"]
+    child = started(gate, [*command, out])
+    (tool,) = gate.next(child, after=0)
+    shards = tmp_path / ".out.gguf.work" / "shards"
+    with held_at_snapshot(shards / ".0001.gguf.work") as snapshot:
+        gate.let(1)
+        until(lambda: is_whole(snapshot), child)
+        child.send_signal(how)
+        _, said = child.communicate(timeout=60)
+        until(lambda: not alive(tool))
+    assert child.returncode in (130, -how) and "Traceback" not in said and not out.exists(), said
+    gate.open()
+    again = started(gate, [*command, out])
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0 and "46/46 chunks" in said, said
+    first, resumed, second = gate.passed()
+    assert first.endswith("--chunks 23") and resumed.endswith(f"--in-file {snapshot} --chunk 10 --chunks 13")
+    assert second.endswith("--chunk 23 --chunks 23")
+    assert [path.name for path in tmp_path.glob(".*")] == [], "nothing is left of the work"
+    run_apex(*command, whole)
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_each_set_of_gpus_has_a_shard(four: Path, gate: Gate, testbed: Path, tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from apex_runs import run_apex
-from children import tool_of
+from children import alive, tool_of
 from dask_processes import other_build, other_version, scheduler, wanted_by, worker
-from gates import Gate, gated
+from gates import Gate, gated, held_at_snapshot, is_whole, started
 from waiting import until
 
 import apex_build
@@ -28,8 +28,10 @@ pytestmark = pytest.mark.usefixtures("tools")
 SHARDS = ("--chunks", "24", "--shards", "4", "--no-rows-check")
 
 
-def client(model: Path, out: Path, address: str, **environment: str) -> subprocess.Popen[str]:
-    command = ["calibrate", model, "-o", out, *SHARDS, "--cluster", address]
+def client(
+    model: Path, out: Path, address: str, shards: Sequence[str] = SHARDS, **environment: str
+) -> subprocess.Popen[str]:
+    command = ["calibrate", model, "-o", out, *shards, "--cluster", address]
     return subprocess.Popen(
         [sys.executable, "-m", "apex_build", *map(str, command)], env={**os.environ, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -84,6 +86,34 @@ def test_a_killed_worker_loses_its_shard_alone(
         assert running.returncode == 0, said
         assert (len(gate.passed()), len(second.passed())) == (1, 3)
     assert out.read_bytes() == expected
+
+
+def test_a_killed_shard_resumes_from_its_snapshot(gate: Gate, testbed: Path, tmp_path: Path) -> None:
+    """On another worker that has the same cache; the sums are those of a run to which nothing happened."""
+    out, whole, cache = tmp_path / "out.gguf", tmp_path / "whole.gguf", tmp_path / "cache"
+    shards = ("--context", "64", "--chunks", "46", "--shards", "2", "--no-rows-check")
+    places = {"APEX_TOOLS": str(gate.root), "APEX_CACHE_DIR": str(cache)}
+    with scheduler(tmp_path) as (_, address):
+        with worker(address, tmp_path, **places) as one:
+            running = client(testbed, out, address, shards)
+            (tool,) = gate.next(running, after=0)
+            (work,) = (cache / "cluster" / "shards").glob(".*.work")
+            with held_at_snapshot(work) as snapshot:
+                gate.let(1)
+                until(lambda: is_whole(snapshot), running)
+                one.kill()
+                until(lambda: not alive(tool))
+        listed = run_apex("cache", "list", "--kind", "calibrations", env={**os.environ, **places}).stdout
+        assert work.name in listed
+        gate.open()
+        with worker(address, tmp_path, **places):
+            said = running.communicate(timeout=300)[1]
+            assert running.returncode == 0, said
+    resumed = [line for line in gate.passed() if f"--in-file {snapshot} --chunk" in line]
+    assert len(gate.passed()) == 3 and len(resumed) == 1 and resumed[0].endswith("--chunks 13")
+    assert not list((cache / "cluster" / "shards").iterdir()), "nothing is left on the worker"
+    run_apex("calibrate", testbed, "-o", whole, *shards)
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_a_lost_scheduler_costs_no_finished_shard(
@@ -185,6 +215,53 @@ def test_the_model_is_sent_once(expected: bytes, tools: Toolset, testbed: Path, 
         again = run_apex(*command, "-o", tmp_path / "again.gguf", cwd=here)
         assert "sending" not in again.stderr
     assert out.read_bytes() == (tmp_path / "again.gguf").read_bytes() == expected
+
+
+def test_workers_that_come_later(expected: bytes, gate: Gate, tools: Toolset, testbed: Path, tmp_path: Path) -> None:
+    """They are looked at first: one that is not fit gets nothing, one without the model gets that before."""
+    here, out = tmp_path / "here", tmp_path / "out.gguf"
+    here.mkdir()
+    (here / "model.gguf").write_bytes(testbed.read_bytes())
+    command = ["calibrate", "/proc/self/cwd/model.gguf", "-o", out, *SHARDS, "--cluster"]
+
+    def places(name: str, root: Path) -> dict[str, str]:
+        return {"APEX_TOOLS": str(root), "APEX_CACHE_DIR": str(tmp_path / name)}
+
+    with scheduler(tmp_path) as (_, address):
+        with worker(address, tmp_path, **places("one", gate.root)) as one:
+            running = started(gate, [*command, address], cwd=here)
+            gate.let(1)
+            gate.next(running, after=1)
+            one.kill()
+        with (
+            worker(address, tmp_path, **places("two", other_build(tools, tmp_path))),
+            worker(address, tmp_path, **places("three", tools.root)),
+        ):
+            said = running.communicate(timeout=300)[1]
+            assert running.returncode == 0, said
+    assert said.count("a worker is not used") == 1 and "another build of the tools" in said
+    assert list((tmp_path / "three" / "cluster" / "models").glob("*/model.gguf"))
+    assert not list((tmp_path / "two").glob("cluster/*"))
+    assert out.read_bytes() == expected
+
+
+def test_a_worker_that_comes_later_helps(
+    expected: bytes, gate: Gate, tools: Toolset, testbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    with (
+        scheduler(tmp_path) as (_, address),
+        worker(address, tmp_path, APEX_TOOLS=str(gate.root)),
+        client(testbed, out, address) as running,
+    ):
+        gate.next(running, after=0)
+        with worker(address, tmp_path, APEX_TOOLS=str(tools.root)):
+            until(lambda: len(kept(out)) == 3, running)
+            gate.open()
+            said = running.communicate(timeout=300)[1]
+            assert running.returncode == 0, said
+    assert len(gate.passed()) == 1, "the shard that had begun stayed where it was"
+    assert out.read_bytes() == expected
 
 
 def test_resources_that_workers_declare(expected: bytes, testbed: Path, tmp_path: Path) -> None:
