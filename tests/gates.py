@@ -11,11 +11,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from children import alive
 from waiting import until
 
 from apex_build.errors import ApexError
@@ -51,7 +50,7 @@ class Gate:
     def waiting(self) -> list[int]:
         """The processes that wait at the gate, in the order in which they came."""
         passed = {line.split(" ")[0] for line in self._lines("passed")}
-        return [int(pid) for pid in self._lines("came") if pid not in passed and alive(int(pid))]
+        return [int(pid) for pid in self._lines("came") if pid not in passed and self._is_there(pid)]
 
     def next(self, child: subprocess.Popen[str], *, after: int, waiting: int = 1) -> list[int]:
         """Those that wait, as soon as so many calls have passed and so many more have come."""
@@ -65,6 +64,12 @@ class Gate:
     def passed(self) -> list[str]:
         """The arguments of the calls that passed."""
         return [line.partition(" ")[2] for line in self._lines("passed")]
+
+    def _is_there(self, pid: str) -> bool:
+        """Whether it is still the process that came, and has not ended."""
+        with suppress(OSError):
+            return os.fsencode(self.root) in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
 
     def _lines(self, name: str) -> list[str]:
         path = self.root / name
