@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
 import time
 from contextlib import suppress
@@ -22,11 +21,9 @@ def read_late(tool: Path, *arguments: object) -> tuple[int, str]:
 
     The pipe holds one page: the log thread is stopped in the middle of its lines while the program runs to its end.
     """
-    process = subprocess.Popen(
-        [str(part) for part in (tool, *arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = [str(part) for part in (tool, *arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pipesize=4096)
     assert process.stdout is not None
-    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
     try:
         until(lambda: process.poll() is not None or _rests(process.pid), seconds=300)
         said = process.stdout.read().decode(errors="replace")
