@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import queue
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 _BLOCK = 32 << 20
 _LOOK = 1.0  # seconds between two looks at the workers
 _ALONE = 60.0  # seconds without a worker, before it is given up
+_PATIENCE = 600.0  # seconds for what a task gave to arrive
+_GONE = (OSError, TimeoutError, asyncio.TimeoutError)  # the last two are the same from Python 3.11 on
 _STEP = frozenset(one.name for one in fields(Step))
 _LOST = "finished work is kept: start the scheduler and the workers again, then run the same command"
 
@@ -44,8 +48,9 @@ def order_of_file(path: Path) -> remote.ModelOrder:
 class ClusterTasks:
     """`models` and `files`: what every worker must have. `ready`: addresses of those that do.
 
-    `reports`: of the tasks that are waited for, by key; `begun`: keys of those that a worker has begun. `said`: what
+    `reports`: of the tasks that are waited for, by key; `begun`: by key, the worker that began it last. `said`: what
     workers reported since it was last looked at; it arrives in a thread of Dask's.
+    `arrived`: what tasks gave, by key, until it is taken.
     """
 
     cluster: Cluster
@@ -54,8 +59,9 @@ class ClusterTasks:
     files: tuple[Path, ...] = ()
     ready: set[str] = field(default_factory=set)
     reports: dict[str, Report] = field(default_factory=dict)
-    begun: set[str] = field(default_factory=set)
+    begun: dict[str, str] = field(default_factory=dict)
     said: queue.SimpleQueue[tuple[str, dict[str, Any]]] = field(default_factory=queue.SimpleQueue)
+    arrived: dict[str, Any] = field(default_factory=dict)
 
     def submit(self, function: Callable[..., Any], order: Any, key: str, report: Report = silent) -> Future:
         """To one of the workers that are ready: Dask would give it to any that comes, fit or not. `report` gets the
@@ -65,7 +71,7 @@ class ClusterTasks:
         if key not in self.reports:
             self.cluster.client.subscribe_topic(key, lambda event: self.said.put((key, event[1])))
         self.reports[key] = report
-        self.begun.discard(key)
+        self.begun.pop(key, None)
         return self.cluster.client.submit(
             function,
             order,
@@ -111,9 +117,9 @@ class ClusterTasks:
                     if time.monotonic() - alone > _ALONE:
                         self.cluster.check()
                 for number, future in [*waiting.items()]:
-                    more = self.ready - allowed[number] and future.key not in self.begun
+                    more = self.ready - allowed[number] and self.begun.get(future.key) not in self.ready
                     if more or not allowed[number] & self.ready:
-                        self.cluster.client.cancel([waiting.pop(number)])
+                        self._release(waiting.pop(number))
                         missing.append(number)
                 if self.ready:
                     for number in missing:
@@ -125,11 +131,13 @@ class ClusterTasks:
                     continue
                 self._await([*waiting.values()])
                 for number in [one for one, future in waiting.items() if future.done()]:
+                    if not self._has_arrived(waiting[number]):
+                        continue  # lost with its worker
                     future = waiting.pop(number)
                     self._forget(future)
                     yield number, future
                     future.release()  # else the task is done again if the worker that keeps its result is lost
-        except (OSError, TimeoutError) as error:
+        except _GONE as error:
             raise self.lost(str(error)) from None
         finally:
             if waiting and self.cluster.alive:
@@ -145,12 +153,35 @@ class ClusterTasks:
             time.sleep(0.05)
         self._tell()
 
+    def _release(self, future: Future) -> None:
+        """Want it no more, so that its key can be submitted again. What Dask says after cancel() may come so late that
+        it ends the new task.
+        """
+        future.release()
+        self.cluster.client.sync(asyncio.sleep, 0)  # that is done in Dask's thread
+
+    def _has_arrived(self, future: Future) -> bool:
+        """Fetch what a finished task gave. False if the worker that kept it is lost: the task is pending again then."""
+        patience = _LOOK
+        while future.status == "finished" and self.cluster.alive:
+            try:
+                self.arrived[future.key] = future.result(timeout=patience)
+                return True
+            except _GONE:
+                if future.status == "finished" and patience > _PATIENCE:
+                    raise
+                patience *= 2  # it may be large
+            except CancelledError:
+                break
+        return bool(future.done())
+
     def _tell(self) -> None:
         with suppress(queue.Empty):
             while True:
                 key, said = self.said.get_nowait()
-                self.begun.add(key)
-                if "task" in said:
+                if "begun" in said:
+                    self.begun[key] = said["begun"]
+                else:
                     step = Step(**{name: value for name, value in said.items() if name in _STEP})  # Dask adds some
                     self.reports.get(key, silent)(step)
 
@@ -187,22 +218,16 @@ class ClusterTasks:
         return wanted
 
     def result(self, future: Future, what: str) -> Any:
-        """What a task gave. Raises its error, named; ClusterFailed."""
-        try:
-            return self._result(future, what)
-        except (OSError, TimeoutError) as error:
-            raise self.lost(str(error)) from None
-
-    def _result(self, future: Future, what: str) -> Any:
-        while not future.done():
-            self.alive()
-            self._await([future])
-        if future.status == "finished":
-            return future.result(timeout=60)
+        """What a task that `each` gave has given. Raises its error, named; ClusterFailed."""
+        if future.key in self.arrived:
+            return self.arrived.pop(future.key)
         self.alive()
         if future.status != "error":
             raise self.lost(f"{what} was {future.status}")
-        error = future.exception(timeout=60)
+        try:
+            error = future.exception(timeout=60)
+        except _GONE as gone:
+            raise self.lost(str(gone)) from None
         if isinstance(error, ApexError):
             error.message = f"{what}: {error.message}"
             raise error

@@ -350,13 +350,13 @@ def _watched() -> Iterator[Report]:
     """Stop the block's tools when no client waits for this task any more. Those that do are told that it has begun, and
     get what is reported, under the task's key (`ClusterTasks.submit`).
     """
-    from distributed import get_worker
+    from distributed import Reschedule, get_worker
     from distributed.core import Status
 
     worker = get_worker()
     key = worker.get_current_task()
     last = [(0.0, "")]
-    worker.loop.add_callback(worker.log_event, key, {})
+    worker.loop.add_callback(worker.log_event, key, {"begun": worker.address})
 
     def stopped() -> bool:
         task = worker.state.tasks.get(key)
@@ -374,4 +374,4 @@ def _watched() -> Iterator[Report]:
         with stopping(stopped):
             yield report
     except Stopped:
-        raise RuntimeError("nobody waits for this any more") from None
+        raise Reschedule from None  # to whom it was given meanwhile, if to anybody

@@ -218,7 +218,9 @@ def test_the_model_is_sent_once(expected: bytes, tools: Toolset, testbed: Path, 
 
 
 def test_workers_that_come_later(expected: bytes, gate: Gate, tools: Toolset, testbed: Path, tmp_path: Path) -> None:
-    """They are looked at first: one that is not fit gets nothing, one without the model gets that before."""
+    """They are looked at first: one that is not fit gets nothing, one without the model gets that before. A shard that
+    no worker has any more before it has arrived is made again.
+    """
     here, out = tmp_path / "here", tmp_path / "out.gguf"
     here.mkdir()
     (here / "model.gguf").write_bytes(testbed.read_bytes())
@@ -230,9 +232,13 @@ def test_workers_that_come_later(expected: bytes, gate: Gate, tools: Toolset, te
     with scheduler(tmp_path) as (_, address):
         with worker(address, tmp_path, **places("one", gate.root)) as one:
             running = started(gate, [*command, address], cwd=here)
+            gate.next(running, after=0)
+            running.send_signal(signal.SIGSTOP)  # it takes no result
             gate.let(1)
             gate.next(running, after=1)
             one.kill()
+            one.wait()
+            running.send_signal(signal.SIGCONT)
         with (
             worker(address, tmp_path, **places("two", other_build(tools, tmp_path))),
             worker(address, tmp_path, **places("three", tools.root)),
@@ -248,13 +254,17 @@ def test_workers_that_come_later(expected: bytes, gate: Gate, tools: Toolset, te
 def test_a_worker_that_comes_later_helps(
     expected: bytes, gate: Gate, tools: Toolset, testbed: Path, tmp_path: Path
 ) -> None:
+    """With what no other has begun, and what a lost one had begun."""
     out = tmp_path / "out.gguf"
     with (
         scheduler(tmp_path) as (_, address),
         worker(address, tmp_path, APEX_TOOLS=str(gate.root)),
+        worker(address, tmp_path, APEX_TOOLS=str(gate.root)) as lost,
         client(testbed, out, address) as running,
     ):
-        gate.next(running, after=0)
+        gate.next(running, after=0, waiting=2)
+        lost.kill()
+        until(lambda: len(gate.waiting()) == 1)
         with worker(address, tmp_path, APEX_TOOLS=str(tools.root)):
             until(lambda: len(kept(out)) == 3, running)
             gate.open()
