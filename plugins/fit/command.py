@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +231,3 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def settings_text(settings: Mapping[str, object]) -> str:
-    """Format settings as --set options."""
-    return " ".join(f"--set {name}={value}" for name, value in settings.items() if value != "")
